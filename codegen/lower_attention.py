@@ -1,0 +1,72 @@
+"""Let attention over a static cache read keys and values where they lie, up to the last slot used.
+
+    before   k = reshape(expand(unsqueeze(keys)))       one copy of the cache per query group
+             o = scaled_dot_product_attention(q, k, v, mask)
+    after    o = eepass.attend_rows(q, keys, values, mask, scale)
+
+Left alone: attention with dropout, without an explicit mask, over several sequences, or with many
+rows (a prefill), where the matrix form is faster.
+"""
+
+import torch
+from torch.fx import GraphModule, Node
+
+aten = torch.ops.aten
+MOST_ROWS = 8
+VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
+
+
+def lower_attention(gm: GraphModule) -> int:
+    """Rewrite the attention calls of ``gm`` in place; returns how many."""
+    rewritten = 0
+    for node in gm.graph.find_nodes(
+        op="call_function", target=aten.scaled_dot_product_attention.default
+    ):
+        if _refusal(node):
+            continue
+        q, k, v, mask = node.args[:4]
+        scale = node.kwargs.get("scale") or q.meta["val"].shape[-1] ** -0.5
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_function
+            flat = [
+                call(aten.squeeze.dim, (tensor, 0))
+                for tensor in (q, _before_repeat(k), _before_repeat(v))
+            ]
+            rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
+            out = call(torch.ops.eepass.attend_rows.default, (*flat, rows, scale))
+            new = call(aten.unsqueeze.default, (out, 0))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+        rewritten += 1
+    return rewritten
+
+
+def _refusal(node: Node) -> str | None:
+    if len(node.args) < 4 or node.args[3] is None or (len(node.args) > 4 and any(node.args[4:])):
+        return "no explicit mask, or dropout"
+    q, k, v, mask = (arg.meta["val"] for arg in node.args[:4])
+    if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or q.shape[2] > MOST_ROWS:
+        return "several sequences, a mask per head, or many rows"
+    if q.dtype not in (torch.float32, torch.bfloat16) or mask.dtype != q.dtype:
+        return f"dtype {q.dtype} with a mask of {mask.dtype}"
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        return "a cache of another dtype"
+    return None
+
+
+def _before_repeat(node: Node) -> Node:
+    """The [1, G, C, D] tensor that ``node`` [1, Q, C, D] repeats per query group, or ``node``."""
+    source, repeats = node, False
+    while source.target in VIEWS and isinstance(source.args[0], Node):
+        repeats |= source.target is aten.expand.default
+        source = source.args[0]
+    shape, wanted = source.meta["val"].shape, node.meta["val"].shape
+    grouped = (
+        repeats
+        and len(shape) == 4
+        and shape[0] == 1
+        and shape[2:] == wanted[2:]
+        and wanted[1] % shape[1] == 0
+    )
+    return source if grouped else node

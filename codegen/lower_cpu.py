@@ -1,0 +1,89 @@
+"""Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx import GraphModule, Node
+
+from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.lower_attention import lower_attention
+from eepass.codegen.lower_linear import lower_linear, lower_logits
+from eepass.codegen.lower_predictor import DECOMPOSITIONS
+
+SETTINGS: dict[str, Any] = {
+    # for graphs before ATen; ours are past that
+    "use_pre_grad_passes": False,
+    # a segment is called with tensors of one shape from addresses we own: nothing to assert
+    "size_asserts": False,
+    "alignment_asserts": False,
+}
+
+Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class CpuCompiler:
+    """Compiles graphs and remembers them by structure: isomorphic pieces share one code.
+
+    ``kernels_missing`` says why the C++ kernels could not be built, or is empty.
+    """
+
+    def __init__(self) -> None:
+        self.compiled: dict[tuple[str, bool], Compiled] = {}
+        self.kernels_missing = load_kernels()
+
+    def __call__(
+        self,
+        graph: GraphModule,
+        structure: str,
+        examples: Sequence[Tensor],
+        *,
+        logits: bool = False,
+    ) -> Compiled:
+        """``graph`` as a function from a list of its inputs, which it clears, to its outputs.
+
+        ``logits`` keeps the linear layers' sums in float32.
+        """
+        key = (structure, logits)
+        if key not in self.compiled:
+            self.compiled[key] = compile_graph(graph, examples, logits)
+        return self.compiled[key]
+
+
+def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
+    lowered = copy.deepcopy(graph)
+    if logits:
+        lower_logits(lowered)
+    lower_linear(lowered)
+    lower_attention(lowered)
+    output = lowered.graph.output_node()
+    if not isinstance(output.args[0], (tuple, list)):
+        output.args = ((output.args[0],),)
+    lowered.graph.eliminate_dead_code(is_impure_node=_writes)
+    lowered.recompile()
+
+    inner: list[Any] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        inner.append(compile_fx_inner(*args, **kwargs))
+        return inner[-1]
+
+    decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
+    with torch.no_grad(), torch._inductor.config.patch(SETTINGS):
+        outer = compile_fx(
+            lowered, list(examples), inner_compile=keep, decompositions=decompositions
+        )
+    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call
+    if len(inner) == 1:
+        return inner[0]
+    return lambda inputs: outer(*inputs)
+
+
+def _writes(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(schema and schema.is_mutable)

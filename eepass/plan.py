@@ -1,0 +1,116 @@
+"""What the stages say to one another: the pieces of a split decoder and the plan of its exits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+from torch.fx import GraphModule
+
+InputKind = Literal[
+    "ids", "positions", "mask", "hidden", "side", "parameter", "keys", "values", "start"
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Role of one placeholder: its kind, a name unique within the kind, the KV layer it is of."""
+
+    kind: InputKind
+    name: str
+    layer: int = -1
+
+
+@dataclass(slots=True)
+class Piece:
+    """A part of the decoder as a graph: ``inputs`` are the roles of its placeholders, in order."""
+
+    graph: GraphModule
+    inputs: tuple[Input, ...]
+    # equal for pieces with the same code, shapes, dtypes and roles: those compile once
+    structure: str = ""
+
+
+@dataclass(slots=True)
+class DecoderGraph:
+    """One traced decode step of ``rows`` tokens over a static KV cache of ``cache_length`` slots.
+
+    ``tensors`` holds the parameters and buffers by name.
+    """
+
+    graph: GraphModule
+    inputs: tuple[Input, ...]
+    rows: int
+    cache_length: int
+    tensors: Mapping[str, Tensor]
+
+
+@dataclass(slots=True)
+class Head:
+    """The way from the last boundary to the logits, as far as it could be taken apart.
+
+    ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
+    ``norm`` is what comes before it, ``weight`` and ``bias`` name its tensors, ``transform`` is
+    what follows on the logits (a scale, a soft cap); else ``reason`` says what stands in the way.
+    """
+
+    whole: Piece
+    norm: Piece | None = None
+    weight: str = ""
+    bias: str = ""
+    transform: Piece | None = None
+    reason: str = ""
+
+
+@dataclass(slots=True)
+class SplitDecoder:
+    """A decoder in pieces: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
+
+    ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
+    the side inputs that depend on positions and mask alone. Their outputs are named in
+    ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
+    of layer i that writes its keys and values, nothing else.
+    """
+
+    rows: int
+    cache_length: int
+    tensors: Mapping[str, Tensor]
+    embed: Piece
+    embed_outputs: tuple[str, ...]
+    positional: Piece
+    side_outputs: tuple[str, ...]
+    layers: tuple[Piece, ...]
+    kv_fills: tuple[Piece, ...]
+    head: Head
+    how: str = ""
+
+    @property
+    def distinct_layers(self) -> int:
+        return len({layer.structure for layer in self.layers})
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPoint:
+    """A boundary after which a token may leave. ``layer`` counts layers run, 1-based."""
+
+    layer: int
+    translated: bool
+    threshold: float
+
+
+@dataclass(frozen=True, slots=True)
+class ExitPlan:
+    """Where a decoder may be left and how that is decided; what the passes and the engine share."""
+
+    num_layers: int
+    draft_layer: int
+    draft_tokens: int
+    exits: tuple[ExitPoint, ...]
+    verify: Literal["hot", "full"]
+    kv_policy: Literal["defer", "propagate", "drop"]
+    ranking: tuple[int, ...] = field(default=())
+
+    def at(self, layer: int) -> ExitPoint | None:
+        return next((point for point in self.exits if point.layer == layer), None)

@@ -1,0 +1,139 @@
+"""Trace one decode step into an ATen graph whose placeholders have known roles.
+
+    before   step(ids [1, R], positions [1, R], masks) -> logits [1, R, V], over a static KV cache
+    after    a GraphModule of ATen operators; every placeholder is an ``Input``: a token tensor, a
+             parameter by name, or the keys, values or start of one layer's cache
+
+The KV lengths the model adds to in place become pure inputs (``start``): the engine owns them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from eepass.passes.report import PassError
+from eepass.plan import DecoderGraph, Input
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class KvSlots:
+    """Static cache of one layer: keys and values [1, heads, slots, width], ``start`` a scalar."""
+
+    keys: Tensor
+    values: Tensor
+    start: Tensor
+
+
+def capture(
+    step: Callable[..., Tensor],
+    ids: Tensor,
+    positions: Tensor,
+    masks: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    cache: Sequence[KvSlots],
+) -> DecoderGraph:
+    """Trace ``step(ids, positions, masks)``; raises ``PassError`` where Dynamo cannot."""
+    roles = {id(ids): Input("ids", "ids"), id(positions): Input("positions", "positions")}
+    roles |= {id(mask): Input("mask", name) for name, mask in masks.items()}
+    roles |= {id(tensor): Input("parameter", name) for name, tensor in tensors.items()}
+    for layer, slots in enumerate(cache):
+        roles[id(slots.keys)] = Input("keys", f"keys.{layer}", layer)
+        roles[id(slots.values)] = Input("values", f"values.{layer}", layer)
+        roles[id(slots.start)] = Input("start", f"start.{layer}", layer)
+
+    graph, examples = _dynamo_graph(step, ids, positions, masks)
+    extra: dict[str, Tensor] = {}
+    inputs = []
+    for example in examples:
+        if not isinstance(example, Tensor):
+            raise PassError(f"the traced step takes {example!r}, which is not a tensor")
+        if id(example) not in roles:
+            # a constant tensor the model keeps outside its parameters and buffers
+            roles[id(example)] = Input("parameter", f"constant.{len(extra)}")
+            extra[f"constant.{len(extra)}"] = example
+        inputs.append(roles[id(example)])
+    with torch.no_grad():
+        traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
+    _strip_length_updates(traced, inputs)
+    _strip_mode_switches(traced)
+    _unwrap_output(traced)
+    traced.recompile()
+    slots = cache[0].keys.shape[2] if cache else 0
+    return DecoderGraph(traced, tuple(inputs), ids.shape[1], slots, {**tensors, **extra})
+
+
+def _dynamo_graph(
+    step: Callable[..., Tensor], ids: Tensor, positions: Tensor, masks: Mapping[str, Tensor]
+) -> tuple[GraphModule, list[Any]]:
+    seen: list[tuple[GraphModule, list[Any]]] = []
+
+    def keep(graph: GraphModule, examples: list[Any]) -> Callable[..., Any]:
+        seen.append((graph, examples))
+        return graph.forward
+
+    torch._dynamo.reset()
+    try:
+        with torch.no_grad():
+            torch.compile(step, backend=keep, fullgraph=True, dynamic=False)(
+                ids, positions, dict(masks)
+            )
+    except Exception as error:
+        first = str(error).strip().splitlines()[0]
+        raise PassError(f"the decode step cannot be traced in one graph: {first}") from error
+    finally:
+        torch._dynamo.reset()
+    if len(seen) != 1:
+        raise PassError(f"the decode step traced into {len(seen)} graphs instead of one")
+    graph, examples = seen[0]
+    for node in graph.graph.find_nodes(
+        op="call_function", target=torch._C._log_api_usage_once, sort=False
+    ):
+        graph.graph.erase_node(node)
+    graph.recompile()
+    return graph, examples
+
+
+def _strip_length_updates(traced: GraphModule, inputs: Sequence[Input]) -> None:
+    """Drop ``start.add_(rows)``; what reads a length reads the length before this step."""
+    for placeholder, role in zip(_placeholders(traced), inputs, strict=True):
+        if role.kind != "start":
+            continue
+        for user in list(placeholder.users):
+            if user.target is aten.add_.Tensor:
+                if user.users:
+                    raise PassError(f"layer {role.layer} reads its KV length after adding to it")
+                traced.graph.erase_node(user)
+
+
+def _strip_mode_switches(traced: GraphModule) -> None:
+    """Drop nodes that switch grad mode or autocast: the step runs without either."""
+    for node in reversed(list(traced.graph.nodes)):
+        name = getattr(node.target, "__name__", "")
+        if node.op == "call_function" and name in (
+            "_set_grad_enabled",
+            "_enter_autocast",
+            "_exit_autocast",
+        ):
+            traced.graph.erase_node(node)
+
+
+def _unwrap_output(traced: GraphModule) -> None:
+    output = traced.graph.output_node()
+    values = output.args[0]
+    if isinstance(values, (tuple, list)):
+        if len(values) != 1:
+            raise PassError(f"the decode step returns {len(values)} values, expected the logits")
+        output.args = (values[0],)
+
+
+def _placeholders(graph: GraphModule) -> list[Node]:
+    return graph.graph.find_nodes(op="placeholder")

@@ -1,0 +1,167 @@
+"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced.
+
+Every attention layer gets full-length slots: a sliding window lives in the mask alone, so that
+rows can be padded and rolled back without losing keys.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eepass.passes.capture import KvSlots, capture
+from eepass.passes.report import PassError
+from eepass.plan import DecoderGraph
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``; ``windows`` says how far
+    back each named mask lets a row look (None: to the start)."""
+
+    model: Any
+    cache: Any
+    slots: list[KvSlots]
+    windows: dict[str, int | None]
+
+    def __call__(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        mask: Any = masks["attention"] if list(masks) == ["attention"] else masks
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits
+
+
+def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
+    """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
+    step = decode_step(model, cache_length)
+    device = step.slots[0].keys.device
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
+    positions = torch.arange(rows, device=device)[None]
+    dtype = next(model.parameters()).dtype
+    masks = {
+        name: causal_mask(rows, cache_length, window, dtype, device)
+        for name, window in step.windows.items()
+    }
+    tensors = named_tensors(model)
+    return capture(step, ids, positions, masks, tensors, step.slots)
+
+
+def decode_step(model: Any, cache_length: int) -> DecodeStep:
+    """The decode step of ``model`` with a zeroed static cache of ``cache_length`` slots."""
+    config = model.config.get_text_config(decoder=True)
+    refuse_non_decoder(model)
+    windows = mask_windows(model, config)
+    cache = _full_length_cache(config, cache_length)
+    device = next(model.parameters()).device
+    # a first eager token gives each layer's cache its true shape, whatever the architecture
+    with torch.no_grad():
+        try:
+            model(
+                input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        except Exception as error:
+            raise PassError(
+                f"one token through {type(model).__name__} with a static cache fails: {error}"
+            ) from error
+    slots = []
+    for index, layer in enumerate(cache.layers):
+        if not getattr(layer, "is_initialized", False):
+            raise PassError(f"layer {index} never writes to its KV cache")
+        slots.append(KvSlots(layer.keys, layer.values, layer.cumulative_length))
+        for tensor in (layer.keys, layer.values, layer.cumulative_length):
+            tensor.zero_()
+    return DecodeStep(model, cache, slots, windows)
+
+
+def causal_mask(
+    rows: int,
+    cache_length: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+) -> Tensor:
+    """Additive mask [1, 1, R, C] for rows at positions ``start`` onwards: 0 where a row may look.
+
+    Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.
+    """
+    row = torch.arange(start, start + rows, device=device)[:, None]
+    slot = torch.arange(cache_length, device=device)[None]
+    seen = slot <= row
+    if window is not None:
+        seen &= slot > row - window
+    mask = torch.zeros(rows, cache_length, dtype=dtype, device=device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def mask_windows(model: Any, config: Any) -> dict[str, int | None]:
+    """The masks this model wants, by name, each with its window; one unnamed mask mostly."""
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention", "sliding_attention"}:
+        other = sorted(kinds - {"full_attention", "sliding_attention"})
+        raise PassError(f"layers of kind {', '.join(other)} keep no keys and values per token")
+    source = inspect.getsource(type(model.base_model).forward)
+    if kinds and "isinstance(causal_mask_mapping" in source:
+        sizes = {"full_attention": None, "sliding_attention": window}
+        return {kind: sizes[kind] for kind in sorted(kinds)}
+    if len(kinds) == 2:
+        raise PassError("sliding and full layers alternate, but one mask serves all of them")
+    use = getattr(config, "use_sliding_window", True) and (kinds == {"sliding_attention"} or not kinds)
+    return {"attention": window if use else None}
+
+
+def named_tensors(model: Any) -> Mapping[str, Tensor]:
+    """Parameters and buffers by name; a tensor with two names keeps the first."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
+    # Dynamo hands over the parameters themselves, so roles go by the originals
+    return {name: _original(model, name) for name in tensors}
+
+
+def _original(model: Any, name: str) -> Tensor:
+    owner_name, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner_name), attribute)
+
+
+def refuse_non_decoder(model: Any) -> None:
+    """Raise ``PassError`` for models that are not causal decoders with a KV cache."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise PassError(f"{type(model).__name__} is an encoder-decoder model; eepass wants a decoder")
+    if model.get_output_embeddings() is None or not hasattr(model, "generate"):
+        raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
+    if getattr(model, "_is_stateful", False):
+        raise PassError(
+            f"{type(model).__name__} keeps a recurrent state instead of keys and values"
+        )
+
+
+def _full_length_cache(config: Any, cache_length: int) -> Any:
+    from transformers.cache_utils import StaticCache, StaticLayer
+
+    cache = StaticCache(config=config, max_cache_len=cache_length)
+    for index, layer in enumerate(cache.layers):
+        if type(layer).__name__ == "StaticSlidingWindowLayer":
+            cache.layers[index] = StaticLayer(max_cache_len=cache_length)
+        elif not isinstance(layer, StaticLayer):
+            raise PassError(
+                f"layer {index} keeps a {type(layer).__name__}, not keys and values per token"
+            )
+    return cache

@@ -1,0 +1,22 @@
+"""What a pass did: how much it rewrote, what it refused and why."""
+
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+
+class PassError(ValueError):
+    """A decoder that a pass cannot take apart; the message says what stands in the way."""
+
+
+@dataclass(slots=True)
+class PassReport:
+    rewritten: int = 0
+    skipped: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def skip(self, where: Node | str, reason: str) -> None:
+        self.skipped.append((where.name if isinstance(where, Node) else where, reason))
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)

@@ -1,0 +1,64 @@
+"""Take the head apart: final norm, LM head, transform of the logits.
+
+    before   logits = head(hidden)
+    after    logits = transform(linear(norm(hidden), weight, bias))
+
+Early exits read single rows of the LM head, so it must be one linear layer over a parameter, with
+nothing after it but elementwise work. Otherwise the head stays whole, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch.fx import Node
+
+from eepass.passes.graph_walk import ancestors, descendants
+from eepass.plan import Head, Input, Piece
+
+aten = torch.ops.aten
+
+BuildPiece = Callable[[Sequence[Node], Sequence[Node], dict[Node, Input]], Piece]
+
+# on logits these act on each row of the LM head by itself
+ELEMENTWISE = {
+    aten.mul.Tensor,
+    aten.mul.Scalar,
+    aten.div.Tensor,
+    aten.div.Scalar,
+    aten.tanh.default,
+    aten.to.dtype,
+    aten._to_copy.default,
+    aten.alias.default,
+}
+
+
+def split_head(
+    nodes: Sequence[Node], logits: Node, role: dict[Node, Input], build_piece: BuildPiece
+) -> Head:
+    head = Head(build_piece(nodes, [logits], role))
+    linears = [node for node in nodes if node.target is aten.linear.default]
+    if len(linears) != 1:
+        head.reason = f"the head has {len(linears)} linear layers, expected one"
+        return head
+    linear = linears[0]
+    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    for operand in (weight, bias):
+        if operand is not None and (operand not in role or role[operand].kind != "parameter"):
+            head.reason = "the LM head's weight is computed, not a parameter"
+            return head
+    after = [n for n in nodes if n in descendants(linear.graph, [linear]) and n is not linear]
+    for node in after:
+        if node.target not in ELEMENTWISE:
+            head.reason = f"{node.target} follows the LM head: it mixes logits"
+            return head
+    hidden = linear.args[0]
+    assert isinstance(hidden, Node) and isinstance(weight, Node)
+    needed = ancestors([hidden])
+    head.norm = build_piece([node for node in nodes if node in needed], [hidden], role)
+    head.weight = role[weight].name
+    head.bias = role[bias].name if isinstance(bias, Node) else ""
+    if after:
+        head.transform = build_piece(after, [logits], {**role, linear: Input("hidden", "logits")})
+    return head
