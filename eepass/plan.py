@@ -6,11 +6,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
 InputKind = Literal[
-    "ids", "positions", "mask", "hidden", "side", "parameter", "keys", "values", "start"
+    "ids",
+    "positions",
+    "mask",
+    "hidden",
+    "side",
+    "parameter",
+    "keys",
+    "values",
+    "start",
+    # of an exit point: the draft tokens, and their probabilities at the predictor before
+    "draft",
+    "previous",
 ]
 
 
@@ -45,6 +57,7 @@ class DecoderGraph:
     rows: int
     cache_length: int
     tensors: Mapping[str, Tensor]
+    windows: Mapping[str, int | None]
 
 
 @dataclass(slots=True)
@@ -84,11 +97,34 @@ class SplitDecoder:
     layers: tuple[Piece, ...]
     kv_fills: tuple[Piece, ...]
     head: Head
+    windows: Mapping[str, int | None]
     how: str = ""
 
     @property
     def distinct_layers(self) -> int:
         return len({layer.structure for layer in self.layers})
+
+    @property
+    def hidden_size(self) -> int:
+        boundary = self.layers[0].graph.graph.output_node().all_input_nodes[0]
+        return int(boundary.meta["val"].shape[-1])
+
+
+@dataclass(slots=True)
+class ExitPieces:
+    """What runs at exit points besides layers, each for one row.
+
+    ``predictors[layer]``: hidden, draft, previous -> probability [1], draft probabilities [1, K],
+    normed state z [1, 1, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
+    vocabulary, float32 [1, 1, N]. ``normed``: boundary -> z at the draft's layer,
+    ``final``: the same at the last.
+    """
+
+    predictors: Mapping[int, Piece]
+    verify: Piece
+    draft: Piece
+    normed: Piece
+    final: Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,3 +150,24 @@ class ExitPlan:
 
     def at(self, layer: int) -> ExitPoint | None:
         return next((point for point in self.exits if point.layer == layer), None)
+
+
+def causal_mask(
+    rows: int,
+    cache_length: int,
+    window: int | None,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    start: int = 0,
+) -> Tensor:
+    """Additive mask [1, 1, R, C] for rows at positions ``start`` onwards: 0 where a row may look.
+
+    Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.
+    """
+    row = torch.arange(start, start + rows, device=device)[:, None]
+    slot = torch.arange(cache_length, device=device)[None]
+    seen = slot <= row
+    if window is not None:
+        seen &= slot > row - window
+    mask = torch.zeros(rows, cache_length, dtype=dtype, device=device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]

@@ -40,6 +40,7 @@ def capture(
     masks: Mapping[str, Tensor],
     tensors: Mapping[str, Tensor],
     cache: Sequence[KvSlots],
+    windows: Mapping[str, int | None],
 ) -> DecoderGraph:
     """Trace ``step(ids, positions, masks)``; raises ``PassError`` where Dynamo cannot."""
     roles = {id(ids): Input("ids", "ids"), id(positions): Input("positions", "positions")}
@@ -68,7 +69,14 @@ def capture(
     _unwrap_output(traced)
     traced.recompile()
     slots = cache[0].keys.shape[2] if cache else 0
-    return DecoderGraph(traced, tuple(inputs), ids.shape[1], slots, {**tensors, **extra})
+    return DecoderGraph(
+        graph=traced,
+        inputs=tuple(inputs),
+        rows=ids.shape[1],
+        cache_length=slots,
+        tensors={**tensors, **extra},
+        windows=windows,
+    )
 
 
 def _dynamo_graph(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from eepass.passes.capture import KvSlots, capture
 from eepass.passes.report import PassError
-from eepass.plan import DecoderGraph
+from eepass.plan import DecoderGraph, causal_mask
 
 
 @dataclass(slots=True)
@@ -53,7 +53,7 @@ def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
         for name, window in step.windows.items()
     }
     tensors = named_tensors(model)
-    return capture(step, ids, positions, masks, tensors, step.slots)
+    return capture(step, ids, positions, masks, tensors, step.slots, step.windows)
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
@@ -83,27 +83,6 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
         for tensor in (layer.keys, layer.values, layer.cumulative_length):
             tensor.zero_()
     return DecodeStep(model, cache, slots, windows)
-
-
-def causal_mask(
-    rows: int,
-    cache_length: int,
-    window: int | None,
-    dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    start: int = 0,
-) -> Tensor:
-    """Additive mask [1, 1, R, C] for rows at positions ``start`` onwards: 0 where a row may look.
-
-    Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.
-    """
-    row = torch.arange(start, start + rows, device=device)[:, None]
-    slot = torch.arange(cache_length, device=device)[None]
-    seen = slot <= row
-    if window is not None:
-        seen &= slot > row - window
-    mask = torch.zeros(rows, cache_length, dtype=dtype, device=device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
 
 
 def mask_windows(model: Any, config: Any) -> dict[str, int | None]:

@@ -72,6 +72,7 @@ def split_segments(
         layers=tuple(layers),
         kv_fills=tuple(kv_fill(layer) for layer in layers),
         head=split_head(head_nodes, logits, head_roles, build_piece),
+        windows=decoder.windows,
         how="; ".join(report.notes),
     )
     report.rewritten = num_layers

@@ -1,0 +1,150 @@
+"""Append a predictor to the layers after which a token may leave.
+
+    before   hidden = layer(hidden, ...)
+    after    hidden = layer(hidden, ...)
+             state  = eepass.translate(hidden, scale, down, up)       where the exit has a translator
+             z      = norm(state)                                     the model's own final norm
+             logits = transform(eepass.draft_logits(z, lm_head, draft))
+             probability, probabilities = eepass.predict_exit(logits, previous, w1, b1, w2, b2)
+
+Also made here, for one row each: the verification (z -> logits of the hot or the whole vocabulary)
+and the draft from a boundary. Names of the tensors an artefact brings: ``translator.<layer>.*``,
+``predictor.<layer>.*``, ``hot.head``, ``hot.bias``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from eepass.passes.report import PassError, PassReport
+from eepass.passes.split_segments import structure_of
+from eepass.plan import ExitPieces, ExitPlan, Input, Piece, SplitDecoder
+
+TRANSLATOR = ("scale", "down", "up")
+PREDICTOR = ("w1", "b1", "w2", "b2")
+
+
+def insert_predictors(
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport
+) -> ExitPieces:
+    """The pieces that run at the exit points of ``plan``; ``split`` is the decoder for one row.
+
+    ``tensors`` are the model's and the artefact's. Raises ``PassError`` where the head cannot be
+    read row by row, with the reason.
+    """
+    head = split.head
+    if head.norm is None:
+        raise PassError(f"early exits need single rows of the LM head: {head.reason}")
+    builder = _Builder(split, tensors, plan.draft_tokens)
+    predictors = {}
+    for point in plan.exits:
+        predictors[point.layer] = builder.predictor(point.layer, point.translated)
+        report.rewritten += 1
+    for layer in range(1, plan.num_layers + 1):
+        if plan.at(layer) is None:
+            report.skip(f"layer {layer}", "the plan has no exit here")
+    drafting = plan.at(plan.draft_layer)
+    translated = f"translator.{plan.draft_layer}.down" in tensors or (
+        drafting is not None and drafting.translated
+    )
+    return ExitPieces(
+        predictors=predictors,
+        verify=builder.logits(hot=plan.verify == "hot"),
+        draft=builder.logits(hot=True),
+        normed=builder.normed(plan.draft_layer, translated),
+        final=builder.normed(plan.num_layers, False),
+    )
+
+
+class _Builder:
+    def __init__(
+        self, split: SplitDecoder, tensors: Mapping[str, Tensor], draft_tokens: int
+    ) -> None:
+        assert split.head.norm is not None
+        self.head, self.norm, self.tensors = split.head, split.head.norm, tensors
+        self.draft_tokens = draft_tokens
+        output = split.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
+        self.hidden = torch.zeros(1, 1, output.shape[-1], dtype=output.dtype)
+
+    def predictor(self, layer: int, translated: bool) -> Piece:
+        names = [f"translator.{layer}.{part}" for part in TRANSLATOR] if translated else []
+        norm_names = self._norm_names()
+        head_names = [self.head.weight, *([self.head.bias] if self.head.bias else [])]
+        names += [*norm_names, *head_names]
+        names += [f"predictor.{layer}.{part}" for part in PREDICTOR]
+        k = self.draft_tokens
+
+        def run(hidden: Tensor, draft: Tensor, previous: Tensor, *parameters: Tensor) -> Any:
+            by_name = dict(zip(names, parameters, strict=True))
+            z = self._normed(hidden, by_name, layer, translated)
+            logits = torch.ops.eepass.draft_logits(
+                z[0], by_name[self.head.weight], by_name.get(self.head.bias), draft
+            )
+            logits = self._transformed(logits, by_name)
+            mlp = [by_name[f"predictor.{layer}.{part}"] for part in PREDICTOR]
+            probability, probabilities = torch.ops.eepass.predict_exit(logits, previous, *mlp)
+            return probability, probabilities, z
+
+        inputs = [Input("hidden", "hidden"), Input("draft", "draft"), Input("previous", "previous")]
+        examples = [self.hidden, torch.zeros(1, k, dtype=torch.long), torch.zeros(1, k)]
+        return self._trace(run, inputs, examples, names)
+
+    def normed(self, layer: int, translated: bool) -> Piece:
+        names = [f"translator.{layer}.{part}" for part in TRANSLATOR] if translated else []
+        names += self._norm_names()
+
+        def run(hidden: Tensor, *parameters: Tensor) -> Tensor:
+            by_name = dict(zip(names, parameters, strict=True))
+            return self._normed(hidden, by_name, layer, translated)
+
+        return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
+
+    def logits(self, hot: bool) -> Piece:
+        weight, bias = ("hot.head", "hot.bias") if hot else (self.head.weight, self.head.bias)
+        names = [weight, *([bias] if bias and bias in self.tensors else [])]
+
+        def run(z: Tensor, *parameters: Tensor) -> Tensor:
+            by_name = dict(zip(names, parameters, strict=True))
+            logits = torch.ops.eepass.logits_rows(z[0], by_name[weight], by_name.get(bias))
+            return self._transformed(logits, by_name)[None]
+
+        return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
+
+    def _normed(
+        self, hidden: Tensor, by_name: Mapping[str, Tensor], layer: int, translated: bool
+    ) -> Tensor:
+        if translated:
+            parts = [by_name[f"translator.{layer}.{part}"] for part in TRANSLATOR]
+            hidden = torch.ops.eepass.translate(hidden[0], *parts)[None]
+        arguments = [
+            hidden if role.kind == "hidden" else by_name[role.name] for role in self.norm.inputs
+        ]
+        return self.norm.graph(*arguments)
+
+    def _transformed(self, logits: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
+        if self.head.transform is None:
+            return logits
+        return self.head.transform.graph(logits).float()
+
+    def _norm_names(self) -> list[str]:
+        return [role.name for role in self.norm.inputs if role.kind == "parameter"]
+
+    def _trace(
+        self,
+        run: Callable[..., Any],
+        inputs: list[Input],
+        examples: list[Tensor],
+        names: list[str],
+    ) -> Piece:
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor(x) for x in [*examples, *(self.tensors[n].data for n in names)]]
+        with torch.no_grad():
+            graph = make_fx(run, pre_dispatch=True)(*fakes)
+        roles = (*inputs, *(Input("parameter", name) for name in names))
+        return Piece(graph, roles, structure_of(graph, roles))

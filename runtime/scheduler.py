@@ -1,0 +1,35 @@
+"""Which predictors run for the next token (T2 of SpecEE, arXiv 2504.08850, 5)."""
+
+from collections import deque
+from collections.abc import Sequence
+
+WINDOW = 5
+RADIUS = 2
+
+
+class PredictorSchedule:
+    """Active exit layers: the ones tokens leave at most, and those near the last exits.
+
+    ``ranking`` lists all exit layers, most frequent first; its first ``always`` are active for
+    every token. A token that went all the way counts as leaving at ``num_layers``. One schedule
+    serves one sequence; it holds ``WINDOW`` integers.
+    """
+
+    def __init__(self, ranking: Sequence[int], always: int) -> None:
+        self.exits = sorted(ranking)
+        self.fixed = frozenset(ranking[:always])
+        self.recent: deque[int] = deque(maxlen=WINDOW)
+
+    def active(self) -> frozenset[int]:
+        near = {
+            layer
+            for layer in self.exits
+            if any(abs(layer - exit_layer) <= RADIUS for exit_layer in self.recent)
+        }
+        return self.fixed | near if self.recent else frozenset(self.exits)
+
+    def record(self, exit_layer: int) -> None:
+        self.recent.append(exit_layer)
+
+    def reset(self) -> None:
+        self.recent.clear()
