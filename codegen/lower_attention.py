@@ -8,6 +8,8 @@ Left alone: attention with dropout, without an explicit mask, over several seque
 rows (a prefill), where the matrix form is faster.
 """
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -24,7 +26,8 @@ def lower_attention(gm: GraphModule) -> int:
     ):
         if _refusal(node):
             continue
-        q, k, v, mask = node.args[:4]
+        args: tuple[Any, ...] = node.args
+        q, k, v, mask = args[:4]
         scale = node.kwargs.get("scale") or q.meta["val"].shape[-1] ** -0.5
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function
@@ -43,9 +46,10 @@ def lower_attention(gm: GraphModule) -> int:
 
 
 def _refusal(node: Node) -> str | None:
-    if len(node.args) < 4 or node.args[3] is None or (len(node.args) > 4 and any(node.args[4:])):
+    args: tuple[Any, ...] = node.args
+    if len(args) < 4 or args[3] is None or any(args[4:]):
         return "no explicit mask, or dropout"
-    q, k, v, mask = (arg.meta["val"] for arg in node.args[:4])
+    q, k, v, mask = (arg.meta["val"] for arg in args[:4])
     if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or q.shape[2] > MOST_ROWS:
         return "several sequences, a mask per head, or many rows"
     if q.dtype not in (torch.float32, torch.bfloat16) or mask.dtype != q.dtype:

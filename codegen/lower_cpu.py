@@ -75,7 +75,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
 
     decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
     with torch.no_grad(), torch._inductor.config.patch(SETTINGS):
-        outer = compile_fx(
+        outer: Any = compile_fx(
             lowered, list(examples), inner_compile=keep, decompositions=decompositions
         )
     # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call

@@ -8,6 +8,7 @@ tie compiled code to one layer's weights; this form takes them as inputs, so all
 """
 
 import operator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,9 @@ def lower_linear(gm: GraphModule) -> int:
     """Rewrite the linear layers of ``gm`` in place; returns how many."""
     by_input: dict[Node, list[Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        if _rows(node.args[0]) <= MOST_ROWS and _placeholder_operands(node):
-            by_input.setdefault(node.args[0], []).append(node)
+        x: Any = node.args[0]
+        if _rows(x) <= MOST_ROWS and _placeholder_operands(node):
+            by_input.setdefault(x, []).append(node)
     for x, linears in by_input.items():
         _rewrite(gm, x, linears)
     return sum(len(linears) for linears in by_input.values())
@@ -32,8 +34,9 @@ def lower_logits(gm: GraphModule) -> int:
     """Keep the sums of the linear layers of a head in float32: ``eepass.logits_rows``."""
     linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
     for node in linears:
-        x, weight = node.args[:2]
-        bias = node.args[2] if len(node.args) > 2 else None
+        args: tuple[Any, ...] = node.args
+        x, weight = args[:2]
+        bias = args[2] if len(args) > 2 else None
         value: Tensor = x.meta["val"]
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function
@@ -53,7 +56,8 @@ def _rows(x: Node) -> int:
 
 def _placeholder_operands(linear: Node) -> bool:
     """Weights that are inputs are there from the start, so the layers can move together."""
-    return all(arg is None or arg.op == "placeholder" for arg in linear.args[1:])
+    operands: tuple[Any, ...] = linear.args[1:]
+    return all(arg is None or arg.op == "placeholder" for arg in operands)
 
 
 def _rewrite(gm: GraphModule, x: Node, linears: list[Node]) -> None:

@@ -1,0 +1,46 @@
+"""eepass: speculative early exit for any decoder PyTorch can trace."""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from eepass.artifact import load_artifact
+    from eepass.benchmarking import bench
+    from eepass.config import ExitConfig
+    from eepass.errors import InputError
+    from eepass.models import load
+    from eepass.probing import probe
+    from eepass.training.door import train
+    from eepass.transformation import transform
+
+_HOMES = {
+    "ExitConfig": "eepass.config",
+    "InputError": "eepass.errors",
+    "bench": "eepass.benchmarking",
+    "load": "eepass.models",
+    "load_artifact": "eepass.artifact",
+    "probe": "eepass.probing",
+    "train": "eepass.training.door",
+    "transform": "eepass.transformation",
+}
+
+__all__ = [
+    "ExitConfig",
+    "InputError",
+    "bench",
+    "load",
+    "load_artifact",
+    "probe",
+    "train",
+    "transform",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # the stages import eepass.plan: importing them here would re-enter a half-made package
+    if name in _HOMES:
+        import importlib
+
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'eepass' has no attribute {name!r}")

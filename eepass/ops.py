@@ -34,7 +34,7 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 def linear_rows(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
-    """Linear layers over the same few rows: x [R, I], weights [O_i, I], biases [O_i] -> [R, O_i]."""
+    """Linear layers over the same rows: x [R, I], weights [O_i, I], biases [O_i] -> [R, O_i]."""
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 

@@ -46,10 +46,10 @@ def capture(
     roles = {id(ids): Input("ids", "ids"), id(positions): Input("positions", "positions")}
     roles |= {id(mask): Input("mask", name) for name, mask in masks.items()}
     roles |= {id(tensor): Input("parameter", name) for name, tensor in tensors.items()}
-    for layer, slots in enumerate(cache):
-        roles[id(slots.keys)] = Input("keys", f"keys.{layer}", layer)
-        roles[id(slots.values)] = Input("values", f"values.{layer}", layer)
-        roles[id(slots.start)] = Input("start", f"start.{layer}", layer)
+    for layer, kv in enumerate(cache):
+        roles[id(kv.keys)] = Input("keys", f"keys.{layer}", layer)
+        roles[id(kv.values)] = Input("values", f"values.{layer}", layer)
+        roles[id(kv.start)] = Input("start", f"start.{layer}", layer)
 
     graph, examples = _dynamo_graph(step, ids, positions, masks)
     extra: dict[str, Tensor] = {}

@@ -98,7 +98,9 @@ def mask_windows(model: Any, config: Any) -> dict[str, int | None]:
         return {kind: sizes[kind] for kind in sorted(kinds)}
     if len(kinds) == 2:
         raise PassError("sliding and full layers alternate, but one mask serves all of them")
-    use = getattr(config, "use_sliding_window", True) and (kinds == {"sliding_attention"} or not kinds)
+    use = getattr(config, "use_sliding_window", True) and (
+        kinds == {"sliding_attention"} or not kinds
+    )
     return {"attention": window if use else None}
 
 
@@ -123,7 +125,9 @@ def refuse_non_decoder(model: Any) -> None:
     """Raise ``PassError`` for models that are not causal decoders with a KV cache."""
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise PassError(f"{type(model).__name__} is an encoder-decoder model; eepass wants a decoder")
+        raise PassError(
+            f"{type(model).__name__} is an encoder-decoder model; eepass wants a decoder"
+        )
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
         raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
     if getattr(model, "_is_stateful", False):

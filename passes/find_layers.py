@@ -11,11 +11,13 @@ No module or parameter name is read.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import networkx as nx
 import torch
-from torch.fx import Node
+from torch.fx import Graph, Node
 
-from eepass.passes.graph_walk import descendants, kv_writes, roles
+from eepass.passes.graph_walk import descendants, kv_writes, mutated_arguments, roles
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import DecoderGraph
 
@@ -51,7 +53,7 @@ def find_layers(decoder: DecoderGraph, report: PassReport) -> list[Node]:
                 raise PassError(f"the KV write of layer {layer} does not depend on the token ids")
             node = dominator[node]
         boundaries.append(node)
-    for layer, (first, second) in enumerate(zip(boundaries, boundaries[1:], strict=False)):
+    for layer, (first, second) in enumerate(pairwise(boundaries)):
         if on_chain[first] >= on_chain[second]:
             raise PassError(f"layers {layer} and {layer + 1} do not follow one another")
 
@@ -83,10 +85,7 @@ def _dominator_chain(
         if inputs and node is not source:
             reached.add(node)
             flow.add_edges_from((arg, node) for arg in inputs)
-            for arg in node.all_input_nodes:
-                if arg in state and getattr(node.target, "_schema", None) is not None:
-                    if node.target._schema.is_mutable:
-                        last_write[arg] = node
+            last_write |= {arg: node for arg in mutated_arguments(node) if arg in state}
     if output not in reached:
         raise PassError("the logits do not depend on the token ids")
     dominator = nx.immediate_dominators(flow, source)
@@ -97,7 +96,7 @@ def _dominator_chain(
     return dominator, chain[::-1]
 
 
-def _last_boundary(chain: list[Node], boundaries: list[Node], source: Node, graph) -> Node:
+def _last_boundary(chain: list[Node], boundaries: list[Node], source: Node, graph: Graph) -> Node:
     from_ids = descendants(graph, [source])
     additions = [
         place

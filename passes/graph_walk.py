@@ -85,3 +85,11 @@ def kv_writes(decoder_roles: Mapping[Node, Input], graph: Graph) -> dict[int, li
             if role is not None and role.kind in ("keys", "values"):
                 writes.setdefault(role.layer, []).append(node)
     return writes
+
+
+def hoist_placeholders(graph: Graph, placeholders: Sequence[Node]) -> None:
+    """Move placeholders made on demand to the top, in their order."""
+    for placeholder in reversed(placeholders):
+        first = next(iter(graph.nodes))
+        if placeholder is not first:
+            first.prepend(placeholder)

@@ -2,7 +2,7 @@
 
     before   hidden = layer(hidden, ...)
     after    hidden = layer(hidden, ...)
-             state  = eepass.translate(hidden, scale, down, up)       where the exit has a translator
+             state  = eepass.translate(hidden, scale, down, up)      where the exit has a translator
              z      = norm(state)                                     the model's own final norm
              logits = transform(eepass.draft_logits(z, lm_head, draft))
              probability, probabilities = eepass.predict_exit(logits, previous, w1, b1, w2, b2)

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 
@@ -43,7 +45,8 @@ def split_head(
         head.reason = f"the head has {len(linears)} linear layers, expected one"
         return head
     linear = linears[0]
-    weight, bias = linear.args[1], linear.args[2] if len(linear.args) > 2 else None
+    args: tuple[Any, ...] = linear.args
+    weight, bias = args[1], args[2] if len(args) > 2 else None
     for operand in (weight, bias):
         if operand is not None and (operand not in role or role[operand].kind != "parameter"):
             head.reason = "the LM head's weight is computed, not a parameter"
@@ -53,8 +56,7 @@ def split_head(
         if node.target not in ELEMENTWISE:
             head.reason = f"{node.target} follows the LM head: it mixes logits"
             return head
-    hidden = linear.args[0]
-    assert isinstance(hidden, Node) and isinstance(weight, Node)
+    hidden = args[0]
     needed = ancestors([hidden])
     head.norm = build_piece([node for node in nodes if node in needed], [hidden], role)
     head.weight = role[weight].name

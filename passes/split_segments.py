@@ -20,7 +20,14 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from eepass.passes.graph_walk import ancestors, copy_nodes, descendants, kv_writes, roles
+from eepass.passes.graph_walk import (
+    ancestors,
+    copy_nodes,
+    descendants,
+    hoist_placeholders,
+    kv_writes,
+    roles,
+)
 from eepass.passes.report import PassError, PassReport
 from eepass.passes.split_head import split_head
 from eepass.plan import DecoderGraph, Input, Piece, SplitDecoder
@@ -110,7 +117,7 @@ def build_piece(nodes: Sequence[Node], outputs: Sequence[Node], role: dict[Node,
                     copy_nodes([node], graph, known, resolve)
     results = tuple(known[node] for node in outputs)
     first.args = (results[0] if len(results) == 1 else results,)
-    _placeholders_first(graph, placeholders)
+    hoist_placeholders(graph, placeholders)
     module = GraphModule(torch.nn.Module(), graph)
     module.graph.lint()
     return Piece(module, tuple(inputs), structure_of(module, inputs))
@@ -129,24 +136,12 @@ def kv_fill(layer: Piece) -> Piece:
 def structure_of(module: GraphModule, inputs: Sequence[Input]) -> str:
     """Hash of code, roles, shapes, strides and dtypes: equal pieces compile once."""
     described: list[Any] = [module.code]
-    for placeholder, role in zip(
-        module.graph.find_nodes(op="placeholder"), inputs, strict=True
-    ):
+    for placeholder, role in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
         value = placeholder.meta.get("val")
         described.append(
             (role.kind, tuple(value.shape), str(value.dtype)) if value is not None else role.kind
         )
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
-
-
-def _placeholders_first(graph: Graph, placeholders: Sequence[Node]) -> None:
-    anchor = next(iter(graph.nodes))
-    for placeholder in placeholders:
-        if placeholder is not anchor:
-            anchor.prepend(placeholder)
-    if placeholders and anchor in placeholders:
-        for placeholder in reversed(placeholders[placeholders.index(anchor) + 1 :]):
-            anchor.append(placeholder)
 
 
 def _homes(graph: Graph, boundaries: Sequence[Node]) -> dict[Node, int]:
@@ -178,9 +173,7 @@ def _refuse_leaks(graph: Graph, home: dict[Node, int], boundaries: Sequence[Node
                 )
 
 
-def _merge_equal_prelude(
-    graph: Graph, role: dict[Node, Input], boundaries: Sequence[Node]
-) -> None:
+def _merge_equal_prelude(graph: Graph, role: dict[Node, Input], boundaries: Sequence[Node]) -> None:
     """Common subexpressions of what no boundary reaches (rotary tables are built per layer)."""
     inside = descendants(graph, [boundaries[0]])
     outside = {node for node, r in role.items() if r.kind in ("ids", "positions", "mask")}

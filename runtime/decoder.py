@@ -118,7 +118,7 @@ class Decoder:
 
 
 class _Bound:
-    """A piece with its weights and cache in place; hidden, slot and sides are filled in per call."""
+    """A piece with its weights and cache in place; the rest is filled in per call."""
 
     def __init__(self, piece: Piece, tensors: Mapping[str, Tensor], kv: KvCache) -> None:
         self.compiled: Compiled = _not_compiled
@@ -163,9 +163,7 @@ class _SideTables:
     layers leave holes (KV policy ``drop``), and there sliding windows go by slots.
     """
 
-    def __init__(
-        self, splits: Mapping[int, SplitDecoder], tensors: Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, splits: Mapping[int, SplitDecoder], tensors: Mapping[str, Tensor]) -> None:
         one, many = splits[min(splits)], splits[max(splits)]
         self.tables: dict[str, Tensor] = {}
         self.row_dim: dict[str, int] = {}

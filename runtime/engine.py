@@ -121,9 +121,7 @@ class Engine:
     def step(self, token: int) -> Step:
         """Run ``token`` (the one decoded last) and return what follows it."""
         if self.position >= self.decoder.capacity:
-            raise EngineError(
-                f"the cache is full at {self.position} tokens: raise max_length"
-            )
+            raise EngineError(f"the cache is full at {self.position} tokens: raise max_length")
         began = perf_counter()
         step = self._step(token)
         if self.schedule is not None:
@@ -184,7 +182,7 @@ class Engine:
             hidden, rows = self._join(layer, hidden, rows)
             hidden = self._run(layer, hidden, rows)
             boundary = layer + 1
-            if exits is None or boundary not in active and boundary != draft_layer:
+            if exits is None or (boundary not in active and boundary != draft_layer):
                 continue
             row = hidden[:, rows - 1 : rows]
             if boundary == draft_layer:

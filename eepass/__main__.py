@@ -1,0 +1,3 @@
+from eepass.cli import main
+
+main()

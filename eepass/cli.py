@@ -1,0 +1,349 @@
+"""The command line: ``eepass probe | train | generate | bench | inspect``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eepass.errors import InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Speculative early exit for any decoder PyTorch can trace.",
+)
+
+Model = Annotated[str, typer.Argument(help="Hugging Face folder or id, a .gguf file, or smollm2.")]
+Device = Annotated[str, typer.Option(help="Where to run; this runtime is for the CPU.")]
+Dtype = Annotated[str, typer.Option(help="bf16 or fp32.")]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", min=0)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+ArtifactDir = Annotated[Path | None, typer.Option("--artifact", help="Folder eepass train wrote.")]
+Prompts = Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+MaxLength = Annotated[int, typer.Option(help="Prompt and answer together, in tokens.", min=64)]
+Preset = Annotated[str, typer.Option(help="default, or paper: the method as published.")]
+Target = Annotated[float, typer.Option(help="Agreement with the dense answer to keep.")]
+
+
+@app.command()
+def probe(
+    model: Model,
+    prompts: Prompts = None,
+    limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    translate: Annotated[
+        bool, typer.Option("--translate", help="Also fit translators, quickly.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="PNG or SVG of agreement by layer.")] = None,
+    raw: Raw = False,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Say whether early exit will pay for MODEL: where answers are known, what that allows."""
+
+    def work() -> None:
+        from eepass import pictures, probing
+        from eepass.console import console, table
+        from eepass.training.corpus import read_prompts
+        from eepass.training.door import DEFAULT_PROMPTS
+
+        texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+        loaded = _load(model, dtype, device, threads)
+        with console.status("measuring agreement by layer"):
+            report = probing.probe(loaded, texts, new_tokens, translate, raw)
+        table(
+            f"{model}: {report['tokens']} tokens of {report['prompts']} answers",
+            ("layers run", "agreement"),
+            [
+                (str(n), f"{a:.3f}")
+                for n, a in enumerate(report["agreement_by_layer"], 1)
+                if n % 3 == 0 or n > report["layers"] - 6
+            ],
+        )
+        console.print(
+            f"LM head {report['lm_head_layers']:.2f} layers, draft {report['draft_layers']:.2f}; "
+            f"bound {report['bound']:.2f}x, with hot verification {report['bound_hot']:.2f}x"
+        )
+        if "translated" in report:
+            console.print("translated:", report["translated"]["agreement_by_layer"])
+        console.print(report["verdict"], style="bold")
+        pictures.agreement(report, picture or Path("eepass-probe.png"), model)
+        console.print(f"picture: {picture or 'eepass-probe.png'}")
+        _write_json(json_file, report)
+
+    _run(work, debug)
+
+
+@app.command()
+def train(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the artefact; resumed if it has begun.")],
+    prompts: Prompts = None,
+    tokens: Annotated[int, typer.Option(help="Answer tokens to generate.", min=1000)] = 200_000,
+    answers: Annotated[
+        Path | None, typer.Option(help="The model's own answers as JSONL, instead of generating.")
+    ] = None,
+    raw: Raw = False,
+    max_length: MaxLength = 512,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Train translators, draft head, predictors and thresholds for MODEL, on its own answers."""
+
+    def work() -> None:
+        from eepass.console import console, progress_bars, table
+        from eepass.training import door
+
+        loaded = _load(model, dtype, device, threads)
+        with progress_bars() as bars:
+            artifact = door.train(
+                loaded, out, prompts, tokens, answers, raw, max_length, progress=bars
+            )
+        for name, part in artifact.presets.items():
+            table(
+                f"{name}: expected on held-out answers",
+                ("target", "agreement", "exit layer", "speed-up (bytes)"),
+                [
+                    (f"{c.target}", f"{c.agreement:.4f}", f"{c.mean_exit_layer:.1f}",
+                     f"{c.speedup:.2f}x")
+                    for c in part.calibrations
+                ],
+            )  # fmt: skip
+        console.print(f"artefact: {out}")
+        _write_json(json_file, dict(artifact.report))
+
+    _run(work, debug)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="What to answer.")],
+    artifact: ArtifactDir = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Run every layer for every token.")
+    ] = False,
+    stats: Annotated[bool, typer.Option("--stats", help="Show where tokens left.")] = False,
+    preset: Preset = "default",
+    target_agreement: Target = 0.98,
+    kv: Annotated[str, typer.Option(help="defer, propagate or drop.")] = "defer",
+    dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
+    raw: Raw = False,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Answer one prompt, each token tinted by the layer it left at."""
+
+    def work() -> None:
+        from eepass.console import LiveAnswer, console, table
+
+        config = _config(preset, target_agreement=target_agreement, kv=kv)
+        loaded = _load(model, dtype, device, threads)
+        ids = loaded.encode(prompt, raw)
+        length = len(ids) + max_new_tokens + 1
+        ready = _transform(loaded, None if dense else artifact, dense, config, length, dump)
+        engine = ready.dense if dense else ready.engine
+        steps = []
+        show = LiveAnswer(_decoder(loaded), ready.decoder.num_layers, model)
+        with show if console.is_terminal else nullcontext():
+            for step in engine.generate(ids, max_new_tokens, loaded.stop):
+                steps.append(step)
+                if console.is_terminal and step.token not in loaded.stop:
+                    show.add(*step)
+        text = loaded.tokenizer.decode([s.token for s in steps], skip_special_tokens=True)
+        if not console.is_terminal:
+            sys.stdout.write(text + "\n")
+        summary = engine.statistics.summary()
+        if stats:
+            table(
+                "where tokens left",
+                ("layers run", "tokens"),
+                [(str(n), str(c)) for n, c in enumerate(summary["exit_layers"]) if c],
+            )
+            console.print({k: v for k, v in summary.items() if k != "exit_layers"})
+        _write_json(json_file, {**summary, "text": text, "ids": [s.token for s in steps]})
+
+    _run(work, debug)
+
+
+@app.command()
+def bench(
+    model: Model,
+    artifact: ArtifactDir = None,
+    prompts: Prompts = None,
+    limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(min=4)] = 128,
+    preset: Preset = "default",
+    target_agreement: Target = 0.98,
+    frontier: Annotated[bool, typer.Option(help="Measure agreement against speed.")] = True,
+    baselines: Annotated[bool, typer.Option(help="Measure Hugging Face as well.")] = True,
+    max_length: MaxLength = 448,
+    raw: Raw = False,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Measure early exit beside dense, compiled and eager, with its quality."""
+
+    def work() -> None:
+        from eepass import benchmarking
+        from eepass.console import progress_bars, show_bench
+        from eepass.training.corpus import read_prompts
+        from eepass.training.door import DEFAULT_PROMPTS
+
+        texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+        config = _config(preset, target_agreement=target_agreement)
+        loaded = _load(model, dtype, device, threads)
+        ready = _transform(loaded, artifact, False, config, max_length)
+        with progress_bars() as bars:
+            result = benchmarking.bench(
+                loaded, ready, texts, new_tokens, config, raw, frontier, baselines, bars.notify
+            )
+        show_bench(result)
+        _write_json(json_file, result)
+
+    _run(work, debug)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    artifact: ArtifactDir = None,
+    picture: Annotated[Path | None, typer.Option(help="SVG or PNG of the exit graph.")] = None,
+    code: Annotated[bool, typer.Option("--code", help="Print the exit graph as code.")] = False,
+    preset: Preset = "default",
+    target_agreement: Target = 0.98,
+    dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = "bf16",
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Show layers, segments, exits and the exit graph of MODEL."""
+
+    def work() -> None:
+        from eepass import inspecting, pictures
+        from eepass.console import console
+
+        config = _config(preset, target_agreement=target_agreement)
+        loaded = _load(model, dtype, device, threads)
+        ready = _transform(loaded, artifact, False, config, 192, dump, exits_optional=True)
+        found = inspecting.describe(ready)
+        for name, value in found.items():
+            if name == "exits":
+                console.print(f"exits: {[e['layer'] for e in value]}")
+            else:
+                console.print(f"{name}: {value}", highlight=False)
+        if picture is not None:
+            pictures.exit_graph(ready.splits[1], ready.plan, picture, model)
+            console.print(f"picture: {picture}")
+        if code:
+            sys.stdout.write(inspecting.code_of(ready) + "\n")
+        _write_json(json_file, found)
+
+    _run(work, debug)
+
+
+def main() -> None:
+    """Entry point of the ``eepass`` command."""
+    app()
+
+
+def _config(preset: str, **options: Any) -> Any:
+    from dataclasses import replace
+
+    from eepass.config import ExitConfig
+
+    return replace(ExitConfig.preset(preset), **options)
+
+
+def _load(model: str, dtype: str, device: str, threads: int) -> Any:
+    import torch
+
+    from eepass import models
+    from eepass.console import console
+
+    models.check_device(device)
+    if threads:
+        torch.set_num_threads(threads)
+    with console.status(f"loading {model}"):
+        return models.load(model, dtype, device)
+
+
+def _transform(
+    loaded: Any,
+    artifact: Path | None,
+    dense: bool,
+    config: Any,
+    max_length: int,
+    dump: Path | None = None,
+    exits_optional: bool = False,
+) -> Any:
+    from eepass.console import console
+    from eepass.transformation import transform
+
+    folder = None if dense else artifact or loaded.artifact
+    if folder is None and not dense and not exits_optional:
+        raise InputError(
+            f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "
+            "--artifact DIR, or ask for --dense"
+        )
+    with console.status("tracing, splitting and compiling"):
+        return transform(loaded.model, folder, config, max_length, loaded.stop, dump)
+
+
+def _decoder(loaded: Any) -> Callable[[list[int]], str]:
+    return lambda ids: str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _write_json(file: Path | None, value: Any) -> None:
+    if file is None:
+        return
+    from eepass.training.boundaries import write_text
+
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(value, indent=1) + "\n")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def _run(work: Callable[[], None], debug: bool) -> None:
+    """Run a command: what the person can mend is one line and exit code 2."""
+    from eepass.console import errors
+
+    try:
+        work()
+    except KeyboardInterrupt:
+        errors.print(
+            "stopped: run the same command again to go on (a training resumes where it was)"
+        )
+        raise typer.Exit(2) from None
+    except (ValueError, OSError) as error:
+        # InputError, EngineError and PassError are ValueErrors, as are refused options
+        if debug:
+            raise
+        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(2) from None

@@ -1,0 +1,67 @@
+"""How a decoder is to be left early."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Preset = Literal["default", "paper"]
+
+
+@dataclass(frozen=True, slots=True)
+class ExitConfig:
+    """Options of early exit; ``ExitConfig.preset("paper")`` is the method as published.
+
+    Raises ``ValueError`` naming the field and its value.
+    """
+
+    name: Preset = "default"
+    # share of tokens that equal the dense argmax under teacher forcing
+    target_agreement: float = 0.98
+    # one threshold for every exit instead of the calibrated ones
+    threshold: float | None = None
+    kv: Literal["defer", "propagate", "drop"] = "defer"
+    # where draft tokens come from: an early translated boundary, or the trained one-layer head
+    draft: Literal["lens", "eagle"] = "lens"
+    verify: Literal["hot", "full"] = "hot"
+    translators: bool = True
+    schedule: bool = True
+    # tokens that may wait for the deeper layers
+    pending: int = 7
+    guarantee: Literal["approximate"] = "approximate"
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            if get_origin(hints[field.name]) is Literal:
+                known = get_args(hints[field.name])
+                if getattr(self, field.name) not in known:
+                    self._refuse(field.name, f"one of {', '.join(map(str, known))}")
+        if not 0 < self.target_agreement < 1:
+            self._refuse("target_agreement", "between 0 and 1")
+        if self.threshold is not None and not 0 <= self.threshold <= 1:
+            self._refuse("threshold", "between 0 and 1")
+        if not 0 <= self.pending <= 31:
+            self._refuse("pending", "between 0 and 31")
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    @classmethod
+    def preset(cls, name: str) -> ExitConfig:
+        """``default``, or ``paper``: lens, EAGLE draft, whole LM head, threshold 0.5."""
+        if name == "default":
+            return cls()
+        if name == "paper":
+            return cls(name="paper", draft="eagle", verify="full", translators=False, threshold=0.5)
+        raise ValueError(f"preset={name!r}: must be one of default, paper")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> ExitConfig:
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown options {', '.join(unknown)}; known: {sorted(known)}")
+        return replace(cls(), **values)

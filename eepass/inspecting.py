@@ -1,0 +1,75 @@
+"""``eepass inspect``: what the passes found in a model and what an artefact adds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eepass.passes.insert_exits import insert_exits
+from eepass.passes.report import PassReport
+from eepass.plan import Piece
+from eepass.transformation import EarlyExitModel, exit_tensors
+
+
+def describe(model: EarlyExitModel) -> dict[str, Any]:
+    """Layers and how they were found, segments, exits, predictors, KV policy."""
+    split, plan = model.splits[1], model.plan
+    exits = [
+        {
+            "layer": point.layer,
+            "translated": point.translated,
+            "threshold": point.threshold,
+            "predictor": sum(
+                t.numel()
+                for n, t in (model.artifact.tensors if model.artifact else {}).items()
+                if model.config and n.startswith(f"predictor.{model.config.name}.{point.layer}.")
+            ),
+        }
+        for point in (plan.exits if plan else ())
+    ]
+    return {
+        "layers": len(split.layers),
+        "how": split.how,
+        "segments": len(split.layers),
+        "distinct_segments": split.distinct_layers,
+        "rows": sorted(model.splits),
+        "head": split.head.reason
+        or "norm, LM head" + (", transform" if split.head.transform else ""),
+        "exits": exits,
+        "draft": (
+            None
+            if plan is None
+            else f"after layer {plan.draft_layer}"
+            if plan.draft_layer
+            else "trained draft head"
+        ),
+        "draft_tokens": plan.draft_tokens if plan else 0,
+        "verify": plan.verify if plan else None,
+        "kv_policy": plan.kv_policy if plan else "dense",
+        "masks": dict(split.windows),
+        "cpu_kernels": model.compiler.kernels_missing or "built",
+    }
+
+
+def exit_graph_of(model: EarlyExitModel) -> Piece | None:
+    """The exit graph of a configured model; None for a dense one."""
+    if model.plan is None or model.pieces is None or model.artifact is None or not model.config:
+        return None
+    tensors = exit_tensors(
+        model.config.name, model.artifact, model.decoder.tensors, model.splits[1].head.weight
+    )
+    tensors = {**model.decoder.tensors, **tensors}
+    return insert_exits(model.splits[1], model.pieces, model.plan, tensors, PassReport())
+
+
+def code_of(model: EarlyExitModel) -> str:
+    """The exit graph as readable code: the chain, then each distinct branch; dense: the layers."""
+    piece = exit_graph_of(model)
+    if piece is None:
+        seen: dict[str, str] = {}
+        for number, layer in enumerate(model.splits[1].layers, 1):
+            seen.setdefault(layer.structure, f"# layer {number}\n{layer.graph.code.strip()}")
+        return "\n\n".join(seen.values())
+    parts = [f"# the chain\n{piece.graph.code.strip()}"]
+    for name, branch in piece.graph.named_children():
+        parts.append(f"# {name}\n{str(branch.code).strip()}")
+    return "\n\n".join(parts)

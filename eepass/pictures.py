@@ -1,0 +1,101 @@
+"""Plots and drawings; matplotlib is imported only when one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eepass.plan import ExitPlan, SplitDecoder
+
+COLOURS = {"embed": "#8da0cb", "layer": "#a6cee3", "exit": "#66c2a5", "head": "#fc8d62"}
+
+
+def exit_layers(counts: Sequence[int], file: Path, title: str) -> None:
+    """Bar chart of how many tokens left after each layer; ``counts[0]`` is layer 0."""
+    plt = _pyplot()
+    total = max(sum(counts), 1)
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    layers = range(1, len(counts))
+    axes.bar(layers, [100 * counts[n] / total for n in layers], color=COLOURS["exit"])
+    mean = sum(n * counts[n] for n in layers) / total
+    axes.axvline(mean, color=COLOURS["head"], linestyle="--", label=f"mean {mean:.1f}")
+    axes.set(xlabel="layers run", ylabel="% of tokens", title=title, xlim=(0.4, len(counts) - 0.4))
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def agreement(report: Mapping[str, Any], file: Path, title: str) -> None:
+    """Agreement with the dense answer by layer, as ``eepass.probe`` reports it."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    by_layer = report["agreement_by_layer"]
+    axes.plot(range(1, len(by_layer) + 1), by_layer, marker="o", markersize=3, label="logit lens")
+    if "translated" in report:
+        points = report["translated"]["agreement_by_layer"]
+        axes.plot([int(n) for n in points], list(points.values()), marker="s", label="translated")
+    axes.axvline(
+        report["first_agreement_mean"], color="grey", linestyle=":", label="first right, mean"
+    )
+    axes.set(xlabel="layers run", ylabel="agreement with the last layer", title=title, ylim=(0, 1))
+    axes.legend(frameon=False)
+    _save(figure, file)
+
+
+def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: str) -> None:
+    """The chain of segments with its exits, drawn left to right in rows."""
+    import networkx as nx
+
+    plt = _pyplot()
+    structures = list(dict.fromkeys(layer.structure for layer in split.layers))
+    flow = nx.DiGraph()
+    names = ["embed", *(f"layer {n}" for n in range(1, len(split.layers) + 1)), "head"]
+    nx.add_path(flow, names)
+    per_row = 8
+    position, colour, label = {}, {}, {}
+    for place, name in enumerate(names):
+        row, column = divmod(place, per_row)
+        position[name] = (column * 2.4, -row * 2.2)
+        if name.startswith("layer"):
+            letter = chr(ord("A") + structures.index(split.layers[place - 1].structure))
+            colour[name], label[name] = COLOURS["layer"], f"{place}\n{letter}"
+        else:
+            colour[name], label[name] = COLOURS[name], name
+    exits = plan.exits if plan else ()
+    for point in exits:
+        name, source = f"exit {point.layer}", f"layer {point.layer}"
+        flow.add_edge(source, name)
+        x, y = position[source]
+        position[name] = (x, y - 1.0)
+        colour[name] = COLOURS["exit"]
+        label[name] = f"> {point.threshold:.2f}" + ("\nT" if point.translated else "")
+    rows = -(-len(names) // per_row)
+    figure, axes = plt.subplots(figsize=(13, 1.7 * rows + 1.2), layout="constrained")
+    nodes = list(flow.nodes)
+    nx.draw_networkx(
+        flow, position, nodelist=nodes, ax=axes, labels=label, font_size=7, node_size=820,
+        node_shape="s", node_color=[colour[n] for n in nodes], edge_color="#777777", arrowsize=8,
+    )  # fmt: skip
+    drafting = f"draft after layer {plan.draft_layer}, " if plan and plan.draft_layer else ""
+    axes.set_title(
+        f"{title}: {len(split.layers)} layers, {split.distinct_layers} distinct "
+        f"({', '.join(chr(ord('A') + i) for i in range(len(structures)))}); {drafting}"
+        f"{len(exits)} exits (probability wanted; T: translated)"
+    )
+    axes.axis("off")
+    _save(figure, file)
+
+
+def _pyplot() -> Any:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _save(figure: Any, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    _pyplot().close(figure)

@@ -1,0 +1,1 @@
+"""Training of what early exit needs; ``eepass.train`` is the door."""

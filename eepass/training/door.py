@@ -1,0 +1,131 @@
+"""``eepass.train``: an artefact for a model, from prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from eepass.artifact import Artifact, fingerprint
+from eepass.errors import InputError
+from eepass.models import LoadedModel
+from eepass.training.boundaries import write_text
+from eepass.training.corpus import (
+    Example,
+    generate_answers,
+    read_answers,
+    read_prompts,
+    split_of,
+)
+from eepass.training.run import Progress, Trainer
+
+DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+
+
+class Silent:
+    """A progress that nobody watches."""
+
+    def begin(self, stage: str, total: int) -> None: ...
+
+    def advance(self, amount: int) -> None: ...
+
+
+def train(
+    loaded: LoadedModel,
+    out: str | Path,
+    prompts: str | Path | None = None,
+    tokens: int = 200_000,
+    answers: str | Path | None = None,
+    raw: bool = False,
+    max_length: int = 512,
+    progress: Progress | None = None,
+) -> Artifact:
+    """Train translators, draft head, predictors and thresholds for ``loaded``; write ``out``.
+
+    ``prompts``: JSONL, ``{"prompt": ...}`` a line; the shipped set otherwise. ``tokens``: answer
+    tokens to generate. ``answers``: JSONL of the model's own answers, ``{"prompt": line of the
+    prompts file from 0, "answer": [token ids]}``, instead of generating. What a run that was
+    stopped has done is taken up from ``out/checkpoint``. Raises ``InputError`` for bad input.
+    """
+    progress = progress or Silent()
+    folder = Path(out)
+    checkpoint = folder / "checkpoint"
+    encoded = [
+        loaded.encode(prompt, raw) for prompt in read_prompts(Path(prompts or DEFAULT_PROMPTS))
+    ]
+    request = {
+        "model": fingerprint(loaded.model)["weights"],
+        "prompts": len(encoded),
+        "answers": str(Path(answers).name) if answers else None,
+        "tokens": None if answers else tokens,
+        "max_length": max_length,
+    }
+    try:
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        _same_request(checkpoint, request)
+        if answers is not None:
+            path = Path(answers)
+            if not path.is_file():
+                raise InputError(f"{path}: no such file")
+            examples = read_answers(path, encoded, loaded.model.config.vocab_size)
+        else:
+            examples = _own_answers(loaded, encoded, tokens, checkpoint, progress)
+        if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
+            raise InputError(f"{len(encoded)} prompts are too few: give fifty or more")
+        trainer = Trainer(loaded.model, checkpoint, progress, max_length)
+        with torch.no_grad():
+            artifact = trainer.run(examples)
+        artifact.save(folder)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: cannot be written ({error.strerror or error}); what was done before is "
+            "kept: make room and run the same command again"
+        ) from error
+    return artifact
+
+
+def _same_request(checkpoint: Path, request: dict[str, object]) -> None:
+    path = checkpoint / "request.json"
+    if path.exists():
+        before = json.loads(path.read_text())
+        changed = [name for name, value in request.items() if before.get(name) != value]
+        if changed:
+            raise InputError(
+                f"{checkpoint}: holds a training with other {', '.join(changed)}; "
+                "delete it or choose another --out"
+            )
+    else:
+        write_text(path, json.dumps(request))
+
+
+def _own_answers(
+    loaded: LoadedModel,
+    prompts: Sequence[list[int]],
+    tokens: int,
+    checkpoint: Path,
+    progress: Progress,
+) -> list[Example]:
+    """Generated once; the file grows by whole batches, and a run taken up goes on after them."""
+    path = checkpoint / "answers.jsonl"
+    examples = []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            examples.append(Example(record["prompt"], record["answer"], split_of(record["prompt"])))
+    done = sum(len(example.answer) for example in examples)
+    progress.begin("generating answers", tokens)
+    progress.advance(done)
+    answered = {tuple(example.prompt) for example in examples}
+    left = [prompt for prompt in prompts if tuple(prompt) not in answered]
+
+    def keep(batch: list[Example]) -> None:
+        examples.extend(batch)
+        lines = [json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in examples]
+        write_text(path, "\n".join(lines) + "\n")
+        progress.advance(sum(len(e.answer) for e in batch))
+
+    if done < tokens and left:
+        generate_answers(loaded.model, left, loaded.stop, tokens - done, keep)
+    return examples

