@@ -10,7 +10,6 @@ nothing after it but elementwise work. Otherwise the head stays whole, with the 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-
 from typing import Any
 
 import torch

@@ -34,6 +34,7 @@ from eepass.training.translators import fit_translator
 
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
+PAPER_TOKENS = 12_000
 DRAFT_TOKENS = {"default": 8, "paper": 4}
 
 
@@ -211,7 +212,6 @@ class Trainer:
         self, preset: str, tensors: Mapping[str, Tensor], costs: Costs
     ) -> tuple[dict[str, Tensor], PresetPart, dict[str, Any]]:
         layers = self.layout.exits if preset == "default" else self.layout.paper_exits
-        views = self._views(preset, "predict", layers, tensors)
         path = self.checkpoint / f"predictors-{preset}.safetensors"
         self.progress.begin(
             f"predictors ({preset})", PREDICTOR_PASSES * len(layers) * len(self._label("predict"))
@@ -223,6 +223,7 @@ class Trainer:
                 for layer in layers
             }
         else:
+            views = self._views(preset, "predict", layers, tensors)
             fitted = fit_predictors(views, self.progress.advance)
             write_tensors(path, {f"{e}.{n}": t for e, p in fitted.items() for n, t in p.items()})
         held_out = self._views(preset, "calibrate", layers, tensors)
@@ -257,16 +258,18 @@ class Trainer:
     def _views(
         self, preset: str, split: str, layers: Sequence[int], tensors: Mapping[str, Tensor]
     ) -> ExitViews:
-        draft = self._drafts(preset, split, tensors)
+        draft, label = self._drafts(preset, split, tensors), self._label(split)
+        verify_ids = tensors["hot.ids"].long() if preset == "default" else None
+        # the whole LM head at every exit is dear: the paper's few thousand tokens do for it
+        count = len(label) if preset == "default" else min(len(label), PAPER_TOKENS)
 
         def states(layer: int) -> Tensor:
             if layer == self.layout.num_layers:
-                return self.store.read(split, "z")
-            return self._state(split, layer, tensors, translated=preset == "default")
+                return self.store.read(split, "z")[:count]
+            return self._state(split, layer, tensors, translated=preset == "default")[:count]
 
-        verify_ids = tensors["hot.ids"].long() if preset == "default" else None
         return view_exits(
-            states, layers, draft, self._label(split), self.lm_head, verify_ids, self.transform
+            states, layers, draft[:count], label[:count], self.lm_head, verify_ids, self.transform
         )
 
     def _state(
