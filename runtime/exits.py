@@ -92,9 +92,13 @@ class Exits:
         if not wanted:
             return None
         statistics.wanted += 1
-        (logits,) = self._verify(z)
-        best = logits[0].argmax(-1)
-        token = self.hot_ids[best] if self.plan.verify == "hot" else best
+        if layer == self.plan.draft_layer and self.plan.verify == "hot":
+            # the draft came from these very logits: its first token is their argmax
+            token = self.ids[0, :1]
+        else:
+            (logits,) = self._verify(z)
+            best = logits[0].argmax(-1)
+            token = self.hot_ids[best] if self.plan.verify == "hot" else best
         right = bool((token == self.ids).any())
         statistics.verify_seconds += perf_counter() - ended
         if not right:

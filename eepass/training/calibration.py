@@ -22,8 +22,13 @@ class Costs:
     draft: float
     predictor: float
     verify: float
+    # where the draft is taken its likeliest token is the verified one
+    draft_layer: int = 0
     # a row more in a layer that runs anyway: what catching up a token costs there
     row: float = 0.1
+
+    def verify_at(self, layer: int) -> float:
+        return 0.0 if layer == self.draft_layer else self.verify
 
     @property
     def dense(self) -> float:
@@ -93,7 +98,7 @@ def replay(
             continue
         cost += here * costs.predictor
         tries = here & (scores[index] > thresholds[index])
-        cost += tries * costs.verify
+        cost += tries * costs.verify_at(layer)
         leaves = tries & verified[index]
         exit_layer[leaves] = layer
         correct[leaves] = right[index][leaves]
@@ -154,7 +159,7 @@ def _at_price(
         for index in reversed(range(len(layers))):
             layer = layers[index]
             leave = layer + (costs.num_layers - layer) * costs.row + price * ~right[index]
-            change = costs.verify + verified[index] * (leave - ahead)
+            change = costs.verify_at(layer) + verified[index] * (leave - ahead)
             thresholds[index], gain = _best_threshold(
                 scores[index][reaching[index]], change[reaching[index]]
             )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor
 from eepass import ops
 from eepass.artifact import Artifact, PresetPart, fingerprint
 from eepass.codegen.lower_cpu import CpuCompiler
+from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassError
@@ -35,7 +37,11 @@ from eepass.training.translators import fit_translator
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
 PAPER_TOKENS = 12_000
-DRAFT_TOKENS = {"default": 8, "paper": 4}
+# in layers of smollm2 on two cores: calling a small compiled piece, and the ranking of a draft
+CALL = 0.2
+TOPK = 0.2
+# thirty-two rows tell a predictor nearly what the whole hot vocabulary would
+DRAFT_TOKENS = {"default": 32, "paper": 4}
 
 
 class Progress(Protocol):
@@ -52,13 +58,14 @@ class Layout:
     num_layers: int
 
     @property
-    def draft_layer(self) -> int:
-        return max(1, round(0.6 * self.num_layers))
+    def draft_layers(self) -> tuple[int, ...]:
+        """Where the draft of the default preset may be taken; the better one is kept."""
+        return tuple(sorted({max(1, round(part * self.num_layers)) for part in (0.63, 0.73)}))
 
-    @property
-    def exits(self) -> tuple[int, ...]:
-        """Exits of the default preset: after the draft, the last boundary included."""
-        return tuple(range(self.draft_layer + 1, self.num_layers + 1))
+    def exits(self, draft_layer: int) -> tuple[int, ...]:
+        """Exits of the default preset: from the draft's boundary on every other one, and the last,
+        where leaving saves the cold rows of the LM head."""
+        return (*range(draft_layer, self.num_layers, 2), self.num_layers)
 
     @property
     def paper_exits(self) -> tuple[int, ...]:
@@ -68,7 +75,12 @@ class Layout:
 
     @property
     def kept(self) -> tuple[int, ...]:
-        return tuple(sorted({self.draft_layer, *self.exits, *self.paper_exits} - {self.num_layers}))
+        return tuple(sorted({*self.translated, *self.paper_exits}))
+
+    @property
+    def translated(self) -> tuple[int, ...]:
+        found = {layer for draft in self.draft_layers for layer in self.exits(draft)}
+        return tuple(sorted(found - {self.num_layers}))
 
 
 @dataclass
@@ -121,15 +133,31 @@ class Trainer:
         hot_head = self.lm_head[tensors["hot.ids"].long()].contiguous()
         tensors |= self._timed("translators", lambda: self._translators(hot_head))
         tensors |= self._timed("draft", lambda: self._draft(hot_head))
-        costs = costs or self.estimated_costs()
-        presets, report = {}, {}
-        for preset in ("default", "paper"):
-            trained, part, measured = self._timed(
-                f"predictors.{preset}", partial(self._preset, preset, tensors, costs)
-            )
-            tensors = tensors | trained
-            presets[preset] = part
-            report[preset] = measured
+        costs = costs or self.measured_costs()
+        presets: dict[str, PresetPart] = {}
+        report: dict[str, Any] = {}
+        tried = [
+            self._timed(f"predictors.{layer}", partial(self._preset, layer, tensors, costs))
+            for layer in self.layout.draft_layers
+        ]
+        report["draft_layers"] = {
+            str(part.draft_layer): [c.to_json() for c in part.calibrations] for _, part, _ in tried
+        }
+        # the layer whose exits are worth most at the target a user gets unasked
+        usual = ExitConfig().target_agreement
+        trained, presets["default"], report["default"] = max(
+            tried, key=lambda made: made[1].at_target(usual).speedup
+        )
+        paper, presets["paper"], report["paper"] = self._timed(
+            "predictors.paper", partial(self._preset, 0, tensors, costs)
+        )
+        used = {str(layer) for layer in self.layout.exits(presets["default"].draft_layer)}
+        tensors = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not name.startswith("translator.") or name.split(".")[1] in used
+        }
+        tensors |= trained | paper
         report["examples"] = len(examples)
         report["tokens"] = {s: len(self._label(s)) for s in ("fit", "predict", "calibrate")}
         report["hot_coverage"] = self._coverage(tensors["hot.ids"])
@@ -138,22 +166,28 @@ class Trainer:
                                 "predictor": costs.predictor, "row": costs.row}  # fmt: skip
         return Artifact(fingerprint(self.model), presets, tensors, report)
 
-    def estimated_costs(self) -> Costs:
-        """Costs in layers from the bytes each part reads; what a layer's bytes take is one."""
-        tensors = self._engine.decoder.tensors
-        layer = sum(
-            tensors[r.name].numel() for r in self._split.layers[-1].inputs if r.kind == "parameter"
-        )
-        hidden = self.lm_head.shape[1]
-        hot = min(self.hot_tokens, len(self.lm_head)) * hidden / layer
-        translator = 2 * 128 * hidden / layer
+    def measured_costs(self) -> Costs:
+        """Costs in layers: the head as timed here, the rest by the rows of it that they read."""
+        decoder = self._engine.decoder
+        hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=self.lm_head.dtype)
+        layers: list[float] = []
+        heads: list[float] = []
+        for _ in range(12):
+            began = time.perf_counter()
+            for layer in range(decoder.num_layers):
+                decoder.run_layer(layer, hidden, 0, 0)
+            middle = time.perf_counter()
+            decoder.logits(hidden)
+            layers.append((middle - began) / decoder.num_layers)
+            heads.append(time.perf_counter() - middle)
+        head = statistics.median(heads) / statistics.median(layers)
+        hot = head * min(self.hot_tokens, len(self.lm_head)) / len(self.lm_head)
         return Costs(
             num_layers=self.layout.num_layers,
-            head=self.lm_head.numel() / layer,
-            draft=hot + translator,
-            # the launch of a predictor weighs as much again as its bytes on a small model
-            predictor=2 * translator + 0.05,
-            verify=hot,
+            head=head,
+            draft=hot + CALL + TOPK,
+            predictor=CALL,
+            verify=hot + CALL / 2,
         )
 
     def _collect(self, examples: Sequence[Example]) -> None:
@@ -182,7 +216,7 @@ class Trainer:
         return float(torch.isin(self._label("calibrate"), hot_ids.long()).float().mean())
 
     def _translators(self, hot_head: Tensor) -> dict[str, Tensor]:
-        layers = [self.layout.draft_layer, *self.layout.exits[:-1]]
+        layers = self.layout.translated
         z = self.store.read("fit", "z")
         self.progress.begin("translators", TRANSLATOR_PASSES * len(z) * len(layers))
         tensors: dict[str, Tensor] = {}
@@ -209,12 +243,15 @@ class Trainer:
         return {f"eagle.{name}": tensor for name, tensor in load_file(path).items()}
 
     def _preset(
-        self, preset: str, tensors: Mapping[str, Tensor], costs: Costs
+        self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs
     ) -> tuple[dict[str, Tensor], PresetPart, dict[str, Any]]:
-        layers = self.layout.exits if preset == "default" else self.layout.paper_exits
-        path = self.checkpoint / f"predictors-{preset}.safetensors"
+        """Predictors and thresholds with the draft taken at a layer; 0 is the preset ``paper``."""
+        preset = "default" if draft_layer else "paper"
+        layers = self.layout.exits(draft_layer) if draft_layer else self.layout.paper_exits
+        path = self.checkpoint / f"predictors-{draft_layer}.safetensors"
         self.progress.begin(
-            f"predictors ({preset})", PREDICTOR_PASSES * len(layers) * len(self._label("predict"))
+            f"predictors, draft at {draft_layer}" if draft_layer else "predictors (paper)",
+            PREDICTOR_PASSES * len(layers) * len(self._label("predict")),
         )
         if path.exists():
             stored = load_file(path)
@@ -223,50 +260,45 @@ class Trainer:
                 for layer in layers
             }
         else:
-            views = self._views(preset, "predict", layers, tensors)
+            views = self._views(draft_layer, "predict", layers, tensors)
             fitted = fit_predictors(views, self.progress.advance)
             write_tensors(path, {f"{e}.{n}": t for e, p in fitted.items() for n, t in p.items()})
-        held_out = self._views(preset, "calibrate", layers, tensors)
-        if preset == "paper":
+        held_out = self._views(draft_layer, "calibrate", layers, tensors)
+        if draft_layer:
+            costs = replace(costs, draft_layer=draft_layer)
+        else:
             eagle = sum(t.numel() for n, t in tensors.items() if n.startswith("eagle."))
-            layer_size = self.lm_head.numel() / costs.head
-            costs = Costs(
-                num_layers=costs.num_layers,
-                head=costs.head,
-                draft=costs.verify + eagle / layer_size,
-                predictor=0.05,
-                verify=costs.head,
-                row=costs.row,
-            )
+            layer_size = self._layer_size()
+            costs = replace(costs, draft=costs.draft + eagle / layer_size, verify=costs.head)
         verified = torch.stack([held_out.verified[layer] for layer in layers])
         right = torch.stack([held_out.right[layer] for layer in layers])
         calibrations = calibrate(layers, scores(held_out, fitted), verified, right, costs)
-        part = PresetPart(
-            draft_layer=self.layout.draft_layer if preset == "default" else 0,
-            draft_tokens=DRAFT_TOKENS[preset],
-            calibrations=tuple(calibrations),
-        )
+        part = PresetPart(draft_layer, DRAFT_TOKENS[preset], tuple(calibrations))
         report = {
             "agreement_by_exit": {str(e): float(held_out.right[e].float().mean()) for e in layers},
-            "draft_hit": float(held_out.verified[layers[-1]].float().mean()),
-            "dense_in_draft": self._draft_hit(preset, tensors),
+            "dense_in_draft": self._draft_hit(draft_layer, tensors),
             "targets": [c.to_json() for c in calibrations],
         }
         names = {f"predictor.{preset}.{e}.{n}": t for e, p in fitted.items() for n, t in p.items()}
         return names, part, report
 
+    def _layer_size(self) -> int:
+        tensors = self._engine.decoder.tensors
+        last = self._split.layers[-1]
+        return sum(tensors[r.name].numel() for r in last.inputs if r.kind == "parameter")
+
     def _views(
-        self, preset: str, split: str, layers: Sequence[int], tensors: Mapping[str, Tensor]
+        self, draft_layer: int, split: str, layers: Sequence[int], tensors: Mapping[str, Tensor]
     ) -> ExitViews:
-        draft, label = self._drafts(preset, split, tensors), self._label(split)
-        verify_ids = tensors["hot.ids"].long() if preset == "default" else None
+        draft, label = self._drafts(draft_layer, split, tensors), self._label(split)
+        verify_ids = tensors["hot.ids"].long() if draft_layer else None
         # the whole LM head at every exit is dear: the paper's few thousand tokens do for it
-        count = len(label) if preset == "default" else min(len(label), PAPER_TOKENS)
+        count = len(label) if draft_layer else min(len(label), PAPER_TOKENS)
 
         def states(layer: int) -> Tensor:
             if layer == self.layout.num_layers:
                 return self.store.read(split, "z")[:count]
-            return self._state(split, layer, tensors, translated=preset == "default")[:count]
+            return self._state(split, layer, tensors, translated=draft_layer > 0)[:count]
 
         return view_exits(
             states, layers, draft[:count], label[:count], self.lm_head, verify_ids, self.transform
@@ -281,24 +313,23 @@ class Trainer:
             hidden = ops.translate(hidden, *parts)
         return self.norm(hidden[None])[0]
 
-    def _drafts(self, preset: str, split: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    def _drafts(self, draft_layer: int, split: str, tensors: Mapping[str, Tensor]) -> Tensor:
         hot = tensors["hot.ids"].long()
-        if preset == "default":
-            states = self._state(split, self.layout.draft_layer, tensors, translated=True)
+        if draft_layer:
+            states = self._state(split, draft_layer, tensors, translated=True)
         else:
             token, z, place = (self.store.read(split, n) for n in ("token", "z", "place"))
             weights = {n[6:]: t for n, t in tensors.items() if n.startswith("eagle.")}
             states = draft_states(weights, token.long(), z, place, self.embedding)
         hot_head = self.lm_head[hot]
-        k = DRAFT_TOKENS[preset]
+        k = DRAFT_TOKENS["default" if draft_layer else "paper"]
         return torch.cat([hot[(s @ hot_head.T).topk(k, -1).indices] for s in states.split(2048)])
 
-    def _draft_hit(self, preset: str, tensors: Mapping[str, Tensor]) -> dict[str, float]:
-        draft, label = self._drafts(preset, "calibrate", tensors), self._label("calibrate")
+    def _draft_hit(self, draft_layer: int, tensors: Mapping[str, Tensor]) -> dict[str, float]:
+        draft, label = self._drafts(draft_layer, "calibrate", tensors), self._label("calibrate")
         hits = (draft == label[:, None]).float()
-        return {
-            f"top{k}": float(hits[:, :k].sum(1).mean()) for k in (1, 4, 8) if k <= draft.shape[1]
-        }
+        sizes = [k for k in (1, 4, 8, 32) if k <= draft.shape[1]]
+        return {f"top{k}": float(hits[:, :k].sum(1).mean()) for k in sizes}
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
