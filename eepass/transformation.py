@@ -26,7 +26,7 @@ from eepass.runtime.statistics import Statistics
 
 PREFILL_ROWS = 64
 STEP_ROWS = (1, 2, 4, 8)
-ALWAYS_ACTIVE = 3
+ALWAYS_ACTIVE = 2
 
 
 class EarlyExitModel:

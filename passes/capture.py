@@ -67,6 +67,7 @@ def capture(
     _strip_length_updates(traced, inputs)
     _strip_mode_switches(traced)
     _unwrap_output(traced)
+    traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
     traced.recompile()
     slots = cache[0].keys.shape[2] if cache else 0
     return DecoderGraph(
@@ -141,6 +142,11 @@ def _unwrap_output(traced: GraphModule) -> None:
         if len(values) != 1:
             raise PassError(f"the decode step returns {len(values)} values, expected the logits")
         output.args = (values[0],)
+
+
+def _has_effect(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op in ("placeholder", "output") or bool(schema and schema.is_mutable)
 
 
 def _placeholders(graph: GraphModule) -> list[Node]:

@@ -30,11 +30,16 @@ def check_split(decoder: DecoderGraph, split: SplitDecoder) -> None:
     for layer in split.layers:
         (hidden,) = run(layer, {**sides, "hidden": hidden})
     (logits,) = run(split.head.whole, {"hidden": hidden})
-    if not torch.equal(logits, expected):
+    if not _same(logits, expected):
         raise PassError("the split decoder gives other logits than the traced one")
     for role in decoder.inputs:
-        if role.kind in ("keys", "values") and not torch.equal(whole[role], parts[role]):
+        if role.kind in ("keys", "values") and not _same(whole[role], parts[role]):
             raise PassError(f"the split decoder writes other {role.name} than the traced one")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    # weights that hold NaN are the engine's to name
+    return torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True)
 
 
 def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
@@ -44,7 +49,8 @@ def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
     for role, placeholder in zip(decoder.inputs, placeholders, strict=True):
         value = placeholder.meta["val"]
         if role.kind == "ids":
-            found[role] = torch.arange(rows)[None] % 7
+            # not the first ids: a padding token's embedding is zero, and zero hides mistakes
+            found[role] = 5 + torch.arange(rows)[None] % 11
         elif role.kind == "positions":
             found[role] = torch.arange(start, start + rows)[None]
         elif role.kind == "mask":

@@ -102,7 +102,8 @@ class EagleDraft:
         self.length = 0
         row = torch.zeros(1, 1, hidden, dtype=dtype)
         cos, sin = rotary(torch.zeros(1), dtype)
-        examples = [row, row, cos, sin, torch.zeros(1, dtype=torch.long), self.masks[:1]]
+        # two tensors: a trace takes one tensor given twice for one input
+        examples = [row, row.clone(), cos, sin, torch.zeros(1, dtype=torch.long), self.masks[:1]]
         examples += [self.keys, self.values, tensors["hot.head"], *self.weights]
         graph = _trace(examples)
         self._fixed = examples[6:]

@@ -73,7 +73,9 @@ def train(
         else:
             examples = _own_answers(loaded, encoded, tokens, checkpoint, progress)
         if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
-            raise InputError(f"{len(encoded)} prompts are too few: give fifty or more")
+            raise InputError(
+                f"{len(examples)} answers are too few: give more prompts or raise --tokens"
+            )
         trainer = Trainer(loaded.model, checkpoint, progress, max_length)
         with torch.no_grad():
             artifact = trainer.run(examples)

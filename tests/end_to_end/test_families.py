@@ -45,6 +45,7 @@ def plain_loop(model, transformed, first, count):
         )[0]
 
     ids, steps, hot = [*PROMPT, first], [], tensors["hot.ids"]
+    pending, depth = 0, plan.num_layers
     for _ in range(count):
         boundaries, logits = eager_boundaries(model, ids)
         previous, step = torch.zeros(1, plan.draft_tokens), None
@@ -53,7 +54,8 @@ def plain_loop(model, transformed, first, count):
                 ranked = normed(layer, hidden).float() @ tensors["hot.head"].float().T
                 draft = hot[ranked.topk(plan.draft_tokens, -1).indices]
             point = plan.at(layer)
-            if point is None:
+            # with the largest bucket full of waiting tokens, this one goes deep
+            if point is None or (pending == 7 and layer < depth):
                 continue
             z = normed(layer, hidden)
             seen = ops.draft_logits(z, every[head.weight], None, draft)
@@ -63,7 +65,8 @@ def plain_loop(model, transformed, first, count):
             if probability > point.threshold and answer in draft:
                 step = (int(answer), layer)
                 break
-        step = step or (int(logits.argmax()), len(boundaries))
+        step = step or (int(logits.argmax()), depth)
+        pending = pending + 1 if step[1] < depth else 0
         steps.append(step)
         ids.append(step[0])
     return steps

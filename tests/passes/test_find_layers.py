@@ -52,7 +52,7 @@ class PlainGpt(nn.Module):
         kept = None
         for index, block in enumerate(self.c):
             x = block(x, masks["attention"], self.slots[index])
-            if index == 0:
+            if index == 0 and self.leak:
                 kept = torch.tanh(block.inner(x))
         return self.b(x + kept.mean() if self.leak else x)
 
