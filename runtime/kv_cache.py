@@ -29,8 +29,3 @@ class KvCache:
     def complete(self) -> bool:
         """Whether every layer has seen every token."""
         return self.lengths[0] == self.lengths[-1]
-
-    def reset(self) -> None:
-        for tensor in (*self.keys, *self.values):
-            tensor.zero_()
-        self.lengths = [0] * len(self.lengths)
