@@ -28,7 +28,14 @@ class ExitConfig:
     schedule: bool = True
     # tokens that may wait for the deeper layers
     pending: int = 7
-    guarantee: Literal["approximate"] = "approximate"
+    # exact: the dense answer, guesses taken back where they were wrong; approximate: as published
+    guarantee: Literal["exact", "approximate"] = "exact"
+    # whether tokens may leave early at all
+    exits: bool = True
+    # who drafts several tokens ahead to be checked in one pass; lens: early exits alone
+    speculate: Literal["cascade", "eagle", "ngram", "model", "lens", "off"] = "cascade"
+    # use each mechanism only where measured costs and acceptance say that it pays
+    adaptive: bool = True
 
     def __post_init__(self) -> None:
         hints = get_type_hints(type(self))
@@ -43,17 +50,41 @@ class ExitConfig:
             self._refuse("threshold", "between 0 and 1")
         if not 0 <= self.pending <= 31:
             self._refuse("pending", "between 0 and 31")
+        if self.kv != "defer" and (self.guarantee == "exact" or self.speculate != "off"):
+            self._refuse("kv", "defer, where answers are exact or several tokens go in one pass")
+
+    def approximate(self, target: float | None = None) -> ExitConfig:
+        """Plain early exit: committed at once, one token a pass, nothing switched off."""
+        target = self.target_agreement if target is None else target
+        return replace(
+            self, guarantee="approximate", exits=True, speculate="off", adaptive=False,
+            target_agreement=target,
+        )  # fmt: skip
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The ways of decoding this allows, the plainest first."""
+        speculation = self.speculate not in ("off", "lens")
+        found = ["dense"]
+        found += ["exits"] if self.exits else []
+        found += ["speculation"] if speculation else []
+        found += ["both"] if speculation and self.exits else []
+        return tuple(found) if self.adaptive else tuple(found[-1:])
 
     def _refuse(self, name: str, wanted: str) -> None:
         raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
 
     @classmethod
     def preset(cls, name: str) -> ExitConfig:
-        """``default``, or ``paper``: lens, EAGLE draft, whole LM head, threshold 0.5."""
+        """``default``: lossless, whatever pays. ``paper``: lens, EAGLE draft, whole LM head,
+        threshold 0.5, one token a pass, committed at once."""
         if name == "default":
             return cls()
         if name == "paper":
-            return cls(name="paper", draft="eagle", verify="full", translators=False, threshold=0.5)
+            return cls(
+                name="paper", draft="eagle", verify="full", translators=False, threshold=0.5,
+                guarantee="approximate", speculate="off", adaptive=False,
+            )  # fmt: skip
         raise ValueError(f"preset={name!r}: must be one of default, paper")
 
     def to_json(self) -> dict[str, Any]:

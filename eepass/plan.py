@@ -19,7 +19,8 @@ InputKind = Literal[
     "parameter",
     "keys",
     "values",
-    "start",
+    # the slot each row is written to, [R]; layers differ where tokens wait for the deeper ones
+    "slots",
     # of an exit point: the draft tokens, and their probabilities at the predictor before
     "draft",
     "previous",
@@ -112,11 +113,11 @@ class SplitDecoder:
 
 @dataclass(slots=True)
 class ExitPieces:
-    """What runs at exit points besides layers, each for one row.
+    """What runs at exit points besides layers, for R rows.
 
-    ``predictors[layer]``: hidden, draft, previous -> probability [1], draft probabilities [1, K],
-    normed state z [1, 1, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
-    vocabulary, float32 [1, 1, N]. ``normed``: boundary -> z at the draft's layer,
+    ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
+    normed state z [1, R, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
+    vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's layer,
     ``final``: the same at the last.
     """
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,23 +18,31 @@ from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import ExitPieces, ExitPlan, ExitPoint, SplitDecoder
+from eepass.runtime.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder import Decoder
+from eepass.runtime.drafts import Cascade, Draft, EagleTree, NgramDraft
 from eepass.runtime.eagle import EagleDraft
-from eepass.runtime.engine import Engine, Step
+from eepass.runtime.engine import Engine, Options
 from eepass.runtime.exits import Exits
+from eepass.runtime.model_draft import ModelDraft
+from eepass.runtime.planner import Mode, Planner
+from eepass.runtime.sampling import Sampling
 from eepass.runtime.scheduler import PredictorSchedule
+from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
 
 PREFILL_ROWS = 64
-STEP_ROWS = (1, 2, 4, 8)
+STEP_ROWS = (1, 2, 4, 8, 16)
 ALWAYS_ACTIVE = 2
+# wrong guesses of exact mode cost time alone, so tokens leave more freely
+EXACT_TARGET = 0.9
 
 
 class EarlyExitModel:
     """A transformed decoder; ``generate`` is what ``transform`` promises.
 
-    One model serves one sequence at a time. ``dense`` is the same runtime without exits, over the
-    same weights and cache.
+    One model serves one sequence at a time. ``dense`` is the same runtime without exits and drafts,
+    over the same weights and cache.
     """
 
     def __init__(
@@ -42,8 +51,10 @@ class EarlyExitModel:
         report: PassReport,
         stop: frozenset[int],
         artifact: Artifact | None,
+        draft_model: EarlyExitModel | None = None,
     ) -> None:
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
+        self.draft_model = draft_model
         self.compiler = CpuCompiler()
         self.decoder = Decoder(splits, self.compiler)
         self.dense = Engine(self.decoder)
@@ -51,37 +62,85 @@ class EarlyExitModel:
         self.config: ExitConfig | None = None
         self.plan: ExitPlan | None = None
         self.pieces: ExitPieces | None = None
+        self._costs: dict[int, float] = {}
+        self._noise: float | None = None
 
     def configure(self, config: ExitConfig) -> Engine:
         """Use ``config`` from now on; returns its engine (statistics start at zero).
 
         Raises ``InputError`` where the artefact does not hold what the config asks for.
         """
+        exits = schedule = None
+        tensors: dict[str, Tensor] = {}
         if self.artifact is None:
-            raise InputError("early exit needs an artefact: run eepass train, or ask for dense")
-        head = self.splits[1].head
-        part = self.artifact.presets[config.name]
-        self.plan = make_plan(config, self.artifact, self.decoder.num_layers)
-        tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
-        self.pieces = insert_predictors(
-            self.splits[1], self.plan, {**self.decoder.tensors, **tensors}, PassReport()
-        )
-        draft = None
-        if config.draft == "eagle":
-            embedding = self._embedding()
-            draft = EagleDraft(tensors, embedding, part.draft_tokens, self.compiler)
-        exits = Exits(self.decoder, self.plan, self.pieces, tensors, draft)
-        schedule = PredictorSchedule(self.plan.ranking, ALWAYS_ACTIVE) if config.schedule else None
-        self.engine = Engine(self.decoder, exits, schedule, config.kv, config.pending)
+            config = without_artifact(config, self.draft_model is not None)
+        else:
+            exits, tensors = self._exits(config)
+            if config.schedule:
+                schedule = PredictorSchedule(exits.plan.ranking, ALWAYS_ACTIVE)
+        draft = self._draft(config, tensors)
+        modes = cast(tuple[Mode, ...], config.modes)
+        options = Options(config.guarantee, config.kv, config.pending, modes)
+        with torch.no_grad():
+            planner = self._planner(draft) if len(modes) > 1 else None
+            noise = self._logit_noise() if config.guarantee == "exact" else 0.0
+        self.engine = Engine(self.decoder, exits, schedule, draft, options, planner, noise)
         self.config = config
         return self.engine
 
-    def stream(self, ids: Sequence[int], max_new_tokens: int = 128) -> Iterator[Step]:
-        """Tokens after ``ids``, each with the layer it left at, as they come."""
-        return self.engine.generate(list(ids), max_new_tokens, self.stop)
+    def _exits(self, config: ExitConfig) -> tuple[Exits, dict[str, Tensor]]:
+        assert self.artifact is not None
+        head = self.splits[1].head
+        plan = make_plan(config, self.artifact, self.decoder.num_layers)
+        tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
+        every = {**self.decoder.tensors, **tensors}
 
-    def generate(self, input_ids: Tensor | Sequence[int], max_new_tokens: int = 128) -> Tensor:
-        """Greedy continuation of one prompt: ids [1, T] (or T) -> [1, T + new], end token included.
+        def pieces(rows: int) -> ExitPieces:
+            return insert_predictors(self.splits[1], plan, every, PassReport(), rows)
+
+        self.plan, self.pieces = plan, pieces(1)
+        return Exits(self.decoder, plan, pieces, tensors), tensors
+
+    def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
+        source = config.speculate
+        if source == "model":
+            if self.draft_model is None:
+                raise InputError("speculate='model': give transform a draft_model")
+            return ModelDraft(self.draft_model.decoder)
+        if source == "ngram":
+            return NgramDraft()
+        if source in ("eagle", "cascade") or config.draft == "eagle":
+            eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler))
+            return Cascade(eagle) if source == "cascade" else eagle
+        return None
+
+    def _planner(self, draft: Draft | None) -> Planner:
+        if not self._costs:
+            rows = [size for size in self.decoder.buckets if size <= max(STEP_ROWS)]
+            self._costs = pass_seconds(self.decoder, rows, at=256)
+        seconds = draft.call_seconds() if draft is not None else 0.0
+        return Planner(dict(self._costs), seconds)
+
+    def _logit_noise(self) -> float:
+        if self._noise is None:
+            self._noise = logit_noise(self.decoder)
+        return self._noise
+
+    def stream(
+        self, ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
+    ) -> Iterator[Step]:
+        """Tokens after ``ids``, each with the layers it took, as they are confirmed."""
+        return self.engine.generate(list(ids), max_new_tokens, self.stop, sampling or Sampling())
+
+    def generate(
+        self,
+        input_ids: Tensor | Sequence[int],
+        max_new_tokens: int = 128,
+        sampling: Sampling | None = None,
+    ) -> Tensor:
+        """Continuation of one prompt: ids [1, T] (or T) -> [1, T + new], end token included.
+
+        Greedy without ``sampling``.
 
         Raises ``InputError`` for several prompts at once, ``EngineError`` for what does not fit.
         """
@@ -90,7 +149,7 @@ class EarlyExitModel:
             raise InputError(f"one prompt at a time, not {ids.shape[0]}")
         prompt = ids.reshape(-1).tolist()
         with torch.no_grad():
-            new = [step.token for step in self.stream(prompt, max_new_tokens)]
+            new = [step.token for step in self.stream(prompt, max_new_tokens, sampling)]
         return torch.tensor([[*prompt, *new]])
 
     @property
@@ -111,13 +170,15 @@ def transform(
     max_length: int = 1024,
     stop: frozenset[int] = frozenset(),
     dump: Path | None = None,
+    draft_model: EarlyExitModel | None = None,
 ) -> EarlyExitModel:
     """Transform a Hugging Face causal LM (on the CPU, fp32 or bf16, eval mode).
 
-    ``artifact``: a folder written by ``eepass.train``; without one the result is dense.
-    ``max_length``: prompt and answer together. ``stop``: end tokens. ``dump``: folder for the graph
-    before and after each pass. Raises ``InputError`` for a
-    model or artefact that does not fit, with the reason.
+    ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
+    drafts come from the prompt. ``max_length``: prompt and answer together. ``stop``: end tokens.
+    ``dump``: folder for the graph before and after each pass. ``draft_model``: a small transformed
+    model of the same vocabulary, for ``speculate="model"``. Raises ``InputError`` for a model or
+    artefact that does not fit, with the reason.
     """
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
@@ -130,10 +191,21 @@ def transform(
             splits, report = split_for_rows(model, slots, STEP_ROWS, PREFILL_ROWS, dump)
         except PassError as error:
             raise InputError(f"{type(model).__name__} cannot be transformed: {error}") from error
-        transformed = EarlyExitModel(splits, report, stop, loaded)
-        if loaded is not None:
-            transformed.configure(config or ExitConfig())
+        transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
+        transformed.configure(config or ExitConfig())
     return transformed
+
+
+def without_artifact(config: ExitConfig, draft_model: bool) -> ExitConfig:
+    """``config`` as far as it goes without anything trained; ``InputError`` if it asks for more."""
+    if config.guarantee == "approximate":
+        raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
+    source = config.speculate
+    if source == "model" and not draft_model:
+        raise InputError("speculate='model': give transform a draft_model")
+    if source in ("cascade", "eagle"):
+        source = "ngram"
+    return replace(config, exits=False, draft="lens", speculate=source)
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:
@@ -141,7 +213,8 @@ def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPl
     part = artifact.presets.get(config.name)
     if part is None:
         raise InputError(f"the artefact has no preset {config.name!r}: train again")
-    calibration = part.at_target(config.target_agreement)
+    exact = config.guarantee == "exact"
+    calibration = part.at_target(EXACT_TARGET if exact else config.target_agreement)
     prefix = f"predictor.{config.name}."
     trained = sorted(
         {

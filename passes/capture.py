@@ -2,9 +2,13 @@
 
     before   step(ids [1, R], positions [1, R], masks) -> logits [1, R, V], over a static KV cache
     after    a GraphModule of ATen operators; every placeholder is an ``Input``: a token tensor, a
-             parameter by name, or the keys, values or start of one layer's cache
+             parameter by name, or the keys, values or slots of one layer's cache
 
-The KV lengths the model adds to in place become pure inputs (``start``): the engine owns them.
+The KV lengths the model adds to in place become pure inputs: each layer takes ``slots`` [R], where
+its rows are written, and the engine owns the lengths. Rows need not be neighbours in the cache.
+
+    before   at = arange(R) + length; keys.index_copy_(2, at, k); length.add_(R)
+    after    keys.index_copy_(2, slots, k)
 """
 
 from __future__ import annotations
@@ -49,7 +53,7 @@ def capture(
     for layer, kv in enumerate(cache):
         roles[id(kv.keys)] = Input("keys", f"keys.{layer}", layer)
         roles[id(kv.values)] = Input("values", f"values.{layer}", layer)
-        roles[id(kv.start)] = Input("start", f"start.{layer}", layer)
+        roles[id(kv.start)] = Input("slots", f"slots.{layer}", layer)
 
     graph, examples = _dynamo_graph(step, ids, positions, masks)
     extra: dict[str, Tensor] = {}
@@ -64,7 +68,7 @@ def capture(
         inputs.append(roles[id(example)])
     with torch.no_grad():
         traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
-    _strip_length_updates(traced, inputs)
+    _lengths_to_slots(traced, inputs, ids.shape[1])
     _strip_mode_switches(traced)
     _unwrap_output(traced)
     traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -111,16 +115,25 @@ def _dynamo_graph(
     return graph, examples
 
 
-def _strip_length_updates(traced: GraphModule, inputs: Sequence[Input]) -> None:
-    """Drop ``start.add_(rows)``; what reads a length reads the length before this step."""
+def _lengths_to_slots(traced: GraphModule, inputs: Sequence[Input], rows: int) -> None:
+    """Turn each cache length into the slots of the rows, and drop ``length.add_(rows)``."""
     for placeholder, role in zip(_placeholders(traced), inputs, strict=True):
-        if role.kind != "start":
+        if role.kind != "slots":
             continue
+        slots = None
         for user in list(placeholder.users):
-            if user.target is aten.add_.Tensor:
-                if user.users:
-                    raise PassError(f"layer {role.layer} reads its KV length after adding to it")
+            if user.target is aten.add_.Tensor and not user.users:
                 traced.graph.erase_node(user)
+            elif user.target is aten.add.Tensor and tuple(user.meta["val"].shape) == (rows,):
+                # arange(rows) + length: what the input stands for from here on
+                slots = user.meta["val"]
+                user.replace_all_uses_with(placeholder)
+                traced.graph.erase_node(user)
+            else:
+                raise PassError(f"layer {role.layer} uses its KV length in {user.target}")
+        if slots is None:
+            raise PassError(f"layer {role.layer} does not write its rows where its KV length says")
+        placeholder.meta["val"] = slots
 
 
 def _strip_mode_switches(traced: GraphModule) -> None:

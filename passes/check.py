@@ -58,8 +58,8 @@ def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
             found[role] = causal_mask(rows, slots, window, value.dtype, start=start)
         elif role.kind in ("keys", "values"):
             found[role] = torch.zeros(value.shape, dtype=value.dtype)
-        elif role.kind == "start":
-            found[role] = torch.tensor(start)
+        elif role.kind == "slots":
+            found[role] = torch.arange(start, start + rows)
         else:
             found[role] = decoder.tensors[role.name].detach()
     return found

@@ -7,7 +7,7 @@
              logits = transform(eepass.draft_logits(z, lm_head, draft))
              probability, probabilities = eepass.predict_exit(logits, previous, w1, b1, w2, b2)
 
-Also made here, for one row each: the verification (z -> logits of the hot or the whole vocabulary)
+Also made here: the verification (z -> logits of the hot or the whole vocabulary)
 and the draft from a boundary. Names of the tensors an artefact brings: ``translator.<layer>.*``,
 ``predictor.<layer>.*``, ``hot.head``, ``hot.bias``.
 """
@@ -31,9 +31,14 @@ PREDICTOR = ("w1", "b1", "w2", "b2")
 
 
 def insert_predictors(
-    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport
+    split: SplitDecoder,
+    plan: ExitPlan,
+    tensors: Mapping[str, Tensor],
+    report: PassReport,
+    rows: int = 1,
 ) -> ExitPieces:
-    """The pieces that run at the exit points of ``plan``; ``split`` is the decoder for one row.
+    """The pieces that run at the exit points of ``plan``, for ``rows`` rows; ``split`` is the
+    decoder for one row.
 
     ``tensors`` are the model's and the artefact's. Raises ``PassError`` where the head cannot be
     read row by row, with the reason.
@@ -41,7 +46,7 @@ def insert_predictors(
     head = split.head
     if head.norm is None:
         raise PassError(f"early exits need single rows of the LM head: {head.reason}")
-    builder = _Builder(split, tensors, plan.draft_tokens)
+    builder = _Builder(split, tensors, plan.draft_tokens, rows)
     predictors = {}
     for point in plan.exits:
         predictors[point.layer] = builder.predictor(point.layer, point.translated)
@@ -64,13 +69,13 @@ def insert_predictors(
 
 class _Builder:
     def __init__(
-        self, split: SplitDecoder, tensors: Mapping[str, Tensor], draft_tokens: int
+        self, split: SplitDecoder, tensors: Mapping[str, Tensor], draft_tokens: int, rows: int
     ) -> None:
         assert split.head.norm is not None
         self.head, self.norm, self.tensors = split.head, split.head.norm, tensors
-        self.draft_tokens = draft_tokens
+        self.draft_tokens, self.rows = draft_tokens, rows
         output = split.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
-        self.hidden = torch.zeros(1, 1, output.shape[-1], dtype=output.dtype)
+        self.hidden = torch.zeros(1, rows, output.shape[-1], dtype=output.dtype)
 
     def predictor(self, layer: int, translated: bool) -> Piece:
         names = [f"translator.{layer}.{part}" for part in TRANSLATOR] if translated else []
@@ -92,7 +97,8 @@ class _Builder:
             return probability, probabilities, z
 
         inputs = [Input("hidden", "hidden"), Input("draft", "draft"), Input("previous", "previous")]
-        examples = [self.hidden, torch.zeros(1, k, dtype=torch.long), torch.zeros(1, k)]
+        drafts, previous = torch.zeros(self.rows, k, dtype=torch.long), torch.zeros(self.rows, k)
+        examples = [self.hidden, drafts, previous]
         return self._trace(run, inputs, examples, names)
 
     def normed(self, layer: int, translated: bool) -> Piece:

@@ -1,241 +1,355 @@
-"""The decode loop: one token at a time, each leaving at the layer where its answer is known.
+"""The decode loop: drafts, one pass over them, what holds is kept, what does not is taken back.
 
 A token that leaves early is *pending*: the deeper layers have not seen it. Its boundary state
-waits, and the next token that goes deeper takes it along as an extra row (KV policy ``defer``), so
-every layer sees every token in order and no weight is read twice. Pending tokens with shallower
-boundaries are always later tokens: waiting states form a stack, deepest first.
+waits, and the next pass that goes deeper takes it along as an extra row, so every layer sees every
+token in order and no weight is read twice. With guarantee ``exact`` such a token is a guess until
+the last layer has said what follows the one before it; a wrong guess is taken back with everything
+after it, and a stream only ever sees what is confirmed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from eepass.runtime.acceptance import EngineError, Judge
 from eepass.runtime.decoder import Decoder
+from eepass.runtime.drafts import Draft, EagleTree
 from eepass.runtime.exits import Exits
+from eepass.runtime.planner import Budget, Mode, Planner
+from eepass.runtime.sampling import Sampling
 from eepass.runtime.scheduler import PredictorSchedule
+from eepass.runtime.sequence import Sequence, Step
+from eepass.runtime.side_inputs import Row
 from eepass.runtime.statistics import Statistics
+from eepass.runtime.tree import Tree
+from eepass.runtime.verification import Part, Verification
+
+OnLayer = Callable[[int, Tensor], None]
+GREEDY = Sampling()
 
 
-class EngineError(ValueError):
-    """A request the engine cannot serve; the message says what to change."""
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How an engine decodes. ``pending_limit`` bounds the tokens waiting for the deeper layers;
+    ``modes`` are the ways of decoding the planner may choose from, the plainest first."""
 
-
-class Step(NamedTuple):
-    """The token that follows, and after how many layers that was known."""
-
-    token: int
-    exit_layer: int
-
-
-class _Waiting(NamedTuple):
-    layer: int
-    hidden: Tensor  # [1, rows, H]
+    guarantee: Literal["exact", "approximate"] = "approximate"
+    kv_policy: Literal["defer", "propagate", "drop"] = "defer"
+    pending_limit: int = 7
+    modes: tuple[Mode, ...] = ("dense",)
 
 
 class Engine:
-    """Decodes one sequence at a time over a ``Decoder``; without ``exits`` it is dense.
-
-    ``pending_limit`` bounds the tokens waiting for the deeper layers; with that many, the next one
-    runs all layers.
-    """
+    """Decodes sequences over a ``Decoder``; without ``exits`` and ``draft`` it is dense."""
 
     def __init__(
         self,
         decoder: Decoder,
         exits: Exits | None = None,
         schedule: PredictorSchedule | None = None,
-        kv_policy: Literal["defer", "propagate", "drop"] = "defer",
-        pending_limit: int = 7,
+        draft: Draft | None = None,
+        options: Options | None = None,
+        planner: Planner | None = None,
+        noise: float = 0.0,
     ) -> None:
-        self.decoder = decoder
-        self.exits = exits
-        self.schedule = schedule
-        self.kv_policy = kv_policy
-        step_rows = max(size for size in decoder.buckets if size <= 32)
-        self.pending_limit = min(pending_limit, step_rows - 1)
+        self.decoder, self.exits = decoder, exits
+        self.schedule, self.draft = schedule, draft
+        if options is None:
+            options = Options(modes=("exits",) if exits is not None else ("dense",))
+        self.options = options
+        self.step_rows = max(size for size in decoder.buckets if size <= 32)
+        self.pending_limit = min(options.pending_limit, self.step_rows - 1)
+        self.planner = planner or Planner(dict.fromkeys(self._row_counts(), 1.0), 0.0)
+        self.planner.modes = options.modes
         self.statistics = Statistics(decoder.num_layers)
-        self.position = 0
-        self._waiting: list[_Waiting] = []
+        self.judge = Judge(decoder, options.guarantee == "exact", noise)
+        self.sequences: list[Sequence] = []
 
-    @property
-    def pending(self) -> int:
-        return sum(group.hidden.shape[1] for group in self._waiting)
+    def _row_counts(self) -> list[int]:
+        return [size for size in self.decoder.buckets if size <= self.step_rows]
 
-    def reset(self) -> None:
-        """Forget the sequence: cache, waiting states, schedule and draft."""
-        self.decoder.kv.lengths = [0] * self.decoder.num_layers
-        self.position = 0
-        self._waiting.clear()
-        if self.schedule is not None:
-            self.schedule.reset()
-        if self.exits is not None and self.exits.draft is not None:
-            self.exits.draft.reset()
+    def start(
+        self,
+        ids: SequenceOf[int],
+        max_new_tokens: int = 1 << 30,
+        stop: frozenset[int] = frozenset(),
+        sampling: Sampling = GREEDY,
+        room: int | None = None,
+        on_layer: OnLayer | None = None,
+    ) -> Sequence:
+        """Take a sequence in: run its prompt and find its first token.
 
-    def prefill(
-        self, ids: Sequence[int], on_layer: Callable[[int, Tensor], None] | None = None
-    ) -> Tensor:
-        """Run a prompt through all layers; returns the last boundary of its last token [1, 1, H].
-
-        ``on_layer(layer, hidden)`` sees each boundary [1, rows, H] of each chunk. Raises
-        ``EngineError`` for an empty prompt or one that does not fit the cache.
+        ``room``: slots to reserve, all that are free by default. Raises ``EngineError`` for an
+        empty prompt, one that does not fit, or when no room is left.
         """
+        kv = self.decoder.kv
+        wanted = self.decoder.capacity if room is None else room
         if not ids:
             raise EngineError("the prompt is empty: give at least one token")
-        if self.position + len(ids) > self.decoder.capacity:
+        if len(ids) > wanted:
             raise EngineError(
-                f"the prompt has {len(ids)} tokens, the cache room for {self.decoder.capacity}: "
+                f"the prompt has {len(ids)} tokens, the cache room for {wanted}: "
                 "shorten it or raise max_length"
             )
-        largest = self.decoder.buckets[-1]
-        hidden = None
-        for start in range(0, len(ids), largest):
-            chunk = list(ids[start : start + largest])
-            rows = len(chunk)
-            size = self.decoder.bucket(rows)
-            padded = torch.tensor([chunk + [chunk[-1]] * (size - rows)])
-            hidden = self.decoder.embed(padded, self.position)
-            if on_layer is not None:
-                on_layer(0, hidden[:, :rows])
-            for layer in range(self.decoder.num_layers):
-                hidden = self.decoder.run_layer(layer, hidden, self.position, self.position)
-                self.decoder.kv.lengths[layer] += rows
-                if on_layer is not None:
-                    on_layer(layer + 1, hidden[:, :rows])
-            self.position += rows
-            hidden = hidden[:, rows - 1 : rows]
-        assert hidden is not None
-        if self.exits is not None:
-            self.exits.finish(hidden)
-        return hidden
+        first = kv.allocate(wanted)
+        if first is None:
+            raise EngineError(
+                f"no {wanted} free slots in the cache: wait for a sequence to end, or give each "
+                "less room"
+            )
+        sequence = Sequence(
+            tokens=list(ids),
+            prompt_length=len(ids),
+            first=first,
+            room=wanted,
+            limit=max_new_tokens,
+            stop=stop,
+            sampling=sampling,
+            generator=None if sampling.greedy else sampling.generator(),
+            draft=self.draft.fresh() if self.draft is not None else None,
+            schedule=self.schedule.fresh() if self.schedule is not None else None,
+        )
+        try:
+            hidden = self._prefill(sequence, list(ids), on_layer)
+            token = self.judge.first_token(hidden, sequence)
+        except BaseException:
+            kv.release(first)
+            raise
+        self._grow(sequence, [token], self.decoder.num_layers, sequence.states.get(len(ids) - 1))
+        sequence.confirmed = len(sequence.tokens)
+        self.sequences.append(sequence)
+        return sequence
 
-    def start(self, ids: Sequence[int]) -> int:
-        """Reset, prefill ``ids`` and return the first token of the answer."""
-        self.reset()
-        return self._argmax(self.decoder.logits(self.prefill(ids)))
+    def reset(self) -> None:
+        """Let all sequences go."""
+        for sequence in list(self.sequences):
+            self.end(sequence)
 
-    def step(self, token: int) -> Step:
-        """Run ``token`` (the one decoded last) and return what follows it."""
-        if self.position >= self.decoder.capacity:
-            raise EngineError(f"the cache is full at {self.position} tokens: raise max_length")
+    def prefill(self, ids: SequenceOf[int], on_layer: OnLayer) -> None:
+        """Run ``ids`` through all layers from the cache's first slot on, for their states alone.
+
+        ``on_layer(layer, hidden)`` sees each boundary [1, rows, H] of each chunk; with a sequence
+        in the cache this raises ``EngineError``.
+        """
+        self.end(self.start(ids, on_layer=on_layer))
+
+    def end(self, sequence: Sequence) -> None:
+        """Let a sequence go, and its slots."""
+        if sequence in self.sequences:
+            self.sequences.remove(sequence)
+            self.decoder.kv.release(sequence.first)
+
+    def step(self, sequences: SequenceOf[Sequence] | None = None) -> None:
+        """One pass for ``sequences`` (all by default): each grows by at least one guess or token."""
+        chosen = list(self.sequences if sequences is None else sequences)
         began = perf_counter()
-        step = self._step(token)
-        if self.schedule is not None:
-            self.schedule.record(step.exit_layer)
-        self.statistics.left_at(step.exit_layer)
-        self.statistics.seconds += perf_counter() - began
-        return step
+        mode = self.planner.mode()
+        before = [sequence.confirmed for sequence in chosen]
+        parts = [self._part(sequence, mode) for sequence in chosen]
+        rows = sum(len(part.tree) if part.tree is not None else 0 for part in parts)
+        self._pass(parts)
+        tokens = sum(s.confirmed for s in chosen) - sum(before)
+        seconds = perf_counter() - began
+        self.planner.record(mode, rows, seconds, tokens)
+        self.statistics.seconds += seconds
+
+    def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
+        """Run what is pending through the layers it has not seen; in exact mode that confirms it."""
+        chosen = [s for s in (self.sequences if sequences is None else sequences) if s.waiting]
+        if chosen:
+            began = perf_counter()
+            self._pass([Part(sequence, None) for sequence in chosen])
+            self.statistics.seconds += perf_counter() - began
 
     def generate(
-        self, ids: Sequence[int], max_new_tokens: int, stop: frozenset[int] = frozenset()
+        self,
+        ids: SequenceOf[int],
+        max_new_tokens: int,
+        stop: frozenset[int] = frozenset(),
+        sampling: Sampling = GREEDY,
     ) -> Iterator[Step]:
-        """Greedy tokens after ``ids``, as they come; a stop token is the last one given.
+        """Tokens after ``ids`` as they are confirmed; a stop token is the last one given.
 
         When the iterator ends or is closed, no token is pending any more.
         """
-        token = self.start(ids)
-        step = Step(token, self.decoder.num_layers)
+        sequence = self.start(ids, max_new_tokens, stop, sampling)
         try:
-            for index in range(max_new_tokens):
-                yield step
-                if step.token in stop or index + 1 == max_new_tokens:
-                    return
-                step = self.step(step.token)
+            yield from sequence.take()
+            while not sequence.finished:
+                if sequence.at_its_end:
+                    # nothing follows but the word of the deeper layers
+                    self.catch_up([sequence])
+                elif sequence.position >= sequence.room:
+                    raise EngineError(
+                        f"the cache is full at {sequence.position} tokens: raise max_length"
+                    )
+                else:
+                    self.step([sequence])
+                yield from sequence.take()
         finally:
-            self.catch_up()
+            self.catch_up([sequence])
+            self.end(sequence)
 
-    def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[Step]:
-        """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
-        self.start(ids)
-        return [self.step(token) for token in answer[:-1]]
+    def follow(self, ids: SequenceOf[int], answer: SequenceOf[int]) -> list[Step]:
+        """Teacher forcing: what would follow each token of ``answer`` but the last, given it.
 
-    def catch_up(self) -> None:
-        """Run all pending tokens through the layers they have not seen."""
-        if not self._waiting:
-            return
-        began = perf_counter()
-        hidden, rows = None, 0
-        for layer in range(self._waiting[-1].layer, self.decoder.num_layers):
-            hidden, rows = self._join(layer, hidden, rows)
-            hidden = self._run(layer, hidden, rows)
-        self.statistics.seconds += perf_counter() - began
+        For engines that commit at once (``approximate``) and make one token a pass.
+        """
+        sequence = self.start(ids)
+        found: list[Step] = []
+        try:
+            for token in answer[:-1]:
+                sequence.replace_last(token)
+                self.step([sequence])
+                found.append(Step(sequence.tokens[-1], sequence.exit_layers[-1]))
+            self.catch_up([sequence])
+        finally:
+            self.end(sequence)
+        return found
 
-    def _step(self, token: int) -> Step:
-        exits, decoder, last = self.exits, self.decoder, self.decoder.num_layers
-        position = self.position
-        self.position += 1
-        hidden: Tensor = decoder.embed(torch.tensor([[token]]), position)
-        rows = 1
+    def _part(self, sequence: Sequence, mode: Mode) -> Part:
+        tree = Tree([sequence.tokens[-1]])
+        pending = sequence.pending
+        if mode in ("speculation", "both") and sequence.draft is not None:
+            free = min(
+                self.step_rows - 1 - pending,
+                sequence.room - sequence.position - 1,
+                sequence.limit - (len(sequence.tokens) - sequence.prompt_length) - 1,
+            )
+            if free > 0:
+                began = perf_counter()
+                proposed = sequence.draft.propose(tree.tokens[0], Budget(self.planner, free))
+                tree = self.planner.choose(proposed, pending)
+                self.statistics.draft_seconds += perf_counter() - began
         active: frozenset[int] = frozenset()
-        draft_layer = -1
-        if exits is not None:
-            exits.begin(token, position, self.statistics)
-            draft_layer = exits.plan.draft_layer
-            active = self.schedule.active() if self.schedule else frozenset(exits.thresholds)
-            if self.kv_policy == "defer" and self.pending >= self.pending_limit:
-                active &= {last}
-        for layer in range(last):
-            hidden, rows = self._join(layer, hidden, rows)
-            hidden = self._run(layer, hidden, rows)
-            boundary = layer + 1
-            if exits is None or (boundary not in active and boundary != draft_layer):
-                continue
-            row = hidden[:, rows - 1 : rows]
-            if boundary == draft_layer:
-                exits.draft_from(row, self.statistics)
-            if boundary in active:
-                answer = exits.check(boundary, row, self.statistics)
-                if answer is not None:
-                    self._leave(boundary, hidden[:, :rows])
-                    return Step(answer, boundary)
-        row = hidden[:, rows - 1 : rows]
-        if exits is not None:
-            exits.finish(row)
-        self.statistics.full_heads += 1
-        return Step(self._argmax(decoder.logits(row)), last)
+        if mode in ("exits", "both") and self.exits is not None:
+            active = self._active(sequence, pending + len(tree))
+        choose = self.judge.chooser(sequence)
+        return Part(sequence, tree, active, choose)
 
-    def _join(self, layer: int, hidden: Tensor | None, rows: int) -> tuple[Tensor, int]:
-        """Put the states waiting at ``layer`` before the rows on their way; fill up to a bucket."""
-        while self._waiting and self._waiting[-1].layer == layer:
-            group = self._waiting.pop()
-            carried = [] if hidden is None else [hidden[:, :rows]]
-            self.statistics.rows_caught_up += group.hidden.shape[1]
-            hidden = torch.cat([group.hidden, *carried], 1)
-            rows = hidden.shape[1]
-        assert hidden is not None
-        size = self.decoder.bucket(rows)
-        if hidden.shape[1] != size:
-            padding = hidden[:, rows - 1 : rows].expand(-1, size - rows, -1)
-            hidden = torch.cat([hidden[:, :rows], padding], 1)
-        return hidden, rows
+    def _active(self, sequence: Sequence, rows: int) -> frozenset[int]:
+        assert self.exits is not None
+        last = self.decoder.num_layers
+        if sequence.schedule is not None:
+            active = sequence.schedule.active()
+        else:
+            active = frozenset(self.exits.thresholds)
+        if self.options.guarantee == "exact":
+            # the last layer's word must be whole
+            active -= {last}
+        if self.options.kv_policy == "defer" and rows > self.pending_limit:
+            active &= {last}
+        return active
 
-    def _run(self, layer: int, hidden: Tensor, rows: int) -> Tensor:
-        lengths = self.decoder.kv.lengths
-        slot = lengths[layer]
-        position = self.position - 1 if self.kv_policy == "drop" else slot
-        lengths[layer] += rows
-        return self.decoder.run_layer(layer, hidden, slot, position)
+    def _pass(self, parts: list[Part]) -> None:
+        draft = self.draft
+        layers = draft.feature_layers if draft is not None and draft.feature_layers else ()
+        verification = Verification(
+            self.decoder, self.exits, self.statistics, layers, self.options.kv_policy
+        )
+        verification.run(parts, self._draft_candidates(parts))
+        self.judge.decide(verification, parts, self.statistics)
+        self.statistics.passes += 1
+        for part in parts:
+            self._settle(part)
 
-    def _leave(self, layer: int, hidden: Tensor) -> None:
-        lengths, last = self.decoder.kv.lengths, self.decoder.num_layers
-        if layer == last:
-            return
-        if self.kv_policy == "defer":
-            self._waiting.append(_Waiting(layer, hidden))
-        elif self.kv_policy == "propagate":
-            for deeper in range(layer, last):
-                self.decoder.fill_kv(deeper, hidden, lengths[deeper], lengths[deeper])
-                lengths[deeper] += 1
+    def _draft_candidates(self, parts: list[Part]) -> Tensor | None:
+        """Draft tokens [R, K] for the predictors, where the plan takes them from no boundary."""
+        if self.exits is None or self.exits.plan.draft_layer or not any(p.active for p in parts):
+            return None
+        k = self.exits.plan.draft_tokens
+        rows = []
+        for part in parts:
+            draft = part.sequence.draft
+            assert isinstance(draft, EagleTree) and part.tree is not None
+            if len(part.tree) > 1:
+                raise EngineError("exits that draft from no boundary go with one row a pass")
+            began = perf_counter()
+            rows.append(draft.candidates(k))
+            self.statistics.draft_seconds += perf_counter() - began
+        return torch.stack(rows)
+
+    def _settle(self, part: Part) -> None:
+        """Write what a pass found into its sequence."""
+        sequence, path = part.sequence, part.path
+        confirmed = sequence.confirmed
+        states = None
+        if sequence.draft is not None and sequence.draft.feature_layers is not None:
+            if path:
+                states = part.states(sequence.draft.feature_layers)
+            elif part.keep is not None:
+                states = sequence.states[part.keep - 1]
+        if part.keep is not None:
+            sequence.roll_back(part.keep)
+            self.statistics.rollbacks += 1
+        elif path:
+            first = sequence.first + sequence.position
+            self.decoder.kv.move([first + node for node in path], first, part.layer)
+        self._grow(sequence, part.tokens, part.layer, states)
+        sequence.cut_waiting()
+        left_early = part.layer < self.decoder.num_layers
+        if not (self.options.guarantee == "exact" and left_early):
+            sequence.confirmed = len(sequence.tokens)
+        for step in sequence.steps(confirmed, sequence.confirmed):
+            self.statistics.left_at(step.exit_layer)
+        if part.tree is not None and part.keep is None:
+            self.planner.learn(part.tree, path)
 
     @staticmethod
-    def _argmax(logits: Tensor) -> int:
-        token = int(logits[0, -1].argmax())
-        if not torch.isfinite(logits[0, -1, token]):
-            raise EngineError(
-                "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"
-            )
-        return token
+    def _grow(
+        sequence: Sequence, tokens: list[int], exit_layer: int, states: Tensor | None
+    ) -> None:
+        """Append ``tokens`` and tell the draft; ``states`` [n, F·H] of the token before each."""
+        if not tokens:
+            return
+        if states is not None:
+            states = states.reshape(len(tokens), -1)
+            sequence.keep_states(states)
+        sequence.extend(tokens, exit_layer)
+        if sequence.draft is not None:
+            sequence.draft.follow(tokens, states)
+
+    def _prefill(self, sequence: Sequence, ids: list[int], on_layer: OnLayer | None) -> Tensor:
+        """Run a prompt through all layers; returns the last boundary of its last token [1, 1, H]."""
+        decoder, largest = self.decoder, self.decoder.buckets[-1]
+        wanted = sequence.draft.feature_layers if sequence.draft is not None else None
+        hidden, states = torch.zeros(0), []
+        for start in range(0, len(ids), largest):
+            chunk = ids[start : start + largest]
+            count, size = len(chunk), decoder.bucket(len(chunk))
+            rows = [
+                Row(sequence.first, at, sequence.first + at) for at in range(start, start + count)
+            ]
+            place = decoder.place(rows, size, sequence.first + sequence.room)
+            positions = [min(start + i, decoder.cache_length - 1) for i in range(size)]
+            padded = chunk + chunk[-1:] * (size - count)
+            hidden = decoder.embed(torch.tensor([padded]), torch.tensor([positions]), place.slots)
+            kept: dict[int, Tensor] = {}
+            for layer in range(decoder.num_layers + 1):
+                if layer:
+                    hidden = decoder.run_layer(layer - 1, hidden, place)
+                if on_layer is not None:
+                    on_layer(layer, hidden[:, :count])
+                if wanted is not None and layer in wanted:
+                    kept[layer] = hidden[0, :count]
+            if wanted is not None:
+                assert self.exits is not None
+                z = self.exits.final(hidden[:, :count])[0]
+                states.append(torch.cat([z, *(kept[n] for n in wanted)], -1))
+            hidden = hidden[:, count - 1 : count]
+        if sequence.draft is not None:
+            told = None
+            if wanted is not None:
+                seen = torch.cat(states)
+                sequence.states[len(ids) - 1] = seen[-1]
+                # nothing comes before the first token
+                told = torch.cat([torch.zeros_like(seen[:1]), seen[:-1]])
+            sequence.draft.follow(ids, told)
+        return hidden

@@ -1,108 +1,167 @@
-"""Deciding at a boundary whether the token's answer is already known."""
+"""Deciding at a boundary which rows already know their answer."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from time import perf_counter
-from typing import Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from eepass.plan import ExitPieces, ExitPlan
+from eepass.plan import ExitPieces, ExitPlan, Piece
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.statistics import Statistics
 
+# logits [R, N] -> the place of each row's answer [R]
+Choose = Callable[[Tensor], Tensor]
 
-class Draft(Protocol):
-    """Where draft tokens come from, besides an early boundary."""
 
-    def propose(self, token: int, z: Tensor, position: int) -> Tensor:
-        """Draft tokens [1, K] to follow ``token`` at ``position``; z [1, 1, H] led to ``token``."""
-        ...
+class Found(NamedTuple):
+    """What an exit point says of R rows: the answers it knows by row, and all states [R, H]."""
 
-    def reset(self) -> None: ...
+    answers: dict[int, int]
+    z: Tensor
+
+
+class RowState(NamedTuple):
+    """What rows carry from one exit point to the next: draft tokens and their last chances [R, K]."""
+
+    drafts: Tensor
+    previous: Tensor
+
+    def select(self, rows: Tensor) -> RowState:
+        return RowState(self.drafts[rows], self.previous[rows])
 
 
 class Exits:
-    """Draft, predictors and verification of one exit plan, for one row at a time.
+    """Draft, predictors and verification of one exit plan.
 
-    ``tensors`` are the artefact's, with ``hot.head`` (rows of the LM head) and ``hot.ids`` added.
-    Verification on the hot vocabulary names tokens through ``hot.ids``.
+    ``pieces(rows)`` makes what runs at exit points for a row count; ``tensors`` are the artefact's,
+    with ``hot.head`` (rows of the LM head) and ``hot.ids`` added. Verification on the hot
+    vocabulary names tokens through ``hot.ids``.
     """
 
     def __init__(
         self,
         decoder: Decoder,
         plan: ExitPlan,
-        pieces: ExitPieces,
+        pieces: Callable[[int], ExitPieces],
         tensors: Mapping[str, Tensor],
-        draft: Draft | None = None,
     ) -> None:
         self.plan = plan
         self.thresholds = {point.layer: point.threshold for point in plan.exits}
-        self.draft = draft
         self.hot_ids = tensors["hot.ids"]
-        dtype = next(iter(decoder.tensors.values())).dtype
-        hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=dtype)
-        k = plan.draft_tokens
-        self._nothing = torch.zeros(1, k)
-        examples = [hidden, torch.zeros(1, k, dtype=torch.long), self._nothing]
-        self._predict = {
-            layer: decoder.bind(piece, tensors, examples)
-            for layer, piece in pieces.predictors.items()
-        }
-        self._verify = decoder.bind(pieces.verify, tensors, [hidden])
-        self._draft = decoder.bind(pieces.draft, tensors, [hidden])
-        self._normed = decoder.bind(pieces.normed, tensors, [hidden])
-        self._final = decoder.bind(pieces.final, tensors, [hidden])
-        self.ids: Tensor = examples[1]
-        self.previous = self._nothing
-        self.z: Tensor = hidden
+        self._decoder, self._tensors, self._pieces = decoder, tensors, pieces
+        self._bound: dict[int, _BoundPieces] = {}
+        self._final = pieces(1).final
+        every = {**decoder.tensors, **tensors}
+        self._final_inputs = [every.get(role.name) for role in self._final.inputs]
 
-    def begin(self, token: int, position: int, statistics: Statistics) -> None:
-        """A new token starts its way; a draft that needs no boundary speaks now."""
-        self.previous = self._nothing
-        if self.draft is not None:
-            began = perf_counter()
-            self.ids = self.draft.propose(token, self.z, position)
-            statistics.draft_seconds += perf_counter() - began
+    def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
+        """State of ``rows`` new rows; ``drafts`` [R, K] if they come from no boundary."""
+        k = self.plan.draft_tokens
+        if drafts is None:
+            drafts = torch.zeros(rows, k, dtype=torch.long)
+        return RowState(drafts, torch.zeros(rows, k))
 
-    def finish(self, hidden: Tensor) -> None:
-        """A token went all the way, to the last boundary [1, 1, H]; a draft may want its state."""
-        if self.draft is not None:
-            (self.z,) = self._final(hidden)
+    def final(self, hidden: Tensor) -> Tensor:
+        """The normed state z [1, n, H] of last boundaries [1, n, H], any n."""
+        values = [hidden if value is None else value for value in self._final_inputs]
+        return self._final.graph(*values)
 
-    def draft_from(self, hidden: Tensor, statistics: Statistics) -> None:
-        """Take the draft from a boundary [1, 1, H]: its likeliest hot tokens."""
+    def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
+        """Take the drafts from a boundary [1, R, H]: each row's likeliest hot tokens."""
         began = perf_counter()
-        (z,) = self._normed(hidden)
-        (logits,) = self._draft(z)
-        self.ids = self.hot_ids[logits[0].topk(self.plan.draft_tokens, -1).indices]
+        bound = self._for(hidden.shape[1])
+        (z,) = bound.normed(hidden)
+        (logits,) = bound.draft(z)
+        drafts = self.hot_ids[logits[0].topk(self.plan.draft_tokens, -1).indices]
         statistics.draft_seconds += perf_counter() - began
+        return RowState(drafts, state.previous)
 
-    def check(self, layer: int, hidden: Tensor, statistics: Statistics) -> int | None:
-        """The token, if it can leave after ``layer`` with hidden [1, 1, H]; else None."""
+    def check(
+        self,
+        layer: int,
+        hidden: Tensor,
+        state: RowState,
+        asked: Sequence[int],
+        statistics: Statistics,
+        choose: Choose | None = None,
+    ) -> tuple[Found, RowState]:
+        """Ask the rows ``asked`` of hidden [1, R, H] after ``layer``; ``choose`` replaces argmax."""
         began = perf_counter()
-        probability, self.previous, z = self._predict[layer](hidden, self.ids, self.previous)
-        wanted = probability.item() > self.thresholds[layer]
-        statistics.predictors_run += 1
+        bound = self._for(hidden.shape[1])
+        chances, previous, z = bound.predict(layer)(hidden, *state)
+        limit = self.thresholds[layer]
+        wanted = [row for row, chance in zip(asked, chances[asked].tolist()) if chance > limit]
+        statistics.predictors_run += len(asked)
         ended = perf_counter()
         statistics.predictor_seconds += ended - began
-        if not wanted:
-            return None
-        statistics.wanted += 1
-        if layer == self.plan.draft_layer and self.plan.verify == "hot":
-            # the draft came from these very logits: its first token is their argmax
-            token = self.ids[0, :1]
-        else:
-            (logits,) = self._verify(z)
-            best = logits[0].argmax(-1)
-            token = self.hot_ids[best] if self.plan.verify == "hot" else best
-        right = bool((token == self.ids).any())
-        statistics.verify_seconds += perf_counter() - ended
-        if not right:
-            statistics.refused += 1
-            return None
-        self.z = z
-        return int(token)
+        state = RowState(state.drafts, previous)
+        answers: dict[int, int] = {}
+        if wanted:
+            tokens = self._answers(layer, z, state, choose)
+            right = (tokens[:, None] == state.drafts).any(-1)[wanted].tolist()
+            named = tokens[wanted].tolist()
+            answers = {row: name for row, name, ok in zip(wanted, named, right) if ok}
+            statistics.wanted += len(wanted)
+            statistics.refused += len(wanted) - len(answers)
+            statistics.verify_seconds += perf_counter() - ended
+        return Found(answers, z[0]), state
+
+    def _answers(self, layer: int, z: Tensor, state: RowState, choose: Choose | None) -> Tensor:
+        if layer == self.plan.draft_layer and self.plan.verify == "hot" and choose is None:
+            # the drafts came from these very logits: the first of them is their argmax
+            return state.drafts[:, 0]
+        (logits,) = self._for(z.shape[1]).verify(z)
+        best = logits[0].argmax(-1) if choose is None else choose(logits[0])
+        return self.hot_ids[best] if self.plan.verify == "hot" else best
+
+    def _for(self, rows: int) -> _BoundPieces:
+        if rows not in self._bound:
+            self._bound[rows] = _BoundPieces(
+                self._decoder, self._pieces(rows), self._tensors, rows, self.plan.draft_tokens
+            )
+        return self._bound[rows]
+
+
+class _BoundPieces:
+    """The pieces for one row count, compiled when they are first asked for."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        pieces: ExitPieces,
+        tensors: Mapping[str, Tensor],
+        rows: int,
+        k: int,
+    ) -> None:
+        dtype = next(iter(decoder.tensors.values())).dtype
+        self._hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=dtype)
+        self._examples = [
+            self._hidden, torch.zeros(rows, k, dtype=torch.long), torch.zeros(rows, k),
+        ]  # fmt: skip
+        self._decoder, self._pieces, self._tensors = decoder, pieces, tensors
+        self._predictors: dict[int, Any] = {}
+        self._others: dict[str, Any] = {}
+
+    def predict(self, layer: int) -> Any:
+        if layer not in self._predictors:
+            piece = self._pieces.predictors[layer]
+            self._predictors[layer] = self._decoder.bind(piece, self._tensors, self._examples)
+        return self._predictors[layer]
+
+    def normed(self, hidden: Tensor) -> Any:
+        return self._other("normed", self._pieces.normed)(hidden)
+
+    def draft(self, z: Tensor) -> Any:
+        return self._other("draft", self._pieces.draft)(z)
+
+    def verify(self, z: Tensor) -> Any:
+        return self._other("verify", self._pieces.verify)(z)
+
+    def _other(self, name: str, piece: Piece) -> Any:
+        if name not in self._others:
+            self._others[name] = self._decoder.bind(piece, self._tensors, [self._hidden])
+        return self._others[name]

@@ -1,4 +1,4 @@
-"""The static KV cache: one slot per token, every layer its own length."""
+"""The static KV cache: a pool of slots, in which each sequence has a region of its own."""
 
 from __future__ import annotations
 
@@ -9,23 +9,65 @@ from torch import Tensor
 
 
 class KvCache:
-    """Keys and values per layer, and how many slots of each hold a token.
+    """Keys and values per layer, and which slots belong to a sequence.
 
-    Lengths never grow with depth (a staircase): a token that left early is missing in the deeper
-    layers until it is caught up. Slots past a length hold finite rubbish, masked until overwritten.
+    A token's slot is its position, counted from the start of its sequence's region. Slots nobody
+    has written hold finite rubbish, masked until overwritten.
     """
 
-    def __init__(self, like: Sequence[tuple[Tensor, Tensor]]) -> None:
-        # zeros, never empty: a NaN beyond the prefix would poison attention through its mask
-        self.keys = [torch.zeros(k.shape, dtype=k.dtype, device=k.device) for k, _ in like]
-        self.values = [torch.zeros(v.shape, dtype=v.dtype, device=v.device) for _, v in like]
-        self.lengths = [0] * len(like)
+    def __init__(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> None:
+        """``like``: a key and a value tensor [1, G, C, D] per layer. The last ``scratch`` slots
+        take what padding rows write and belong to no region."""
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        # layers of one shape lie in one tensor, so that moving rows is one operation for all
+        self._stacks: list[tuple[list[int], Tensor]] = []
+        for kind, found in ((0, self.keys), (1, self.values)):
+            shapes = [pair[kind].shape for pair in like]
+            places: dict[int, Tensor] = {}
+            for shape in dict.fromkeys(shapes):
+                layers = [i for i, other in enumerate(shapes) if other == shape]
+                example = like[layers[0]][kind]
+                # zeros, never empty: a NaN in a masked slot would poison attention
+                stack = torch.zeros(
+                    len(layers), *shape, dtype=example.dtype, device=example.device
+                )
+                self._stacks.append((layers, stack))
+                places |= dict(zip(layers, stack.unbind(), strict=True))
+            found += [places[layer] for layer in range(len(like))]
+        self.scratch = self.slots - scratch
+        self._regions: list[tuple[int, int]] = []
 
     @property
     def slots(self) -> int:
         return int(self.keys[0].shape[2])
 
-    @property
-    def complete(self) -> bool:
-        """Whether every layer has seen every token."""
-        return self.lengths[0] == self.lengths[-1]
+    def allocate(self, room: int) -> int | None:
+        """First slot of a free region of ``room`` slots, or None if there is none."""
+        begin = 0
+        for first, size in self._regions:
+            if first - begin >= room:
+                break
+            begin = first + size
+        if begin + room > self.scratch:
+            return None
+        self._regions = sorted([*self._regions, (begin, room)])
+        return begin
+
+    def release(self, first: int) -> None:
+        self._regions = [region for region in self._regions if region[0] != first]
+
+    def blank(self, layer: int, slot: int) -> None:
+        """Leave a hole: zeros, which later tokens attend to as the paper's code has them do."""
+        self.keys[layer][:, :, slot] = 0
+        self.values[layer][:, :, slot] = 0
+
+    def move(self, sources: Sequence[int], first: int, depth: int) -> None:
+        """Copy the slots ``sources`` to ``first`` onwards, in the first ``depth`` layers."""
+        if list(sources) == list(range(first, first + len(sources))):
+            return
+        index = torch.tensor(sources)
+        for layers, stack in self._stacks:
+            count = sum(layer < depth for layer in layers)
+            part = stack[:count]
+            part[:, :, :, first : first + len(sources)] = part[:, :, :, index]

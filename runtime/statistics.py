@@ -11,11 +11,15 @@ class Statistics:
     """Counts over the tokens decoded since the last reset; times in seconds.
 
     ``exit_layers[e]`` is the number of tokens that left after e layers; ``wanted`` how often a
-    predictor asked to leave, ``refused`` how often verification then said no.
+    predictor asked to leave, ``refused`` how often verification then said no. ``rollbacks``: wrong
+    guesses taken back; ``near_ties``: answers whose two best logits lie within the noise.
     """
 
     num_layers: int
     tokens: int = 0
+    passes: int = 0
+    rollbacks: int = 0
+    near_ties: int = 0
     exit_layers: list[int] = field(default_factory=list)
     predictors_run: int = 0
     wanted: int = 0
@@ -44,6 +48,9 @@ class Statistics:
         tokens, seconds = max(self.tokens, 1), self.seconds or float("nan")
         return {
             "tokens": self.tokens,
+            "accepted_per_pass": self.tokens / max(self.passes, 1),
+            "rollbacks": self.rollbacks,
+            "near_ties": self.near_ties,
             "mean_exit_layer": self.mean_exit_layer,
             "exit_layers": list(self.exit_layers),
             "active_predictors": self.predictors_run / tokens,

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eepass.artifact import Artifact, PresetPart, fingerprint
 from eepass.runtime import eagle
+from eepass.runtime.exits import Found, RowState
 from eepass.training.calibration import Calibration
 from eepass.training.predictors import WIDTH
 
@@ -124,22 +125,24 @@ def eager_compile(graph: Any, structure: str, examples: Any, *, logits: bool = F
 
 
 class ForcedExits:
-    """Exits by order: token t (counted from 0 since the last ``orders``) leaves after
-    ``orders[t]`` layers, saying ``answers[t]``; past the end of the orders, none leaves."""
+    """Exits by order: in pass t (counted from 0 since ``turn`` was set to -1) the first row asked
+    leaves after ``orders[t]`` layers, saying ``answers[t]``; past the end of the orders, none."""
 
     def __init__(self, num_layers: int, orders: list[int], answers: list[int]) -> None:
         self.thresholds = dict.fromkeys(range(1, num_layers + 1), 0.5)
-        self.plan = SimpleNamespace(draft_layer=0)
-        self.draft = None
+        self.plan = SimpleNamespace(draft_layer=-1)
         self.orders, self.answers, self.turn = orders, answers, -1
 
-    def begin(self, token: int, position: int, statistics: Any) -> None:
+    def begin(self, rows: int, drafts: Any = None) -> RowState:
         self.turn += 1
+        return RowState(torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1))
 
-    def finish(self, hidden: Tensor) -> None: ...
+    def final(self, hidden: Tensor) -> Tensor:
+        return hidden
 
-    def draft_from(self, hidden: Tensor, statistics: Any) -> None: ...
-
-    def check(self, layer: int, hidden: Tensor, statistics: Any) -> int | None:
+    def check(
+        self, layer: int, hidden: Tensor, state: RowState, asked: Any, statistics: Any, choose: Any
+    ) -> tuple[Found, RowState]:
         wanted = self.turn < len(self.orders) and self.orders[self.turn] == layer
-        return self.answers[self.turn] if wanted else None
+        answers = {asked[0]: self.answers[self.turn]} if wanted else {}
+        return Found(answers, hidden[0]), state

@@ -1,0 +1,166 @@
+"""What pays: how large a tree, and whether to leave early, to speculate, to do both or neither.
+
+Costs are measured when the engine starts and followed while it runs; so are the chances of drafts
+and what each way of decoding yields. Nothing here changes what is said in exact mode.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from eepass.runtime.tree import Tree
+
+Mode = Literal["dense", "exits", "speculation", "both"]
+EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
+# an estimate counts as so many observations; older ones fade
+PRIOR, FADE = 20.0, 0.999
+# passes a way of decoding is tried for, and passes between two tries of one that lags behind
+TRY, PATIENCE = 6, 96
+
+
+@dataclass(slots=True)
+class Budget:
+    """What a draft may ask while it builds a tree: ``most`` nodes, and what a guess is worth."""
+
+    planner: Planner
+    most: int
+
+    @staticmethod
+    def bin(chance: float) -> int:
+        return bisect(EDGES, chance)
+
+    def chance(self, bin: tuple[int, ...], prior: float) -> float:
+        hits, trials = self.planner.seen.get(bin, (0.0, 0.0))
+        return min((hits + PRIOR * prior) / (trials + PRIOR), 0.99)
+
+    def worth_a_call(self, joint: float) -> bool:
+        """Whether to run the draft once more for what follows a node on the right path with
+        chance ``joint``: it gains at most so many tokens."""
+        return joint * 0.7 * self.planner.token_seconds > self.planner.draft_seconds
+
+    def worth_a_row(self, joint: float) -> bool:
+        return joint * self.planner.token_seconds > self.planner.row_seconds
+
+
+@dataclass(slots=True)
+class Arm:
+    """Seconds and tokens of one way of decoding, older ones fading."""
+
+    seconds: float = 0.0
+    tokens: float = 0.0
+    passes: int = 0
+    last: int = 0
+
+    def add(self, seconds: float, tokens: float, now: int) -> None:
+        self.seconds = self.seconds * 0.97 + seconds
+        self.tokens = self.tokens * 0.97 + tokens
+        self.passes += 1
+        self.last = now
+
+    @property
+    def per_token(self) -> float:
+        return self.seconds / self.tokens if self.tokens else 0.0
+
+
+@dataclass(slots=True)
+class Planner:
+    """``costs[R]``: seconds of a whole pass over R rows, head included; ``draft_seconds``: of one
+    call of the draft. ``modes``: the ways of decoding that are allowed, the plainest first."""
+
+    costs: dict[int, float]
+    draft_seconds: float = 0.0
+    modes: tuple[Mode, ...] = ("dense",)
+    seen: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
+    arms: dict[Mode, Arm] = field(default_factory=dict)
+    passes: int = 0
+    _trying: Mode | None = None
+
+    @property
+    def token_seconds(self) -> float:
+        """What a token costs at best, as far as known."""
+        known = [arm.per_token for arm in self.arms.values() if arm.passes >= TRY]
+        return min([self.costs[1], *known])
+
+    @property
+    def row_seconds(self) -> float:
+        """What one more row costs in a pass of several."""
+        few, many = min(self.costs), max(self.costs)
+        return max(self.costs[many] - self.costs[few], 0.0) / max(many - few, 1)
+
+    def mode(self) -> Mode:
+        """How the next pass is to be made."""
+        if len(self.modes) == 1:
+            return self.modes[0]
+        if self._trying is not None:
+            arm = self.arms[self._trying]
+            if arm.passes % TRY:
+                return self._trying
+            self._trying = None
+        best = self.best()
+        for mode in self.modes:
+            arm = self.arms.setdefault(mode, Arm())
+            behind = arm.per_token / max(self.arms[best].per_token, 1e-9)
+            # the further behind, the rarer it gets another try
+            if arm.passes == 0 or (
+                mode != best and self.passes - arm.last > PATIENCE * max(1.0, behind) ** 8
+            ):
+                self._trying = mode
+                return mode
+        return best
+
+    def best(self) -> Mode:
+        for mode in self.modes:
+            self.arms.setdefault(mode, Arm())
+        tried = [mode for mode in self.modes if self.arms[mode].passes]
+        if not tried:
+            return self.modes[0]
+        # a plainer way wins where the difference is noise
+        plainest = tried[0]
+        best = min(tried, key=lambda mode: self.arms[mode].per_token)
+        better = self.arms[best].per_token < 0.985 * self.arms[plainest].per_token
+        return best if better else plainest
+
+    def record(self, mode: Mode, rows: int, seconds: float, tokens: int) -> None:
+        """A pass in ``mode`` over ``rows`` took ``seconds`` and gave ``tokens``."""
+        self.passes += 1
+        self.arms.setdefault(mode, Arm()).add(seconds, tokens, self.passes)
+
+    def choose(self, tree: Tree, waiting: int) -> Tree:
+        """The part of ``tree`` that gives most tokens a second, ``waiting`` rows going along."""
+        joint = tree.joint()
+        order = sorted(range(1, len(tree)), key=lambda node: -joint[node])
+        best, best_rate = 0, 1.0 / self._cost(1 + waiting)
+        gain = 1.0
+        for count, node in enumerate(order, 1):
+            if 1 + count + waiting > max(self.costs):
+                break
+            gain += joint[node]
+            rate = gain / self._cost(1 + count + waiting)
+            if rate > best_rate:
+                best, best_rate = count, rate
+        return tree.keep(order[:best])
+
+    def learn(self, tree: Tree, path: list[int]) -> None:
+        """Drafts after the nodes of ``path`` were seen to be right or wrong."""
+        on_path = set(path)
+        for node in range(1, len(tree)):
+            bin = tree.bins[node]
+            if bin is not None and tree.parents[node] in on_path:
+                hits, trials = self.seen.get(bin, (0.0, 0.0))
+                self.seen[bin] = (hits * FADE + (node in on_path), trials * FADE + 1)
+
+    def _cost(self, rows: int) -> float:
+        return self.costs[next((size for size in sorted(self.costs) if size >= rows), max(self.costs))]
+
+    def decision(self) -> Mapping[str, object]:
+        """The way of decoding in use and the figures it was chosen by, in milliseconds."""
+        return {
+            "mode": self.best(),
+            "ms_per_token": {m: round(1e3 * a.per_token, 2) for m, a in self.arms.items() if a.passes},
+            "passes": {mode: arm.passes for mode, arm in self.arms.items() if arm.passes},
+            "pass_ms": {rows: round(1e3 * cost, 2) for rows, cost in self.costs.items()},
+            "draft_ms": round(1e3 * self.draft_seconds, 2),
+        }

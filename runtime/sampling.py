@@ -1,0 +1,239 @@
+"""What token comes next when it is drawn: the target's distribution, and drafts checked against it.
+
+Greedy decoding compares: ``greedy`` and ``matching_child``. Sampling turns logits into
+``probabilities`` and lets ``accept`` keep a draft token or draw another one, so that what comes out
+is distributed as without drafts (speculative sampling, arXiv 2211.17192; several children of one
+node, arXiv 2305.09781).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+# below it scaled logits leave the range of float32
+COLDEST = 1e-5
+# how many of the most probable tokens are looked at for top_p before all are sorted
+NUCLEUS_SIZES = (256, 2048, 16384)
+# tokens summed as one when a draw looks for its place
+BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; the defaults decode greedily.
+
+    Raises ``ValueError`` naming the field and its value.
+    """
+
+    # 0 is greedy
+    temperature: float = 0.0
+    # 0 keeps all
+    top_k: int = 0
+    top_p: float = 1.0
+    # relative to the most probable token
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    # None draws differently every time
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
+            if not isinstance(getattr(self, name), int | float):
+                self._refuse(name, "a number")
+        if self.temperature != 0 and not COLDEST <= self.temperature < inf:
+            self._refuse("temperature", f"0 (greedy), or finite and at least {COLDEST}")
+        if not isinstance(self.top_k, int) or self.top_k < 0:
+            self._refuse("top_k", "0 (off) or a positive integer")
+        for name in ("top_p", "min_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                self._refuse(name, "from 0 to 1")
+        if not 0 < self.repetition_penalty < inf:
+            self._refuse("repetition_penalty", "finite and above 0")
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            self._refuse("seed", "None or an integer from 0 to 2**63 - 1")
+
+    def _refuse(self, name: str, wanted: str) -> None:
+        raise ValueError(f"{name}={getattr(self, name)!r}: must be {wanted}")
+
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
+        """The source of randomness for one sequence."""
+        generator = torch.Generator(device)
+        if self.seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(self.seed)
+        return generator
+
+
+def greedy(
+    logits: Tensor, sampling: Sampling, context: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """The most probable token of each row [R]; of equal ones the first."""
+    return _penalised(logits, sampling, context).argmax(-1)
+
+
+def probabilities(
+    logits: Tensor, sampling: Sampling, context: Sequence[Sequence[int]] | None = None
+) -> Tensor:
+    """Distribution of the next token, float32 [R, V], after ``logits`` [R, V].
+
+    The options apply in transformers' order: repetition penalty (``context`` holds the tokens of
+    each row), temperature, top-k (all that equal the last one stay), top-p, min-p.
+    """
+    if sampling.greedy:
+        best = greedy(logits, sampling, context)
+        return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best[:, None], 1.0)
+    scores = _penalised(logits, sampling, context)
+    if sampling.temperature != 1:
+        scores = scores / sampling.temperature
+    p, ids = _most_probable(scores, sampling)
+    if ids is None and not sampling.min_p:
+        return p
+    if sampling.top_p < 1 and ids is not None:
+        before = p.cumsum(-1, dtype=torch.float64) - p
+        outside = before >= sampling.top_p
+        outside[:, 0] = False
+        p = p.masked_fill(outside, 0)
+    if sampling.min_p:
+        p = p.masked_fill(p < sampling.min_p * p.amax(-1, keepdim=True), 0)
+    p = p / p.sum(-1, keepdim=True)
+    return p if ids is None else torch.zeros_like(scores).scatter_(-1, ids, p)
+
+
+def matching_child(token: Tensor, proposed: Tensor) -> Tensor:
+    """Index [R] of the first child in ``proposed`` [R, C] that is ``token`` [R], else -1."""
+    if not proposed.shape[1]:
+        return torch.full_like(token, -1)
+    hit = proposed == token[:, None]
+    return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
+
+
+def accept(
+    p: Tensor, proposed: Tensor, q: Tensor | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The token [R] that follows, and the index [R] of the child it is, -1 for none of them.
+
+    Each row is one node: ``p`` [R, V] its target distribution, ``proposed`` [R, C] its children,
+    -1 where there is none. The token is distributed as ``p`` whatever the children are, provided
+    that child c was drawn from ``q[:, c]`` [R, C, V], *given the children before it*: for children
+    drawn from one draft distribution without replacement, ``q[:, c]`` is that distribution with the
+    earlier children taken out and normalised again. A drawn child must not be left out for the
+    token it is: that changes what it was drawn from. ``q=None`` says that the children were chosen,
+    not drawn (the draft's top tokens, for instance).
+    """
+    if q is None:
+        # refusing each point mass in turn and drawing from what is left gives child c with
+        # probability p(c): the same as one draw from p that may hit a child
+        token = draw(p, generator)
+        return token, matching_child(token, proposed)
+    rows, children = proposed.shape
+    chance = _uniform((rows, children + 1), p, generator)
+    token = proposed.new_full((rows,), -1)
+    index = token.clone()
+    residual = p
+    for child in range(children):
+        x = proposed[:, child]
+        tried = (index < 0) & (x >= 0)
+        place = x.clamp(min=0)[:, None]
+        p_x, q_x = residual.gather(1, place)[:, 0], q[:, child].gather(1, place)[:, 0]
+        # u < p / q without the division
+        taken = tried & (chance[:, child] * q_x < p_x)
+        token, index = token.where(~taken, x), index.masked_fill(taken, child)
+        refused = tried & ~taken
+        if refused.any():
+            residual = torch.where(refused[:, None], _residual(residual, q[:, child]), residual)
+    left = (index < 0).nonzero()[:, 0]
+    if len(left):
+        token[left] = _invert(residual[left], chance[left, -1])
+    return token, index
+
+
+def draw(p: Tensor, generator: torch.Generator) -> Tensor:
+    """One token [R] from each row of ``p`` [R, V], which need not sum to one."""
+    return _invert(p, _uniform((p.shape[0],), p, generator))
+
+
+def _penalised(
+    logits: Tensor, sampling: Sampling, context: Sequence[Sequence[int]] | None
+) -> Tensor:
+    penalty = sampling.repetition_penalty
+    if penalty == 1:
+        return logits
+    if context is None or len(context) != len(logits):
+        given = "none" if context is None else len(context)
+        raise ValueError(
+            f"repetition_penalty={penalty}: needs the tokens of {len(logits)} rows, {given} given"
+        )
+    logits = logits.clone()
+    for row, tokens in zip(logits, context, strict=True):
+        ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
+        ids = ids[ids < logits.shape[-1]]  # a tokenizer may know more tokens than the LM head
+        score = row[ids]
+        row[ids] = torch.where(score < 0, score * penalty, score / penalty)
+    return logits
+
+
+def _most_probable(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Probabilities [R, K], falling, and tokens [R, K] that hold what top-k and top-p keep.
+
+    All probabilities in the order of the vocabulary and None where neither applies.
+    """
+    vocabulary, k = scores.shape[-1], sampling.top_k
+    if 0 < k < vocabulary:
+        top, ids = scores.topk(k + 1)
+        last = top[:, k - 1 : k]
+        if (top[:, k:] == last).any():
+            top, ids = scores.topk(int((scores >= last).sum(-1).max()))
+        return top.masked_fill(top < last, -inf).softmax(-1), ids
+    p = scores.softmax(-1)
+    if sampling.top_p == 1:
+        return p, None
+    for size in (*NUCLEUS_SIZES, vocabulary):
+        ids = scores.topk(min(size, vocabulary)).indices
+        top = p.gather(-1, ids)
+        if (top.sum(-1, dtype=torch.float64) >= sampling.top_p).all():
+            break
+    return top, ids
+
+
+def _residual(p: Tensor, q: Tensor) -> Tensor:
+    rest = (p - q).clamp_(min=0)
+    mass = rest.sum(-1, keepdim=True)
+    # p equals q: only rounding leads here, and p is as good as any
+    return torch.where(mass > 0, rest / mass, p)
+
+
+def _uniform(shape: tuple[int, ...], p: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.rand(shape, dtype=torch.float64, device=p.device, generator=generator)
+
+
+def _invert(p: Tensor, chance: Tensor) -> Tensor:
+    """Tokens [R] at which the cumulated ``p`` [R, V] passes ``chance`` [R] of its total.
+
+    Float64 sums over blocks first and then inside one block: never a token of zero probability.
+    """
+    rows, vocabulary = p.shape
+    size = BLOCK if vocabulary > 2 * BLOCK else vocabulary
+    blocks = torch.nn.functional.pad(p, (0, -vocabulary % size)).view(rows, -1, size)
+    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = chance[:, None] * ends[:, -1:]
+    block = _passed(ends, target)
+    target = target - torch.nn.functional.pad(ends, (1, 0)).gather(1, block)
+    inside = blocks[torch.arange(rows, device=p.device), block[:, 0]]
+    token = _passed(inside.cumsum(-1, dtype=torch.float64), target)
+    return (block * size + token)[:, 0]
+
+
+def _passed(ends: Tensor, target: Tensor) -> Tensor:
+    # a target rounded up to the total would fall off the end
+    below = torch.nextafter(ends[:, -1:], torch.zeros_like(target))
+    return torch.searchsorted(ends, target.minimum(below), right=True)
