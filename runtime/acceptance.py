@@ -80,12 +80,21 @@ class Judge:
         while node is not None:
             part.path.append(node)
             if self.exact or node not in part.answers:
-                row = logits.of[id(part), node, sequence.position + len(part.path) - 1]
+                row = logits.of[id(part), node, len(context) - 1]
                 visited.append(row)
                 part.answers[node] = self._answer(logits.values, row, sequence, context)
-            answer = part.answers[node]
-            context.append(answer)
-            node = next((n for n in part.tree.children(node) if part.tree.tokens[n] == answer), None)
+            context.append(part.answers[node])
+            node = self._next(part, node, len(context) - 1, logits)
+
+    def _next(self, part: Part, node: int, position: int, logits: _Rows) -> int | None:
+        """The child of ``node`` that its answer names, if it came through: an exit that was wrong
+        may have dropped it."""
+        assert part.tree is not None
+        for child in part.tree.children(node):
+            if part.tree.tokens[child] == part.answers[node]:
+                known = child in part.answers and not self.exact
+                return child if known or (id(part), child, position) in logits.of else None
+        return None
 
     def _logits(self, verification: Verification, statistics: Statistics) -> _Rows:
         """Logits of the rows at the last boundary whose answer is asked for."""

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# tiny models: a second thread costs more than it brings
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

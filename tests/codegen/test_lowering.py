@@ -21,8 +21,8 @@ def real_inputs(piece, split):
         value = node.meta["val"]
         if role.kind == "parameter":
             inputs.append(split.tensors[role.name].detach())
-        elif role.kind == "start":
-            inputs.append(torch.tensor(3))
+        elif role.kind == "slots":
+            inputs.append(torch.arange(3, 3 + len(value)))
         elif role.kind in ("keys", "values"):
             inputs.append(torch.zeros(value.shape, dtype=value.dtype))
         else:

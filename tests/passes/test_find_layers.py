@@ -80,7 +80,7 @@ def test_families(family):
     split = split_segments(decoder, boundaries, report)
     assert split.distinct_layers == 1
     for number, layer in enumerate(split.layers):
-        roles = {role.layer for role in layer.inputs if role.kind in ("keys", "values", "start")}
+        roles = {role.layer for role in layer.inputs if role.kind in ("keys", "values", "slots")}
         assert roles == {number}
         names = [role.name for role in layer.inputs if role.kind == "parameter"]
         assert names and all(f".{number}." in name for name in names)

@@ -38,8 +38,8 @@ def graph_steps(model, piece, engine, first, run):
                 inputs.append(cache.keys[role.layer])
             elif role.kind == "values":
                 inputs.append(cache.values[role.layer])
-            elif role.kind == "start":
-                inputs.append(torch.tensor(position))
+            elif role.kind == "slots":
+                inputs.append(torch.tensor([position]))
             elif role.kind == "mask":
                 window = split.windows[role.name]
                 inputs.append(causal_mask(1, cache.slots, window, torch.float32, start=position))

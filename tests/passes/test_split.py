@@ -61,7 +61,7 @@ def test_kv_fill_writes_what_the_layer_writes(llama, traces):
             meta = node.meta["val"]
             if role.kind == "parameter":
                 values[role] = split.tensors[role.name].detach()
-            elif role.kind in ("keys", "values", "start"):
+            elif role.kind in ("keys", "values", "slots"):
                 values[role] = torch.zeros(meta.shape, dtype=meta.dtype)
             else:
                 values[role] = torch.full(meta.shape, 0.3)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from models import VOCABULARY, ForcedExits, eager_compile
 
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.engine import Engine, EngineError
+from eepass.runtime.acceptance import EngineError
+from eepass.runtime.engine import Engine, Options
 
 DEPTH = 4
 PROMPT = [5, 9, 44, 7, 8]
@@ -21,15 +22,17 @@ def decoder(llama_splits):
 def dense_cache(decoder, ids):
     """Keys and values after ``ids`` went through all layers one by one."""
     engine = Engine(decoder)
-    engine.reset()
-    engine.prefill(ids[:1])
+    sequence = engine.start(ids[:1])
     for token in ids[1:]:
-        engine.step(token)
+        sequence.replace_last(token)
+        engine.step()
+    engine.reset()
     return [k[:, :, : len(ids)].clone() for k in (*decoder.kv.keys, *decoder.kv.values)]
 
 
-def forced(decoder, orders, answers, **options):
-    return Engine(decoder, ForcedExits(DEPTH, orders, answers), None, **options)
+def forced(decoder, orders, answers, pending_limit=7, kv_policy="defer"):
+    options = Options("approximate", kv_policy, pending_limit, ("exits",))
+    return Engine(decoder, ForcedExits(DEPTH, orders, answers), options=options)
 
 
 @settings(max_examples=25, deadline=None)
@@ -39,11 +42,9 @@ def test_after_any_exits_the_cache_is_the_dense_one(decoder, data):
     orders = data.draw(st.lists(st.integers(1, DEPTH + 1), min_size=count, max_size=count))
     answers = data.draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=count, max_size=count))
     limit = data.draw(st.integers(0, 7))
-    engine = forced(decoder, orders, answers, pending_limit=limit)
+    engine = forced(decoder, orders, answers, limit)
     said = [step.token for step in engine.generate(PROMPT, count + 1)]
-    assert engine.pending == 0 and decoder.kv.complete
     ids = [*PROMPT, *said[:-1]]
-    assert decoder.kv.lengths == [len(ids)] * DEPTH
     ours = [k[:, :, : len(ids)].clone() for k in (*decoder.kv.keys, *decoder.kv.values)]
     for own, dense in zip(ours, dense_cache(decoder, ids), strict=True):
         assert torch.allclose(own, dense, atol=2e-5)
@@ -52,15 +53,17 @@ def test_after_any_exits_the_cache_is_the_dense_one(decoder, data):
 @settings(max_examples=25, deadline=None)
 @given(orders=st.lists(st.integers(1, DEPTH + 1), min_size=1, max_size=40), limit=st.integers(0, 7))
 def test_lengths_never_grow_with_depth_and_pending_is_bounded(decoder, orders, limit):
-    engine = forced(decoder, orders, [9] * len(orders), pending_limit=limit)
-    token = engine.start(PROMPT)
+    engine = forced(decoder, orders, [9] * len(orders), limit)
+    sequence = engine.start(PROMPT)
     for _ in orders:
-        token, exit_layer = engine.step(token)
-        lengths = decoder.kv.lengths
+        engine.step()
+        lengths = sequence.lengths(DEPTH)
         assert lengths == sorted(lengths, reverse=True)
-        assert lengths[0] - lengths[-1] == engine.pending <= limit
-        assert exit_layer <= DEPTH
+        assert lengths[0] - lengths[-1] == sequence.pending <= limit
+        assert sequence.exit_layers[-1] <= DEPTH
     engine.catch_up()
+    assert sequence.lengths(DEPTH) == [len(PROMPT) + len(orders)] * DEPTH
+    engine.reset()
 
 
 def test_an_exit_runs_no_deeper_layer(decoder, monkeypatch):
@@ -70,44 +73,69 @@ def test_an_exit_runs_no_deeper_layer(decoder, monkeypatch):
         decoder, "run_layer", lambda layer, *rest: ran.append(layer) or original(layer, *rest)
     )
     engine = forced(decoder, [2, 3], [11, 12])
-    token = engine.start(PROMPT)
+    sequence = engine.start(PROMPT)
     ran.clear()
-    assert engine.step(token) == (11, 2)
+    engine.step()
+    assert (sequence.tokens[-1], sequence.exit_layers[-1]) == (11, 2)
     assert ran == [0, 1]
     ran.clear()
     # layer 2 has not seen the token before: it goes along
-    assert engine.step(11) == (12, 3)
+    engine.step()
+    assert (sequence.tokens[-1], sequence.exit_layers[-1]) == (12, 3)
     assert ran == [0, 1, 2]
-    assert decoder.kv.lengths == [7, 7, 7, 5]
+    assert sequence.lengths(DEPTH) == [7, 7, 7, 5]
+    engine.reset()
 
 
 def test_switching_deferral_off_changes_the_cache(decoder):
-    """``drop`` leaves holes, and what is said later knows it; ``defer`` says what dense says."""
+    """``drop`` leaves holes, ``propagate`` fills them with less; later tokens know it."""
     orders, answers = [1] * 6, [20, 21, 22, 23, 24, 25]
     after = {}
     for policy in ("defer", "propagate", "drop"):
         engine = forced(decoder, orders, answers, kv_policy=policy)
-        token = engine.start(PROMPT)
+        engine.start(PROMPT)
         for _ in orders:
-            token, _ = engine.step(token)
+            engine.step()
         engine.catch_up()
-        hidden = torch.zeros(1, 1, 64)
-        after[policy] = decoder.run_layer(DEPTH - 1, hidden, decoder.kv.lengths[-1], 11)
-        after[policy + " lengths"] = list(decoder.kv.lengths)
-    assert after["defer lengths"] == after["propagate lengths"] == [11] * DEPTH
-    assert after["drop lengths"] == [11, 5, 5, 5]
+        after[policy] = decoder.kv.keys[-1][:, :, : len(PROMPT) + 6].clone()
+        engine.reset()
+    assert (after["drop"][:, :, len(PROMPT) :] == 0).all()
+    assert after["propagate"].abs().sum((0, 1, 3)).min() > 0
     assert not torch.allclose(after["defer"], after["propagate"], atol=1e-4)
-    assert not torch.allclose(after["defer"], after["drop"], atol=1e-4)
+    assert torch.equal(after["defer"][:, :, : len(PROMPT)], after["drop"][:, :, : len(PROMPT)])
 
 
 def test_prefill_in_chunks_equals_token_by_token(decoder):
     ids = list(range(3, 43))  # 16 + 16 + 8
-    engine = Engine(decoder)
-    engine.reset()
-    engine.prefill(ids)
+    Engine(decoder).prefill(ids, lambda layer, hidden: None)
     ours = [k[:, :, : len(ids)].clone() for k in (*decoder.kv.keys, *decoder.kv.values)]
     for own, dense in zip(ours, dense_cache(decoder, ids), strict=True):
         assert torch.allclose(own, dense, atol=2e-5)
+
+
+def test_a_sequence_anywhere_in_the_cache_is_the_same(decoder):
+    engine = Engine(decoder)
+    alone = engine.start(PROMPT, room=20)
+    engine.start([9, 8, 7], room=30)
+    other = engine.start(PROMPT, room=25)
+    assert (alone.first, other.first) == (0, 50)
+    for _ in range(8):
+        engine.step([alone])
+        engine.step([other])
+    assert alone.tokens == other.tokens
+    for keys in decoder.kv.keys:
+        assert torch.allclose(keys[:, :, :13], keys[:, :, 50:63], atol=2e-5)
+    engine.reset()
+
+
+def test_room_is_given_back_and_refused_when_there_is_none(decoder):
+    engine = Engine(decoder)
+    first = engine.start(PROMPT, room=decoder.capacity - 10)
+    with pytest.raises(EngineError, match="no 20 free slots"):
+        engine.start(PROMPT, room=20)
+    engine.end(first)
+    assert engine.start(PROMPT, room=20).first == 0
+    engine.reset()
 
 
 def test_an_empty_prompt_is_refused(decoder):
@@ -132,23 +160,29 @@ def test_generation_stops_at_a_stop_token(decoder):
     engine = forced(decoder, [2, 2, 2], [30, 2, 31])
     said = [step.token for step in engine.generate(PROMPT, 50, frozenset({2}))]
     assert said[1:] == [30, 2]
-    assert engine.pending == 0
+    assert engine.sequences == []
 
 
-def test_an_abandoned_generation_leaves_nothing_pending(decoder):
+def test_an_abandoned_generation_leaves_nothing_behind(decoder):
     engine = forced(decoder, [1] * 5, [30] * 5)
     stream = engine.generate(PROMPT, 50)
     for _ in range(4):
         next(stream)
-    assert engine.pending == 3
+    (sequence,) = engine.sequences
+    assert sequence.pending == 3
     stream.close()
-    assert engine.pending == 0 and decoder.kv.complete
+    assert sequence.pending == 0 and engine.sequences == []
 
 
-def test_logits_that_are_not_finite_are_named(decoder):
-    logits = torch.full((1, 1, VOCABULARY), float("nan"))
+def test_logits_that_are_not_finite_are_named(decoder, monkeypatch):
+    bad = torch.full((1, 1, VOCABULARY), float("nan"))
+    monkeypatch.setattr(decoder, "logits", lambda hidden: bad)
     with pytest.raises(EngineError, match="not finite"):
-        Engine._argmax(logits)
+        Engine(decoder).start(PROMPT)
+    monkeypatch.undo()
+    # the slots were given back
+    assert Engine(decoder).start(PROMPT).first == 0
+    decoder.kv.release(0)
 
 
 def test_two_generations_in_a_row_are_like_the_first_alone(decoder):

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eepass.runtime.scheduler import RADIUS, WINDOW, PredictorSchedule
+from eepass.runtime.scheduler import RADIUS, REMEMBERED, WINDOW, PredictorSchedule
 
 
 def test_all_exits_are_active_until_something_is_known():
@@ -21,7 +21,7 @@ def test_it_remembers_a_window_and_no_more(exits):
     schedule = PredictorSchedule(tuple(range(1, 31)), 0)
     for layer in exits:
         schedule.record(layer)
-    assert len(schedule.recent) <= WINDOW
+    assert len(schedule.recent) <= REMEMBERED
     near = {e for e in range(1, 31) if any(abs(e - x) <= RADIUS for x in exits[-WINDOW:])}
     assert schedule.active() == near
 

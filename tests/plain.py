@@ -1,0 +1,102 @@
+"""What the engine does, written down plainly: no cache, no trees, no catching up."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from models import VOCABULARY
+
+from eepass.runtime.planner import Budget
+from eepass.runtime.tree import Tree
+
+
+class PlainEngine:
+    """Dense greedy decoding by running the whole text anew for every token."""
+
+    def __init__(self, model):
+        self.model = model
+        self.known = {}
+
+    def next_token(self, ids):
+        key = tuple(ids)
+        if key not in self.known:
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
+            self.known[key] = int(logits.argmax())
+        return self.known[key]
+
+    def answer(self, ids, count, stop=frozenset()):
+        said = []
+        while len(said) < count and not (said and said[-1] in stop):
+            said.append(self.next_token([*ids, *said]))
+        return said
+
+
+class RandomDraft:
+    """Trees at random, with what the plain engine would say put in with chance ``right``."""
+
+    feature_layers = None
+
+    def __init__(self, plain, seed, right=0.5, most=7):
+        self.plain, self.right, self.most = plain, right, most
+        self.random = random.Random(seed)
+        self.tokens = []
+
+    def follow(self, tokens, features=None):
+        self.tokens += tokens
+
+    def propose(self, root, budget: Budget):
+        assert self.tokens[-1] == root
+        tree = Tree([root])
+        for _ in range(self.random.randint(0, min(self.most, budget.most))):
+            parent = self.random.randrange(len(tree))
+            path = [tree.tokens[node] for node in tree.path(parent)]
+            if self.random.random() < self.right:
+                token = self.plain.next_token([*self.tokens, *path])
+            else:
+                token = self.random.randint(3, VOCABULARY - 1)
+            tree.add(token, parent, self.random.random(), (0, 0))
+        return tree
+
+    def truncate(self, length):
+        del self.tokens[length:]
+
+    def call_seconds(self):
+        return 0.0
+
+    def fresh(self):
+        return RandomDraft(self.plain, self.random.random(), self.right, self.most)
+
+
+class RandomExits:
+    """Exits at random rows and layers; the guess is right with chance ``right``."""
+
+    def __init__(self, engine_of, plain, num_layers, seed, often=0.4, right=0.6):
+        from types import SimpleNamespace
+
+        self.thresholds = dict.fromkeys(range(1, num_layers + 1), 0.5)
+        self.plan = SimpleNamespace(draft_layer=-1)
+        self.engine_of, self.plain = engine_of, plain
+        self.random, self.often, self.right = random.Random(seed), often, right
+        self.parts = []
+
+    def begin(self, rows, drafts=None):
+        from eepass.runtime.exits import RowState
+
+        return RowState(torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1))
+
+    def final(self, hidden):
+        return hidden
+
+    def check(self, layer, hidden, state, asked, statistics, choose):
+        from eepass.runtime.exits import Found
+
+        rows = self.engine_of().rows_on_their_way()
+        answers = {}
+        for row in asked:
+            if self.random.random() < self.often:
+                if self.random.random() < self.right:
+                    answers[row] = self.plain.next_token(rows[row])
+                else:
+                    answers[row] = self.random.randint(3, VOCABULARY - 1)
+        return Found(answers, hidden[0]), state
