@@ -25,6 +25,7 @@ UNROLLED = 0.5
 BATCH_ROWS = 2048
 RATE = 0.02
 NORM_RATE = 1e-3
+WARMUP = 20
 # each further step counts less: it is only reached where the one before was right
 DECAY = 0.8
 # share of the features replaced by a noisy copy: at run time z comes from an exit as often as not
@@ -138,8 +139,36 @@ def draft_states(weights: dict[str, Tensor], lines: Lines, embedding: Tensor) ->
     states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
     for begin, end in lines.spans():
         tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
-        states[begin + 1 : end] = unroll(tokens, before, embedding, weights, 1)[0][0]
+        states[begin + 1 : end] = unroll(tokens.long(), before, embedding, weights, 1)[0][0]
     return states
+
+
+@torch.no_grad()
+def draft_hits(
+    weights: dict[str, Tensor],
+    lines: Lines,
+    label: Tensor,
+    embedding: Tensor,
+    hot_ids: Tensor,
+    hot_head: Tensor,
+    steps: int,
+) -> list[dict[str, float]]:
+    """How often the head names the dense token first, and among four, at each step.
+
+    ``label`` [n]: the dense token after each position, or -1 where it does not count. From the
+    second step on the drafts before are the right ones, and the states the head's own.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(steps)]
+    for begin, end in lines.spans():
+        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
+        known = label[begin + 1 : end]
+        states = unroll(tokens.long(), before, embedding, weights, steps)
+        for step, state in enumerate(states):
+            best = hot_ids[(state[0, step:] @ hot_head.T).topk(4, -1).indices]
+            counted = known[step:] >= 0
+            found[step].append((best == known[step:, None])[counted])
+    hits = [torch.cat(parts).float() for parts in found]
+    return [{"top1": float(hit[:, 0].mean()), "top4": float(hit.sum(1).mean())} for hit in hits]
 
 
 class _SoftLoss(torch.autograd.Function):
@@ -207,7 +236,7 @@ def _optimizers(weights: dict[str, Tensor], updates: int) -> list[tuple[Any, Any
     ]
 
     def rate(update: int) -> float:
-        return min(1.0, (update + 1) / 50) * max(0.01, 1 - update / updates)
+        return min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
 
     return [(one, torch.optim.lr_scheduler.LambdaLR(one, rate)) for one in found]
 
@@ -228,9 +257,7 @@ def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
     return batches
 
 
-def _gathered(
-    spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator
-) -> _Batch:
+def _gathered(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator) -> _Batch:
     # nothing stands before the first token of a line, so it makes no row
     length = max(end - begin for begin, end in spans) - 1
     source = torch.full((len(spans), length), -1)

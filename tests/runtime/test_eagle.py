@@ -52,9 +52,7 @@ def close(found, expected):
 def test_one_by_one_equals_the_whole_answer_at_once(draft, weights, embedding):
     tokens, features = sequence(12)
     # training's features stand beside the token they come from
-    lines = Lines(
-        torch.tensor([0, *tokens]), torch.cat([features, features[:1]]), torch.arange(13)
-    )
+    lines = Lines(torch.tensor([0, *tokens]), torch.cat([features, features[:1]]), torch.arange(13))
     states = draft_states(weights, lines, embedding)
     head = embedding[draft.hot_ids]
     expected = (states[1:] @ head.T).log_softmax(-1)
