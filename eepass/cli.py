@@ -95,6 +95,12 @@ def train(
     answers: Annotated[
         Path | None, typer.Option(help="The model's own answers as JSONL, instead of generating.")
     ] = None,
+    samples: Annotated[
+        int, typer.Option(help="Further answers to each prompt, sampled.", min=0)
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="What they are sampled at.", min=0.1)] = 0.7,
+    draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
+    steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
     raw: Raw = False,
     max_length: MaxLength = 512,
     json_file: Json = None,
@@ -112,8 +118,9 @@ def train(
         loaded = _load(model, dtype, device, threads)
         with progress_bars() as bars:
             artifact = door.train(
-                loaded, out, prompts, tokens, answers, raw, max_length, progress=bars
-            )
+                loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
+                _draft(draft), steps, progress=bars,
+            )  # fmt: skip
         for name, part in artifact.presets.items():
             table(
                 f"{name}: expected on held-out answers",
@@ -277,6 +284,12 @@ def _config(preset: str, **options: Any) -> Any:
     from eepass.config import ExitConfig
 
     return replace(ExitConfig.preset(preset), **options)
+
+
+def _draft(name: str) -> Any:
+    if name not in ("eagle", "none"):
+        raise InputError(f"--draft {name}: expected eagle or none")
+    return name
 
 
 def _load(model: str, dtype: str, device: str, threads: int) -> Any:

@@ -24,15 +24,19 @@ SHARD_TOKENS = 16_384
 
 
 class BoundaryStore:
-    """Shards under ``folder``; every tensor has one row per answer token.
+    """Shards under ``folder``, with one row per answer token:
 
     ``boundary.<layer>`` [n, H]; ``z`` [n, H]: the normed last boundary; ``token``: the token at
     this position; ``label``: the dense argmax that follows; ``place``: its position in the answer.
+
+    And one row per token of prompt and answer, for the draft head: ``line.token``;
+    ``line.features`` [m, F * H]: z and the boundaries after the layers ``features``;
+    ``line.place``; ``line.answer``: whether it is among the rows above.
     """
 
-    def __init__(self, folder: Path, layers: Sequence[int]) -> None:
+    def __init__(self, folder: Path, layers: Sequence[int], features: Sequence[int] = ()) -> None:
         self.folder = folder
-        self.layers = tuple(layers)
+        self.layers, self.features = tuple(layers), tuple(features)
         folder.mkdir(parents=True, exist_ok=True)
         self._rows: dict[str, list[dict[str, Tensor]]] = {}
 
@@ -83,8 +87,8 @@ def collect(
         example = examples[index]
         ids = [*example.prompt, *example.answer][: engine.decoder.capacity]
         first, last = len(example.prompt) - 1, len(ids) - 1
-        kept: dict[int, list[Tensor]] = {layer: [] for layer in store.layers}
-        kept[engine.decoder.num_layers] = []
+        wanted = {*store.layers, *store.features, engine.decoder.num_layers}
+        kept: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
 
         def on_layer(layer: int, hidden: Tensor, kept: dict[int, list[Tensor]] = kept) -> None:
             if layer in kept:
@@ -93,13 +97,18 @@ def collect(
         engine.reset()
         engine.prefill(ids, on_layer)
         if last > first:
-            rows = {layer: torch.cat(parts)[first:last] for layer, parts in kept.items()}
-            z = norm(rows.pop(engine.decoder.num_layers)[None])[0]
-            added = {f"boundary.{layer}": rows[layer].clone() for layer in store.layers}
-            added["z"] = z.clone()
-            added["token"] = torch.tensor(ids[first:last], dtype=torch.int32)
-            added["label"] = dense_argmax(z, lm_head).to(torch.int32)
-            added["place"] = torch.arange(last - first, dtype=torch.int32)
+            rows = {layer: torch.cat(parts)[:last] for layer, parts in kept.items()}
+            z = norm(rows[engine.decoder.num_layers][None])[0]
+            tokens = torch.tensor(ids[:last], dtype=torch.int32)
+            places = torch.arange(last, dtype=torch.int32)
+            added = {f"boundary.{layer}": rows[layer][first:].clone() for layer in store.layers}
+            added["z"] = z[first:].clone()
+            added["token"] = tokens[first:].clone()
+            added["label"] = dense_argmax(z[first:], lm_head).to(torch.int32)
+            added["place"] = places[: last - first].clone()
+            added["line.token"], added["line.place"] = tokens, places
+            added["line.features"] = torch.cat([z, *(rows[n] for n in store.features)], -1)
+            added["line.answer"] = places >= first
             store.add(example.split, added)
         progress(len(ids))
         if store.waiting >= SHARD_TOKENS:

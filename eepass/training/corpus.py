@@ -84,13 +84,15 @@ def generate_answers(
     stop: frozenset[int],
     tokens: int,
     on_batch: Callable[[list[Example]], None],
+    temperature: float = 0.0,
     batch_size: int = 32,
     longest: int = 224,
 ) -> None:
-    """Greedy answers of the model itself, in batches of prompts of like length.
+    """Answers of the model itself, greedy or sampled at a ``temperature``, in batches of prompts.
 
     ``on_batch`` gets each batch as it is done; ends after about ``tokens`` answer tokens.
     """
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     pad = min(stop) if stop else 0
     order = sorted(
         range(len(prompts)), key=lambda i: hashlib.sha256(repr(prompts[i]).encode()).digest()
@@ -110,7 +112,7 @@ def generate_answers(
             output = model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                do_sample=False,
+                **(sampling if temperature else {"do_sample": False}),
                 max_new_tokens=longest,
                 eos_token_id=sorted(stop) or None,
                 pad_token_id=pad,

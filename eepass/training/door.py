@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -19,7 +20,9 @@ from eepass.training.corpus import (
     read_prompts,
     split_of,
 )
-from eepass.training.run import Progress, Trainer
+from eepass.training.draft_head import STEPS
+from eepass.training.layout import Progress
+from eepass.training.run import Trainer
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 
@@ -40,14 +43,21 @@ def train(
     answers: str | Path | None = None,
     raw: bool = False,
     max_length: int = 512,
+    samples: int = 0,
+    temperature: float = 0.7,
+    draft: Literal["eagle", "none"] = "eagle",
+    steps: int = STEPS,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train translators, draft head, predictors and thresholds for ``loaded``; write ``out``.
 
     ``prompts``: JSONL, ``{"prompt": ...}`` a line; the shipped set otherwise. ``tokens``: answer
     tokens to generate. ``answers``: JSONL of the model's own answers, ``{"prompt": line of the
-    prompts file from 0, "answer": [token ids]}``, instead of generating. What a run that was
-    stopped has done is taken up from ``out/checkpoint``. Raises ``InputError`` for bad input.
+    prompts file from 0, "answer": [token ids]}``, instead of generating. ``samples``: further
+    answers to each prompt trained on, sampled at ``temperature``. ``draft``: whether to train a
+    draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled. What a
+    run that was stopped has done is taken up from ``out/checkpoint``. Raises ``InputError`` for
+    bad input.
     """
     progress = progress or Silent()
     folder = Path(out)
@@ -61,6 +71,10 @@ def train(
         "answers": str(Path(answers).name) if answers else None,
         "tokens": None if answers else tokens,
         "max_length": max_length,
+        "samples": samples,
+        "temperature": temperature if samples else None,
+        "draft": draft,
+        "steps": steps,
     }
     try:
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -71,12 +85,19 @@ def train(
                 raise InputError(f"{path}: no such file")
             examples = read_answers(path, encoded, loaded.model.config.vocab_size)
         else:
-            examples = _own_answers(loaded, encoded, tokens, checkpoint, progress)
+            examples = []
+        path = checkpoint / "answers.jsonl"
+        for sampled in range(answers is not None, samples + 1):
+            # sampled answers are trained on alone: what is measured stays greedy
+            asked = [e for e in encoded if not sampled or split_of(e) == "fit"]
+            part = path.with_name(f"answers-{sampled}.jsonl") if sampled else path
+            warmth = temperature if sampled else 0.0
+            examples += _own_answers(loaded, asked, tokens, part, progress, warmth)
         if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
             raise InputError(
                 f"{len(examples)} answers are too few: give more prompts or raise --tokens"
             )
-        trainer = Trainer(loaded.model, checkpoint, progress, max_length)
+        trainer = Trainer(loaded.model, checkpoint, progress, max_length, draft=draft, steps=steps)
         with torch.no_grad():
             artifact = trainer.run(examples)
         artifact.save(folder)
@@ -106,11 +127,11 @@ def _own_answers(
     loaded: LoadedModel,
     prompts: Sequence[list[int]],
     tokens: int,
-    checkpoint: Path,
+    path: Path,
     progress: Progress,
+    temperature: float,
 ) -> list[Example]:
     """Generated once; the file grows by whole batches, and a run taken up goes on after them."""
-    path = checkpoint / "answers.jsonl"
     examples = []
     if path.exists():
         for line in path.read_text().splitlines():
@@ -129,5 +150,5 @@ def _own_answers(
         progress.advance(sum(len(e.answer) for e in batch))
 
     if done < tokens and left:
-        generate_answers(loaded.model, left, loaded.stop, tokens - done, keep)
+        generate_answers(loaded.model, left, loaded.stop, tokens - done, keep, temperature)
     return examples

@@ -1,112 +1,306 @@
-"""Train the draft head on the model's own answers."""
+"""Train the draft head on sequences of the model: prompts and its own answers.
+
+A draft is made of drafts: from the second step on, the head is fed its own state in place of the
+model's features. Training does the same, ``steps`` times over every position at once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
-from eepass.runtime.eagle import eagle_layer, rotary, shapes
+from eepass.runtime.eagle import WINDOW, eagle_layer, mixed, rotary, shapes
+from eepass.training.boundaries import write_tensors
 
-PASSES = 3
-BATCH = 24
-RATE = 1e-3
-# share of the states replaced by a noisy copy: at run time z comes from an exit as often as not
-NOISE = 0.2
+STEPS = 4
+PASSES = 4
+# so many of the passes, at the end, unroll: one step costs a fourth, and comes first anyway
+UNROLLED = 0.5
+BATCH_ROWS = 2048
+RATE = 0.02
+NORM_RATE = 1e-3
+WARMUP = 20
+# each further step counts less: it is only reached where the one before was right
+DECAY = 0.8
+# share of the features replaced by a noisy copy: at run time z comes from an exit as often as not
+NOISE = 0.1
+# likeliest hot tokens that stand for the model's distribution
+WANTED = 32
+
+
+class Lines(NamedTuple):
+    """Sequences laid end to end; ``place`` 0 starts one.
+
+    token [n]; features [n, F * H] of the same position, z first; place [n].
+    """
+
+    token: Tensor
+    features: Tensor
+    place: Tensor
+
+    def spans(self) -> list[tuple[int, int]]:
+        starts = (self.place == 0).nonzero()[:, 0].tolist()
+        return [*zip(starts, [*starts[1:], len(self.place)], strict=True)]
+
+
+class _Batch(NamedTuple):
+    tokens: Tensor  # [B, T]
+    before: Tensor  # [B, T, F * H]: features of the position before each
+    source: Tensor  # [B, T]: place of each in the lines, or -1
 
 
 def fit_draft_head(
-    token: Tensor,
-    z: Tensor,
-    place: Tensor,
+    lines: Lines,
     embedding: Tensor,
     hot_head: Tensor,
     progress: Callable[[int], None],
+    steps: int = STEPS,
     passes: int = PASSES,
+    resume: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The draft head's tensors, from answers laid end to end (``place`` 0 starts one).
+    """The draft head's tensors.
 
-    token [n], z [n, H], place [n]; embedding [V, H]; hot_head [N, H]. At each position the head
-    sees the token there and the z before it, and learns the hot probabilities of the z there.
+    embedding [V, H]; hot_head [N, H]. At each position the head sees the token there and the
+    features before it, and learns the hot probabilities of the z there. ``progress`` is told the
+    positions done, ``passes`` times all of them; each finished pass is kept in ``resume``.
     """
+    hidden, dtype = embedding.shape[1], embedding.dtype
+    weights = _initial(hidden, lines.features.shape[1] // hidden)
+    batches = _batches(lines)
+    optimizers = _optimizers(weights, passes * len(batches))
+    wanted = _wanted(lines.features[:, :hidden], hot_head)
+    done = _restore(resume, weights, optimizers)
+    progress(done * len(lines.token))
+    for number in range(done, passes):
+        generator = torch.Generator().manual_seed(number)
+        unrolled = steps if number >= passes * (1 - UNROLLED) else 1
+        for index in torch.randperm(len(batches), generator=generator).tolist():
+            batch = _gathered(batches[index], lines, generator)
+            with torch.enable_grad():
+                cast = {name: weight.to(dtype) for name, weight in weights.items()}
+                states = unroll(batch.tokens, batch.before, embedding, cast, unrolled)
+                loss: Any = 0.0
+                for step, state in enumerate(states):
+                    known = batch.source[:, step:]
+                    real = known >= 0
+                    share = [part[known[real]] for part in wanted]
+                    loss = loss + DECAY**step * _SoftLoss.apply(
+                        state[:, step:][real], hot_head, *share
+                    )
+                loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            for optimizer, schedule in optimizers:
+                optimizer.step()
+                schedule.step()
+                optimizer.zero_grad()
+            progress(sum(end - begin for begin, end in batches[index]))
+        _keep(resume, number + 1, weights, optimizers)
+    return {name: weight.detach().to(dtype) for name, weight in weights.items()}
+
+
+def unroll(
+    tokens: Tensor, before: Tensor, embedding: Tensor, weights: dict[str, Tensor], steps: int
+) -> list[Tensor]:
+    """States [B, T, H] of each step; tokens [B, T], before [B, T, F * H].
+
+    At step s a row follows s - 1 drafts: it sees the confirmed rows up to the one before those
+    drafts, and of each draft the row that its own step made.
+    """
+    length = tokens.shape[1]
+    embedded = embedding[tokens]
+    cos, sin = rotary(torch.arange(length), embedded.dtype)
+    feature = mixed(before, weights["mix"])
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    states: list[Tensor] = []
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys.append(k)
+        values.append(v)
+        seen = _seen(length, len(keys))
+        return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), seen)
+
+    for _ in range(steps):
+        state = eagle_layer(embedded, feature, cos, sin, attend, weights)
+        states.append(state)
+        feature = F.linear(F.pad(state[:, :-1], (0, 0, 1, 0)), weights["carry"])
+    return states
+
+
+@torch.no_grad()
+def draft_states(weights: dict[str, Tensor], lines: Lines, embedding: Tensor) -> Tensor:
+    """The draft head's states [n, H], zero at the first place of each line."""
+    states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
+    for begin, end in lines.spans():
+        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
+        states[begin + 1 : end] = unroll(tokens.long(), before, embedding, weights, 1)[0][0]
+    return states
+
+
+@torch.no_grad()
+def draft_hits(
+    weights: dict[str, Tensor],
+    lines: Lines,
+    label: Tensor,
+    embedding: Tensor,
+    hot_ids: Tensor,
+    hot_head: Tensor,
+    steps: int,
+) -> list[dict[str, float]]:
+    """How often the head names the dense token first, and among four, at each step.
+
+    ``label`` [n]: the dense token after each position, or -1 where it does not count. From the
+    second step on the drafts before are the right ones, and the states the head's own.
+    """
+    found: list[list[Tensor]] = [[] for _ in range(steps)]
+    for begin, end in lines.spans():
+        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
+        known = label[begin + 1 : end]
+        states = unroll(tokens.long(), before, embedding, weights, steps)
+        for step, state in enumerate(states):
+            best = hot_ids[(state[0, step:] @ hot_head.T).topk(4, -1).indices]
+            counted = known[step:] >= 0
+            found[step].append((best == known[step:, None])[counted])
+    hits = [torch.cat(parts).float() for parts in found]
+    return [{"top1": float(hit[:, 0].mean()), "top4": float(hit.sum(1).mean())} for hit in hits]
+
+
+class _SoftLoss(torch.autograd.Function):
+    """Cross-entropy with a few wanted tokens per row, without keeping [n, N] for the way back.
+
+    states [n, H], head [N, H], wanted ids and probabilities [n, K] -> mean over the rows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+        gradient = torch.empty_like(states)
+        loss = torch.zeros(())
+        for rows in torch.arange(len(states)).split(256):
+            first, last = int(rows[0]), int(rows[-1]) + 1
+            target = wanted[first:last]
+            found = (states[first:last] @ head.T).softmax(-1)
+            likely = found.gather(1, ids[first:last])
+            loss -= (target.float() * likely.float().clamp_min(1e-9).log()).sum()
+            found.scatter_(1, ids[first:last], likely - target)
+            gradient[first:last] = found @ head
+        ctx.save_for_backward(gradient)
+        return loss / max(len(states), 1)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> Any:
+        (gradient,) = ctx.saved_tensors
+        return gradient * (outer[0] / max(len(gradient), 1)), None, None, None
+
+
+def _seen(length: int, step: int) -> Tensor:
+    """What a row sees [T, step * T] of the rows of all steps so far, at step ``step`` from 1."""
+    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
+    parts = [(column <= row - step + 1) & (column > row - WINDOW)]
+    parts += [column == row - step + drafted for drafted in range(2, step + 1)]
+    return torch.cat(parts, 1)
+
+
+@torch.no_grad()
+def _wanted(z: Tensor, hot_head: Tensor) -> tuple[Tensor, Tensor]:
+    """The model's likeliest hot tokens [n, K] after each position, and their probabilities."""
+    best = [(part @ hot_head.T).topk(min(WANTED, len(hot_head)), -1) for part in z.split(1024)]
+    wanted = torch.cat([part.values.float().softmax(-1) for part in best])
+    return torch.cat([part.indices for part in best]), wanted.to(z.dtype)
+
+
+def _initial(hidden: int, features: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     weights = {}
-    for name, shape in shapes(z.shape[1]).items():
+    for name, shape in shapes(hidden, features).items():
         value = torch.ones(shape)
         if len(shape) > 1:
             value = torch.randn(shape, generator=generator) * shape[1] ** -0.5
             value = value * (0.2 if name in ("o", "down") else 1.0)
         weights[name] = value.requires_grad_()
-    optimizer = torch.optim.AdamW(weights.values(), RATE, betas=(0.9, 0.95), weight_decay=0.05)
-    starts = (place == 0).nonzero()[:, 0].tolist()
-    answers = [
-        (begin, end)
-        for begin, end in zip(starts, [*starts[1:], len(place)], strict=True)
-        if end - begin > 2
+    return weights
+
+
+def _optimizers(weights: dict[str, Tensor], updates: int) -> list[tuple[Any, Any]]:
+    matrices = [weight for weight in weights.values() if weight.ndim == 2]
+    norms = [weight for weight in weights.values() if weight.ndim == 1]
+    # matrices learn twice as much from a token this way as with Adam
+    found: list[Any] = [
+        torch.optim.Muon(matrices, RATE, weight_decay=0.02),
+        torch.optim.AdamW(norms, NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    steps = max(passes * len(answers) // BATCH, 1)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, step / 50) * max(0.02, 1 - step / steps)
-    )
-    dtype = z.dtype
-    for _ in range(passes):
-        for batch in torch.randperm(len(answers), generator=generator).split(BATCH):
-            chosen = [answers[i] for i in batch.tolist()]
-            tokens, before, targets, real = _padded(chosen, token, z, generator)
-            with torch.no_grad():
-                wanted = (targets[real] @ hot_head.T).float().softmax(-1)
-            with torch.enable_grad():
-                cast = {name: weight.to(dtype) for name, weight in weights.items()}
-                cos, sin = rotary(torch.arange(tokens.shape[1]), dtype)
-                state = eagle_layer(embedding[tokens], before, cos, sin, _causal, cast)
-                logits = (state[real] @ hot_head.T).float()
-                loss = F.cross_entropy(logits, wanted)
-                optimizer.zero_grad()
-                loss.backward()
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            optimizer.step()
-            schedule.step()
-            progress(int(real.sum()))
-    return {name: weight.detach().to(dtype) for name, weight in weights.items()}
+
+    def rate(update: int) -> float:
+        return min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
+
+    return [(one, torch.optim.lr_scheduler.LambdaLR(one, rate)) for one in found]
 
 
-@torch.no_grad()
-def draft_states(
-    weights: dict[str, Tensor], token: Tensor, z: Tensor, place: Tensor, embedding: Tensor
-) -> Tensor:
-    """The draft head's normed states [n, H] along answers laid end to end."""
-    starts = (place == 0).nonzero()[:, 0].tolist()
-    states = torch.zeros_like(z)
-    for begin, end in zip(starts, [*starts[1:], len(place)], strict=True):
-        tokens, before, _, _ = _padded([(begin, end)], token, z, None)
-        cos, sin = rotary(torch.arange(end - begin), z.dtype)
-        states[begin:end] = eagle_layer(embedding[tokens], before, cos, sin, _causal, weights)[0]
-    return states
-
-
-def _padded(
-    answers: list[tuple[int, int]], token: Tensor, z: Tensor, generator: torch.Generator | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    length = max(end - begin for begin, end in answers)
-    tokens = torch.zeros(len(answers), length, dtype=torch.long)
-    before = torch.zeros(len(answers), length, z.shape[1], dtype=z.dtype)
-    targets = torch.zeros_like(before)
-    real = torch.zeros(len(answers), length, dtype=torch.bool)
-    for row, (begin, end) in enumerate(answers):
+def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
+    """Sequences of like length together, so many that they are about ``BATCH_ROWS`` rows."""
+    batches: list[list[tuple[int, int]]] = []
+    room = 0
+    for begin, end in sorted(lines.spans(), key=lambda span: span[1] - span[0]):
         size = end - begin
-        tokens[row, :size] = token[begin:end]
-        before[row, 1:size] = z[begin : end - 1]
-        targets[row, :size] = z[begin:end]
-        # the first position's z belongs to the prompt's last token, which is not kept
-        real[row, 1:size] = True
-    if generator is not None:
-        noise = torch.randn(before.shape, generator=generator) * z.float().std() * 0.5
-        noisy = torch.rand(before.shape[:2], generator=generator) < NOISE
-        before = (before.float() + noise * noisy[..., None]).to(z.dtype)
-    return tokens, before, targets, real
+        if size < 3:
+            continue
+        if room < size:
+            batches.append([])
+            room = max(BATCH_ROWS, size)
+        batches[-1].append((begin, end))
+        room -= size
+    return batches
 
 
-def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def _gathered(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator) -> _Batch:
+    # nothing stands before the first token of a line, so it makes no row
+    length = max(end - begin for begin, end in spans) - 1
+    source = torch.full((len(spans), length), -1)
+    for row, (begin, end) in enumerate(spans):
+        source[row, : end - begin - 1] = torch.arange(begin + 1, end)
+    before = lines.features[(source - 1).clamp_min(0)]  # [B, T, F * H]
+    noisy = torch.rand(*source.shape, 1, generator=generator) < NOISE
+    noise = torch.randn(before.shape, generator=generator, dtype=before.dtype)
+    scale = before.float().std(-1, keepdim=True) * 0.5 * noisy
+    before = before + noise * scale.to(before.dtype)
+    return _Batch(lines.token[source.clamp_min(0)].long(), before, source)
+
+
+def _keep(
+    path: Path | None, done: int, weights: dict[str, Tensor], optimizers: list[tuple[Any, Any]]
+) -> None:
+    if path is None:
+        return
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    for number, (optimizer, schedule) in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
+        tensors["updates"] = torch.tensor(schedule.last_epoch)
+    write_tensors(path, {**tensors, "passes": torch.tensor(done)})
+
+
+def _restore(
+    path: Path | None, weights: dict[str, Tensor], optimizers: list[tuple[Any, Any]]
+) -> int:
+    """Passes done before, after which ``weights`` and ``optimizers`` are as they were then."""
+    if path is None or not path.exists():
+        return 0
+    tensors = load_file(path)
+    for name, weight in weights.items():
+        weight.data.copy_(tensors[f"weight.{name}"])
+    for number, (optimizer, schedule) in enumerate(optimizers):
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            owner, _, rest = name.partition(".")
+            if owner == str(number):
+                index, _, field = rest.partition(".")
+                state.setdefault(int(index), {})[field] = tensor
+        schedule.last_epoch = int(tensors["updates"]) - 1
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        schedule.step()
+    return int(tensors["passes"])

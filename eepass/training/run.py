@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -28,7 +28,8 @@ from eepass.training.boundaries import BoundaryStore, collect, write_tensors
 from eepass.training.calibration import Costs, calibrate
 from eepass.training.corpus import Example
 from eepass.training.draft_head import PASSES as DRAFT_PASSES
-from eepass.training.draft_head import draft_states, fit_draft_head
+from eepass.training.draft_head import STEPS, Lines, draft_hits, draft_states, fit_draft_head
+from eepass.training.layout import Layout, Progress
 from eepass.training.predictors import PASSES as PREDICTOR_PASSES
 from eepass.training.predictors import ExitViews, fit_predictors, scores, view_exits
 from eepass.training.translators import PASSES as TRANSLATOR_PASSES
@@ -36,51 +37,16 @@ from eepass.training.translators import fit_translator
 
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
+# the draft head names more: what verifies its drafts is the whole LM head
+DRAFT_HOT_TOKENS = 12_288
+# a token of a prompt counts so much of one of an answer, when the draft head's are chosen
+PROMPT_SHARE = 0.3
 PAPER_TOKENS = 12_000
 # in layers of smollm2 on two cores: calling a small compiled piece, and the ranking of a draft
 CALL = 0.2
 TOPK = 0.2
 # thirty-two rows tell a predictor nearly what the whole hot vocabulary would
 DRAFT_TOKENS = {"default": 32, "paper": 4}
-
-
-class Progress(Protocol):
-    """Told how far training is: ``begin`` a stage of so many units, ``advance`` by some."""
-
-    def begin(self, stage: str, total: int) -> None: ...
-    def advance(self, amount: int) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which boundaries a model of ``num_layers`` is trained at, as fractions of its depth."""
-
-    num_layers: int
-
-    @property
-    def draft_layers(self) -> tuple[int, ...]:
-        """Where the draft of the default preset may be taken; the better one is kept."""
-        return tuple(sorted({max(1, round(part * self.num_layers)) for part in (0.63, 0.73)}))
-
-    def exits(self, draft_layer: int) -> tuple[int, ...]:
-        """Exits of the default preset: from the draft's boundary on every other one, and the last,
-        where leaving saves the cold rows of the LM head."""
-        return (*range(draft_layer, self.num_layers, 2), self.num_layers)
-
-    @property
-    def paper_exits(self) -> tuple[int, ...]:
-        """Exits of the preset ``paper``: every layer but the last, from two thirds of the depth
-        on; before that a lens rarely answers right."""
-        return tuple(range(max(1, round(0.65 * self.num_layers)), self.num_layers))
-
-    @property
-    def kept(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.translated, *self.paper_exits}))
-
-    @property
-    def translated(self) -> tuple[int, ...]:
-        found = {layer for draft in self.draft_layers for layer in self.exits(draft)}
-        return tuple(sorted(found - {self.num_layers}))
 
 
 @dataclass
@@ -92,6 +58,8 @@ class Trainer:
     progress: Progress
     max_length: int = 512
     hot_tokens: int = HOT_TOKENS
+    draft: Literal["eagle", "none"] = "eagle"
+    steps: int = STEPS
     seconds: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -112,7 +80,9 @@ class Trainer:
         self.lm_head = tensors[head.weight]
         self.embedding = self.model.get_input_embeddings().weight.detach()
         self.layout = Layout(self._engine.decoder.num_layers)
-        self.store = BoundaryStore(self.checkpoint / "shards", self.layout.kept)
+        self.store = BoundaryStore(
+            self.checkpoint / "shards", self.layout.kept, self.layout.features
+        )
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's final norm on [1, n, H], differentiable."""
@@ -132,7 +102,8 @@ class Trainer:
         tensors = self._timed("hot", self._hot)
         hot_head = self.lm_head[tensors["hot.ids"].long()].contiguous()
         tensors |= self._timed("translators", lambda: self._translators(hot_head))
-        tensors |= self._timed("draft", lambda: self._draft(hot_head))
+        if self.draft == "eagle":
+            tensors |= self._timed("draft", self._draft)
         costs = costs or self.measured_costs()
         presets: dict[str, PresetPart] = {}
         report: dict[str, Any] = {}
@@ -148,16 +119,19 @@ class Trainer:
         trained, presets["default"], report["default"] = max(
             tried, key=lambda made: made[1].at_target(usual).speedup
         )
-        paper, presets["paper"], report["paper"] = self._timed(
-            "predictors.paper", partial(self._preset, 0, tensors, costs)
-        )
+        if self.draft == "eagle":
+            paper, presets["paper"], report["paper"] = self._timed(
+                "predictors.paper", partial(self._preset, 0, tensors, costs)
+            )
+            trained = trained | paper
+            report["draft_head"] = self._draft_report(tensors)
         used = {str(layer) for layer in self.layout.exits(presets["default"].draft_layer)}
         tensors = {
             name: tensor
             for name, tensor in tensors.items()
             if not name.startswith("translator.") or name.split(".")[1] in used
         }
-        tensors |= trained | paper
+        tensors |= trained
         report["examples"] = len(examples)
         report["tokens"] = {s: len(self._label(s)) for s in ("fit", "predict", "calibrate")}
         report["hot_coverage"] = self._coverage(tensors["hot.ids"])
@@ -231,16 +205,43 @@ class Trainer:
             tensors |= {f"translator.{layer}.{n}": t for n, t in load_file(path).items()}
         return tensors
 
-    def _draft(self, hot_head: Tensor) -> dict[str, Tensor]:
-        path = self.checkpoint / "eagle.safetensors"
+    def _lines(self, split: str) -> Lines:
+        return Lines(*(self.store.read(split, f"line.{name}") for name in Lines._fields))
+
+    def _draft(self) -> dict[str, Tensor]:
+        path, passes = self.checkpoint / "eagle.safetensors", self.checkpoint / "eagle.part"
         if not path.exists():
-            token, z, place = (self.store.read("fit", n) for n in ("token", "z", "place"))
-            self.progress.begin("draft head", DRAFT_PASSES * len(token))
+            lines = self._lines("fit")
+            counts = torch.bincount(self._label("fit"), minlength=len(self.lm_head)).float()
+            counts += PROMPT_SHARE * torch.bincount(lines.token, minlength=len(counts))
+            hot = counts.argsort(descending=True, stable=True)
+            hot = hot[: DRAFT_HOT_TOKENS * self.hot_tokens // HOT_TOKENS].sort().values
+            self.progress.begin("draft head", DRAFT_PASSES * len(lines.token))
             fitted = fit_draft_head(
-                token.long(), z, place, self.embedding, hot_head, self.progress.advance
-            )
+                lines, self.embedding, self.lm_head[hot], self.progress.advance, self.steps,
+                resume=passes,
+            )  # fmt: skip
+            fitted["hot.ids"] = hot.to(torch.int32)
+            fitted["features"] = torch.tensor(self.layout.features, dtype=torch.int32)
             write_tensors(path, fitted)
+            passes.unlink(missing_ok=True)
         return {f"eagle.{name}": tensor for name, tensor in load_file(path).items()}
+
+    def _draft_report(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        lines, weights = self._lines("calibrate"), _eagle(tensors)
+        label = torch.full((len(lines.token),), -1)
+        label[self.store.read("calibrate", "line.answer")] = self._label("calibrate")
+        hot = weights["hot.ids"].long()
+        hits = draft_hits(weights, lines, label, self.embedding, hot, self.lm_head[hot], self.steps)
+        return {
+            "features": list(self.layout.features),
+            "hot_tokens": len(hot),
+            "hot_coverage": self._coverage(hot),
+            "tokens": len(self.store.read("fit", "line.token")),
+            "passes": DRAFT_PASSES,
+            "steps": self.steps,
+            "hits": hits,
+        }
 
     def _preset(
         self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs
@@ -267,9 +268,10 @@ class Trainer:
         if draft_layer:
             costs = replace(costs, draft_layer=draft_layer)
         else:
-            eagle = sum(t.numel() for n, t in tensors.items() if n.startswith("eagle."))
-            layer_size = self._layer_size()
-            costs = replace(costs, draft=costs.draft + eagle / layer_size, verify=costs.head)
+            eagle = sum(tensor.numel() for tensor in _eagle(tensors).values())
+            hot = costs.head * len(tensors["eagle.hot.ids"]) / len(self.lm_head)
+            drafting = hot + CALL + TOPK + eagle / self._layer_size()
+            costs = replace(costs, draft=drafting, verify=costs.head)
         verified = torch.stack([held_out.verified[layer] for layer in layers])
         right = torch.stack([held_out.right[layer] for layer in layers])
         calibrations = calibrate(layers, scores(held_out, fitted), verified, right, costs)
@@ -314,13 +316,13 @@ class Trainer:
         return self.norm(hidden[None])[0]
 
     def _drafts(self, draft_layer: int, split: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        hot = tensors["hot.ids"].long()
         if draft_layer:
+            hot = tensors["hot.ids"].long()
             states = self._state(split, draft_layer, tensors, translated=True)
         else:
-            token, z, place = (self.store.read(split, n) for n in ("token", "z", "place"))
-            weights = {n[6:]: t for n, t in tensors.items() if n.startswith("eagle.")}
-            states = draft_states(weights, token.long(), z, place, self.embedding)
+            hot = tensors["eagle.hot.ids"].long()
+            states = draft_states(_eagle(tensors), self._lines(split), self.embedding)
+            states = states[self.store.read(split, "line.answer")]
         hot_head = self.lm_head[hot]
         k = DRAFT_TOKENS["default" if draft_layer else "paper"]
         return torch.cat([hot[(s @ hot_head.T).topk(k, -1).indices] for s in states.split(2048)])
@@ -336,3 +338,7 @@ class Trainer:
         result = work()
         self.seconds[stage] = time.perf_counter() - began
         return result
+
+
+def _eagle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("eagle.")}
