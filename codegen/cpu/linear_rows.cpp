@@ -21,7 +21,7 @@ namespace {
 
 // Weight rows of a task: their sums for one row of x fill a vector.
 constexpr int64_t BLOCK = 16;
-// How far ahead weights are asked for: memory's latency times its speed, several times over.
+// How far ahead weights are asked for: what arrives while the memory answers, several times over.
 constexpr int64_t AHEAD_BYTES = 8192;
 
 // One linear layer: weight [N, K], its bias [N] in float32 or null, its output [R, N].
@@ -34,34 +34,44 @@ struct Linear {
 };
 
 // Sums of R rows (a power of two) of x with 16 / R weight rows from n on -> sums[r * BLOCK + t].
+//
+// For few rows the weights go by one after another, as the hardware foresees best; with more, time
+// between loads grows and they are asked for ahead, into L2: L1 has too few requests in flight.
 template <typename L, int R, bool FETCH>
 inline void tile_sums(const typename L::T* x, const typename L::T* weight, int64_t n, int64_t N,
                       int64_t K, float* sums) {
-  constexpr int T = 16 / R;
-  const int64_t whole = K / L::width * L::width;
-  const typename L::T* rows[T];
-  // a tile past the end reads the last row again and its result is dropped
-  for (int t = 0; t < T; t++) rows[t] = weight + std::min<int64_t>(n + t, N - 1) * K;
+  constexpr int T = 16 / R, S = R == 8 ? 2 : 1;
+  const int64_t whole = K / L::width * L::width, rest = K - whole;
   __m512 acc[16];
   for (auto& a : acc) a = _mm512_setzero_ps();
-  for (int64_t k = 0; k < whole; k += L::width) {
-    typename L::V weights[T];
-    for (int t = 0; t < T; t++) {
-      weights[t] = L::load(rows[t] + k);
-      if (FETCH)
-        _mm_prefetch(reinterpret_cast<const char*>(rows[t] + k) + AHEAD_BYTES, _MM_HINT_T0);
+#pragma GCC unroll 16
+  for (int first = 0; first < T; first += S) {
+    const typename L::T* rows[S];
+    // a tile past the end reads the last row again and its result is dropped
+    for (int s = 0; s < S; s++) rows[s] = weight + std::min<int64_t>(n + first + s, N - 1) * K;
+    for (int64_t k = 0; k < whole; k += L::width) {
+      typename L::V weights[S];
+      for (int s = 0; s < S; s++) {
+        weights[s] = L::load(rows[s] + k);
+        if (FETCH)
+          _mm_prefetch(reinterpret_cast<const char*>(rows[s] + k) + AHEAD_BYTES, _MM_HINT_T1);
+      }
+      for (int r = 0; r < R; r++) {
+        const auto value = L::load(x + r * K + k);
+        for (int s = 0; s < S; s++) {
+          __m512& sum = acc[r * T + first + s];
+          sum = L::fma(sum, weights[s], value);
+        }
+      }
     }
-    for (int r = 0; r < R; r++) {
-      const auto value = L::load(x + r * K + k);
-      for (int t = 0; t < T; t++) acc[r * T + t] = L::fma(acc[r * T + t], weights[t], value);
+    for (int r = 0; rest && r < R; r++) {
+      const auto value = L::load(x + r * K + whole, rest);
+      for (int s = 0; s < S; s++) {
+        __m512& sum = acc[r * T + first + s];
+        sum = L::fma(sum, L::load(rows[s] + whole, rest), value);
+      }
     }
   }
-  if (const int64_t rest = K - whole)
-    for (int r = 0; r < R; r++) {
-      const auto value = L::load(x + r * K + whole, rest);
-      for (int t = 0; t < T; t++)
-        acc[r * T + t] = L::fma(acc[r * T + t], L::load(rows[t] + whole, rest), value);
-    }
   alignas(64) float found[16];
   _mm512_store_ps(found, sum16(acc));
   for (int r = 0; r < R; r++) std::memcpy(sums + r * BLOCK, found + r * T, T * sizeof(float));
@@ -89,8 +99,8 @@ void block(const typename L::T* x, const Linear<typename L::T, O>& linear, int64
   if (R >= 8) block_rows<L, O, 8, true>(x, linear, 0, n, K), row = 8;
   for (; row + 8 <= R; row += 8) block_rows<L, O, 8, false>(x, linear, row, n, K);
   if (R - row >= 4) block_rows<L, O, 4, true>(x, linear, row, n, K), row += 4;
-  if (R - row >= 2) block_rows<L, O, 2, true>(x, linear, row, n, K), row += 2;
-  if (R - row >= 1) block_rows<L, O, 1, true>(x, linear, row, n, K);
+  if (R - row >= 2) block_rows<L, O, 2, false>(x, linear, row, n, K), row += 2;
+  if (R - row >= 1) block_rows<L, O, 1, false>(x, linear, row, n, K);
 }
 
 template <typename L, typename O>
