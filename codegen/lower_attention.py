@@ -14,7 +14,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
-MOST_ROWS = 8
+MOST_ROWS = 64
 VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
-MOST_ROWS = 8
+MOST_ROWS = 64
 
 
 def lower_linear(gm: GraphModule) -> int:

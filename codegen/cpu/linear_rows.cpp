@@ -99,8 +99,8 @@ void block(const typename L::T* x, const Linear<typename L::T, O>& linear, int64
   if (R >= 8) block_rows<L, O, 8, true>(x, linear, 0, n, K), row = 8;
   for (; row + 8 <= R; row += 8) block_rows<L, O, 8, false>(x, linear, row, n, K);
   if (R - row >= 4) block_rows<L, O, 4, true>(x, linear, row, n, K), row += 4;
-  if (R - row >= 2) block_rows<L, O, 2, false>(x, linear, row, n, K), row += 2;
-  if (R - row >= 1) block_rows<L, O, 1, false>(x, linear, row, n, K);
+  if (R - row >= 2) block_rows<L, O, 2, true>(x, linear, row, n, K), row += 2;
+  if (R - row >= 1) block_rows<L, O, 1, true>(x, linear, row, n, K);
 }
 
 template <typename L, typename O>
