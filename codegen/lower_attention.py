@@ -4,8 +4,8 @@
              o = scaled_dot_product_attention(q, k, v, mask)
     after    o = eepass.attend_rows(q, keys, values, mask, scale)
 
-Left alone: attention with dropout, without an explicit mask, over several sequences, or with many
-rows (a prefill), where the matrix form is faster.
+Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
+rows than were measured to gain.
 """
 
 from typing import Any
