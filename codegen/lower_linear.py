@@ -1,6 +1,6 @@
 """Give linear layers over few rows the form that reads each weight once, at memory speed.
 
-    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)          x [..., R, I], R <= 8
+    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)          x [..., R, I], R <= 64
     after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
 
 Layers that read the same value go into one call. More rows stay matrix products. Prepacking would
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 aten = torch.ops.aten
-MOST_ROWS = 8
+MOST_ROWS = 64
 
 
 def lower_linear(gm: GraphModule) -> int:

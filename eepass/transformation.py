@@ -30,6 +30,7 @@ from eepass.runtime.sampling import Sampling
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
+from eepass.runtime.weight_memory import settle_weights
 
 PREFILL_ROWS = 64
 STEP_ROWS = (1, 2, 4, 8, 16)
@@ -187,6 +188,7 @@ def transform(
         refuse_other_model(loaded, model, "artifact")
     slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
     with torch.no_grad():
+        settle_weights(model.parameters())
         try:
             splits, report = split_for_rows(model, slots, STEP_ROWS, PREFILL_ROWS, dump)
         except PassError as error:

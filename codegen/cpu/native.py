@@ -12,7 +12,8 @@ import torch
 
 import eepass.ops  # noqa: F401  the operators must be defined before kernels are added to them
 
-SOURCE = Path(__file__).with_name("rows.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = (
     "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
     "-std=c++20", "-fPIC", "-shared",
@@ -34,8 +35,9 @@ def load_kernels() -> str:
     if compiler is None:
         return "no C++ compiler was found (install g++ or set CXX)"
     torch_root = Path(torch.__file__).parent
+    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     fingerprint = hashlib.sha256(
-        "\0".join([SOURCE.read_text(), torch.__version__, compiler, *FLAGS, _cpu_flags()]).encode()
+        "\0".join([*texts, torch.__version__, compiler, *FLAGS, _cpu_flags()]).encode()
     ).hexdigest()[:16]
     library = cache_dir() / f"rows-{fingerprint}.so"
     if not library.exists():
@@ -43,7 +45,7 @@ def load_kernels() -> str:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
             command = [
-                compiler, *FLAGS, str(SOURCE), "-o", str(built),
+                compiler, *FLAGS, *map(str, SOURCES), "-o", str(built),
                 f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu",
             ]  # fmt: skip
             result = subprocess.run(command, capture_output=True, text=True, check=False)

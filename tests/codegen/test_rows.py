@@ -22,7 +22,7 @@ def close(found, expected, dtype):
 
 
 @dtypes
-@pytest.mark.parametrize("rows", (1, 2, 4, 8, 3))
+@pytest.mark.parametrize("rows", (1, 2, 4, 8, 3, 15, 16, 64))
 @pytest.mark.parametrize("sizes", ((1, 1), (63, 1000), (1000, 63), (17, 32)), ids=str)
 def test_linear_rows(dtype, rows, sizes):
     out, depth = sizes
@@ -50,9 +50,9 @@ def test_logits_rows_are_not_rounded(dtype, rows):
 
 def test_a_row_has_the_same_bits_alone_and_with_others():
     torch.manual_seed(0)
-    x, weight = torch.randn(8, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    x, weight = torch.randn(64, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     alone = torch.cat([torch.ops.eepass.linear_rows(row[None], [weight], [None])[0] for row in x])
-    for rows in (2, 4, 8):
+    for rows in (2, 4, 7, 8, 16, 32, 64):
         assert torch.equal(
             torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows]
         )
@@ -72,6 +72,38 @@ def test_attend_rows(dtype, rows, width):
         mask[row, :5] = torch.finfo(dtype).min
     found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.3)
     close(found, ops.attend_rows(q, k, v, mask, 0.3), dtype)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", (1, 4, 64))
+@pytest.mark.parametrize("heads", ((6, 2), (10, 2), (3, 3)), ids=str)
+@pytest.mark.parametrize("width", (64, 40), ids=("d64", "d40"))
+def test_masks_with_holes(dtype, rows, heads, width):
+    """Rows of several sequences and trees of drafts: each sees slots of its own, with gaps."""
+    torch.manual_seed(0)
+    queries, groups = heads
+    q = torch.randn(queries, rows, width).to(dtype)
+    k, v = (torch.randn(groups, 130, width).to(dtype) for _ in range(2))
+    forbidden = torch.rand(rows, 130) < 0.4
+    forbidden[:, :3] = forbidden[:, 101:] = True
+    forbidden[:, 50] = False
+    mask = torch.zeros(rows, 130, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)
+    found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.3)
+    close(found, ops.attend_rows(q, k, v, mask, 0.3), dtype)
+    for row in {0, rows - 1}:
+        # rubbish in slots a row must not see leaves its bits alone, and so do other rows
+        rubbish = forbidden[row, :, None] * 1e4
+        alone = torch.ops.eepass.attend_rows(
+            q[:, row : row + 1], (k + rubbish).to(dtype), (v + rubbish).to(dtype),
+            mask[row : row + 1], 0.3,
+        )  # fmt: skip
+        assert torch.equal(alone[:, 0], found[:, row])
+
+
+def test_a_row_that_sees_nothing_gives_zeros():
+    q, k, v = torch.randn(2, 1, 64), torch.randn(1, 50, 64), torch.randn(1, 50, 64)
+    mask = torch.full((1, 50), torch.finfo(torch.float32).min)
+    assert not torch.ops.eepass.attend_rows(q, k, v, mask, 0.1).any()
 
 
 def test_attention_never_reads_what_the_mask_forbids():

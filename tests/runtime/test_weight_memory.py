@@ -1,0 +1,32 @@
+"""Moving weights changes where they lie and nothing else."""
+
+import mmap
+
+import pytest
+import torch
+
+from eepass.runtime.weight_memory import settle_weights
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+def test_weights_keep_their_values_and_ties():
+    torch.manual_seed(0)
+    first, second = torch.nn.Linear(7, 5), torch.nn.Linear(5, 7).bfloat16()
+    tied = torch.nn.Parameter(first.weight.data)
+    parameters = [*first.parameters(), *second.parameters(), tied]
+    before = [parameter.detach().clone() for parameter in parameters]
+    assert settle_weights(parameters) >= sum(tensor.nbytes for tensor in before[:-1])
+    for parameter, value in zip(parameters, before, strict=True):
+        assert torch.equal(parameter, value)
+        assert parameter.data_ptr() % 64 == 0
+    assert tied.data_ptr() == first.weight.data_ptr()
+    # each has its own storage, so checkpoints are written as before
+    assert first.weight.untyped_storage().nbytes() == first.weight.nbytes
+    assert first.weight.data_ptr() < second.weight.data_ptr()
+
+
+def test_what_lies_elsewhere_stays():
+    strided = torch.randn(4, 6).t()
+    address = strided.data_ptr()
+    assert settle_weights([strided]) == 0
+    assert strided.data_ptr() == address
