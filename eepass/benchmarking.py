@@ -130,7 +130,6 @@ def dense_nll(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> tu
         if layer == last:
             kept.append(hidden.clone())
 
-    model.dense.reset()
     model.dense.prefill([*prompt, *answer[:-1]], keep)
     states = torch.cat(kept, 1)[:, len(prompt) - 1 :]
     total = 0.0
@@ -260,7 +259,6 @@ def _follow_pairs(
         for name, engine in everything.items():
             before = engine.statistics.seconds
             tokens = [step.token for step in engine.follow(ids, answer)]
-            engine.catch_up()
             seconds[name] = engine.statistics.seconds - before
             if name == "dense":
                 dense, total = tokens, total + len(tokens)

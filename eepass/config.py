@@ -52,6 +52,8 @@ class ExitConfig:
             self._refuse("pending", "between 0 and 31")
         if self.kv != "defer" and (self.guarantee == "exact" or self.speculate != "off"):
             self._refuse("kv", "defer, where answers are exact or several tokens go in one pass")
+        if self.draft == "eagle" and self.exits and self.speculate not in ("off", "lens"):
+            self._refuse("draft", "lens, where several tokens go in one pass and may leave early")
 
     def approximate(self, target: float | None = None) -> ExitConfig:
         """Plain early exit: committed at once, one token a pass, nothing switched off."""

@@ -117,9 +117,7 @@ class Judge:
         }
         return _Rows(values, of)
 
-    def _answer(
-        self, logits: Tensor, row: int, sequence: Decoding, context: Sequence[int]
-    ) -> int:
+    def _answer(self, logits: Tensor, row: int, sequence: Decoding, context: Sequence[int]) -> int:
         one = logits[row : row + 1]
         sampling = sequence.sampling
         if sampling.greedy:

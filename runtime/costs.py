@@ -1,4 +1,4 @@
-"""Measured at start: what a pass costs by rows, and how far its logits differ between row counts."""
+"""Measured at start: what a pass costs by rows, and how far logits differ between row counts."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def logit_noise(decoder: Decoder) -> float:
-    """How far the logits of one token may differ between passes of one row and of several.
+    """How far the gap between the two best logits may differ between row counts.
 
     Runs a few tokens one by one and again as a tree that is one chain in slots out of order, so
     that nothing is summed in the same order.
@@ -65,9 +65,11 @@ def logit_noise(decoder: Decoder) -> float:
         over = tuple(slots[SAMPLE + j] for j in range(i + 1))
         rows.append(Row(0, SAMPLE + i, slots[SAMPLE + i], over))
     together = _logits(decoder, rows, tokens[SAMPLE:], size)
-    worst = max(
-        float((alone[SAMPLE + i] - together[i]).abs().max()) for i in range(SAMPLE)
-    )
+    worst = 0.0
+    for one, other in zip(alone[SAMPLE:], together, strict=True):
+        best = one.topk(2).indices
+        gap, again = one[best].diff(), other[best].diff()
+        worst = max(worst, float((gap - again).abs()))
     return MARGIN * worst
 
 

@@ -67,7 +67,7 @@ class Decoder:
         return self.side_inputs.gather(rows, size)
 
     def embed(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """Boundary 0 [1, R, H] of token ids at ``positions``, all [1, R]; slots [R]. R: a bucket."""
+        """Boundary 0 [1, R, H] of ids and positions [1, R], R a bucket, written to slots [R]."""
         split = self.splits[ids.shape[1]]
         arguments = []
         for role in split.embed.inputs:

@@ -21,6 +21,8 @@ EAGLE, NGRAM = range(2)
 # tokens offered after one node, and nodes of a level that are taken further
 WIDTH, BEAM = 6, 4
 DEEPEST = 8
+# joint chance of look-up's first three tokens above which nobody else is asked
+SURE = 0.7
 
 
 class Draft(Protocol):
@@ -56,7 +58,7 @@ class Draft(Protocol):
 class NgramDraft:
     """Prompt look-up: what followed the last few tokens when they stood here before."""
 
-    feature_layers = None
+    feature_layers: tuple[int, ...] | None = None
     LONGEST = 4
 
     def __init__(self) -> None:
@@ -77,7 +79,7 @@ class NgramDraft:
         return tree
 
     def continue_path(self, tree: Tree, leaf: int, path: Sequence[int], budget: Budget) -> None:
-        """Add to ``tree`` what followed before, after ``leaf``, reached over the tokens ``path``."""
+        """Add to ``tree`` what followed ``path``, the tokens down to ``leaf``, before."""
         start, matched = self._find([*self.tokens[-self.LONGEST :], *path][-self.LONGEST :])
         node = leaf
         joint = tree.joint()[leaf]
@@ -113,106 +115,96 @@ class EagleTree:
     def __init__(self, head: EagleDraft) -> None:
         self.head = head
         self.feature_layers: tuple[int, ...] | None = head.feature_layers
+        # told to the head only when it is asked: what is taken back by then costs nothing
         self._tokens: list[int] = []
         self._features: list[Tensor] = []
-        self._logits: Tensor | None = None
+        self._scores: Tensor | None = None
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         assert features is not None
-        # told to the head only when it is asked: what is rolled back by then costs nothing
         self._tokens += tokens
         self._features.append(features)
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
-        logits = self.first()
-        if logits is None:
-            return tree
-        self._offer(tree, [0], logits[None], budget)
+        self.add_to(tree, budget)
+        return tree
+
+    def add_to(self, tree: Tree, budget: Budget) -> None:
+        """Grow ``tree``, which may hold drafts of others already."""
         grown: dict[int, int] = {}
+        self._offer(tree, [0], self.first()[None], budget)
         for _ in range(DEEPEST - 1):
             joint = tree.joint()
-            level = [node for node in self._leaves(tree, grown) if budget.worth_a_call(joint[node])]
-            level = sorted(level, key=lambda node: -joint[node])[:BEAM]
-            if not level:
-                break
-            self.grow(tree, level, grown, budget)
-        return tree
+            ready = (node for node in range(1, len(tree)) if node not in grown)
+            ready = (n for n in ready if tree.parents[n] == 0 or tree.parents[n] in grown)
+            level = sorted(ready, key=lambda node: -joint[node])[:BEAM]
+            level = [node for node in level if budget.worth_a_row(joint[node])]
+            if not level or not budget.worth_a_call(sum(joint[node] for node in level)):
+                return
+            parents = [grown.get(tree.parents[node], -1) for node in level]
+            scores = self.head.grow([tree.tokens[node] for node in level], parents)
+            for node in level:
+                grown[node] = len(grown)
+            self._offer(tree, level, scores, budget)
 
     def candidates(self, count: int) -> Tensor:
         """The likeliest ``count`` tokens [K] after the last one, as drafts of an exit."""
-        logits = self.first()
-        if logits is None:
-            return self.head.hot_ids[:count]
-        return self.head.hot_ids[logits.topk(count).indices]
+        return self.head.hot_ids[self.first().topk(count).indices]
 
-    def first(self) -> Tensor | None:
-        """Logits [N] of what follows the last token; None before any."""
-        if self._tokens:
-            self._logits = self.head.extend(self._tokens, torch.cat(self._features))
+    def first(self) -> Tensor:
+        """Log-probabilities [N] of what follows the last token."""
+        if self._tokens or self._scores is None:
+            self._scores = self.head.extend(self._tokens, torch.cat(self._features))
             self._tokens, self._features = [], []
-        return self._logits
+        return self._scores
 
-    def grow(self, tree: Tree, level: list[int], grown: dict[int, int], budget: Budget) -> None:
-        """Run the nodes of ``level`` and offer what may follow them; ``grown`` numbers the rows."""
-        parents = [grown.get(tree.parents[node], -1) for node in level]
-        logits = self.head.grow([tree.tokens[node] for node in level], parents)
-        for node in level:
-            grown[node] = len(grown)
-        self._offer(tree, level, logits, budget)
-
-    def run_chain(self, tree: Tree, chain: list[int], budget: Budget) -> dict[int, int]:
-        """Run a chain of nodes below the root in one call (a draft for the draft)."""
-        parents = list(range(-1, len(chain) - 1))
-        logits = self.head.grow([tree.tokens[node] for node in chain], parents)
-        self._offer(tree, chain, logits, budget)
-        return {node: row for row, node in enumerate(chain)}
-
-    def _offer(self, tree: Tree, nodes: list[int], logits: Tensor, budget: Budget) -> None:
-        best = logits.softmax(-1).topk(WIDTH, -1)
+    def _offer(self, tree: Tree, nodes: list[int], scores: Tensor, budget: Budget) -> None:
+        best = scores.topk(WIDTH, -1)
         ids = self.head.hot_ids[best.indices].tolist()
-        for node, tokens, chances in zip(nodes, ids, best.values.tolist(), strict=True):
-            depth = min(len(tree.path(node)), 3)
+        for node, tokens, chances in zip(nodes, ids, best.values.exp().tolist(), strict=True):
+            depth = len(tree.path(node))
             for token, chance in zip(tokens, chances, strict=True):
-                bin = (EAGLE, depth, budget.bin(chance))
-                tree.add(token, node, budget.chance(bin, prior=chance * 0.9**depth), bin)
-
-    @staticmethod
-    def _leaves(tree: Tree, grown: dict[int, int]) -> list[int]:
-        return [
-            node
-            for node in range(1, len(tree))
-            if node not in grown and (tree.parents[node] == 0 or tree.parents[node] in grown)
-        ]
+                bin = (EAGLE, min(depth, 3), budget.bin(chance))
+                tree.add(token, node, budget.chance(bin, prior=chance), bin)
 
     def truncate(self, length: int) -> None:
         told = self.head.length
         if length < told:
             self.head.truncate(length)
-            self._logits = None
+            self._scores = None
             self._tokens, self._features = [], []
-        else:
-            kept = length - told
-            features = torch.cat(self._features)[:kept] if self._features else None
-            del self._tokens[kept:]
-            self._features = [] if features is None else [features]
+        elif self._features:
+            kept = torch.cat(self._features)[: length - told]
+            del self._tokens[length - told :]
+            self._features = [kept]
 
     def call_seconds(self) -> float:
         head = self.head.fresh()
-        state = torch.zeros(1, head.feature_size, dtype=head.embedding.dtype)
-        head.extend([0], state)
-        head.grow([0, 0], [-1, -1])
-        return seconds_of(lambda: head.grow([0], [-1]))
+        dtype = self.head.hidden_dtype
+        for count in (1, 2, 4):
+            head.extend([0] * count, torch.zeros(count, head.feature_size, dtype=dtype))
+        head.grow([0, 0, 0, 0], [-1, -1, -1, -1])
+
+        def once() -> None:
+            head.extend([0], torch.zeros(1, head.feature_size, dtype=dtype))
+            head.grow([0, 0], [-1, -1])
+            head.grow([0, 0], [0, 1])
+            head.truncate(head.length - 1)
+
+        once()
+        return seconds_of(once) / 3
 
     def fresh(self) -> EagleTree:
         return EagleTree(self.head.fresh())
 
 
 class Cascade:
-    """Prompt look-up and the draft head together (after Cascade Speculative Drafting, Chen 2024).
+    """A dear source for the next positions, look-up for what is cheaper found in the text.
 
-    Down: what look-up names is a draft for the head, which runs it in one call and adds what it
-    thinks better. Along: the likeliest path of the head's tree goes on with look-up.
+    After Cascade Speculative Drafting (Chen et al., 2024): what look-up names is offered to the
+    draft head's tree at once, later positions of the likeliest path are left to look-up alone
+    (horizontal); ``ModelDraft`` has look-up draft for it (vertical).
     """
 
     def __init__(self, head: EagleTree, ngram: NgramDraft | None = None) -> None:
@@ -224,26 +216,21 @@ class Cascade:
         self.ngram.follow(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:
-        found = self.ngram.propose(root, budget)
-        joint = found.joint()
-        chain = [node for node in range(1, len(found)) if joint[node] > 0.2][:7]
-        if len(chain) < 2:
-            tree = self.head.propose(root, budget)
-        else:
-            tree = found
-            logits = self.head.first()
-            if logits is not None and joint[chain[-1]] < 0.9:
-                self.head._offer(tree, [0], logits[None], budget)
-                self.head.run_chain(tree, chain, budget)
+        tree = self.ngram.propose(root, budget)
+        # sure of the next tokens, it goes on by itself
+        if len(tree) < 4 or tree.joint()[3] < SURE:
+            self.head.add_to(tree, budget)
         joint = tree.joint()
-        leaf = max(
-            (n for n in range(len(tree)) if not any(True for _ in tree.children(n))),
-            key=joint.__getitem__,
-        )
+        parents = set(tree.parents)
+        leaf = max((n for n in range(len(tree)) if n not in parents), key=joint.__getitem__)
         path = [tree.tokens[node] for node in tree.path(leaf)]
         if path:
             self.ngram.continue_path(tree, leaf, path, budget)
         return tree
+
+    def candidates(self, count: int) -> Tensor:
+        """As ``EagleTree.candidates``."""
+        return self.head.candidates(count)
 
     def truncate(self, length: int) -> None:
         self.head.truncate(length)

@@ -13,6 +13,7 @@ vocabulary alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 
 import torch
 import torch.nn.functional as F
@@ -121,10 +122,8 @@ class EagleDraft:
         self._sources = {n: tensors[f"eagle.{n}"].to(dtype) for n in ("mix", "carry")}
         self._layer = [tensors[f"eagle.{name}"].to(dtype) for name in LAYER]
         heads = self._layer[LAYER.index("q")].shape[0] // HEAD_WIDTH
-        # position of the token in each slot: one not yet seen is later than any
-        held = torch.full((TREE + RING,), torch.iinfo(torch.long).max)
         keys = torch.zeros(1, heads, TREE + RING, HEAD_WIDTH, dtype=dtype)
-        self._state = [held, keys, torch.zeros_like(keys), tensors[f"{own}hot.head"]]
+        self._state = [self._unseen(), keys, torch.zeros_like(keys), tensors[f"{own}hot.head"]]
         self._steps: dict[tuple[str, int], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         # of the last confirmed token, then of the drafts in order of growth
         self._states = torch.zeros(TREE, hidden, dtype=dtype)
@@ -132,6 +131,11 @@ class EagleDraft:
         self._depths = [0] * TREE
         self._grown = 0
         self._confirmed = False
+
+    @staticmethod
+    def _unseen() -> Tensor:
+        """Position of the token in each slot: one not yet seen is later than any."""
+        return torch.full((TREE + RING,), torch.iinfo(torch.long).max)
 
     def extend(self, tokens: Sequence[int], features: Tensor) -> Tensor:
         """Add confirmed tokens; log-probabilities float32 [N_hot] of what follows the last.
@@ -201,9 +205,25 @@ class EagleDraft:
         self._confirmed &= length == self.length
         self.length, self._grown = length, 0
 
-    def reset(self) -> None:
-        """Forget the sequence."""
-        self.truncate(0)
+    def fresh(self) -> EagleDraft:
+        """The same head for another sequence; what is compiled is shared."""
+        other = copy(self)
+        other._state = [self._unseen(), *(torch.zeros_like(x) for x in self._state[1:3])]
+        other._state.append(self._state[3])
+        other._states, other._sees = torch.zeros_like(self._states), torch.zeros_like(self._sees)
+        other._depths = [0] * TREE
+        other.length = other._grown = 0
+        other._confirmed = False
+        return other
+
+    @property
+    def hidden_dtype(self) -> torch.dtype:
+        return self._embedding.dtype
+
+    @property
+    def feature_size(self) -> int:
+        """Width of the features of one token: F · H."""
+        return int(self._sources["mix"].shape[1])
 
     def _bucket(self, count: int) -> int:
         if not 0 < count <= self._rows[-1]:

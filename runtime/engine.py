@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eepass.runtime.acceptance import EngineError, Judge
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.drafts import Draft, EagleTree
+from eepass.runtime.drafts import Cascade, Draft, EagleTree
 from eepass.runtime.exits import Exits
 from eepass.runtime.planner import Budget, Mode, Planner
 from eepass.runtime.sampling import Sampling
@@ -147,7 +147,7 @@ class Engine:
             self.decoder.kv.release(sequence.first)
 
     def step(self, sequences: SequenceOf[Sequence] | None = None) -> None:
-        """One pass for ``sequences`` (all by default): each grows by at least one guess or token."""
+        """One pass for ``sequences`` (all by default); each grows by a guess or a token or more."""
         chosen = list(self.sequences if sequences is None else sequences)
         began = perf_counter()
         mode = self.planner.mode()
@@ -161,7 +161,7 @@ class Engine:
         self.statistics.seconds += seconds
 
     def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
-        """Run what is pending through the layers it has not seen; in exact mode that confirms it."""
+        """Run what is pending through the layers it has not seen; exact mode confirms it so."""
         chosen = [s for s in (self.sequences if sequences is None else sequences) if s.waiting]
         if chosen:
             began = perf_counter()
@@ -268,7 +268,7 @@ class Engine:
         rows = []
         for part in parts:
             draft = part.sequence.draft
-            assert isinstance(draft, EagleTree) and part.tree is not None
+            assert isinstance(draft, EagleTree | Cascade) and part.tree is not None
             if len(part.tree) > 1:
                 raise EngineError("exits that draft from no boundary go with one row a pass")
             began = perf_counter()
@@ -317,7 +317,7 @@ class Engine:
             sequence.draft.follow(tokens, states)
 
     def _prefill(self, sequence: Sequence, ids: list[int], on_layer: OnLayer | None) -> Tensor:
-        """Run a prompt through all layers; returns the last boundary of its last token [1, 1, H]."""
+        """Run a prompt through all layers; returns its last token's last boundary [1, 1, H]."""
         decoder, largest = self.decoder, self.decoder.buckets[-1]
         wanted = sequence.draft.feature_layers if sequence.draft is not None else None
         hidden, states = torch.zeros(0), []

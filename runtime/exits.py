@@ -25,7 +25,7 @@ class Found(NamedTuple):
 
 
 class RowState(NamedTuple):
-    """What rows carry from one exit point to the next: draft tokens and their last chances [R, K]."""
+    """What rows carry between exit points: draft tokens and their last chances [R, K]."""
 
     drafts: Tensor
     previous: Tensor
@@ -89,12 +89,16 @@ class Exits:
         statistics: Statistics,
         choose: Choose | None = None,
     ) -> tuple[Found, RowState]:
-        """Ask the rows ``asked`` of hidden [1, R, H] after ``layer``; ``choose`` replaces argmax."""
+        """Ask some rows of hidden [1, R, H] after ``layer``; ``choose`` replaces the argmax."""
         began = perf_counter()
         bound = self._for(hidden.shape[1])
         chances, previous, z = bound.predict(layer)(hidden, *state)
         limit = self.thresholds[layer]
-        wanted = [row for row, chance in zip(asked, chances[asked].tolist()) if chance > limit]
+        wanted = [
+            row
+            for row, chance in zip(asked, chances[asked].tolist(), strict=True)
+            if chance > limit
+        ]
         statistics.predictors_run += len(asked)
         ended = perf_counter()
         statistics.predictor_seconds += ended - began
@@ -104,7 +108,7 @@ class Exits:
             tokens = self._answers(layer, z, state, choose)
             right = (tokens[:, None] == state.drafts).any(-1)[wanted].tolist()
             named = tokens[wanted].tolist()
-            answers = {row: name for row, name, ok in zip(wanted, named, right) if ok}
+            answers = {row: name for row, name, ok in zip(wanted, named, right, strict=True) if ok}
             statistics.wanted += len(wanted)
             statistics.refused += len(wanted) - len(answers)
             statistics.verify_seconds += perf_counter() - ended

@@ -29,9 +29,7 @@ class KvCache:
                 layers = [i for i, other in enumerate(shapes) if other == shape]
                 example = like[layers[0]][kind]
                 # zeros, never empty: a NaN in a masked slot would poison attention
-                stack = torch.zeros(
-                    len(layers), *shape, dtype=example.dtype, device=example.device
-                )
+                stack = torch.zeros(len(layers), *shape, dtype=example.dtype, device=example.device)
                 self._stacks.append((layers, stack))
                 places |= dict(zip(layers, stack.unbind(), strict=True))
             found += [places[layer] for layer in range(len(like))]

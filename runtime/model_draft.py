@@ -19,7 +19,7 @@ MODEL = 2
 class ModelDraft:
     """``decoder``: the small model; its cache serves one sequence at a time for each ``fresh``."""
 
-    feature_layers = None
+    feature_layers: tuple[int, ...] | None = None
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

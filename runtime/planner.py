@@ -153,13 +153,17 @@ class Planner:
                 self.seen[bin] = (hits * FADE + (node in on_path), trials * FADE + 1)
 
     def _cost(self, rows: int) -> float:
-        return self.costs[next((size for size in sorted(self.costs) if size >= rows), max(self.costs))]
+        return self.costs[
+            next((size for size in sorted(self.costs) if size >= rows), max(self.costs))
+        ]
 
     def decision(self) -> Mapping[str, object]:
         """The way of decoding in use and the figures it was chosen by, in milliseconds."""
         return {
             "mode": self.best(),
-            "ms_per_token": {m: round(1e3 * a.per_token, 2) for m, a in self.arms.items() if a.passes},
+            "ms_per_token": {
+                m: round(1e3 * a.per_token, 2) for m, a in self.arms.items() if a.passes
+            },
             "passes": {mode: arm.passes for mode, arm in self.arms.items() if arm.passes},
             "pass_ms": {rows: round(1e3 * cost, 2) for rows, cost in self.costs.items()},
             "draft_ms": round(1e3 * self.draft_seconds, 2),

@@ -62,7 +62,7 @@ class SideInputs:
         self._fill(many, tensors)
 
     def span(self, slot: int, rows: int) -> Place:
-        """``rows`` neighbours from ``slot`` on, each seeing all before it; layers share the answer."""
+        """``rows`` neighbours from ``slot`` on, each seeing all before it; layers share it."""
         key = (slot, rows)
         if key not in self._spans:
             # a pass asks for few distinct starts; what an older pass asked for is gone

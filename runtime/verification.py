@@ -166,7 +166,9 @@ class Verification:
                 path = part.tree.path(node)
                 position, slot = root + len(path), sequence.first + root + node
                 over = tuple(sequence.first + root + n for n in path)
-                self._rows.append(_At(part, node, position, Row(sequence.first, position, slot, over)))
+                self._rows.append(
+                    _At(part, node, position, Row(sequence.first, position, slot, over))
+                )
         if not self._rows:
             return
         self._settle()
@@ -178,7 +180,9 @@ class Verification:
         last = positions[-1]
         positions += [min(last + 1 + i, self.decoder.cache_length - 1) for i in range(len(padding))]
         self._hidden = self.decoder.embed(
-            torch.tensor([ids + [ids[-1]] * len(padding)]), torch.tensor([positions]), self._place.slots
+            torch.tensor([ids + [ids[-1]] * len(padding)]),
+            torch.tensor([positions]),
+            self._place.slots,
         )
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
@@ -322,4 +326,3 @@ class Verification:
         mine.sort(key=lambda index: self._rows[index].position)
         hidden = self._hidden[:, torch.tensor(mine)]
         part.sequence.waiting.append(Waiting(boundary, self._rows[mine[0]].position, hidden))
-

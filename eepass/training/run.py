@@ -144,12 +144,13 @@ class Trainer:
         """Costs in layers: the head as timed here, the rest by the rows of it that they read."""
         decoder = self._engine.decoder
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=self.lm_head.dtype)
+        place = decoder.side_inputs.span(0, 1)
         layers: list[float] = []
         heads: list[float] = []
         for _ in range(12):
             began = time.perf_counter()
             for layer in range(decoder.num_layers):
-                decoder.run_layer(layer, hidden, 0, 0)
+                decoder.run_layer(layer, hidden, place)
             middle = time.perf_counter()
             decoder.logits(hidden)
             layers.append((middle - began) / decoder.num_layers)

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY, ForcedExits, eager_compile
 
-from eepass.runtime.decoder import Decoder
 from eepass.runtime.acceptance import EngineError
+from eepass.runtime.decoder import Decoder
 from eepass.runtime.engine import Engine, Options
 
 DEPTH = 4

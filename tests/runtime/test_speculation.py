@@ -123,9 +123,7 @@ def test_a_tree_without_its_mask_says_something_else(decoder, plain, monkeypatch
     assert tuple(plain.answer(PROMPT, 40)) in answers and len(answers) == 2
 
 
-def test_without_moving_what_was_accepted_the_answer_would_be_another(
-    decoder, plain, monkeypatch
-):
+def test_without_moving_what_was_accepted_the_answer_would_be_another(decoder, plain, monkeypatch):
     monkeypatch.setattr(decoder.kv, "move", lambda *rest: None)
     engine = engine_for(decoder, plain, 5, "speculation")
     assert [step.token for step in engine.generate(PROMPT, 40)] != plain.answer(PROMPT, 40)
