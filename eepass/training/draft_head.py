@@ -73,14 +73,17 @@ def fit_draft_head(
     hidden, dtype = embedding.shape[1], embedding.dtype
     weights = _initial(hidden, lines.features.shape[1] // hidden)
     batches = _batches(lines)
-    optimizers = _optimizers(weights, passes * len(batches))
+    optimizers = _optimizers(weights)
+    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    updates = passes * len(batches)
     wanted = _wanted(lines.features[:, :hidden], hot_head)
     done = _restore(resume, weights, optimizers)
     progress(done * len(lines.token))
     for number in range(done, passes):
         generator = torch.Generator().manual_seed(number)
         unrolled = steps if number >= passes * (1 - UNROLLED) else 1
-        for index in torch.randperm(len(batches), generator=generator).tolist():
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for update, index in enumerate(order, number * len(batches)):
             batch = _gathered(batches[index], lines, generator)
             with torch.enable_grad():
                 cast = {name: weight.to(dtype) for name, weight in weights.items()}
@@ -95,9 +98,10 @@ def fit_draft_head(
                     )
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            for optimizer, schedule in optimizers:
+            slower = min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
+            for optimizer, rate in zip(optimizers, rates, strict=True):
+                optimizer.param_groups[0]["lr"] = rate * slower
                 optimizer.step()
-                schedule.step()
                 optimizer.zero_grad()
             progress(sum(end - begin for begin, end in batches[index]))
         _keep(resume, number + 1, weights, optimizers)
@@ -226,19 +230,14 @@ def _initial(hidden: int, features: int) -> dict[str, Tensor]:
     return weights
 
 
-def _optimizers(weights: dict[str, Tensor], updates: int) -> list[tuple[Any, Any]]:
+def _optimizers(weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
     matrices = [weight for weight in weights.values() if weight.ndim == 2]
     norms = [weight for weight in weights.values() if weight.ndim == 1]
-    # matrices learn twice as much from a token this way as with Adam
-    found: list[Any] = [
+    # tokens are dear and passes few: matrices learn more from each this way than with Adam
+    return [
         torch.optim.Muon(matrices, RATE, weight_decay=0.02),
         torch.optim.AdamW(norms, NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-
-    def rate(update: int) -> float:
-        return min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
-
-    return [(one, torch.optim.lr_scheduler.LambdaLR(one, rate)) for one in found]
 
 
 def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
@@ -272,20 +271,24 @@ def _gathered(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.G
 
 
 def _keep(
-    path: Path | None, done: int, weights: dict[str, Tensor], optimizers: list[tuple[Any, Any]]
+    path: Path | None,
+    done: int,
+    weights: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> None:
     if path is None:
         return
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
-    for number, (optimizer, schedule) in enumerate(optimizers):
+    for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
-        tensors["updates"] = torch.tensor(schedule.last_epoch)
     write_tensors(path, {**tensors, "passes": torch.tensor(done)})
 
 
 def _restore(
-    path: Path | None, weights: dict[str, Tensor], optimizers: list[tuple[Any, Any]]
+    path: Path | None,
+    weights: dict[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
 ) -> int:
     """Passes done before, after which ``weights`` and ``optimizers`` are as they were then."""
     if path is None or not path.exists():
@@ -293,14 +296,11 @@ def _restore(
     tensors = load_file(path)
     for name, weight in weights.items():
         weight.data.copy_(tensors[f"weight.{name}"])
-    for number, (optimizer, schedule) in enumerate(optimizers):
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            owner, _, rest = name.partition(".")
-            if owner == str(number):
-                index, _, field = rest.partition(".")
-                state.setdefault(int(index), {})[field] = tensor
-        schedule.last_epoch = int(tensors["updates"]) - 1
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
+    for name, tensor in tensors.items():
+        owner, *rest = name.split(".", 2)
+        if owner.isdecimal():
+            states[int(owner)].setdefault(int(rest[0]), {})[rest[1]] = tensor
+    for optimizer, state in zip(optimizers, states, strict=True):
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        schedule.step()
     return int(tensors["passes"])

@@ -38,7 +38,7 @@ class Layout:
     @property
     def features(self) -> tuple[int, ...]:
         """Boundaries the draft head sees beside z: none is later than where a token may leave."""
-        return tuple(sorted({max(1, round(part * self.num_layers)) for part in (0.4, 0.63)}))
+        return tuple(sorted({max(1, round(part * self.num_layers)) for part in (0.4, 0.67)}))
 
     @property
     def kept(self) -> tuple[int, ...]:

@@ -27,8 +27,8 @@ from eepass.runtime.engine import Engine
 from eepass.training.boundaries import BoundaryStore, collect, write_tensors
 from eepass.training.calibration import Costs, calibrate
 from eepass.training.corpus import Example
-from eepass.training.draft_head import PASSES as DRAFT_PASSES
-from eepass.training.draft_head import STEPS, Lines, draft_hits, draft_states, fit_draft_head
+from eepass.training.draft_head import STEPS
+from eepass.training.draft_stage import answer_states, eagle_weights, report_draft, train_draft
 from eepass.training.layout import Layout, Progress
 from eepass.training.predictors import PASSES as PREDICTOR_PASSES
 from eepass.training.predictors import ExitViews, fit_predictors, scores, view_exits
@@ -37,10 +37,6 @@ from eepass.training.translators import fit_translator
 
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
-# the draft head names more: what verifies its drafts is the whole LM head
-DRAFT_HOT_TOKENS = 12_288
-# a token of a prompt counts so much of one of an answer, when the draft head's are chosen
-PROMPT_SHARE = 0.3
 PAPER_TOKENS = 12_000
 # in layers of smollm2 on two cores: calling a small compiled piece, and the ranking of a draft
 CALL = 0.2
@@ -124,7 +120,9 @@ class Trainer:
                 "predictors.paper", partial(self._preset, 0, tensors, costs)
             )
             trained = trained | paper
-            report["draft_head"] = self._draft_report(tensors)
+            report["draft_head"] = report_draft(
+                tensors, self.store, self.embedding, self.lm_head, self.steps
+            )
         used = {str(layer) for layer in self.layout.exits(presets["default"].draft_layer)}
         tensors = {
             name: tensor
@@ -206,43 +204,12 @@ class Trainer:
             tensors |= {f"translator.{layer}.{n}": t for n, t in load_file(path).items()}
         return tensors
 
-    def _lines(self, split: str) -> Lines:
-        return Lines(*(self.store.read(split, f"line.{name}") for name in Lines._fields))
-
     def _draft(self) -> dict[str, Tensor]:
-        path, passes = self.checkpoint / "eagle.safetensors", self.checkpoint / "eagle.part"
-        if not path.exists():
-            lines = self._lines("fit")
-            counts = torch.bincount(self._label("fit"), minlength=len(self.lm_head)).float()
-            counts += PROMPT_SHARE * torch.bincount(lines.token, minlength=len(counts))
-            hot = counts.argsort(descending=True, stable=True)
-            hot = hot[: DRAFT_HOT_TOKENS * self.hot_tokens // HOT_TOKENS].sort().values
-            self.progress.begin("draft head", DRAFT_PASSES * len(lines.token))
-            fitted = fit_draft_head(
-                lines, self.embedding, self.lm_head[hot], self.progress.advance, self.steps,
-                resume=passes,
-            )  # fmt: skip
-            fitted["hot.ids"] = hot.to(torch.int32)
-            fitted["features"] = torch.tensor(self.layout.features, dtype=torch.int32)
-            write_tensors(path, fitted)
-            passes.unlink(missing_ok=True)
-        return {f"eagle.{name}": tensor for name, tensor in load_file(path).items()}
-
-    def _draft_report(self, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        lines, weights = self._lines("calibrate"), _eagle(tensors)
-        label = torch.full((len(lines.token),), -1)
-        label[self.store.read("calibrate", "line.answer")] = self._label("calibrate")
-        hot = weights["hot.ids"].long()
-        hits = draft_hits(weights, lines, label, self.embedding, hot, self.lm_head[hot], self.steps)
-        return {
-            "features": list(self.layout.features),
-            "hot_tokens": len(hot),
-            "hot_coverage": self._coverage(hot),
-            "tokens": len(self.store.read("fit", "line.token")),
-            "passes": DRAFT_PASSES,
-            "steps": self.steps,
-            "hits": hits,
-        }
+        path = self.checkpoint / "eagle.safetensors"
+        return train_draft(
+            path, self.store, self.embedding, self.lm_head, self.hot_tokens, self.steps,
+            self.progress,
+        )  # fmt: skip
 
     def _preset(
         self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs
@@ -269,7 +236,7 @@ class Trainer:
         if draft_layer:
             costs = replace(costs, draft_layer=draft_layer)
         else:
-            eagle = sum(tensor.numel() for tensor in _eagle(tensors).values())
+            eagle = sum(tensor.numel() for tensor in eagle_weights(tensors).values())
             hot = costs.head * len(tensors["eagle.hot.ids"]) / len(self.lm_head)
             drafting = hot + CALL + TOPK + eagle / self._layer_size()
             costs = replace(costs, draft=drafting, verify=costs.head)
@@ -322,8 +289,7 @@ class Trainer:
             states = self._state(split, draft_layer, tensors, translated=True)
         else:
             hot = tensors["eagle.hot.ids"].long()
-            states = draft_states(_eagle(tensors), self._lines(split), self.embedding)
-            states = states[self.store.read(split, "line.answer")]
+            states = answer_states(tensors, self.store, split, self.embedding)
         hot_head = self.lm_head[hot]
         k = DRAFT_TOKENS["default" if draft_layer else "paper"]
         return torch.cat([hot[(s @ hot_head.T).topk(k, -1).indices] for s in states.split(2048)])
@@ -339,7 +305,3 @@ class Trainer:
         result = work()
         self.seconds[stage] = time.perf_counter() - began
         return result
-
-
-def _eagle(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("eagle.")}

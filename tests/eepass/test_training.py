@@ -8,9 +8,11 @@ from models import VOCABULARY, tiny_model
 
 from eepass import ops
 from eepass.errors import InputError
+from eepass.training import draft_head
 from eepass.training.boundaries import BoundaryStore, dense_argmax
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of
+from eepass.training.draft_head import Lines, draft_hits, fit_draft_head
 from eepass.training.predictors import ExitViews, fit_predictors, scores
 from eepass.training.run import Trainer
 from eepass.training.translators import fit_translator
@@ -81,6 +83,54 @@ def test_a_translator_learns_a_rotation():
     assert before < 0.1 and agrees > 0.3
 
 
+def made_lines(embedding, lines=60, length=12):
+    """Lines in which each token says the next, and z says the one after it."""
+    order = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(1))
+    follows = torch.empty_like(order)
+    follows[order] = order.roll(-1)
+    token = torch.randint(0, len(embedding), (lines, length))
+    for place in range(1, length):
+        token[:, place] = follows[token[:, place - 1]]
+    token = token.flatten()
+    z, noise = 4 * embedding[follows[token]], torch.randn(len(token), embedding.shape[1])
+    place = torch.arange(length).repeat(lines)
+    return Lines(token, torch.cat([z, noise], -1), place), follows[token]
+
+
+def test_a_draft_head_learns_to_follow_its_own_drafts(monkeypatch):
+    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
+    torch.manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1) * 3
+    lines, label = made_lines(embedding)
+    hot = torch.arange(40)
+    fitted = fit_draft_head(lines, embedding, embedding, lambda n: None, steps=3, passes=10)
+    hits = draft_hits(fitted, lines, label, embedding, hot, embedding, 3)
+    assert [hit["top1"] > 0.9 for hit in hits] == [True] * 3
+    assert all(hit["top4"] >= hit["top1"] for hit in hits)
+
+
+def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_path):
+    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
+    torch.manual_seed(0)
+    embedding = torch.randn(40, 64)
+    lines, _ = made_lines(embedding, lines=12)
+    whole = fit_draft_head(lines, embedding, embedding, lambda n: None, 2, 3)
+    seen = []
+
+    def stop_in_the_second_pass(amount):
+        seen.append(amount)
+        if sum(seen) > len(lines.token):
+            raise KeyboardInterrupt
+
+    path = tmp_path / "eagle.part"
+    with pytest.raises(KeyboardInterrupt):
+        fit_draft_head(lines, embedding, embedding, stop_in_the_second_pass, 2, 3, path)
+    seen.clear()
+    resumed = fit_draft_head(lines, embedding, embedding, seen.append, 2, 3, path)
+    assert seen[0] == len(lines.token) and sum(seen) == 3 * len(lines.token)
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
 def made_views(count=4000):
     """Exits of which the draft's first logit says whether they are right."""
     torch.manual_seed(0)
@@ -143,8 +193,18 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
     assert artifact.tensors["predictor.default.4.w1"].shape == (512, 96)
     assert artifact.tensors["predictor.paper.3.w1"].shape == (512, 12)
     assert artifact.report["tokens"]["fit"] == 20 * 12
+    assert artifact.tensors["eagle.hot.ids"].shape == (96,)
+    assert artifact.tensors["eagle.features"].tolist() == [2, 3]
+    assert [set(hit) for hit in artifact.report["draft_head"]["hits"]] == [{"top1", "top4"}] * 4
     again = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64).run(examples)
     assert all(torch.equal(again.tensors[n], t) for n, t in artifact.tensors.items())
+
+
+def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
+    trainer = Trainer(tiny_model("llama"), tmp_path, Watch(), 64, hot_tokens=64, draft="none")
+    artifact = trainer.run(examples)
+    assert set(artifact.presets) == {"default"}
+    assert not any(name.startswith("eagle.") for name in artifact.tensors)
 
 
 def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
