@@ -19,7 +19,7 @@ from torch import Tensor
 from eepass.errors import InputError
 from eepass.training.calibration import Calibration
 
-SCHEMA = 1
+SCHEMA = 2
 MANIFEST = "eepass.json"
 FILES = ("predictors.safetensors", "draft.safetensors")
 

@@ -66,7 +66,7 @@ class Head:
     """The way from the last boundary to the logits, as far as it could be taken apart.
 
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
-    ``norm`` is what comes before it, ``weight`` and ``bias`` name its tensors, ``transform`` is
+    ``norm`` (traced with one row) is what comes before it, ``weight`` and ``bias`` name its tensors, ``transform`` is
     what follows on the logits (a scale, a soft cap); else ``reason`` says what stands in the way.
     """
 
@@ -76,6 +76,15 @@ class Head:
     bias: str = ""
     transform: Piece | None = None
     reason: str = ""
+
+    def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The normed state z [1, n, H] of boundaries [1, n, H]: ``norm``, whatever rows it was
+        traced with one of."""
+        assert self.norm is not None
+        # rows go as a batch: a trace may have its row count baked in
+        rows = hidden.transpose(0, 1)
+        values = [rows if r.kind == "hidden" else tensors[r.name] for r in self.norm.inputs]
+        return self.norm.graph(*values).transpose(0, 1)
 
 
 @dataclass(slots=True)
@@ -117,15 +126,14 @@ class ExitPieces:
 
     ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
     normed state z [1, R, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
-    vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's layer,
-    ``final``: the same at the last.
+    vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's
+    layer.
     """
 
     predictors: Mapping[int, Piece]
     verify: Piece
     draft: Piece
     normed: Piece
-    final: Piece
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,17 +69,11 @@ def probe(
 class _Lens:
     def __init__(self, model: EarlyExitModel) -> None:
         head = model.splits[1].head
-        assert head.norm is not None
-        self.norm_piece, self.tensors = head.norm, model.decoder.tensors
+        self.head, self.tensors = head, model.decoder.tensors
         self.lm_head = self.tensors[head.weight]
 
     def norm(self, hidden: Tensor) -> Tensor:
-        return self.norm_piece.graph(
-            *(
-                hidden if role.kind == "hidden" else self.tensors[role.name]
-                for role in self.norm_piece.inputs
-            )
-        )
+        return self.head.normed(hidden, self.tensors)
 
     def answers(self, hidden: Tensor) -> Tensor:
         return torch.cat(
@@ -90,7 +84,6 @@ class _Lens:
 def _boundaries(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
     """Boundaries 0..L at the positions that predict the answer, [n, H] each."""
     kept: list[list[Tensor]] = [[] for _ in range(engine.decoder.num_layers + 1)]
-    engine.reset()
     engine.prefill(
         [*ids, *answer[:-1]], lambda layer, hidden: kept[layer].append(hidden[0].clone())
     )

@@ -63,7 +63,6 @@ def insert_predictors(
         verify=builder.logits(hot=plan.verify == "hot"),
         draft=builder.logits(hot=True),
         normed=builder.normed(plan.draft_layer, translated),
-        final=builder.normed(plan.num_layers, False),
     )
 
 
@@ -71,8 +70,7 @@ class _Builder:
     def __init__(
         self, split: SplitDecoder, tensors: Mapping[str, Tensor], draft_tokens: int, rows: int
     ) -> None:
-        assert split.head.norm is not None
-        self.head, self.norm, self.tensors = split.head, split.head.norm, tensors
+        self.head, self.tensors = split.head, tensors
         self.draft_tokens, self.rows = draft_tokens, rows
         output = split.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
         self.hidden = torch.zeros(1, rows, output.shape[-1], dtype=output.dtype)
@@ -128,10 +126,7 @@ class _Builder:
         if translated:
             parts = [by_name[f"translator.{layer}.{part}"] for part in TRANSLATOR]
             hidden = torch.ops.eepass.translate(hidden[0], *parts)[None]
-        arguments = [
-            hidden if role.kind == "hidden" else by_name[role.name] for role in self.norm.inputs
-        ]
-        return self.norm.graph(*arguments)
+        return self.head.normed(hidden, by_name)
 
     def _transformed(self, logits: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
         if self.head.transform is None:
@@ -139,7 +134,8 @@ class _Builder:
         return self.head.transform.graph(logits).float()
 
     def _norm_names(self) -> list[str]:
-        return [role.name for role in self.norm.inputs if role.kind == "parameter"]
+        assert self.head.norm is not None
+        return [role.name for role in self.head.norm.inputs if role.kind == "parameter"]
 
     def _trace(
         self,

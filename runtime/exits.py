@@ -54,9 +54,7 @@ class Exits:
         self.hot_ids = tensors["hot.ids"]
         self._decoder, self._tensors, self._pieces = decoder, tensors, pieces
         self._bound: dict[int, _BoundPieces] = {}
-        self._final = pieces(1).final
-        every = {**decoder.tensors, **tensors}
-        self._final_inputs = [every.get(role.name) for role in self._final.inputs]
+        self._head = decoder.splits[1].head
 
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
         """State of ``rows`` new rows; ``drafts`` [R, K] if they come from no boundary."""
@@ -67,8 +65,7 @@ class Exits:
 
     def final(self, hidden: Tensor) -> Tensor:
         """The normed state z [1, n, H] of last boundaries [1, n, H], any n."""
-        values = [hidden if value is None else value for value in self._final_inputs]
-        return self._final.graph(*values)
+        return self._head.normed(hidden, self._decoder.tensors)
 
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
         """Take the drafts from a boundary [1, R, H]: each row's likeliest hot tokens."""

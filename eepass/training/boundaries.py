@@ -94,7 +94,6 @@ def collect(
             if layer in kept:
                 kept[layer].append(hidden[0].clone())
 
-        engine.reset()
         engine.prefill(ids, on_layer)
         if last > first:
             rows = {layer: torch.cat(parts)[:last] for layer, parts in kept.items()}

@@ -82,11 +82,7 @@ class Trainer:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's final norm on [1, n, H], differentiable."""
-        piece, tensors = self._split.head.norm, self._engine.decoder.tensors
-        assert piece is not None
-        return piece.graph(
-            *(hidden if r.kind == "hidden" else tensors[r.name] for r in piece.inputs)
-        )
+        return self._split.head.normed(hidden, self._engine.decoder.tensors)
 
     def transform(self, logits: Tensor) -> Tensor:
         piece = self._split.head.transform

@@ -62,7 +62,7 @@ def test_one_by_one_equals_the_whole_answer_at_once(draft, weights, embedding):
             found = draft.extend(tokens[place : place + 1], features[place : place + 1])
             close(found, expected[place])
         assert draft.length == 12
-        draft.reset()
+        draft.truncate(0)
 
 
 @pytest.mark.parametrize("chunks", ([200], [3, 64, 65, 1, 67], [199, 1], [7] * 28 + [4]))
@@ -113,7 +113,7 @@ def test_a_tree_equals_each_of_its_paths_alone(draft, weights, embedding, seed):
         for depth, draft_row in enumerate(path):
             found = chain.grow([grown[draft_row]], [depth - 1])
             close(found[0], scores[draft_row])
-        chain.reset()
+        chain.truncate(0)
 
 
 def test_training_unrolls_what_the_runtime_grows(draft, weights, embedding):
@@ -126,7 +126,7 @@ def test_training_unrolls_what_the_runtime_grows(draft, weights, embedding):
             row = confirmed + step - 1
             found = draft.grow([tokens[row]], [step - 2])[0]
             close(found, (steps[step][0, row] @ head.T).log_softmax(-1))
-        draft.reset()
+        draft.truncate(0)
 
 
 def test_a_draft_sees_the_drafts_before_it(draft):
