@@ -5,7 +5,7 @@ import torch
 from models import VOCABULARY, eager_compile
 
 from eepass.runtime import eagle
-from eepass.training.draft_head import Lines, draft_states, unroll
+from eepass.training.unrolling import Lines, draft_states, unroll
 
 HIDDEN, LAYERS = 64, (1, 2)
 FEATURES = (len(LAYERS) + 1) * HIDDEN
