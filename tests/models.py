@@ -101,7 +101,8 @@ def random_artifact(model: Any, draft_layer: int = 1, k: int = 16) -> Artifact:
             tensors[name + "b1"] = torch.zeros(WIDTH)
             tensors[name + "w2"] = random(WIDTH, scale=0.2)
             tensors[name + "b2"] = torch.zeros(1)
-    for name, shape in eagle.shapes(width).items():
+    tensors["eagle.features"] = torch.tensor([1, 2], dtype=torch.int32)
+    for name, shape in eagle.shapes(width, features=3).items():
         value = random(*shape, scale=shape[-1] ** -0.5) if len(shape) > 1 else torch.ones(shape)
         tensors[f"eagle.{name}"] = value
 

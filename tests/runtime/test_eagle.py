@@ -129,7 +129,7 @@ def test_training_unrolls_what_the_runtime_grows(draft, weights, embedding):
         draft.reset()
 
 
-def test_a_draft_sees_the_drafts_before_it(draft):
+def test_a_draft_follows_its_own_parent(draft):
     tokens, features = sequence(20)
     draft.extend(tokens, features)
     draft.grow([1, 2], [-1, -1])
