@@ -87,7 +87,7 @@ def train(
         else:
             examples = []
         path = checkpoint / "answers.jsonl"
-        for sampled in range(answers is not None, samples + 1):
+        for sampled in range(0 if answers is None else 1, samples + 1):
             # sampled answers are trained on alone: what is measured stays greedy
             asked = [e for e in encoded if not sampled or split_of(e) == "fit"]
             part = path.with_name(f"answers-{sampled}.jsonl") if sampled else path

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eepass.runtime.eagle import WINDOW, eagle_layer, mixed, rotary, shapes
+from eepass.runtime.eagle import shapes
 from eepass.training.boundaries import write_tensors
+from eepass.training.unrolling import Lines, unroll
 
 STEPS = 4
 PASSES = 4
@@ -32,21 +32,6 @@ DECAY = 0.8
 NOISE = 0.1
 # likeliest hot tokens that stand for the model's distribution
 WANTED = 32
-
-
-class Lines(NamedTuple):
-    """Sequences laid end to end; ``place`` 0 starts one.
-
-    token [n]; features [n, F * H] of the same position, z first; place [n].
-    """
-
-    token: Tensor
-    features: Tensor
-    place: Tensor
-
-    def spans(self) -> list[tuple[int, int]]:
-        starts = (self.place == 0).nonzero()[:, 0].tolist()
-        return [*zip(starts, [*starts[1:], len(self.place)], strict=True)]
 
 
 class _Batch(NamedTuple):
@@ -108,73 +93,6 @@ def fit_draft_head(
     return {name: weight.detach().to(dtype) for name, weight in weights.items()}
 
 
-def unroll(
-    tokens: Tensor, before: Tensor, embedding: Tensor, weights: dict[str, Tensor], steps: int
-) -> list[Tensor]:
-    """States [B, T, H] of each step; tokens [B, T], before [B, T, F * H].
-
-    At step s a row follows s - 1 drafts: it sees the confirmed rows up to the one before those
-    drafts, and of each draft the row that its own step made.
-    """
-    length = tokens.shape[1]
-    embedded = embedding[tokens]
-    cos, sin = rotary(torch.arange(length), embedded.dtype)
-    feature = mixed(before, weights["mix"])
-    keys: list[Tensor] = []
-    values: list[Tensor] = []
-    states: list[Tensor] = []
-
-    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys.append(k)
-        values.append(v)
-        seen = _seen(length, len(keys))
-        return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), seen)
-
-    for _ in range(steps):
-        state = eagle_layer(embedded, feature, cos, sin, attend, weights)
-        states.append(state)
-        feature = F.linear(F.pad(state[:, :-1], (0, 0, 1, 0)), weights["carry"])
-    return states
-
-
-@torch.no_grad()
-def draft_states(weights: dict[str, Tensor], lines: Lines, embedding: Tensor) -> Tensor:
-    """The draft head's states [n, H], zero at the first place of each line."""
-    states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
-    for begin, end in lines.spans():
-        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
-        states[begin + 1 : end] = unroll(tokens.long(), before, embedding, weights, 1)[0][0]
-    return states
-
-
-@torch.no_grad()
-def draft_hits(
-    weights: dict[str, Tensor],
-    lines: Lines,
-    label: Tensor,
-    embedding: Tensor,
-    hot_ids: Tensor,
-    hot_head: Tensor,
-    steps: int,
-) -> list[dict[str, float]]:
-    """How often the head names the dense token first, and among four, at each step.
-
-    ``label`` [n]: the dense token after each position, or -1 where it does not count. From the
-    second step on the drafts before are the right ones, and the states the head's own.
-    """
-    found: list[list[Tensor]] = [[] for _ in range(steps)]
-    for begin, end in lines.spans():
-        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
-        known = label[begin + 1 : end]
-        states = unroll(tokens.long(), before, embedding, weights, steps)
-        for step, state in enumerate(states):
-            best = hot_ids[(state[0, step:] @ hot_head.T).topk(4, -1).indices]
-            counted = known[step:] >= 0
-            found[step].append((best == known[step:, None])[counted])
-    hits = [torch.cat(parts).float() for parts in found]
-    return [{"top1": float(hit[:, 0].mean()), "top4": float(hit.sum(1).mean())} for hit in hits]
-
-
 class _SoftLoss(torch.autograd.Function):
     """Cross-entropy with a few wanted tokens per row, without keeping [n, N] for the way back.
 
@@ -200,14 +118,6 @@ class _SoftLoss(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
         return gradient * (outer[0] / max(len(gradient), 1)), None, None, None
-
-
-def _seen(length: int, step: int) -> Tensor:
-    """What a row sees [T, step * T] of the rows of all steps so far, at step ``step`` from 1."""
-    row, column = torch.arange(length)[:, None], torch.arange(length)[None]
-    parts = [(column <= row - step + 1) & (column > row - WINDOW)]
-    parts += [column == row - step + drafted for drafted in range(2, step + 1)]
-    return torch.cat(parts, 1)
 
 
 @torch.no_grad()

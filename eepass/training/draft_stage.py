@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eepass.training.boundaries import BoundaryStore, write_tensors
-from eepass.training.draft_head import PASSES, Lines, draft_hits, draft_states, fit_draft_head
+from eepass.training.draft_head import PASSES, fit_draft_head
 from eepass.training.layout import Progress
+from eepass.training.unrolling import Lines, draft_hits, draft_states
 
 # more than exits verify on: the whole LM head verifies what is drafted
 HOT_SHARE = 1.5

@@ -128,7 +128,8 @@ class Trainer:
         tensors |= trained
         report["examples"] = len(examples)
         report["tokens"] = {s: len(self._label(s)) for s in ("fit", "predict", "calibrate")}
-        report["hot_coverage"] = self._coverage(tensors["hot.ids"])
+        hot = torch.isin(self._label("calibrate"), tensors["hot.ids"].long())
+        report["hot_coverage"] = float(hot.float().mean())
         report["seconds"] = {name: round(value, 1) for name, value in self.seconds.items()}
         report["layers_per"] = {"head": costs.head, "draft": costs.draft, "verify": costs.verify,
                                 "predictor": costs.predictor, "row": costs.row}  # fmt: skip
@@ -181,9 +182,6 @@ class Trainer:
         # by token id, so that a tie goes to the token it goes to in the whole vocabulary
         return {"hot.ids": hot.sort().values.to(torch.int32)}
 
-    def _coverage(self, hot_ids: Tensor) -> float:
-        return float(torch.isin(self._label("calibrate"), hot_ids.long()).float().mean())
-
     def _translators(self, hot_head: Tensor) -> dict[str, Tensor]:
         layers = self.layout.translated
         z = self.store.read("fit", "z")
@@ -201,11 +199,9 @@ class Trainer:
         return tensors
 
     def _draft(self) -> dict[str, Tensor]:
-        path = self.checkpoint / "eagle.safetensors"
-        return train_draft(
-            path, self.store, self.embedding, self.lm_head, self.hot_tokens, self.steps,
-            self.progress,
-        )  # fmt: skip
+        path, count = self.checkpoint / "eagle.safetensors", self.hot_tokens
+        weights = self.embedding, self.lm_head
+        return train_draft(path, self.store, *weights, count, self.steps, self.progress)
 
     def _preset(
         self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs

@@ -12,10 +12,11 @@ from eepass.training import draft_head
 from eepass.training.boundaries import BoundaryStore, dense_argmax
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of
-from eepass.training.draft_head import Lines, draft_hits, fit_draft_head
+from eepass.training.draft_head import fit_draft_head
 from eepass.training.predictors import ExitViews, fit_predictors, scores
 from eepass.training.run import Trainer
 from eepass.training.translators import fit_translator
+from eepass.training.unrolling import Lines, draft_hits
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
 
@@ -201,8 +202,8 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
 
 
 def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
-    trainer = Trainer(tiny_model("llama"), tmp_path, Watch(), 64, hot_tokens=64, draft="none")
-    artifact = trainer.run(examples)
+    model = tiny_model("llama", num_hidden_layers=2)
+    artifact = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64, draft="none").run(examples)
     assert set(artifact.presets) == {"default"}
     assert not any(name.startswith("eagle.") for name in artifact.tensors)
 

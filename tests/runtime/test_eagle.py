@@ -5,7 +5,7 @@ import torch
 from models import VOCABULARY, eager_compile
 
 from eepass.runtime import eagle
-from eepass.training.draft_head import Lines, draft_states, unroll
+from eepass.training.unrolling import Lines, draft_states, unroll
 
 HIDDEN, LAYERS = 64, (1, 2)
 FEATURES = (len(LAYERS) + 1) * HIDDEN
@@ -129,7 +129,7 @@ def test_training_unrolls_what_the_runtime_grows(draft, weights, embedding):
         draft.truncate(0)
 
 
-def test_a_draft_sees_the_drafts_before_it(draft):
+def test_a_draft_follows_its_own_parent(draft):
     tokens, features = sequence(20)
     draft.extend(tokens, features)
     draft.grow([1, 2], [-1, -1])
