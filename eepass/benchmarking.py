@@ -1,4 +1,4 @@
-"""``eepass.bench``: early exit against the same model dense, compiled by others, and eager.
+"""``eepass.bench``: lossless speculation and early exit against dense, compiled by others, eager.
 
 All systems run side by side in this process, prompt by prompt, on the same weights. Speed and exit
 layer of the frontier are taken on the positions agreement is: teacher-forced along the dense
@@ -9,23 +9,47 @@ said: a run that falls into repetition exits early and looks fast.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from eepass.baselines import HfDecoder, fastest_compiled
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.frontier import Notify, follow_pairs, frontier
 from eepass.models import LoadedModel
+from eepass.quality import judge, repetition_4gram
 from eepass.runtime.engine import Engine
+from eepass.runtime.statistics import Statistics
 from eepass.transformation import EarlyExitModel
 
-FRONTIER = (0.90, 0.94, 0.975, 0.99)
-Notify = Callable[[str, int, int], None]
+# what approximate speculation is asked for
+T3_TARGET = 0.99
+SHOWN = (
+    "accepted_per_pass", "near_ties", "rollbacks", "mean_exit_layer", "draft_share",
+    "predictor_share", "verify_share", "false_verify_rate",
+)  # fmt: skip
+
+
+class Timed(Protocol):
+    """Something that can be measured beside the engines: answers and the seconds they took."""
+
+    def timed(
+        self, new_tokens: int, stop: frozenset[int]
+    ) -> Callable[[list[int]], tuple[list[int], float]]: ...
+
+
+@dataclass(slots=True)
+class _Run:
+    """One system's answers to all prompts."""
+
+    answer: Callable[[list[int]], tuple[list[int], float]]
+    engine: Engine | None
+    said: list[list[int]]
+    seconds: list[float]
 
 
 def bench(
@@ -35,14 +59,16 @@ def bench(
     new_tokens: int = 128,
     config: ExitConfig | None = None,
     raw: bool = False,
-    frontier: bool = True,
+    frontier_too: bool = True,
     baselines: bool = True,
+    others: dict[str, Timed] | None = None,
     notify: Notify = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Measure; ``notify(stage, done, total)`` says how far it is.
+    """Measure; ``notify(stage, done, total)`` says how far it is; ``others``: further systems.
 
     Ratios are speed-ups: the reference's time by the system's own, above 1 is faster. Raises
-    ``InputError`` when no prompt fits, and when dense eepass disagrees with the eager model.
+    ``InputError`` when no prompt fits, and when an exact answer is not the dense one for another
+    reason than a near tie.
     """
     config = config or ExitConfig()
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
@@ -53,8 +79,15 @@ def bench(
     pairs = [(ids, answer) for ids, answer in zip(encoded, answers, strict=True) if len(answer) > 2]
     if not pairs:
         raise InputError("the model answers every prompt with one token: nothing to measure")
+    runs, variant = _systems(loaded, model, config, new_tokens, pairs[0][0], baselines, others)
+    _run_all(runs, [ids for ids, _ in pairs], notify)
+    systems = {name: _figures(model, run, runs, pairs, notify) for name, run in runs.items()}
+    if variant:
+        systems["hf-compiled"]["variant"] = variant
     bandwidth = copy_bandwidth()
-    systems = _free_running(loaded, model, config, pairs, new_tokens, baselines, notify)
+    reference = "hf-compiled" if baselines else "eepass-dense"
+    weight_seconds = _weight_bytes(loaded.model) / bandwidth
+    times = {name: figures["ms_per_token"] for name, figures in systems.items()}
     result: dict[str, Any] = {
         "model": loaded.name,
         "config": config.to_json(),
@@ -65,37 +98,22 @@ def bench(
         "dtype": str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch."),
         "copy_bandwidth_gb_s": bandwidth / 1e9,
         "systems": systems,
+        "reference": reference,
+        "ratios": {name: times[reference] / ms for name, ms in times.items()},
+        "ratios_to_dense": {name: times["eepass-dense"] / ms for name, ms in times.items()},
+        "t3_gain": times["eepass-speculative"] / times["eepass-speculative-t3"],
+        "roofline_fraction": {name: 1e3 * weight_seconds / ms for name, ms in times.items()},
     }
-    reference = "hf-compiled" if baselines else "eepass-dense"
-    weight_seconds = _weight_bytes(loaded.model) / bandwidth
-    result["ratios"] = {
-        name: systems[reference]["ms_per_token"] / figures["ms_per_token"]
-        for name, figures in systems.items()
-    }
-    result["reference"] = reference
-    result["roofline_fraction"] = {
-        name: 1e3 * weight_seconds / figures["ms_per_token"] for name, figures in systems.items()
-    }
-    presets = ("default", "paper") if frontier else ()
+    presets = ("default", "paper") if frontier_too else ()
     result["frontier"] = [
         point
         for preset in presets
-        for point in _frontier(
+        for point in frontier(
             model, replace(ExitConfig.preset(preset), kv=config.kv), pairs, notify
         )
     ]
-    follow = _follow_pairs(model, {"approximate": model.configure(config)}, pairs, notify)
-    systems["eepass-approximate"] |= {
-        name: follow["approximate"][name]
-        for name in (
-            "agreement", "mean_exit_layer", "active_predictors", "false_verify_rate",
-            "predictor_share", "draft_share", "verify_share", "full_head_rate", "exit_layers",
-        )
-    }  # fmt: skip
-    systems["eepass-approximate"]["teacher_forced_ratio_to_dense"] = follow["approximate"][
-        "ratio_to_dense"
-    ]
-    systems["eepass-approximate"]["text_equal_to_dense"] = _first_difference(systems)
+    _follow(model, config, pairs, systems["eepass-approximate"], notify)
+    model.configure(config)
     return result
 
 
@@ -111,34 +129,6 @@ def copy_bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
     return 2 * size / statistics.median(times)
 
 
-def repetition_4gram(answers: Sequence[Sequence[int]]) -> float:
-    """Share of 4-grams that were said before in the same answer."""
-    repeated = total = 0
-    for answer in answers:
-        grams = Counter(tuple(answer[i : i + 4]) for i in range(len(answer) - 3))
-        repeated += sum(count - 1 for count in grams.values())
-        total += sum(grams.values())
-    return repeated / max(total, 1)
-
-
-def dense_nll(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> tuple[float, int]:
-    """Negative log-likelihood (nats, summed) of an answer under the dense model, and its tokens."""
-    kept: list[torch.Tensor] = []
-    last = model.decoder.num_layers
-
-    def keep(layer: int, hidden: torch.Tensor) -> None:
-        if layer == last:
-            kept.append(hidden.clone())
-
-    model.dense.prefill([*prompt, *answer[:-1]], keep)
-    states = torch.cat(kept, 1)[:, len(prompt) - 1 :]
-    total = 0.0
-    for place, token in enumerate(answer):
-        logits = model.decoder.logits(states[:, place : place + 1])[0, 0]
-        total -= float(logits.log_softmax(-1)[token])
-    return total, len(answer)
-
-
 def _dense_answers(
     model: EarlyExitModel, encoded: Sequence[list[int]], new_tokens: int, notify: Notify
 ) -> list[list[int]]:
@@ -149,55 +139,38 @@ def _dense_answers(
     return answers
 
 
-def _free_running(
+def _systems(
     loaded: LoadedModel,
     model: EarlyExitModel,
     config: ExitConfig,
-    pairs: Sequence[tuple[list[int], list[int]]],
     new_tokens: int,
+    example: list[int],
     baselines: bool,
-    notify: Notify,
-) -> dict[str, dict[str, Any]]:
-    """Each system answers each prompt by itself, one after another per prompt."""
-    engines = {"eepass-dense": model.dense, "eepass-approximate": model.configure(config)}
-    runs: dict[str, Callable[[list[int]], tuple[list[int], float]]] = {}
+    others: dict[str, Timed] | None,
+) -> tuple[dict[str, _Run], str]:
+    exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
+    engines = {
+        "eepass-dense": model.dense,
+        "eepass-approximate": model.configure(config.approximate()),
+        "eepass-exact": model.configure(replace(exact, exits=True, speculate="off")),
+        "eepass-speculative": model.configure(replace(exact, exits=False)),
+        "eepass-speculative-t3": model.configure(
+            replace(exact, guarantee="approximate", exits=True, target_agreement=T3_TARGET)
+        ),
+    }
     variant = ""
+    timed: dict[str, Callable[[list[int]], tuple[list[int], float]]] = {}
     if baselines:
-        notify("compiling the baseline", 0, 1)
-        runs["hf-eager"] = HfDecoder(loaded.model, model.decoder.cache_length).timed(
-            new_tokens, model.stop
-        )
-        variant, compiled = fastest_compiled(loaded.model, model.decoder.cache_length, pairs[0][0])
-        runs["hf-compiled"] = compiled.timed(new_tokens, model.stop)
+        hf = HfDecoder(loaded.model, model.decoder.cache_length)
+        timed["hf-eager"] = hf.timed(new_tokens, model.stop)
+        variant, compiled = fastest_compiled(loaded.model, model.decoder.cache_length, example)
+        timed["hf-compiled"] = compiled.timed(new_tokens, model.stop)
+    for name, other in (others or {}).items():
+        timed[name] = other.timed(new_tokens, model.stop)
+    runs = {name: _Run(answer, None, [], []) for name, answer in timed.items()}
     for name, engine in engines.items():
-        runs[name] = _timed_engine(engine, new_tokens, model.stop)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    said: dict[str, list[list[int]]] = {name: [] for name in runs}
-    for run in runs.values():
-        run(pairs[0][0])  # warm-up, not counted
-    for done, (ids, _) in enumerate(pairs):
-        notify("free running", done, len(pairs))
-        for name, run in runs.items():
-            answer, seconds = run(ids)
-            said[name].append(answer)
-            if len(answer) > 1:
-                times[name].append(1e3 * seconds / (len(answer) - 1))
-    systems: dict[str, dict[str, Any]] = {}
-    for name in runs:
-        ms = statistics.median(times[name])
-        systems[name] = {"ms_per_token": ms, "tokens_per_s": 1e3 / ms}
-    if variant:
-        systems["hf-compiled"]["variant"] = variant
-    for name in engines:
-        notify("likelihood of the answers", 0, 1)
-        nll = [
-            dense_nll(model, ids, answer)
-            for (ids, _), answer in zip(pairs, said[name], strict=True)
-        ]
-        systems[name]["repetition_4gram"] = repetition_4gram(said[name])
-        systems[name]["dense_nll"] = sum(n for n, _ in nll) / sum(count for _, count in nll)
-        systems[name]["answers"] = said[name]
-    return systems
+        runs[name] = _Run(_timed_engine(engine, new_tokens, model.stop), engine, [], [])
+    return runs, variant
 
 
 def _timed_engine(
@@ -216,69 +189,84 @@ def _timed_engine(
     return run
 
 
-def _frontier(
-    model: EarlyExitModel,
-    preset: ExitConfig,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    notify: Notify,
-) -> list[dict[str, Any]]:
-    points = []
-    for target in FRONTIER:
-        config = replace(preset, target_agreement=target, threshold=None)
-        engine = model.configure(config)
-        measured = _follow_pairs(model, {"exits": engine}, pairs, notify)["exits"]
-        kept = (
-            "agreement", "ms_per_token", "ratio_to_dense", "mean_exit_layer", "predictor_share",
-            "draft_share", "verify_share", "full_head_rate", "active_predictors",
-            "false_verify_rate",
-        )  # fmt: skip
-        points.append(
-            {"preset": preset.name, "target": target, **{name: measured[name] for name in kept}}
-        )
-    return points
+def _run_all(runs: dict[str, _Run], prompts: Sequence[list[int]], notify: Notify) -> None:
+    """Each system answers each prompt by itself, one after another per prompt."""
+    for done, run in enumerate(runs.values()):
+        notify("warming up", done, len(runs))
+        run.answer(prompts[0])  # not counted
+        if run.engine is not None:
+            run.engine.statistics = Statistics(run.engine.decoder.num_layers)
+    for done, ids in enumerate(prompts):
+        notify("free running", done, len(prompts))
+        for run in runs.values():
+            answer, seconds = run.answer(ids)
+            run.said.append(answer)
+            run.seconds.append(seconds)
 
 
-def _follow_pairs(
+def _figures(
     model: EarlyExitModel,
-    engines: dict[str, Engine],
+    run: _Run,
+    runs: dict[str, _Run],
     pairs: Sequence[tuple[list[int], list[int]]],
     notify: Notify,
-) -> dict[str, dict[str, Any]]:
-    """Teacher-force dense and ``engines`` along the dense answers, alternating prompt by prompt."""
-    everything = {"dense": model.dense, **engines}
-    for engine in everything.values():
-        engine.follow(*pairs[0])  # warm-up, compiles what is missing
-        engine.statistics = type(engine.statistics)(model.decoder.num_layers)
-    ratios: dict[str, list[float]] = {name: [] for name in engines}
-    equal: dict[str, int] = dict.fromkeys(engines, 0)
-    total = 0
-    for done, (ids, answer) in enumerate(pairs):
-        notify("teacher forcing", done, len(pairs))
-        seconds: dict[str, float] = {}
-        dense: list[int] = []
-        for name, engine in everything.items():
-            before = engine.statistics.seconds
-            tokens = [step.token for step in engine.follow(ids, answer)]
-            seconds[name] = engine.statistics.seconds - before
-            if name == "dense":
-                dense, total = tokens, total + len(tokens)
-            else:
-                equal[name] += sum(a == b for a, b in zip(tokens, dense, strict=True))
-                ratios[name].append(seconds["dense"] / seconds[name])
-    found = {}
-    for name, engine in engines.items():
-        found[name] = engine.statistics.summary()
-        found[name]["agreement"] = equal[name] / total
-        found[name]["ratio_to_dense"] = model.dense.statistics.seconds / engine.statistics.seconds
-        found[name]["median_ratio_to_dense"] = statistics.median(ratios[name])
+) -> dict[str, Any]:
+    # the first token is the prompt's
+    ms = [
+        1e3 * seconds / (len(said) - 1)
+        for said, seconds in zip(run.said, run.seconds, strict=True)
+        if len(said) > 1
+    ]
+    found: dict[str, Any] = {
+        "ms_per_token": statistics.median(ms),
+        "tokens_per_s": 1e3 / statistics.median(ms),
+    }
+    if run.engine is None:
+        return found
+    dense = runs["eepass-dense"]
+    dense_ms = [
+        1e3 * seconds / (len(said) - 1)
+        for said, seconds in zip(dense.said, dense.seconds, strict=True)
+        if len(said) > 1
+    ]
+    found["worst_ratio_to_dense"] = min(d / own for d, own in zip(dense_ms, ms, strict=True))
+    same = [own == other for own, other in zip(run.said, dense.said, strict=True)]
+    found["exact_match"] = sum(same) / len(same)
+    summary = run.engine.statistics.summary()
+    found |= {name: summary[name] for name in SHOWN}
+    notify("likelihood of the answers", 0, 1)
+    judged = [judge(model, ids, said) for (ids, _), said in zip(pairs, run.said, strict=True)]
+    tokens = sum(j.tokens for j in judged)
+    found["agreement"] = sum(j.agreeing for j in judged) / tokens
+    found["dense_nll"] = sum(j.nll for j in judged) / tokens
+    found["repetition_4gram"] = repetition_4gram(run.said)
+    if len(run.engine.options.modes) > 1:
+        found["decision"] = run.engine.planner.decision()
+    exact = run.engine.options.guarantee == "exact" and run.engine is not model.dense
+    if exact and not all(same) and not summary["near_ties"]:
+        raise InputError("an exact answer differs from the dense one without a near tie: a defect")
     return found
 
 
-def _first_difference(systems: dict[str, dict[str, Any]]) -> float:
-    """Share of free-running answers that are word for word the dense ones; drops the answers."""
-    dense = systems["eepass-dense"].pop("answers")
-    own = systems["eepass-approximate"].pop("answers")
-    return sum(a == b for a, b in zip(dense, own, strict=True)) / len(dense)
+def _follow(
+    model: EarlyExitModel,
+    config: ExitConfig,
+    pairs: Sequence[tuple[list[int], list[int]]],
+    figures: dict[str, Any],
+    notify: Notify,
+) -> None:
+    """Teacher-forced figures of plain early exit, in place of the free-running ones."""
+    engine = model.configure(config.approximate())
+    followed = follow_pairs(model, {"approximate": engine}, pairs, notify)["approximate"]
+    figures["teacher_forced_ratio_to_dense"] = followed["ratio_to_dense"]
+    figures["free_running_agreement"] = figures["agreement"]
+    figures |= {
+        name: followed[name]
+        for name in (
+            "agreement", "mean_exit_layer", "active_predictors", "false_verify_rate",
+            "predictor_share", "draft_share", "verify_share", "full_head_rate", "exit_layers",
+        )
+    }  # fmt: skip
 
 
 def _weight_bytes(model: Any) -> int:

@@ -31,7 +31,14 @@ Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat 
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
 MaxLength = Annotated[int, typer.Option(help="Prompt and answer together, in tokens.", min=64)]
 Preset = Annotated[str, typer.Option(help="default, or paper: the method as published.")]
-Target = Annotated[float, typer.Option(help="Agreement with the dense answer to keep.")]
+Target = Annotated[
+    float, typer.Option(help="Agreement with the dense answer to keep, where that is approximate.")
+]
+Guarantee = Annotated[str, typer.Option(help="exact: the dense answer; approximate: as published.")]
+Speculate = Annotated[
+    str, typer.Option(help="Who drafts tokens ahead: cascade, eagle, ngram, lens or off.")
+]
+Exits = Annotated[bool, typer.Option(help="Let tokens leave early.")]
 
 
 @app.command()
@@ -146,10 +153,24 @@ def generate(
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every layer for every token.")
     ] = False,
-    stats: Annotated[bool, typer.Option("--stats", help="Show where tokens left.")] = False,
+    stats: Annotated[
+        bool, typer.Option("--stats", help="Show where tokens left, what was chosen and why.")
+    ] = False,
     preset: Preset = "default",
+    guarantee: Guarantee = "exact",
+    speculate: Speculate = "cascade",
+    exits: Exits = True,
+    adaptive: Annotated[
+        bool, typer.Option(help="Use each mechanism only where it is measured to pay.")
+    ] = True,
     target_agreement: Target = 0.98,
     kv: Annotated[str, typer.Option(help="defer, propagate or drop.")] = "defer",
+    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.", min=0)] = 0,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(help="The same seed draws the same.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
     raw: Raw = False,
     json_file: Json = None,
@@ -162,8 +183,13 @@ def generate(
 
     def work() -> None:
         from eepass.console import LiveAnswer, console, table
+        from eepass.runtime.sampling import Sampling
 
-        config = _config(preset, target_agreement=target_agreement, kv=kv)
+        sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        config = _config(
+            preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
+            target_agreement=target_agreement, kv=kv,
+        )  # fmt: skip
         loaded = _load(model, dtype, device, threads)
         ids = loaded.encode(prompt, raw)
         length = len(ids) + max_new_tokens + 1
@@ -172,7 +198,7 @@ def generate(
         steps = []
         show = LiveAnswer(_decoder(loaded), ready.decoder.num_layers, model)
         with show if console.is_terminal else nullcontext():
-            for step in engine.generate(ids, max_new_tokens, loaded.stop):
+            for step in engine.generate(ids, max_new_tokens, loaded.stop, sampling):
                 steps.append(step)
                 if console.is_terminal and step.token not in loaded.stop:
                     show.add(*step)
@@ -187,7 +213,9 @@ def generate(
                 [(str(n), str(c)) for n, c in enumerate(summary["exit_layers"]) if c],
             )
             console.print({k: v for k, v in summary.items() if k != "exit_layers"})
-        _write_json(json_file, {**summary, "text": text, "ids": [s.token for s in steps]})
+            console.print("chosen by measured cost and acceptance:", engine.planner.decision())
+        found = {**summary, "text": text, "ids": [s.token for s in steps]}
+        _write_json(json_file, {**found, "decision": engine.planner.decision()})
 
     _run(work, debug)
 
@@ -203,6 +231,9 @@ def bench(
     target_agreement: Target = 0.98,
     frontier: Annotated[bool, typer.Option(help="Measure agreement against speed.")] = True,
     baselines: Annotated[bool, typer.Option(help="Measure Hugging Face as well.")] = True,
+    beside: Annotated[
+        list[str] | None, typer.Option("--with", help="Another system: llama.cpp.")
+    ] = None,
     max_length: MaxLength = 448,
     raw: Raw = False,
     json_file: Json = None,
@@ -211,7 +242,7 @@ def bench(
     threads: Threads = 0,
     debug: Debug = False,
 ) -> None:
-    """Measure early exit beside dense, compiled and eager, with its quality."""
+    """Measure speculation and early exit beside dense, compiled and eager, with their quality."""
 
     def work() -> None:
         from eepass import benchmarking
@@ -223,10 +254,12 @@ def bench(
         config = _config(preset, target_agreement=target_agreement)
         loaded = _load(model, dtype, device, threads)
         ready = _transform(loaded, artifact, False, config, max_length)
+        others = _others(beside or [], model, threads, max_length)
         with progress_bars() as bars:
             result = benchmarking.bench(
-                loaded, ready, texts, new_tokens, config, raw, frontier, baselines, bars.notify
-            )
+                loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others,
+                bars.notify,
+            )  # fmt: skip
         show_bench(result)
         _write_json(json_file, result)
 
@@ -254,7 +287,7 @@ def inspect(
         from eepass import inspecting, pictures
         from eepass.console import console
 
-        config = _config(preset, target_agreement=target_agreement)
+        config = _config(preset).approximate(target_agreement)
         loaded = _load(model, dtype, device, threads)
         ready = _transform(loaded, artifact, False, config, 192, dump, exits_optional=True)
         found = inspecting.describe(ready)
@@ -283,7 +316,24 @@ def _config(preset: str, **options: Any) -> Any:
 
     from eepass.config import ExitConfig
 
-    return replace(ExitConfig.preset(preset), **options)
+    base = ExitConfig.preset(preset)
+    if preset == "paper":
+        # a method as published has no such choices
+        options = {k: v for k, v in options.items() if k in ("target_agreement", "kv")}
+    return replace(base, **options)
+
+
+def _others(names: list[str], model: str, threads: int, max_length: int) -> dict[str, Any]:
+    import torch
+
+    from eepass.baselines import LlamaCpp
+    from eepass.models import gguf_of
+
+    if unknown := sorted(set(names) - {"llama.cpp"}):
+        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
+    if not names:
+        return {}
+    return {"llama.cpp": LlamaCpp(gguf_of(model), threads or torch.get_num_threads(), max_length)}
 
 
 def _draft(name: str) -> Any:
@@ -318,6 +368,11 @@ def _transform(
     from eepass.transformation import transform
 
     folder = None if dense else artifact or loaded.artifact
+    if folder is None:
+        # what needs no training: lossless, drafts from the prompt
+        if config.guarantee == "approximate" and (dense or exits_optional):
+            config = None
+        exits_optional |= config is None or config.guarantee == "exact"
     if folder is None and not dense and not exits_optional:
         raise InputError(
             f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "

@@ -122,13 +122,17 @@ def show_bench(result: Mapping[str, Any]) -> None:
                 f"{figures['ms_per_token']:.2f}",
                 f"{figures['tokens_per_s']:.1f}",
                 f"{result['ratios'][name]:.2f}x",
+                f"{result['ratios_to_dense'][name]:.2f}x",
                 f"{result['roofline_fraction'][name]:.2f}",
                 *(
                     _cell(figures.get(key), form)
                     for key, form in (
+                        ("accepted_per_pass", "{:.2f}"),
+                        ("exact_match", "{:.2f}"),
+                        ("near_ties", "{}"),
+                        ("rollbacks", "{}"),
                         ("mean_exit_layer", "{:.1f}"),
                         ("agreement", "{:.3f}"),
-                        ("predictor_share", "{:.1%}"),
                         ("draft_share", "{:.1%}"),
                         ("repetition_4gram", "{:.3f}"),
                         ("dense_nll", "{:.3f}"),
@@ -137,8 +141,9 @@ def show_bench(result: Mapping[str, Any]) -> None:
             )
         )
     columns = (
-        "free running", "ms/token", "tokens/s", f"of {result['reference']}", "of roofline",
-        "exit layer", "agreement", "predictors", "draft", "4-gram rep.", "dense nll",
+        "free running", "ms/token", "tokens/s", f"of {result['reference']}", "of dense",
+        "of roofline", "a pass", "same", "near ties", "rollbacks", "exit layer", "agreement",
+        "draft", "4-gram rep.", "dense nll",
     )  # fmt: skip
     table(
         f"{result['model']}: {result['prompts']} prompts x {result['new_tokens']} tokens, "

@@ -66,8 +66,9 @@ class Head:
     """The way from the last boundary to the logits, as far as it could be taken apart.
 
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
-    ``norm`` (traced with one row) is what comes before it, ``weight`` and ``bias`` name its tensors, ``transform`` is
-    what follows on the logits (a scale, a soft cap); else ``reason`` says what stands in the way.
+    ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
+    tensors, ``transform`` is what follows on the logits (a scale, a soft cap); else ``reason``
+    says what stands in the way.
     """
 
     whole: Piece

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -82,10 +83,10 @@ class EarlyExitModel:
         draft = self._draft(config, tensors)
         modes = cast(tuple[Mode, ...], config.modes)
         options = Options(config.guarantee, config.kv, config.pending, modes)
-        with torch.no_grad():
-            planner = self._planner(draft) if len(modes) > 1 else None
-            noise = self._logit_noise() if config.guarantee == "exact" else 0.0
-        self.engine = Engine(self.decoder, exits, schedule, draft, options, planner, noise)
+        planner = partial(self._planner, draft) if len(modes) > 1 or draft is not None else None
+        self.engine = Engine(
+            self.decoder, exits, schedule, draft, options, planner, self._logit_noise
+        )
         self.config = config
         return self.engine
 

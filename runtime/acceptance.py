@@ -24,11 +24,11 @@ class Judge:
 
     Greedy answers are the argmax. Sampled ones are drawn from the dense distribution and then
     looked for among the drafts: drafts are proposals of one token each, for which that is
-    speculative rejection sampling. ``noise``: how far logits of one token may differ between row
+    speculative rejection sampling. ``noise``: how far logits may differ between row
     counts; where the two best are nearer, an exact answer may differ from the dense one.
     """
 
-    def __init__(self, decoder: Decoder, exact: bool, noise: float) -> None:
+    def __init__(self, decoder: Decoder, exact: bool, noise: float = 0.0) -> None:
         self.decoder, self.exact, self.noise = decoder, exact, noise
 
     def chooser(self, sequence: Decoding) -> Choose | None:
@@ -132,7 +132,7 @@ class Judge:
         return token
 
     def _count_near_ties(self, logits: _Rows, visited: list[int], statistics: Statistics) -> None:
-        if not (self.exact and self.noise and visited):
+        if not (self.exact and visited and self.noise):
             return
         seen = logits.values[visited]
         best = seen.max(-1)

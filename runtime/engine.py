@@ -56,9 +56,10 @@ class Engine:
         schedule: PredictorSchedule | None = None,
         draft: Draft | None = None,
         options: Options | None = None,
-        planner: Planner | None = None,
-        noise: float = 0.0,
+        planner: Callable[[], Planner] | None = None,
+        noise: Callable[[], float] | None = None,
     ) -> None:
+        """``planner`` and ``noise`` measure, in an empty cache, before the first sequence."""
         self.decoder, self.exits = decoder, exits
         self.schedule, self.draft = schedule, draft
         if options is None:
@@ -66,14 +67,24 @@ class Engine:
         self.options = options
         self.step_rows = max(size for size in decoder.buckets if size <= 32)
         self.pending_limit = min(options.pending_limit, self.step_rows - 1)
-        self.planner = planner or Planner(dict.fromkeys(self._row_counts(), 1.0), 0.0)
-        self.planner.modes = options.modes
+        sizes = [size for size in decoder.buckets if size <= self.step_rows]
+        self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
+        self._to_measure = (planner, noise)
         self.statistics = Statistics(decoder.num_layers)
-        self.judge = Judge(decoder, options.guarantee == "exact", noise)
+        self.judge = Judge(decoder, options.guarantee == "exact")
         self.sequences: list[Sequence] = []
 
-    def _row_counts(self) -> list[int]:
-        return [size for size in self.decoder.buckets if size <= self.step_rows]
+    def measure(self) -> None:
+        """Measure what has not been measured yet, if no sequence is in the cache."""
+        if not self.decoder.kv.unused:
+            return
+        planner, noise = self._to_measure
+        if planner is not None:
+            self.planner = planner()
+            self.planner.modes = self.options.modes
+        if noise is not None and self.judge.exact:
+            self.judge.noise = noise()
+        self._to_measure = (None, None)
 
     def start(
         self,
@@ -98,6 +109,7 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the cache room for {wanted}: "
                 "shorten it or raise max_length"
             )
+        self.measure()
         first = kv.allocate(wanted)
         if first is None:
             raise EngineError(

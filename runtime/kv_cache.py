@@ -40,6 +40,11 @@ class KvCache:
     def slots(self) -> int:
         return int(self.keys[0].shape[2])
 
+    @property
+    def unused(self) -> bool:
+        """Whether no sequence has a region."""
+        return not self._regions
+
     def allocate(self, room: int) -> int | None:
         """First slot of a free region of ``room`` slots, or None if there is none."""
         begin = 0
