@@ -53,6 +53,10 @@ def progress_bars() -> Iterator[BarProgress]:
         yield BarProgress(bars)
 
 
+# tokens given together come so soon after one another, in seconds
+SAME_PASS = 1e-3
+
+
 def tint(layer: int, depth: int) -> str:
     """Colour of a token by the layer it left at: green early, grey all the way."""
     if layer >= depth:
@@ -62,15 +66,19 @@ def tint(layer: int, depth: int) -> str:
 
 
 class LiveAnswer:
-    """Text as it streams, each token tinted, with running tokens per second."""
+    """Text as it streams, with running tokens per second.
+
+    A token is tinted by the layer it left at; green are those that came along with the one before,
+    from the same pass.
+    """
 
     def __init__(self, decode: Any, depth: int, title: str) -> None:
         self.decode, self.depth, self.title = decode, depth, title
         self.ids: list[int] = []
         self.text = Text()
         self.shown = ""
-        self.began = 0.0
-        self.layers = 0
+        self.began = self.last = 0.0
+        self.layers = self.passes = 0
 
     def __enter__(self) -> LiveAnswer:
         self.live = Live(self._render(), console=console, refresh_per_second=12)
@@ -82,23 +90,30 @@ class LiveAnswer:
         self.live.__exit__(*details)
 
     def add(self, token: int, layer: int) -> None:
-        if not self.ids:
-            self.began = perf_counter()
+        now = perf_counter()
+        along = bool(self.ids) and now - self.last < SAME_PASS
+        self.began, self.last = self.began or now, now
+        self.passes += not along
         self.ids.append(token)
         self.layers += layer
         # decoding all of it: a token may be part of a character
         whole = self.decode(self.ids)
         if not whole.endswith("�"):
-            self.text.append(whole[len(self.shown) :], style=tint(layer, self.depth))
+            style = "green" if along else tint(layer, self.depth)
+            self.text.append(whole[len(self.shown) :], style=style)
             self.shown = whole
         self.live.update(self._render())
+        # drawing is not decoding
+        self.last = perf_counter()
 
     def _render(self) -> Text:
         head = Text(f"{self.title}\n", style="bold")
         if len(self.ids) > 1:
             rate = (len(self.ids) - 1) / max(perf_counter() - self.began, 1e-9)
             mean = self.layers / len(self.ids)
-            foot = f"\n{rate:.1f} tokens/s · mean exit layer {mean:.1f} of {self.depth}"
+            a_pass = len(self.ids) / self.passes
+            foot = f"\n{rate:.1f} tokens/s · {a_pass:.1f} tokens a pass · "
+            foot += f"mean exit layer {mean:.1f} of {self.depth}"
             return head + self.text + Text(foot, style="dim")
         return head + self.text
 

