@@ -7,9 +7,12 @@ from typing import Any
 import torch
 import torch._inductor.config
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
+from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
@@ -73,11 +76,14 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
         inner.append(compile_fx_inner(*args, **kwargs))
         return inner[-1]
 
-    decompositions = {**select_decomp_table(), **DECOMPOSITIONS}
-    with torch.no_grad(), torch._inductor.config.patch(SETTINGS):
-        outer: Any = compile_fx(
-            lowered, list(examples), inner_compile=keep, decompositions=decompositions
-        )
+    # without a shape environment inductor would not keep what it compiled for the next process
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+    with torch.no_grad(), torch._inductor.config.patch(SETTINGS), tracing(TracingContext(mode)):
+        if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
+            # here and not in inductor, whose cache takes no decompositions of others
+            lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)
+        outer: Any = compile_fx(lowered, fakes, inner_compile=keep)
     # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call
     if len(inner) == 1:
         return inner[0]

@@ -34,7 +34,10 @@ from eepass.runtime.statistics import Statistics
 from eepass.runtime.weight_memory import settle_weights
 
 PREFILL_ROWS = 64
-STEP_ROWS = (1, 2, 4, 8, 16)
+# two rows cost what four do, three more what eight do; what there is must be compiled
+STEP_ROWS = (1, 4, 8, 16)
+# trees are no larger: on a few CPU cores more rows cost more than they bring
+TREE_ROWS = 8
 ALWAYS_ACTIVE = 2
 # wrong guesses of exact mode cost time alone, so tokens leave more freely
 EXACT_TARGET = 0.9
@@ -118,7 +121,7 @@ class EarlyExitModel:
 
     def _planner(self, draft: Draft | None) -> Planner:
         if not self._costs:
-            rows = [size for size in self.decoder.buckets if size <= max(STEP_ROWS)]
+            rows = [size for size in self.decoder.buckets if size <= TREE_ROWS]
             self._costs = pass_seconds(self.decoder, rows, at=256)
         seconds = draft.call_seconds() if draft is not None else 0.0
         return Planner(dict(self._costs), seconds)

@@ -108,7 +108,7 @@ class EagleDraft:
         tensors: Mapping[str, Tensor],
         embedding: Tensor,
         compile: Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]],
-        rows: Sequence[int] = (1, 2, 4, 8, 64),
+        rows: Sequence[int] = (4, 8, 64),
     ) -> None:
         dtype, hidden = embedding.dtype, embedding.shape[1]
         own = "eagle." if "eagle.hot.ids" in tensors else ""

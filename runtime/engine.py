@@ -82,6 +82,9 @@ class Engine:
         if planner is not None:
             self.planner = planner()
             self.planner.modes = self.options.modes
+            several = "both" in self.options.modes
+            if self.exits is not None and (several or "exits" in self.options.modes):
+                self.exits.prepare(max(self.planner.costs) if several else 1)
         if noise is not None and self.judge.exact:
             self.judge.noise = noise()
         self._to_measure = (None, None)
@@ -161,23 +164,31 @@ class Engine:
     def step(self, sequences: SequenceOf[Sequence] | None = None) -> None:
         """One pass for ``sequences`` (all by default); each grows by a guess or a token or more."""
         chosen = list(self.sequences if sequences is None else sequences)
+        for begin in range(0, len(chosen), self.step_rows):
+            self._step(chosen[begin : begin + self.step_rows])
+
+    def _step(self, chosen: list[Sequence]) -> None:
+        # each may bring as many rows as fit one pass of all
+        share = self.step_rows // len(chosen)
+        self.catch_up([sequence for sequence in chosen if sequence.pending >= share])
         began = perf_counter()
-        mode = self.planner.mode()
+        mode = self.planner.mode(len(chosen))
         before = [sequence.confirmed for sequence in chosen]
-        parts = [self._part(sequence, mode) for sequence in chosen]
+        parts = [self._part(sequence, mode, share, len(chosen) - 1) for sequence in chosen]
         rows = sum(len(part.tree) if part.tree is not None else 0 for part in parts)
         self._pass(parts)
         tokens = sum(s.confirmed for s in chosen) - sum(before)
         seconds = perf_counter() - began
-        self.planner.record(mode, rows, seconds, tokens)
+        self.planner.record(mode, rows, seconds, tokens, len(chosen))
         self.statistics.seconds += seconds
 
     def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
         """Run what is pending through the layers it has not seen; exact mode confirms it so."""
         chosen = [s for s in (self.sequences if sequences is None else sequences) if s.waiting]
-        if chosen:
+        most = self.decoder.buckets[-1] // (self.pending_limit + 1)
+        for begin in range(0, len(chosen), most):
             began = perf_counter()
-            self._pass([Part(sequence, None) for sequence in chosen])
+            self._pass([Part(sequence, None) for sequence in chosen[begin : begin + most]])
             self.statistics.seconds += perf_counter() - began
 
     def generate(
@@ -226,27 +237,27 @@ class Engine:
             self.end(sequence)
         return found
 
-    def _part(self, sequence: Sequence, mode: Mode) -> Part:
+    def _part(self, sequence: Sequence, mode: Mode, rows: int, beside: int) -> Part:
         tree = Tree([sequence.tokens[-1]])
         pending = sequence.pending
         if mode in ("speculation", "both") and sequence.draft is not None:
             free = min(
-                self.step_rows - 1 - pending,
+                rows - 1 - pending,
                 sequence.room - sequence.position - 1,
                 sequence.limit - (len(sequence.tokens) - sequence.prompt_length) - 1,
             )
             if free > 0:
                 began = perf_counter()
                 proposed = sequence.draft.propose(tree.tokens[0], Budget(self.planner, free))
-                tree = self.planner.choose(proposed, pending)
+                tree = self.planner.choose(proposed, pending, beside)
                 self.statistics.draft_seconds += perf_counter() - began
         active: frozenset[int] = frozenset()
         if mode in ("exits", "both") and self.exits is not None:
-            active = self._active(sequence, pending + len(tree))
+            active = self._active(sequence, pending + len(tree), rows)
         choose = self.judge.chooser(sequence)
         return Part(sequence, tree, active, choose)
 
-    def _active(self, sequence: Sequence, rows: int) -> frozenset[int]:
+    def _active(self, sequence: Sequence, held: int, share: int) -> frozenset[int]:
         assert self.exits is not None
         last = self.decoder.num_layers
         if sequence.schedule is not None:
@@ -256,7 +267,7 @@ class Engine:
         if self.options.guarantee == "exact":
             # the last layer's word must be whole
             active -= {last}
-        if self.options.kv_policy == "defer" and rows > self.pending_limit:
+        if self.options.kv_policy == "defer" and held > min(self.pending_limit, share - 1):
             active &= {last}
         return active
 

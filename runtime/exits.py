@@ -13,6 +13,8 @@ from eepass.plan import ExitPieces, ExitPlan, Piece
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.statistics import Statistics
 
+# row counts exits are compiled for; others are padded
+ROW_COUNTS = (1, 8)
 # logits [R, N] -> the place of each row's answer [R]
 Choose = Callable[[Tensor], Tensor]
 
@@ -53,6 +55,7 @@ class Exits:
         self.thresholds = {point.layer: point.threshold for point in plan.exits}
         self.hot_ids = tensors["hot.ids"]
         self._decoder, self._tensors, self._pieces = decoder, tensors, pieces
+        self._dtype = next(iter(decoder.tensors.values())).dtype
         self._bound: dict[int, _BoundPieces] = {}
         self._head = decoder.splits[1].head
 
@@ -63,6 +66,16 @@ class Exits:
             drafts = torch.zeros(rows, k, dtype=torch.long)
         return RowState(drafts, torch.zeros(rows, k))
 
+    def prepare(self, most: int) -> None:
+        """Compile what exits need for up to ``most`` rows."""
+        for rows in (size for size in ROW_COUNTS if size <= most):
+            hidden = torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._dtype)
+            bound, state = self._for(rows), self.begin(rows)
+            (z,) = bound.normed(hidden)
+            bound.draft(z), bound.verify(z)
+            for layer in self.thresholds:
+                bound.predict(layer)(hidden, *state)
+
     def final(self, hidden: Tensor) -> Tensor:
         """The normed state z [1, n, H] of last boundaries [1, n, H], any n."""
         return self._head.normed(hidden, self._decoder.tensors)
@@ -70,10 +83,11 @@ class Exits:
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
         """Take the drafts from a boundary [1, R, H]: each row's likeliest hot tokens."""
         began = perf_counter()
+        rows, hidden = hidden.shape[1], _padded(hidden, 1)
         bound = self._for(hidden.shape[1])
         (z,) = bound.normed(hidden)
         (logits,) = bound.draft(z)
-        drafts = self.hot_ids[logits[0].topk(self.plan.draft_tokens, -1).indices]
+        drafts = self.hot_ids[logits[0, :rows].topk(self.plan.draft_tokens, -1).indices]
         statistics.draft_seconds += perf_counter() - began
         return RowState(drafts, state.previous)
 
@@ -88,8 +102,11 @@ class Exits:
     ) -> tuple[Found, RowState]:
         """Ask some rows of hidden [1, R, H] after ``layer``; ``choose`` replaces the argmax."""
         began = perf_counter()
+        rows, hidden = hidden.shape[1], _padded(hidden, 1)
         bound = self._for(hidden.shape[1])
-        chances, previous, z = bound.predict(layer)(hidden, *state)
+        given = (_padded(tensor, 0) for tensor in state)
+        chances, previous, z = bound.predict(layer)(hidden, *given)
+        previous = previous[:rows]
         limit = self.thresholds[layer]
         wanted = [
             row
@@ -102,7 +119,7 @@ class Exits:
         state = RowState(state.drafts, previous)
         answers: dict[int, int] = {}
         if wanted:
-            tokens = self._answers(layer, z, state, choose)
+            tokens = self._answers(layer, z, state, choose)[:rows]
             right = (tokens[:, None] == state.drafts).any(-1)[wanted].tolist()
             named = tokens[wanted].tolist()
             answers = {row: name for row, name, ok in zip(wanted, named, right, strict=True) if ok}
@@ -125,6 +142,16 @@ class Exits:
                 self._decoder, self._pieces(rows), self._tensors, rows, self.plan.draft_tokens
             )
         return self._bound[rows]
+
+
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    """``tensor`` with its last row repeated up to a row count there is code for."""
+    rows = tensor.shape[dim]
+    size = next((size for size in ROW_COUNTS if size >= rows), rows)
+    if size == rows:
+        return tensor
+    last = tensor.narrow(dim, rows - 1, 1)
+    return torch.cat([tensor, *[last] * (size - rows)], dim)
 
 
 class _BoundPieces:

@@ -74,15 +74,16 @@ class Planner:
     draft_seconds: float = 0.0
     modes: tuple[Mode, ...] = ("dense",)
     seen: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
-    arms: dict[Mode, Arm] = field(default_factory=dict)
+    # by the number of sequences decoded together
+    arms: dict[int, dict[Mode, Arm]] = field(default_factory=dict)
     passes: int = 0
     _trying: Mode | None = None
 
     @property
     def token_seconds(self) -> float:
         """What a token costs at best, as far as known."""
-        known = [arm.per_token for arm in self.arms.values() if arm.passes >= TRY]
-        return min([self.costs[1], *known])
+        known = [a.per_token for arms in self.arms.values() for a in arms.values()]
+        return min([self.costs[1], *(seconds for seconds in known if seconds)])
 
     @property
     def row_seconds(self) -> float:
@@ -90,57 +91,57 @@ class Planner:
         few, many = min(self.costs), max(self.costs)
         return max(self.costs[many] - self.costs[few], 0.0) / max(many - few, 1)
 
-    def mode(self) -> Mode:
-        """How the next pass is to be made."""
+    def mode(self, batch: int = 1) -> Mode:
+        """How the next pass over ``batch`` sequences is to be made."""
         if len(self.modes) == 1:
             return self.modes[0]
+        arms = self._arms(batch)
         if self._trying is not None:
-            arm = self.arms[self._trying]
-            if arm.passes % TRY:
+            if arms[self._trying].passes % TRY:
                 return self._trying
             self._trying = None
-        best = self.best()
+        best = self.best(batch)
         for mode in self.modes:
-            arm = self.arms.setdefault(mode, Arm())
-            behind = arm.per_token / max(self.arms[best].per_token, 1e-9)
+            arm = arms[mode]
+            behind = arm.per_token / max(arms[best].per_token, 1e-9)
             # the further behind, the rarer it gets another try
-            if arm.passes == 0 or (
-                mode != best and self.passes - arm.last > PATIENCE * min(max(1.0, behind), 1.25) ** 8
-            ):
+            patience = PATIENCE * min(max(1.0, behind), 1.25) ** 8
+            if arm.passes == 0 or (mode != best and self.passes - arm.last > patience):
                 self._trying = mode
                 return mode
         return best
 
-    def best(self) -> Mode:
-        for mode in self.modes:
-            self.arms.setdefault(mode, Arm())
-        tried = [mode for mode in self.modes if self.arms[mode].passes]
+    def best(self, batch: int = 1) -> Mode:
+        """The way that gives tokens fastest; a plainer one where the difference is noise."""
+        arms = self._arms(batch)
+        tried = [mode for mode in self.modes if arms[mode].passes]
         if not tried:
             return self.modes[0]
-        # a plainer way wins where the difference is noise
-        plainest = tried[0]
-        best = min(tried, key=lambda mode: self.arms[mode].per_token)
-        better = self.arms[best].per_token < 0.985 * self.arms[plainest].per_token
-        return best if better else plainest
+        best = min(tried, key=lambda mode: arms[mode].per_token)
+        better = arms[best].per_token < 0.985 * arms[tried[0]].per_token
+        return best if better else tried[0]
 
-    def record(self, mode: Mode, rows: int, seconds: float, tokens: int) -> None:
-        """A pass in ``mode`` over ``rows`` took ``seconds`` and gave ``tokens``."""
+    def record(self, mode: Mode, rows: int, seconds: float, tokens: int, batch: int = 1) -> None:
+        """A pass in ``mode`` over ``rows`` of ``batch`` sequences gave ``tokens``."""
         self.passes += 1
         # a machine that was busy elsewhere says nothing about the way of decoding
-        usual = self._cost(rows) + 8 * self.draft_seconds
-        self.arms.setdefault(mode, Arm()).add(min(seconds, 2 * usual), tokens, self.passes)
+        usual = self._cost(rows) * max(1.0, rows / max(self.costs)) + 8 * self.draft_seconds
+        self._arms(batch)[mode].add(min(seconds, 2 * usual), tokens, self.passes)
 
-    def choose(self, tree: Tree, waiting: int) -> Tree:
-        """The part of ``tree`` that gives most tokens a second, ``waiting`` rows going along."""
+    def choose(self, tree: Tree, waiting: int = 0, beside: int = 0) -> Tree:
+        """The part of ``tree`` that gives most tokens a second.
+
+        ``waiting``: rows that may go along; ``beside``: other sequences in the pass.
+        """
         joint = tree.joint()
         order = sorted(range(1, len(tree)), key=lambda node: -joint[node])
-        best, best_rate = 0, 1.0 / self._cost(1 + waiting)
-        gain = 1.0
+        rows, gain = 1 + waiting + beside, 1.0 + beside
+        best, best_rate = 0, gain / self._cost(rows)
         for count, node in enumerate(order, 1):
-            if 1 + count + waiting > max(self.costs):
+            if rows + count > max(self.costs):
                 break
             gain += joint[node]
-            rate = gain / self._cost(1 + count + waiting)
+            rate = gain / self._cost(rows + count)
             if rate > best_rate:
                 best, best_rate = count, rate
         return tree.keep(order[:best])
@@ -159,14 +160,16 @@ class Planner:
             next((size for size in sorted(self.costs) if size >= rows), max(self.costs))
         ]
 
-    def decision(self) -> Mapping[str, object]:
+    def _arms(self, batch: int) -> dict[Mode, Arm]:
+        return self.arms.setdefault(batch, {mode: Arm() for mode in self.modes})
+
+    def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The way of decoding in use and the figures it was chosen by, in milliseconds."""
+        used = {mode: arm for mode, arm in self._arms(batch).items() if arm.passes}
         return {
-            "mode": self.best(),
-            "ms_per_token": {
-                m: round(1e3 * a.per_token, 2) for m, a in self.arms.items() if a.passes
-            },
-            "passes": {mode: arm.passes for mode, arm in self.arms.items() if arm.passes},
+            "mode": self.best(batch),
+            "ms_per_token": {mode: round(1e3 * arm.per_token, 2) for mode, arm in used.items()},
+            "passes": {mode: arm.passes for mode, arm in used.items()},
             "pass_ms": {rows: round(1e3 * cost, 2) for rows, cost in self.costs.items()},
             "draft_ms": round(1e3 * self.draft_seconds, 2),
         }

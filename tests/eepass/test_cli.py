@@ -60,12 +60,22 @@ def prompts(tmp_path):
 
 def test_generate(folder, tmp_path):
     common = ("--prompt", "w5 w9 w40", "--dtype", "fp32", "--max-new-tokens", 12)
-    code, said, _ = run("generate", folder, *common, "--stats", "--json", tmp_path / "a.json")
-    assert code == 0 and "w" in said
-    found = json.loads((tmp_path / "a.json").read_text())
-    assert found["mean_exit_layer"] < 4 and len(found["ids"]) == 12
-    assert run("generate", folder, *common, "--dense", "--json", tmp_path / "b.json")[0] == 0
-    assert json.loads((tmp_path / "b.json").read_text())["mean_exit_layer"] == 4
+    early = ("--guarantee", "approximate", "--speculate", "off", "--no-adaptive")
+    drawn = ("--temperature", 2.0, "--seed", 3)
+    runs = {"dense": ("--dense",), "exact": (), "early": early, "drawn": drawn, "again": drawn}
+    found = {}
+    for name, options in runs.items():
+        file = tmp_path / f"{name}.json"
+        code, said, _ = run("generate", folder, *common, *options, "--stats", "--json", file)
+        assert code == 0 and "w" in said
+        found[name] = json.loads(file.read_text())
+        assert len(found[name]["ids"]) == 12
+    assert found["dense"]["mean_exit_layer"] == 4 > found["early"]["mean_exit_layer"]
+    assert found["exact"]["ids"] == found["dense"]["ids"] != found["drawn"]["ids"]
+    assert found["drawn"]["ids"] == found["again"]["ids"]
+    assert sum(found["exact"]["decision"]["passes"].values()) > 0
+    assert "temperature" in refused("generate", folder, *common, "--temperature", 1e-9)
+    assert "kv='drop'" in refused("generate", folder, *common, "--kv", "drop")
 
 
 def test_inspect(folder, tmp_path):
@@ -102,7 +112,10 @@ def test_bench(folder, prompts, tmp_path):
     )  # fmt: skip
     assert code == 0, said
     found = json.loads((tmp_path / "a.json").read_text())
-    names = {"hf-eager", "hf-compiled", "eepass-dense", "eepass-approximate"}
+    names = {
+        "hf-eager", "hf-compiled", "eepass-dense", "eepass-approximate", "eepass-exact",
+        "eepass-speculative", "eepass-speculative-t3",
+    }  # fmt: skip
     assert found["systems"].keys() == found["ratios"].keys() == names
     assert found["roofline_fraction"].keys() == names
     approximate = found["systems"]["eepass-approximate"]
@@ -113,6 +126,11 @@ def test_bench(folder, prompts, tmp_path):
         "false_verify_rate",
         "active_predictors",
     } <= approximate.keys()
+    for name in ("eepass-exact", "eepass-speculative"):
+        exact = found["systems"][name]
+        assert exact["exact_match"] == exact["agreement"] == 1.0
+        assert {"accepted_per_pass", "near_ties", "rollbacks", "decision"} <= exact.keys()
+    assert found["t3_gain"] > 0 and found["ratios_to_dense"]["eepass-dense"] == 1.0
     assert {"repetition_4gram", "dense_nll"} <= found["systems"]["eepass-dense"].keys()
     assert found["ratios"]["hf-compiled"] == 1.0
     assert (found["layers"], found["prompts"], found["new_tokens"]) == (4, 2, 10)
