@@ -84,9 +84,10 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
             # here and not in inductor, whose cache takes no decompositions of others
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)
         outer: Any = compile_fx(lowered, fakes, inner_compile=keep)
-    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call
+    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
+    # inductor's own bookkeeping around the generated code
     if len(inner) == 1:
-        return inner[0]
+        return getattr(inner[0], "current_callable", None) or inner[0]
     return lambda inputs: outer(*inputs)
 
 

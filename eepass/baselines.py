@@ -1,14 +1,17 @@
-"""What early exit is measured against: the Hugging Face model, eager and compiled whole."""
+"""What early exit is measured against: the Hugging Face model, eager or compiled, and llama.cpp."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
 import torch._inductor.config
 
+from eepass.errors import InputError
 from eepass.passes.decode_step import decode_step
 from eepass.plan import causal_mask
 
@@ -92,3 +95,47 @@ def fastest_compiled(model: Any, cache_length: int, prompt: list[int]) -> tuple[
             best = (seconds, name, decoder)
     assert best is not None
     return best[1], best[2]
+
+
+class LlamaCpp:
+    """Greedy decoding of a GGUF file with llama.cpp, in the file's own quantisation."""
+
+    def __init__(self, gguf_path: Path, threads: int, context: int) -> None:
+        try:
+            llama_cpp = importlib.import_module("llama_cpp")
+        except ImportError as error:
+            raise InputError(
+                "llama.cpp is not installed: pip install llama-cpp-python"
+                " (built from source; needs cmake and a C++ compiler)"
+            ) from error
+        try:
+            self.llama = llama_cpp.Llama(
+                model_path=str(gguf_path),
+                n_ctx=context,
+                n_threads=threads,
+                n_threads_batch=threads,
+                verbose=False,
+            )
+        except ValueError as error:
+            raise InputError(f"{gguf_path}: llama.cpp cannot load it ({error})") from error
+
+    def timed(
+        self, new_tokens: int, stop: frozenset[int]
+    ) -> Callable[[list[int]], tuple[list[int], float]]:
+        """As ``HfDecoder.timed``; the prompt's tokens are the caller's, not llama.cpp's."""
+
+        def run(ids: list[int]) -> tuple[list[int], float]:
+            self.llama.reset()
+            self.llama.eval(ids)
+            answer = [self._best()]
+            began = perf_counter()
+            while len(answer) < new_tokens and answer[-1] not in stop:
+                self.llama.eval(answer[-1:])
+                answer.append(self._best())
+            return answer, perf_counter() - began
+
+        return run
+
+    def _best(self) -> int:
+        # the defaults draw at random
+        return int(self.llama.sample(temp=0.0, repeat_penalty=1.0))
