@@ -124,7 +124,8 @@ class EarlyExitModel:
             rows = [size for size in self.decoder.buckets if size <= TREE_ROWS]
             self._costs = pass_seconds(self.decoder, rows, at=256)
         seconds = draft.call_seconds() if draft is not None else 0.0
-        return Planner(dict(self._costs), seconds)
+        expected = draft.expected if draft is not None else 1.0
+        return Planner(dict(self._costs), seconds, expected)
 
     def _logit_noise(self) -> float:
         if self._noise is None:

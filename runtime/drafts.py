@@ -33,6 +33,8 @@ class Draft(Protocol):
     """
 
     feature_layers: tuple[int, ...] | None
+    # tokens a pass gives with it, as long as nothing is measured
+    expected: float
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         """The sequence goes on with ``tokens``; ``features`` [n, F·H] of the token before each."""
@@ -59,6 +61,7 @@ class NgramDraft:
     """Prompt look-up: what followed the last few tokens when they stood here before."""
 
     feature_layers: tuple[int, ...] | None = None
+    expected: float = 1.2
     LONGEST = 4
 
     def __init__(self) -> None:
@@ -112,6 +115,8 @@ class NgramDraft:
 class EagleTree:
     """A tree from the trained draft head, grown level by level while a level pays."""
 
+    expected: float = 2.0
+
     def __init__(self, head: EagleDraft) -> None:
         self.head = head
         self.feature_layers: tuple[int, ...] | None = head.feature_layers
@@ -140,7 +145,7 @@ class EagleTree:
             ready = (n for n in ready if tree.parents[n] == 0 or tree.parents[n] in grown)
             level = sorted(ready, key=lambda node: -joint[node])[:BEAM]
             level = [node for node in level if budget.worth_a_row(joint[node])]
-            if not level or not budget.worth_a_call(sum(joint[node] for node in level)):
+            if not level or not budget.worth_a_call(joint[1:], [joint[node] for node in level]):
                 return
             parents = [grown.get(tree.parents[node], -1) for node in level]
             scores = self.head.grow([tree.tokens[node] for node in level], parents)
@@ -208,6 +213,8 @@ class Cascade:
     draft head's tree at once, later positions of the likeliest path are left to look-up alone
     (horizontal); ``ModelDraft`` has look-up draft for it (vertical).
     """
+
+    expected: float = 2.0
 
     def __init__(self, head: EagleTree, ngram: NgramDraft | None = None) -> None:
         self.head, self.ngram = head, ngram or NgramDraft()

@@ -20,6 +20,7 @@ class ModelDraft:
     """``decoder``: the small model; its cache serves one sequence at a time for each ``fresh``."""
 
     feature_layers: tuple[int, ...] | None = None
+    expected: float = 2.0
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
@@ -45,7 +46,7 @@ class ModelDraft:
             joint *= chance
             drafted.append(int(best.indices))
             node = tree.add(drafted[-1], node, chance, bin)
-            if not budget.worth_a_call(joint):
+            if not budget.worth_a_call([], [joint]):
                 break
         # what was drafted lies past the tokens that hold, to be written over
         self.run = min(self.run, held)

@@ -7,7 +7,7 @@ and what each way of decoding yields. Nothing here changes what is said in exact
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -15,10 +15,16 @@ from eepass.runtime.tree import Tree
 
 Mode = Literal["dense", "exits", "speculation", "both"]
 EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
+# chances of the likeliest drafts after one that is right, on the whole
+FOLLOWERS = (0.5, 0.13, 0.06)
 # an estimate counts as so many observations; older ones fade
 PRIOR, FADE = 20.0, 0.999
 # passes a way of decoding is tried for, and passes between two tries of one that lags behind
-TRY, PATIENCE = 8, 64
+TRY, PATIENCE = 4, 40
+# passes that the expectation at start counts for, and what a pass of the newest is worth
+EXPECTED, NEWEST = 8, 0.04
+# what exits and their checks are expected to cost, by themselves and with drafts
+EXITS_COST, BOTH_COST = 1.02, 1.03
 
 
 @dataclass(slots=True)
@@ -36,10 +42,17 @@ class Budget:
         hits, trials = self.planner.seen.get(bin, (0.0, 0.0))
         return min((hits + PRIOR * prior) / (trials + PRIOR), 0.99)
 
-    def worth_a_call(self, joint: float) -> bool:
-        """Whether to run the draft once more for what follows a node on the right path with
-        chance ``joint``: it gains at most so many tokens."""
-        return joint * 0.7 * self.planner.token_seconds > self.planner.draft_seconds
+    def worth_a_call(self, joint: Sequence[float], level: Sequence[float]) -> bool:
+        """Whether to run the draft once more.
+
+        ``joint``: the chances of the drafts there are to be right, ``level`` of those it would be
+        run for. What follows them takes the place of the least likely in the pass.
+        """
+        rows = min(self.most, max(self.planner.costs) - 1)
+        hoped = [chance * share for chance in level for share in FOLLOWERS]
+        now = sum(sorted(joint, reverse=True)[:rows])
+        then = sum(sorted([*joint, *hoped], reverse=True)[:rows])
+        return (then - now) * self.planner.token_seconds > self.planner.draft_seconds
 
     def worth_a_row(self, joint: float) -> bool:
         return joint * self.planner.token_seconds > self.planner.row_seconds
@@ -55,8 +68,8 @@ class Arm:
     last: int = 0
 
     def add(self, seconds: float, tokens: float, now: int) -> None:
-        self.seconds = self.seconds * 0.97 + seconds
-        self.tokens = self.tokens * 0.97 + tokens
+        self.seconds = self.seconds * (1 - NEWEST) + seconds
+        self.tokens = self.tokens * (1 - NEWEST) + tokens
         self.passes += 1
         self.last = now
 
@@ -68,22 +81,25 @@ class Arm:
 @dataclass(slots=True)
 class Planner:
     """``costs[R]``: seconds of a whole pass over R rows, head included; ``draft_seconds``: of one
-    call of the draft. ``modes``: the ways of decoding that are allowed, the plainest first."""
+    call of the draft; ``draft_tokens``: what a pass with drafts is expected to give. ``modes``: the
+    ways of decoding that are allowed, the plainest first."""
 
     costs: dict[int, float]
     draft_seconds: float = 0.0
+    draft_tokens: float = 1.0
     modes: tuple[Mode, ...] = ("dense",)
     seen: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
     # by the number of sequences decoded together
     arms: dict[int, dict[Mode, Arm]] = field(default_factory=dict)
     passes: int = 0
     _trying: Mode | None = None
+    _since: int = 0
 
     @property
     def token_seconds(self) -> float:
         """What a token costs at best, as far as known."""
-        known = [a.per_token for arms in self.arms.values() for a in arms.values()]
-        return min([self.costs[1], *(seconds for seconds in known if seconds)])
+        known = [a.per_token for arms in self.arms.values() for a in arms.values() if a.passes]
+        return min([self.costs[1], *known])
 
     @property
     def row_seconds(self) -> float:
@@ -97,7 +113,7 @@ class Planner:
             return self.modes[0]
         arms = self._arms(batch)
         if self._trying is not None:
-            if arms[self._trying].passes % TRY:
+            if self.passes - self._since < TRY:
                 return self._trying
             self._trying = None
         best = self.best(batch)
@@ -106,20 +122,17 @@ class Planner:
             behind = arm.per_token / max(arms[best].per_token, 1e-9)
             # the further behind, the rarer it gets another try
             patience = PATIENCE * min(max(1.0, behind), 1.25) ** 8
-            if arm.passes == 0 or (mode != best and self.passes - arm.last > patience):
-                self._trying = mode
+            if mode != best and self.passes - arm.last > patience:
+                self._trying, self._since = mode, self.passes
                 return mode
         return best
 
     def best(self, batch: int = 1) -> Mode:
         """The way that gives tokens fastest; a plainer one where the difference is noise."""
         arms = self._arms(batch)
-        tried = [mode for mode in self.modes if arms[mode].passes]
-        if not tried:
-            return self.modes[0]
-        best = min(tried, key=lambda mode: arms[mode].per_token)
-        better = arms[best].per_token < 0.985 * arms[tried[0]].per_token
-        return best if better else tried[0]
+        best = min(self.modes, key=lambda mode: arms[mode].per_token)
+        better = arms[best].per_token < 0.985 * arms[self.modes[0]].per_token
+        return best if better else self.modes[0]
 
     def record(self, mode: Mode, rows: int, seconds: float, tokens: int, batch: int = 1) -> None:
         """A pass in ``mode`` over ``rows`` of ``batch`` sequences gave ``tokens``."""
@@ -161,7 +174,23 @@ class Planner:
         ]
 
     def _arms(self, batch: int) -> dict[Mode, Arm]:
-        return self.arms.setdefault(batch, {mode: Arm() for mode in self.modes})
+        if batch not in self.arms:
+            plain = self._cost(batch) * max(1.0, batch / max(self.costs))
+            drafted = max(self.costs.values()) + 2.5 * self.draft_seconds
+            expected = {
+                "dense": Arm(plain, batch),
+                "exits": Arm(plain * EXITS_COST, batch),
+                "speculation": Arm(drafted, batch * self.draft_tokens),
+                "both": Arm(drafted * BOTH_COST, batch * self.draft_tokens),
+            }
+            if batch > 1:
+                # others fill the rows that drafts of one would have
+                expected["speculation"] = Arm(plain * BOTH_COST, batch)
+                expected["both"] = Arm(plain * BOTH_COST**2, batch)
+            for arm in expected.values():
+                arm.seconds, arm.tokens = arm.seconds * EXPECTED, arm.tokens * EXPECTED
+            self.arms[batch] = {mode: expected[mode] for mode in self.modes}
+        return self.arms[batch]
 
     def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The way of decoding in use and the figures it was chosen by, in milliseconds."""

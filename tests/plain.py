@@ -36,6 +36,7 @@ class RandomDraft:
     """Trees at random, with what the plain engine would say put in with chance ``right``."""
 
     feature_layers = None
+    expected = 1.5
 
     def __init__(self, plain, seed, right=0.5, most=7):
         self.plain, self.right, self.most = plain, right, most

@@ -1,7 +1,7 @@
 // CPU kernel of eepass::attend_rows.
 //
 // A task is one row and the query heads of one KV group (or a few of them), so keys and values are
-// loaded once for them. What a row gives depends on the slots its mask allows and nothing else.
+// loaded once for them.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -43,37 +43,34 @@ inline float exp_negative(float given) {
   return given < -87.0f ? 0.0f : p * scale;
 }
 
-// The slots from the first to past the last that a row may see, and the mask as floats, forbidden
-// slots as minus infinity.
+// The slots a row may see, in order, and their bias. All sums go over these alone: a row gives the
+// same bits wherever its slots lie, so drafts in a tree give what they give one by one.
 struct Allowed {
-  int64_t begin, end;
-  float* bias;
+  int64_t count;
+  const int64_t* slot;
+  const float* bias;
 };
 
 template <typename T>
-Allowed allowed_slots(const T* mask, int64_t C, float* bias) {
-  int64_t begin = 0, end = C;
+Allowed allowed_slots(const T* mask, int64_t C, int64_t* slot, float* bias) {
+  int64_t count = 0;
+  const auto take = [&](int64_t c) {
+    const float value = to_float(mask[c]);
+    slot[count] = c;
+    bias[count] = value;
+    count += value >= FORBIDDEN;
+  };
 #if defined(__AVX512BF16__)
-  const auto seen = [&](int64_t c) {
+  for (int64_t c = 0; c < C; c += 16) {
     const __m512 values = load_floats(mask + c, C - c);
     const __mmask16 yes = _mm512_cmp_ps_mask(values, _mm512_set1_ps(FORBIDDEN), _CMP_GE_OQ);
-    return static_cast<uint32_t>(yes & first(C - c));
-  };
-  int64_t low = 0, high = (C + 15) / 16 * 16;
-  while (low < C && !seen(low)) low += 16;
-  if (low >= C) return {0, 0, bias};
-  while (!seen(high - 16)) high -= 16;
-  begin = low + __builtin_ctz(seen(low));
-  end = high - 16 + 32 - __builtin_clz(seen(high - 16));
-#else
-  while (end > 0 && to_float(mask[end - 1]) < FORBIDDEN) end--;
-  while (begin < end && to_float(mask[begin]) < FORBIDDEN) begin++;
-#endif
-  for (int64_t c = begin; c < end; c++) {
-    const float value = to_float(mask[c]);
-    bias[c] = value < FORBIDDEN ? NEVER : value;
+    if (yes & first(C - c))
+      for (int64_t i = c; i < std::min(c + 16, C); i++) take(i);
   }
-  return {begin, end, bias};
+#else
+  for (int64_t c = 0; c < C; c++) take(c);
+#endif
+  return {count, slot, bias};
 }
 
 // Scores of the allowed slots for one query; returns the largest.
@@ -81,17 +78,18 @@ template <typename T>
 float scores_of(const T* query, const T* keys, int64_t stride, const Allowed& slots, int64_t D,
                 float scale, float* score) {
   float top = NEVER;
-  int64_t c = slots.begin;
+  int64_t c = 0;
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BFloat16>)
     if (D % 32 == 0)
-      for (; c + 16 <= slots.end; c += 16) {
+      for (; c + 16 <= slots.count; c += 16) {
         __m512 dots[16];
         for (auto& dot : dots) dot = _mm512_setzero_ps();
         for (int64_t d = 0; d < D; d += 32) {
           const auto values = Bf16Lanes::load(query + d);
           for (int i = 0; i < 16; i++)
-            dots[i] = Bf16Lanes::fma(dots[i], Bf16Lanes::load(keys + (c + i) * stride + d), values);
+            dots[i] = Bf16Lanes::fma(
+                dots[i], Bf16Lanes::load(keys + slots.slot[c + i] * stride + d), values);
         }
         const __m512 bias = _mm512_loadu_ps(slots.bias + c);
         const __m512 sums = _mm512_fmadd_ps(sum16(dots), _mm512_set1_ps(scale), bias);
@@ -99,8 +97,8 @@ float scores_of(const T* query, const T* keys, int64_t stride, const Allowed& sl
         top = std::max(top, _mm512_reduce_max_ps(sums));
       }
 #endif
-  for (; c < slots.end; c++) {
-    const T* key = keys + c * stride;
+  for (; c < slots.count; c++) {
+    const T* key = keys + slots.slot[c] * stride;
     float dot = 0;
 #pragma omp simd reduction(+ : dot)
     for (int64_t d = 0; d < D; d++) dot += to_float(query[d]) * to_float(key[d]);
@@ -114,11 +112,11 @@ float scores_of(const T* query, const T* keys, int64_t stride, const Allowed& sl
 float weigh(float* score, const Allowed& slots, float top) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
-  for (int64_t c = slots.begin; c < slots.end; c++) {
+  for (int64_t c = 0; c < slots.count; c++) {
     score[c] = exp_negative(score[c] - top);
     total += score[c];
   }
-  return slots.end > slots.begin ? 1.0f / total : 0.0f;
+  return slots.count ? 1.0f / total : 0.0f;
 }
 
 #if defined(__AVX512BF16__)
@@ -132,7 +130,7 @@ void blend32(const BFloat16* values, int64_t stride, const Allowed& slots, const
   for (auto& slot : acc)
     for (auto& head : slot) head[0] = head[1] = _mm512_setzero_ps();
   const auto add = [&](__m512(*sums)[2], int64_t c) {
-    const __m512i pair = _mm512_loadu_si512(values + c * stride);
+    const __m512i pair = _mm512_loadu_si512(values + slots.slot[c] * stride);
     const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
     const __m512 odd =
         _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(0xFFFF0000)));
@@ -142,9 +140,9 @@ void blend32(const BFloat16* values, int64_t stride, const Allowed& slots, const
       sums[h][1] = _mm512_fmadd_ps(weight, odd, sums[h][1]);
     }
   };
-  int64_t c = slots.begin;
-  for (; c + 2 <= slots.end; c += 2) add(acc[0], c), add(acc[1], c + 1);
-  if (c < slots.end) add(acc[0], c);
+  int64_t c = 0;
+  for (; c + 2 <= slots.count; c += 2) add(acc[0], c), add(acc[1], c + 1);
+  if (c < slots.count) add(acc[0], c);
   const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
   for (int h = 0; h < H; h++) {
@@ -190,9 +188,9 @@ void attend_heads(const Attention<T>& a, int64_t head, int64_t group, int64_t ro
   float* sum = scratch + H * a.C;
   for (int h = 0; h < H; h++) {
     std::fill(sum, sum + a.E, 0.0f);
-    for (int64_t c = slots.begin; c < slots.end; c++) {
+    for (int64_t c = 0; c < slots.count; c++) {
       const float weight = scratch[h * a.C + c];
-      const T* value = values + c * a.v1;
+      const T* value = values + slots.slot[c] * a.v1;
 #pragma omp simd
       for (int64_t e = done; e < a.E; e++) sum[e] += weight * to_float(value[e]);
     }
@@ -215,13 +213,15 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 #pragma omp parallel
   {
     std::vector<float> bias(a.C), scratch(heads * a.C + a.E);
+    std::vector<int64_t> slot(a.C);
     Allowed slots{};
     int64_t scanned = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
       // neighbouring tasks share a row, then what is in the cache
       const int64_t row = task / (G * parts), part = task % (G * parts);
-      if (row != scanned) slots = allowed_slots(masks + row * mask_stride, a.C, bias.data());
+      if (row != scanned)
+        slots = allowed_slots(masks + row * mask_stride, a.C, slot.data(), bias.data());
       scanned = row;
       const int64_t g = part / parts, head = g * group + part % parts * heads;
       switch (std::min(heads, (g + 1) * group - head)) {

@@ -100,6 +100,25 @@ def test_masks_with_holes(dtype, rows, heads, width):
         assert torch.equal(alone[:, 0], found[:, row])
 
 
+@dtypes
+def test_a_row_has_the_same_bits_wherever_its_slots_lie(dtype):
+    """A draft in a tree sees its slots with gaps between them, dense decoding in a row."""
+    torch.manual_seed(0)
+    q = torch.randn(6, 3, 64).to(dtype)
+    k, v = (torch.randn(2, 90, 64).to(dtype) for _ in range(2))
+    forbidden = torch.finfo(dtype).min
+    mask = torch.full((3, 90), forbidden, dtype=dtype)
+    mask[:, :40] = 0
+    expected = torch.ops.eepass.attend_rows(q, k, v, mask, 0.125)
+    slots = torch.cat([torch.arange(33), torch.tensor([35, 36, 50, 51, 60, 77, 89])])
+    scattered = [torch.randn(2, 90, 64).to(dtype) for _ in range(2)]
+    for there, here in zip(scattered, (k, v), strict=True):
+        there[:, slots] = here[:, :40]
+    other = torch.full((3, 90), forbidden, dtype=dtype)
+    other[:, slots] = 0
+    assert torch.equal(torch.ops.eepass.attend_rows(q, *scattered, other, 0.125), expected)
+
+
 def test_a_row_that_sees_nothing_gives_zeros():
     q, k, v = torch.randn(2, 1, 64), torch.randn(1, 50, 64), torch.randn(1, 50, 64)
     mask = torch.full((1, 50), torch.finfo(torch.float32).min)
