@@ -50,7 +50,7 @@ def main() -> None:
         prompts = [loaded.encode(text) for text in texts[:size]]
         rates = {}
         said = {}
-        for name, engine in engines.items():
+        for engine in engines.values():
             run(engine, prompts, 8)
         for _ in range(3):
             for name, engine in engines.items():

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ import eepass
 from eepass.config import ExitConfig
 from eepass.training.corpus import read_prompts
 from eepass.training.door import DEFAULT_PROMPTS
-
 
 pytestmark = [
     pytest.mark.slow,
