@@ -37,9 +37,15 @@ class PresetPart:
         """The calibration for the least target that is at least ``target``."""
         fitting = [c for c in self.calibrations if c.target >= target - 1e-9]
         if not fitting:
-            most = max(c.target for c in self.calibrations)
-            raise InputError(f"target_agreement={target}: the artefact is calibrated up to {most}")
+            raise InputError(
+                f"target_agreement={target}: the artefact is calibrated up to {self.most}"
+            )
         return min(fitting, key=lambda c: c.target)
+
+    @property
+    def most(self) -> float:
+        """The highest agreement it is calibrated for."""
+        return max(c.target for c in self.calibrations)
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -148,6 +148,9 @@ def _systems(
     baselines: bool,
     others: dict[str, Timed] | None,
 ) -> tuple[dict[str, _Run], str]:
+    if model.artifact is None:
+        raise InputError("early exit needs an artefact: run eepass train")
+    target = min(T3_TARGET, model.artifact.presets[config.name].most)
     exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
     engines = {
         "eepass-dense": model.dense,
@@ -155,7 +158,7 @@ def _systems(
         "eepass-exact": model.configure(replace(exact, exits=True, speculate="off")),
         "eepass-speculative": model.configure(replace(exact, exits=False)),
         "eepass-speculative-t3": model.configure(
-            replace(exact, guarantee="approximate", exits=True, target_agreement=T3_TARGET)
+            replace(exact, guarantee="approximate", exits=True, target_agreement=target)
         ),
     }
     variant = ""
