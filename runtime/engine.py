@@ -306,7 +306,8 @@ class Engine:
         states = None
         if sequence.draft is not None and sequence.draft.feature_layers is not None:
             if path:
-                states = part.states(sequence.draft.feature_layers)
+                assert self.exits is not None
+                states = part.states(sequence.draft.feature_layers, self.exits)
             elif part.keep is not None:
                 states = sequence.states[part.keep - 1]
         if part.keep is not None:

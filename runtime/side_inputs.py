@@ -106,13 +106,19 @@ class SideInputs:
         # the first position sees itself and nothing after: both values of the mask
         allowed, forbidden = by_row[0, ..., 0], by_row[0, ..., -1:]
         made = forbidden.expand(by_row.shape[1:]).repeat(size, *[1] * (by_row.ndim - 1))
+        # rows of one tree see the same line of slots up to its root
+        lines: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
-            seen = row.position + 1 - len(row.over)
-            made[index, ..., row.first : row.first + seen] = by_row[row.position, ..., :seen]
-            if row.over:
-                made[index, ..., list(row.over)] = allowed[..., None]
-        for index, slot in enumerate(spare, len(rows)):
-            made[index, ..., slot] = allowed
+            lines.setdefault((row.first, row.position + 1 - len(row.over)), []).append(index)
+        for (first, seen), members in lines.items():
+            positions = torch.tensor([rows[index].position for index in members])
+            made[members, ..., first : first + seen] = by_row[positions, ..., :seen]
+        over = [(index, slot) for index, row in enumerate(rows) for slot in row.over]
+        over += [(index, slot) for index, slot in enumerate(spare, len(rows))]
+        if over:
+            made_rows, slots = torch.tensor(over).unbind(1)
+            # advanced indices in front and behind: what lies between comes last
+            made[made_rows, ..., slots] = allowed
         return made.movedim(0, dim).contiguous()
 
     def _fill(self, split: SplitDecoder, tensors: Mapping[str, Tensor]) -> None:

@@ -43,8 +43,10 @@ class Part:
     keep: int | None = None
     # positions of tokens that waited and have now reached the last boundary
     caught_up: list[int] = field(default_factory=list)
-    # by node: the normed state where it ended, and the states at boundaries a draft wants
+    # by node: the normed state [H] where it left early, the last boundary [H] where it did not,
+    # and the states [H] at boundaries a draft wants
     z: dict[int, Tensor] = field(default_factory=dict)
+    last: dict[int, Tensor] = field(default_factory=dict)
     features: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     def alive(self) -> list[int]:
@@ -73,17 +75,22 @@ class Part:
                 self.tokens, self.path = self.tokens[:index], self.path[:index]
                 return
 
-    def states(self, layers: Sequence[int]) -> Tensor:
+    def states(self, layers: Sequence[int], exits: Exits) -> Tensor:
         """What a draft wants of the path's nodes: z and the boundaries ``layers`` [n, F·H]."""
-        rows = []
-        for node in self.path:
-            # a boundary the node did not reach is stood in for by the last it did
-            boundaries = [self.features.get((node, n), self._deepest(node)) for n in layers]
-            rows.append(torch.cat([self.z[node], *boundaries]))
-        return torch.stack(rows)
+        ended = [node for node in self.path if node in self.last]
+        if ended:
+            normed = exits.final(torch.stack([self.last[node] for node in ended])[None])[0]
+            self.z |= dict(zip(ended, normed, strict=True))
+        wanted = [torch.stack([self.z[node] for node in self.path])]
+        for layer in layers:
+            # a boundary a node did not reach is stood in for by the last it did
+            wanted.append(torch.stack([self._at(node, layer) for node in self.path]))
+        return torch.cat(wanted, -1)
 
-    def _deepest(self, node: int) -> Tensor:
-        reached = [layer for (n, layer) in self.features if n == node]
+    def _at(self, node: int, layer: int) -> Tensor:
+        if (node, layer) in self.features:
+            return self.features[node, layer]
+        reached = [n for (owner, n) in self.features if owner == node]
         return self.features[node, max(reached)] if reached else self.z[node]
 
 
@@ -149,13 +156,12 @@ class Verification:
     def _end(self) -> None:
         """Note which rows went all the way."""
         assert self._hidden is not None
-        z = self.exits.final(self._hidden)[0] if self.exits is not None else None
         for index, at in enumerate(self._rows):
             at.part.layer = self.decoder.num_layers
             if at.node < 0:
                 at.part.caught_up.append(at.position)
-            elif z is not None:
-                at.part.z[at.node] = z[index]
+            else:
+                at.part.last[at.node] = self._hidden[0, index]
 
     def _embed(self, parts: Sequence[Part], drafts: Tensor | None) -> None:
         for part in parts:
