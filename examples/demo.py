@@ -112,7 +112,7 @@ def show(totals: dict[str, Statistics], agreement: float) -> None:
                 f"{found['mean_exit_layer']:.1f}",
                 f"{found['predictor_share']:.1%}",
                 f"{found['draft_share']:.1%}",
-                f"{agreement:.3f}" if name == "early exit" else "the same text",
+                f"{agreement:.3f}" if name == "early exit" else "same text",
             )
         )
     depth = totals["dense"].num_layers

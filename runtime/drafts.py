@@ -83,10 +83,10 @@ class NgramDraft:
 
     def continue_path(self, tree: Tree, leaf: int, path: Sequence[int], budget: Budget) -> None:
         """Add to ``tree`` what followed ``path``, the tokens down to ``leaf``, before."""
-        start, matched = self._find([*self.tokens[-self.LONGEST :], *path][-self.LONGEST :])
+        found, matched = self.continuation(path, budget.most)
         node = leaf
         joint = tree.joint()[leaf]
-        for depth, token in enumerate(self.tokens[start : start + budget.most]):
+        for depth, token in enumerate(found):
             bin = (NGRAM, matched, min(depth, 4))
             chance = budget.chance(bin, prior=(0.2, 0.4, 0.6, 0.75)[matched - 1])
             joint *= chance
@@ -94,13 +94,16 @@ class NgramDraft:
                 return
             node = tree.add(token, node, chance, bin)
 
-    def _find(self, last: Sequence[int]) -> tuple[int, int]:
+    def continuation(self, path: Sequence[int], most: int) -> tuple[list[int], int]:
+        """Up to ``most`` tokens that followed the text and ``path`` before, and how many tokens of
+        these matched there."""
+        last = [*self.tokens[-self.LONGEST :], *path][-self.LONGEST :]
         for n in range(len(last), 0, -1):
             place = self._seen.get(tuple(last[-n:]))
             # an entry may be of tokens that were taken back since
             if place is not None and place < len(self.tokens):
-                return place, n
-        return len(self.tokens), 1
+                return self.tokens[place : place + most], n
+        return [], 1
 
     def truncate(self, length: int) -> None:
         del self.tokens[length:]

@@ -1,0 +1,122 @@
+"""Sources of drafts: what they name, that they forget, and that answers stay the dense ones."""
+
+import pytest
+from models import eager_compile, tiny_model
+from plain import PlainEngine
+
+from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.decoder import Decoder
+from eepass.runtime.drafts import NgramDraft
+from eepass.runtime.engine import Engine, Options
+from eepass.runtime.model_draft import ModelDraft
+from eepass.runtime.planner import Budget, Planner
+from eepass.runtime.tree import Tree
+
+PROMPT = [63, 80, 29, 104, 125]
+SPECULATION = Options("exact", modes=("speculation",))
+
+
+def budget(most=7, **costs):
+    return Budget(Planner({1: 1.0, 8: 1.01}, **costs), most)
+
+
+def test_look_up_names_what_followed_before():
+    draft = NgramDraft()
+    draft.follow([5, 6, 7, 8, 9, 10, 5, 6, 7])
+    tree = draft.propose(7, budget())
+    assert tree.tokens[:4] == [7, 8, 9, 10]
+    assert tree.parents[:4] == [-1, 0, 1, 2]
+
+
+def test_what_is_taken_back_is_not_named():
+    draft = NgramDraft()
+    draft.follow([5, 6, 7, 8])
+    draft.follow([5, 6])
+    draft.truncate(2)
+    draft.follow([9, 5, 6])
+    assert draft.propose(6, budget()).tokens[:2] == [6, 9]
+
+
+def test_chances_are_learned():
+    planner = Planner({1: 1.0, 8: 1.01})
+    box = Budget(planner, 7)
+    before = box.chance((1, 1), 0.5)
+    tree = Tree([5])
+    tree.add(6, 0, 0.5, (1, 1))
+    for _ in range(50):
+        planner.learn(tree, [0, 1])
+    assert box.chance((1, 1), 0.5) > 0.8 > before
+    for _ in range(200):
+        planner.learn(tree, [0])
+    assert box.chance((1, 1), 0.5) < before
+
+
+@pytest.fixture(scope="module")
+def plain(llama):
+    return PlainEngine(llama)
+
+
+def test_a_small_model_drafts(llama_splits, plain):
+    """The model itself as its own draft: everything it names is right."""
+    decoder = Decoder(llama_splits, eager_compile)
+    other = Decoder(llama_splits, eager_compile)
+    engine = Engine(decoder, draft=ModelDraft(other), options=SPECULATION)
+    said = [step.token for step in engine.generate(PROMPT, 40)]
+    assert said == plain.answer(PROMPT, 40)
+    assert engine.statistics.summary()["accepted_per_pass"] > 3
+
+
+def test_a_small_model_that_is_wrong_costs_only_time(llama_splits, plain):
+    decoder = Decoder(llama_splits, eager_compile)
+    small = split_for_rows(tiny_model("llama", num_hidden_layers=2), 128, (1, 4, 8), 16)[0]
+    engine = Engine(decoder, draft=ModelDraft(Decoder(small, eager_compile)), options=SPECULATION)
+    assert [step.token for step in engine.generate(PROMPT, 40)] == plain.answer(PROMPT, 40)
+
+
+def test_look_up_drafts_for_the_small_model(llama_splits):
+    """Text that comes again takes fewer passes of the small model than tokens."""
+    small = Decoder(llama_splits, eager_compile)
+    passes = []
+    original = small.logits
+    small.logits = lambda hidden: passes.append(1) or original(hidden)
+    draft = ModelDraft(small)
+    said = [step.token for step in Engine(small).generate(PROMPT, 40)]
+    passes.clear()
+    draft.follow([*PROMPT, *said[:-6]])
+    tree = draft.propose(said[-7], budget(most=6))
+    # its own greedy answer goes on; part of it stood in the text before
+    assert tree.tokens[1:] == said[-6:][: len(tree) - 1] and len(tree) > 3
+    assert len(passes) < len(tree) - 1
+
+
+def test_a_tree_keeps_the_likeliest_and_its_parents():
+    tree = Tree([1])
+    a = tree.add(2, 0, 0.6, None)
+    b = tree.add(3, 0, 0.3, None)
+    c = tree.add(4, b, 0.9, None)
+    assert tree.add(2, 0, 0.7, None) == a and tree.chances[a] == 0.7
+    kept = Planner({1: 1.0, 4: 1.1}).choose(tree)
+    assert kept.tokens == [1, 2, 3, 4] and [kept.tokens[n] for n in kept.path(3)] == [3, 4]
+    # rows that cost as much as passes are not worth it
+    assert len(Planner({1: 1.0, 4: 3.0}).choose(tree)) == 1
+    assert tree.path(c) == [b, c]
+
+
+def test_the_planner_leaves_out_what_does_not_pay():
+    def decide(per_token):
+        planner = Planner({1: 1.0, 8: 1.2}, 0.1, 2.0, ("dense", "exits", "speculation", "both"))
+        for _ in range(600):
+            mode = planner.mode()
+            planner.record(mode, 8, per_token[mode], 1)
+        return planner
+
+    slow = decide({"dense": 1.0, "exits": 1.1, "speculation": 1.3, "both": 1.4})
+    assert slow.best() == "dense"
+    # tries of the others cost less than three in a hundred
+    spent = sum(arm.passes * {"dense": 0.0, "exits": 0.1, "speculation": 0.3, "both": 0.4}[mode]
+                for mode, arm in slow.arms[1].items())  # fmt: skip
+    assert spent / 600 < 0.03
+    assert decide({"dense": 1.0, "exits": 0.9, "speculation": 0.5, "both": 0.6}).best() == (
+        "speculation"
+    )
+    assert slow.mode(8) == "dense"
