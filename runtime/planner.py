@@ -20,7 +20,7 @@ FOLLOWERS = (0.5, 0.13, 0.06)
 # an estimate counts as so many observations; older ones fade
 PRIOR, FADE = 20.0, 0.999
 # passes a way of decoding is tried for, and passes between two tries of one that lags behind
-TRY, PATIENCE = 4, 40
+TRY, PATIENCE = 4, 64
 # passes that the expectation at start counts for, and what a pass of the newest is worth
 EXPECTED, NEWEST = 8, 0.04
 # what exits and their checks are expected to cost, by themselves and with drafts
