@@ -92,7 +92,8 @@ class Planner:
     # by the number of sequences decoded together
     arms: dict[int, dict[Mode, Arm]] = field(default_factory=dict)
     passes: int = 0
-    _trying: Mode | None = None
+    # batch and way being tried, and since which pass
+    _trying: tuple[int, Mode] | None = None
     _since: int = 0
 
     @property
@@ -112,9 +113,9 @@ class Planner:
         if len(self.modes) == 1:
             return self.modes[0]
         arms = self._arms(batch)
-        if self._trying is not None:
+        if self._trying is not None and self._trying[0] == batch:
             if self.passes - self._since < TRY:
-                return self._trying
+                return self._trying[1]
             self._trying = None
         best = self.best(batch)
         for mode in self.modes:
@@ -123,7 +124,7 @@ class Planner:
             # the further behind, the rarer it gets another try
             patience = PATIENCE * min(max(1.0, behind), 1.25) ** 8
             if mode != best and self.passes - arm.last > patience:
-                self._trying, self._since = mode, self.passes
+                self._trying, self._since = (batch, mode), self.passes
                 return mode
         return best
 
@@ -189,6 +190,7 @@ class Planner:
                 expected["both"] = Arm(plain * BOTH_COST**2, batch)
             for arm in expected.values():
                 arm.seconds, arm.tokens = arm.seconds * EXPECTED, arm.tokens * EXPECTED
+                arm.last = self.passes
             self.arms[batch] = {mode: expected[mode] for mode in self.modes}
         return self.arms[batch]
 
