@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from eepass.errors import InputError
+from eepass.requests import config_of, other_systems
 
 app = typer.Typer(
     add_completion=False,
@@ -186,7 +187,7 @@ def generate(
         from eepass.runtime.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-        config = _config(
+        config = config_of(
             preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
             target_agreement=target_agreement, kv=kv,
         )  # fmt: skip
@@ -251,10 +252,10 @@ def bench(
         from eepass.training.door import DEFAULT_PROMPTS
 
         texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
-        config = _config(preset, target_agreement=target_agreement)
+        config = config_of(preset, target_agreement=target_agreement)
         loaded = _load(model, dtype, device, threads)
         ready = _transform(loaded, artifact, False, config, max_length)
-        others = _others(beside or [], model, threads, max_length)
+        others = other_systems(beside or [], model, threads, max_length)
         with progress_bars() as bars:
             result = benchmarking.bench(
                 loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others,
@@ -287,7 +288,7 @@ def inspect(
         from eepass import inspecting, pictures
         from eepass.console import console
 
-        config = _config(preset).approximate(target_agreement)
+        config = config_of(preset).approximate(target_agreement)
         loaded = _load(model, dtype, device, threads)
         ready = _transform(loaded, artifact, False, config, 192, dump, exits_optional=True)
         found = inspecting.describe(ready)
@@ -309,31 +310,6 @@ def inspect(
 def main() -> None:
     """Entry point of the ``eepass`` command."""
     app()
-
-
-def _config(preset: str, **options: Any) -> Any:
-    from dataclasses import replace
-
-    from eepass.config import ExitConfig
-
-    base = ExitConfig.preset(preset)
-    if preset == "paper":
-        # a method as published has no such choices
-        options = {k: v for k, v in options.items() if k in ("target_agreement", "kv")}
-    return replace(base, **options)
-
-
-def _others(names: list[str], model: str, threads: int, max_length: int) -> dict[str, Any]:
-    import torch
-
-    from eepass.baselines import LlamaCpp
-    from eepass.models import gguf_of
-
-    if unknown := sorted(set(names) - {"llama.cpp"}):
-        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
-    if not names:
-        return {}
-    return {"llama.cpp": LlamaCpp(gguf_of(model), threads or torch.get_num_threads(), max_length)}
 
 
 def _draft(name: str) -> Any:
