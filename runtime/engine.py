@@ -29,7 +29,7 @@ from eepass.runtime.sequence import Sequence, Step
 from eepass.runtime.side_inputs import Row
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.tree import Tree
-from eepass.runtime.verification import Part, Verification
+from eepass.runtime.verification import Part, Verification, norm_paths
 
 OnLayer = Callable[[int, Tensor], None]
 GREEDY = Sampling()
@@ -280,6 +280,8 @@ class Engine:
         verification.run(parts, self._draft_candidates(parts))
         self.judge.decide(verification, parts, self.statistics)
         self.statistics.passes += 1
+        if self.exits is not None and draft is not None and draft.feature_layers is not None:
+            norm_paths(parts, self.exits)
         for part in parts:
             self._settle(part)
 
@@ -306,8 +308,7 @@ class Engine:
         states = None
         if sequence.draft is not None and sequence.draft.feature_layers is not None:
             if path:
-                assert self.exits is not None
-                states = part.states(sequence.draft.feature_layers, self.exits)
+                states = part.states(sequence.draft.feature_layers)
             elif part.keep is not None:
                 states = sequence.states[part.keep - 1]
         if part.keep is not None:

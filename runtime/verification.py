@@ -75,12 +75,8 @@ class Part:
                 self.tokens, self.path = self.tokens[:index], self.path[:index]
                 return
 
-    def states(self, layers: Sequence[int], exits: Exits) -> Tensor:
+    def states(self, layers: Sequence[int]) -> Tensor:
         """What a draft wants of the path's nodes: z and the boundaries ``layers`` [n, F·H]."""
-        ended = [node for node in self.path if node in self.last]
-        if ended:
-            normed = exits.final(torch.stack([self.last[node] for node in ended])[None])[0]
-            self.z |= dict(zip(ended, normed, strict=True))
         wanted = [torch.stack([self.z[node] for node in self.path])]
         for layer in layers:
             # a boundary a node did not reach is stood in for by the last it did
@@ -92,6 +88,15 @@ class Part:
             return self.features[node, layer]
         reached = [n for (owner, n) in self.features if owner == node]
         return self.features[node, max(reached)] if reached else self.z[node]
+
+
+def norm_paths(parts: Sequence[Part], exits: Exits) -> None:
+    """Give the nodes of all paths that went all the way their z, in one call."""
+    ended = [(part, node) for part in parts for node in part.path if node in part.last]
+    if ended:
+        rows = torch.stack([part.last[node] for part, node in ended])
+        for (part, node), z in zip(ended, exits.final(rows[None])[0], strict=True):
+            part.z[node] = z
 
 
 @dataclass(frozen=True, slots=True, eq=False)
