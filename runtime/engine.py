@@ -135,6 +135,7 @@ class Engine:
             hidden = self._prefill(sequence, list(ids), on_layer)
             token = self.judge.first_token(hidden, sequence)
         except BaseException:
+            # whatever ended the prompt, Ctrl-C included: nobody else would give its slots back
             kv.release(first)
             raise
         self._grow(sequence, [token], self.decoder.num_layers, sequence.states.get(len(ids) - 1))

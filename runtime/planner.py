@@ -1,7 +1,7 @@
 """What pays: how large a tree, and whether to leave early, to speculate, to do both or neither.
 
-Costs are measured when the engine starts and followed while it runs; so are the chances of drafts
-and what each way of decoding yields. Nothing here changes what is said in exact mode.
+Costs of passes are measured when the engine starts; the chances of drafts and what each way of
+decoding yields are followed while it runs. Nothing here changes what is said in exact mode.
 """
 
 from __future__ import annotations
