@@ -67,7 +67,7 @@ class Judge:
         sequence, tokens = part.sequence, part.sequence.tokens
         if self.exact:
             for position in sorted(part.caught_up):
-                row = logits.of[id(part), -1, position]
+                row = logits.of[part, -1, position]
                 visited.append(row)
                 answer = self._answer(logits.values, row, sequence, tokens[: position + 1])
                 if answer != tokens[position + 1]:
@@ -80,7 +80,7 @@ class Judge:
         while node is not None:
             part.path.append(node)
             if self.exact or node not in part.answers:
-                row = logits.of[id(part), node, len(context) - 1]
+                row = logits.of[part, node, len(context) - 1]
                 visited.append(row)
                 part.answers[node] = self._answer(logits.values, row, sequence, context)
             context.append(part.answers[node])
@@ -93,7 +93,7 @@ class Judge:
         for child in part.tree.children(node):
             if part.tree.tokens[child] == part.answers[node]:
                 known = child in part.answers and not self.exact
-                return child if known or (id(part), child, position) in logits.of else None
+                return child if known or (part, child, position) in logits.of else None
         return None
 
     def _logits(self, verification: Verification, statistics: Statistics) -> _Rows:
@@ -111,11 +111,7 @@ class Judge:
             hidden = hidden[:, torch.tensor(wanted + wanted[-1:] * (size - len(wanted)))]
         values = self.decoder.logits(hidden)[0]
         statistics.full_heads += len(wanted)
-        of = {
-            (id(whose[index][0]), whose[index][1], whose[index][2]): row
-            for row, index in enumerate(wanted)
-        }
-        return _Rows(values, of)
+        return _Rows(values, {whose[index]: row for row, index in enumerate(wanted)})
 
     def _answer(self, logits: Tensor, row: int, sequence: Decoding, context: Sequence[int]) -> int:
         one = logits[row : row + 1]
@@ -143,5 +139,5 @@ class Judge:
 class _Rows:
     """Logits [R, V], and which row belongs to which part, node and position."""
 
-    def __init__(self, values: Tensor, of: dict[tuple[int, int, int], int]) -> None:
+    def __init__(self, values: Tensor, of: dict[tuple[Part, int, int], int]) -> None:
         self.values, self.of = values, of

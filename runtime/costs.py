@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -22,15 +23,8 @@ def pass_seconds(decoder: Decoder, row_counts: list[int], at: int) -> dict[int, 
     costs = {}
     for rows in row_counts:
         at = min(at, decoder.capacity - rows)
-        place = decoder.side_inputs.span(at, rows)
-        ids, positions = torch.full((1, rows), 5), torch.arange(at, at + rows)[None]
-
-        def once(ids: Tensor = ids, positions: Tensor = positions) -> None:
-            hidden = decoder.embed(ids, positions, place.slots)  # noqa: B023
-            for layer in range(decoder.num_layers):
-                hidden = decoder.run_layer(layer, hidden, place)  # noqa: B023
-            decoder.logits(hidden).argmax(-1)
-
+        line = [Row(0, slot, slot) for slot in range(at, at + rows)]
+        once = partial(_logits, decoder, line, [5] * rows)
         once()
         costs[rows] = seconds_of(once)
     return costs
@@ -53,13 +47,12 @@ def logit_noise(decoder: Decoder) -> float:
     where the kernels sum a row the same way wherever it stands.
     """
     tokens = [(7 + 13 * index) % 97 for index in range(2 * SAMPLE)]
-    size = decoder.bucket(SAMPLE)
-    alone = [_logits(decoder, [Row(0, at, at)], [token], 1)[0] for at, token in enumerate(tokens)]
+    alone = [_logits(decoder, [Row(0, at, at)], [token])[0] for at, token in enumerate(tokens)]
     slots = [SAMPLE + 2 * index for index in range(SAMPLE)]
     rows = [
         Row(0, SAMPLE + index, slots[index], tuple(slots[: index + 1])) for index in range(SAMPLE)
     ]
-    together = _logits(decoder, rows, tokens[SAMPLE:], size)
+    together = _logits(decoder, rows, tokens[SAMPLE:])
     worst = 0.0
     for one, other in zip(alone[SAMPLE:], together, strict=True):
         best = one.topk(2).indices
@@ -68,12 +61,11 @@ def logit_noise(decoder: Decoder) -> float:
     return MARGIN * worst
 
 
-def _logits(decoder: Decoder, rows: list[Row], tokens: list[int], size: int) -> list[Tensor]:
-    place = decoder.side_inputs.gather(rows, size)
-    padding = size - len(rows)
-    ids = torch.tensor([tokens + tokens[-1:] * padding])
-    positions = torch.tensor([[row.position for row in rows] + [0] * padding])
-    hidden = decoder.embed(ids, positions, place.slots)
-    for layer in range(decoder.num_layers):
-        hidden = decoder.run_layer(layer, hidden, place)
-    return list(decoder.logits(hidden)[0, : len(rows)].clone())
+def _logits(decoder: Decoder, rows: list[Row], tokens: list[int]) -> Tensor:
+    """Logits [n, V] of ``tokens`` run at ``rows``."""
+    hidden = decoder.forward(tokens, rows, decoder.cache_length)
+    size = decoder.bucket(len(tokens))
+    if size > len(tokens):
+        padding = hidden[:, -1:].expand(-1, size - len(tokens), -1)
+        hidden = torch.cat([hidden, padding], 1)
+    return decoder.logits(hidden)[0, : len(tokens)].clone()

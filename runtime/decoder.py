@@ -84,6 +84,32 @@ class Decoder:
             self.side_inputs.store(name, value, slots)
         return outputs[0]
 
+    def forward(
+        self,
+        tokens: Sequence[int],
+        rows: Sequence[Row],
+        end: int,
+        on_layer: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Run ``tokens`` through all layers where ``rows`` say; last boundary [1, n, H], n their
+        number.
+
+        ``end``: as for ``place``. ``on_layer(layer, hidden)`` sees each boundary [1, n, H].
+        """
+        count, size = len(tokens), self.bucket(len(tokens))
+        place = self.place(rows, size, end)
+        last = rows[-1].position
+        positions = [row.position for row in rows]
+        positions += [min(last + 1 + i, self.cache_length - 1) for i in range(size - count)]
+        ids = [*tokens, *[tokens[-1]] * (size - count)]
+        hidden = self.embed(torch.tensor([ids]), torch.tensor([positions]), place.slots)
+        for layer in range(self.num_layers + 1):
+            if layer:
+                hidden = self.run_layer(layer - 1, hidden, place)
+            if on_layer is not None:
+                on_layer(layer, hidden[:, :count])
+        return hidden[:, :count]
+
     def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
         """Boundary ``layer`` -> ``layer + 1`` for hidden [1, R, H], R a bucket.
 

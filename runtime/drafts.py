@@ -240,10 +240,6 @@ class Cascade:
             self.ngram.continue_path(tree, leaf, path, budget)
         return tree
 
-    def candidates(self, count: int) -> Tensor:
-        """As ``EagleTree.candidates``."""
-        return self.head.candidates(count)
-
     def truncate(self, length: int) -> None:
         self.head.truncate(length)
         self.ngram.truncate(length)

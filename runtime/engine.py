@@ -20,7 +20,7 @@ from torch import Tensor
 
 from eepass.runtime.acceptance import EngineError, Judge
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.drafts import Cascade, Draft, EagleTree
+from eepass.runtime.drafts import Draft, EagleTree
 from eepass.runtime.exits import Exits
 from eepass.runtime.planner import Budget, Mode, Planner
 from eepass.runtime.sampling import Sampling
@@ -176,7 +176,7 @@ class Engine:
         mode = self.planner.mode(len(chosen))
         before = [sequence.confirmed for sequence in chosen]
         parts = [self._part(sequence, mode, share, len(chosen) - 1) for sequence in chosen]
-        rows = sum(len(part.tree) if part.tree is not None else 0 for part in parts)
+        rows = sum(len(part.tree or ()) for part in parts)
         self._pass(parts)
         tokens = sum(s.confirmed for s in chosen) - sum(before)
         seconds = perf_counter() - began
@@ -294,7 +294,7 @@ class Engine:
         rows = []
         for part in parts:
             draft = part.sequence.draft
-            assert isinstance(draft, EagleTree | Cascade) and part.tree is not None
+            assert isinstance(draft, EagleTree) and part.tree is not None
             if len(part.tree) > 1:
                 raise EngineError("exits that draft from no boundary go with one row a pass")
             began = perf_counter()
@@ -347,29 +347,25 @@ class Engine:
         decoder, largest = self.decoder, self.decoder.buckets[-1]
         wanted = sequence.draft.feature_layers if sequence.draft is not None else None
         hidden, states = torch.zeros(0), []
+        kept: dict[int, Tensor] = {}
+
+        def keep(layer: int, boundary: Tensor) -> None:
+            if on_layer is not None:
+                on_layer(layer, boundary)
+            if wanted is not None and layer in wanted:
+                kept[layer] = boundary[0]
+
         for start in range(0, len(ids), largest):
             chunk = ids[start : start + largest]
-            count, size = len(chunk), decoder.bucket(len(chunk))
             rows = [
-                Row(sequence.first, at, sequence.first + at) for at in range(start, start + count)
+                Row(sequence.first, at, sequence.first + at)
+                for at in range(start, start + len(chunk))
             ]
-            place = decoder.place(rows, size, sequence.first + sequence.room)
-            positions = [min(start + i, decoder.cache_length - 1) for i in range(size)]
-            padded = chunk + chunk[-1:] * (size - count)
-            hidden = decoder.embed(torch.tensor([padded]), torch.tensor([positions]), place.slots)
-            kept: dict[int, Tensor] = {}
-            for layer in range(decoder.num_layers + 1):
-                if layer:
-                    hidden = decoder.run_layer(layer - 1, hidden, place)
-                if on_layer is not None:
-                    on_layer(layer, hidden[:, :count])
-                if wanted is not None and layer in wanted:
-                    kept[layer] = hidden[0, :count]
+            hidden = decoder.forward(chunk, rows, sequence.first + sequence.room, keep)
             if wanted is not None:
                 assert self.exits is not None
-                z = self.exits.final(hidden[:, :count])[0]
+                z = self.exits.final(hidden)[0]
                 states.append(torch.cat([z, *(kept[n] for n in wanted)], -1))
-            hidden = hidden[:, count - 1 : count]
         if sequence.draft is not None:
             told = None
             if wanted is not None:
@@ -378,4 +374,4 @@ class Engine:
                 # nothing comes before the first token
                 told = torch.cat([torch.zeros_like(seen[:1]), seen[:-1]])
             sequence.draft.follow(ids, told)
-        return hidden
+        return hidden[:, -1:]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eepass.runtime.costs import seconds_of
+from eepass.runtime.costs import pass_seconds
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.drafts import NgramDraft
 from eepass.runtime.planner import Budget
@@ -69,16 +69,7 @@ class ModelDraft:
         self.run = min(self.run, length)
 
     def call_seconds(self) -> float:
-        place = self.decoder.side_inputs.span(0, 1)
-
-        def once() -> None:
-            hidden = self.decoder.embed(torch.tensor([[5]]), torch.tensor([[0]]), place.slots)
-            for layer in range(self.decoder.num_layers):
-                hidden = self.decoder.run_layer(layer, hidden, place)
-            self.decoder.logits(hidden)
-
-        once()
-        return seconds_of(once)
+        return pass_seconds(self.decoder, [1], at=0)[1]
 
     def fresh(self) -> ModelDraft:
         return ModelDraft(self.decoder)
@@ -91,17 +82,12 @@ class ModelDraft:
             # the tokens whose logits are wanted go in one chunk
             ahead = len(tokens) - last - begin
             count = len(tokens) - begin if ahead + last <= largest else min(ahead, largest)
-            chunk = tokens[begin : begin + count]
-            size = self.decoder.bucket(count)
             rows = [Row(0, at, at) for at in range(begin, begin + count)]
-            place = self.decoder.place(rows, size, self.decoder.cache_length)
-            positions = torch.arange(begin, begin + size).clamp(max=self.decoder.cache_length - 1)
-            ids = torch.tensor([chunk + chunk[-1:] * (size - count)])
-            hidden = self.decoder.embed(ids, positions[None], place.slots)
-            for layer in range(self.decoder.num_layers):
-                hidden = self.decoder.run_layer(layer, hidden, place)
+            hidden = self.decoder.forward(
+                tokens[begin : begin + count], rows, self.decoder.cache_length
+            )
             begin += count
-            hidden = hidden[:, max(count - last, 0) : count]
+            hidden = hidden[:, -last:]
         self.run = len(tokens)
         padding = hidden[:, -1:].expand(-1, self.decoder.bucket(last) - last, -1)
         return self.decoder.logits(torch.cat([hidden, padding], 1))[0, :last]

@@ -23,7 +23,7 @@ from eepass.runtime.statistics import Statistics
 from eepass.runtime.tree import Tree
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Part:
     """What one sequence brings to a pass (``tree`` None: only what waits), and what became of it.
 
@@ -203,9 +203,9 @@ class Verification:
     def _settle(self) -> None:
         """Find the place of the rows as they stand."""
         size = self.decoder.bucket(len(self._rows))
-        sequences = {id(at.part.sequence): at.part.sequence for at in self._rows}
-        only = next(iter(sequences.values()))
-        end = only.first + only.room if len(sequences) == 1 else 0
+        sequences = {at.part.sequence for at in self._rows}
+        # several regions are never neighbours
+        end = max(s.first + s.room for s in sequences) if len(sequences) == 1 else 0
         self._place = self.decoder.place([at.row for at in self._rows], size, end)
 
     def _join(self, parts: Sequence[Part], layer: int) -> None:
@@ -240,7 +240,7 @@ class Verification:
         if padding := size - len(rows):
             states.append(states[-1][:, -1:].expand(-1, padding, -1))
         self._hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
-        if self._state is not None and self.exits is not None:
+        if self._state is not None:
             # rows that waited have no drafts; they are not asked
             index = [0] * count + list(range(len(carried))) + [0] * padding
             self._state = self._state.select(torch.tensor(index))
@@ -293,24 +293,22 @@ class Verification:
             at.part.answers[at.node] = answer
             at.part.z[at.node] = found.z[index]
         if found.answers:
-            parts = [self._rows[index].part for index in found.answers]
-            self._leave({id(part): part for part in parts}, boundary)
+            self._leave({self._rows[index].part for index in found.answers}, boundary)
 
-    def _leave(self, asked: dict[int, Part], boundary: int) -> None:
+    def _leave(self, answered: set[Part], boundary: int) -> None:
         """Drop what can no longer be right; take out the sequences whose path is complete."""
-        gone: set[int] = set()
-        alive: dict[int, list[int]] = {}
-        for key, part in asked.items():
-            alive[key] = part.alive()
-            if all(node in part.answers for node in alive[key]):
-                part.path, part.layer = alive[key], boundary
+        gone: set[Part] = set()
+        alive = {part: part.alive() for part in answered}
+        for part, nodes in alive.items():
+            if all(node in part.answers for node in nodes):
+                part.path, part.layer = nodes, boundary
                 self._set_aside(part, boundary)
-                gone.add(key)
+                gone.add(part)
         keep = [
             index
             for index, at in enumerate(self._rows)
-            if id(at.part) not in gone
-            and (at.node < 0 or id(at.part) not in alive or at.node in alive[id(at.part)])
+            if at.part not in gone
+            and (at.node < 0 or at.part not in alive or at.node in alive[at.part])
         ]
         self._drop(keep)
 
