@@ -51,6 +51,11 @@ class _Run:
     said: list[list[int]]
     seconds: list[float]
 
+    def ms_per_token(self) -> list[float]:
+        """By prompt; the first token is the prompt's."""
+        pairs = zip(self.said, self.seconds, strict=True)
+        return [1e3 * seconds / max(len(said) - 1, 1) for said, seconds in pairs]
+
 
 def bench(
     loaded: LoadedModel,
@@ -214,25 +219,14 @@ def _figures(
     pairs: Sequence[tuple[list[int], list[int]]],
     notify: Notify,
 ) -> dict[str, Any]:
-    # the first token is the prompt's
-    ms = [
-        1e3 * seconds / (len(said) - 1)
-        for said, seconds in zip(run.said, run.seconds, strict=True)
-        if len(said) > 1
-    ]
-    found: dict[str, Any] = {
-        "ms_per_token": statistics.median(ms),
-        "tokens_per_s": 1e3 / statistics.median(ms),
-    }
+    ms = run.ms_per_token()
+    typical = statistics.median(ms)
+    found: dict[str, Any] = {"ms_per_token": typical, "tokens_per_s": 1e3 / typical}
     if run.engine is None:
         return found
     dense = runs["eepass-dense"]
-    dense_ms = [
-        1e3 * seconds / (len(said) - 1)
-        for said, seconds in zip(dense.said, dense.seconds, strict=True)
-        if len(said) > 1
-    ]
-    found["worst_ratio_to_dense"] = min(d / own for d, own in zip(dense_ms, ms, strict=True))
+    slower = zip(dense.ms_per_token(), ms, strict=True)
+    found["worst_ratio_to_dense"] = min(its / own for its, own in slower)
     same = [own == other for own, other in zip(run.said, dense.said, strict=True)]
     found["exact_match"] = sum(same) / len(same)
     summary = run.engine.statistics.summary()

@@ -145,12 +145,14 @@ class Decoder:
 
     def _bind(self, piece: Piece, rows: int, logits: bool = False) -> _Bound:
         bound = _Bound(piece, self.tensors, self.kv)
-        hidden = torch.zeros(1, rows, self.hidden_size, dtype=self._dtype())
+        hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype)
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
         bound.compiled = self.compile(piece.graph, piece.structure, examples, logits=logits)
         return bound
 
-    def _dtype(self) -> torch.dtype:
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of boundaries, keys and values."""
         return self.kv.keys[0].dtype
 
 

@@ -55,7 +55,6 @@ class Exits:
         self.thresholds = {point.layer: point.threshold for point in plan.exits}
         self.hot_ids = tensors["hot.ids"]
         self._decoder, self._tensors, self._pieces = decoder, tensors, pieces
-        self._dtype = next(iter(decoder.tensors.values())).dtype
         self._bound: dict[int, _BoundPieces] = {}
         self._head = decoder.splits[1].head
 
@@ -69,7 +68,7 @@ class Exits:
     def prepare(self, most: int) -> None:
         """Compile what exits need for up to ``most`` rows."""
         for rows in (size for size in ROW_COUNTS if size <= most):
-            hidden = torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._dtype)
+            hidden = torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._decoder.dtype)
             bound, state = self._for(rows), self.begin(rows)
             (z,) = bound.normed(hidden)
             bound.draft(z), bound.verify(z)

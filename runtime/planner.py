@@ -25,6 +25,8 @@ TRY, PATIENCE = 4, 64
 EXPECTED, NEWEST = 8, 0.04
 # what exits and their checks are expected to cost, by themselves and with drafts
 EXITS_COST, BOTH_COST = 1.02, 1.03
+# and what either is expected to lose for each other sequence in the pass
+CROWD_COST = 1 / 32
 
 
 @dataclass(slots=True)
@@ -186,8 +188,10 @@ class Planner:
             }
             if batch > 1:
                 # others fill the rows that drafts of one would have
-                expected["speculation"] = Arm(plain * BOTH_COST, batch)
-                expected["both"] = Arm(plain * BOTH_COST**2, batch)
+                crowd = plain * (1 + CROWD_COST * batch)
+                expected["exits"] = Arm(crowd, batch)
+                expected["speculation"] = Arm(crowd * BOTH_COST, batch)
+                expected["both"] = Arm(crowd * BOTH_COST**2, batch)
             for arm in expected.values():
                 arm.seconds, arm.tokens = arm.seconds * EXPECTED, arm.tokens * EXPECTED
                 arm.last = self.passes

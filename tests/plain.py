@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import random
+from types import SimpleNamespace
 
 import torch
 from models import VOCABULARY
 
+from eepass.runtime.exits import Found, RowState
 from eepass.runtime.planner import Budget
 from eepass.runtime.tree import Tree
 
@@ -73,25 +75,18 @@ class RandomExits:
     """Exits at random rows and layers; the guess is right with chance ``right``."""
 
     def __init__(self, engine_of, plain, num_layers, seed, often=0.4, right=0.6):
-        from types import SimpleNamespace
-
         self.thresholds = dict.fromkeys(range(1, num_layers + 1), 0.5)
         self.plan = SimpleNamespace(draft_layer=-1)
         self.engine_of, self.plain = engine_of, plain
         self.random, self.often, self.right = random.Random(seed), often, right
-        self.parts = []
 
     def begin(self, rows, drafts=None):
-        from eepass.runtime.exits import RowState
-
         return RowState(torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1))
 
     def final(self, hidden):
         return hidden
 
     def check(self, layer, hidden, state, asked, statistics, choose):
-        from eepass.runtime.exits import Found
-
         rows = self.engine_of().rows_on_their_way()
         answers = {}
         for row in asked:

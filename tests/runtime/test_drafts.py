@@ -120,3 +120,14 @@ def test_the_planner_leaves_out_what_does_not_pay():
         "speculation"
     )
     assert slow.mode(8) == "dense"
+    # the more sequences fill a pass, the rarer drafts and exits are tried in it
+    tries = {}
+    for batch in (2, 8):
+        planner = Planner({1: 1.0, 8: 1.0}, 0.1, 2.0, ("dense", "exits", "speculation", "both"))
+        modes = []
+        for _ in range(300):
+            modes.append(planner.mode(batch))
+            slower = 1.0 if modes[-1] == "dense" else 1.5
+            planner.record(modes[-1], batch, slower, batch, batch)
+        tries[batch] = sum(mode != "dense" for mode in modes)
+    assert tries[8] == 0 < tries[2]

@@ -5,6 +5,8 @@ import torch
 from models import VOCABULARY, eager_compile
 
 from eepass.runtime import eagle
+from eepass.runtime.drafts import Cascade, EagleTree
+from eepass.runtime.planner import Budget, Planner
 from eepass.training.unrolling import Lines, draft_states, unroll
 
 HIDDEN, LAYERS = 64, (1, 2)
@@ -171,3 +173,33 @@ def test_misuse_is_refused(draft):
     draft.truncate(3)
     with pytest.raises(ValueError, match="extend first"):
         draft.grow([1], [-1])
+
+
+def test_look_up_and_the_head_make_one_tree(weights, embedding):
+    draft = Cascade(EagleTree(made_draft(weights, embedding)))
+    _, features = sequence(9)
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
+    budget = Budget(Planner({1: 1.0, 8: 1.01}), 7)
+    tree = draft.propose(7, budget)
+    after_root = {tree.tokens[node] for node in tree.children(0)}
+    best = draft.head.first().topk(2).indices
+    assert {8, *draft.head.head.hot_ids[best].tolist()} <= after_root
+    # look-up alone goes on along its own line
+    paths = [[tree.tokens[n] for n in tree.path(node)] for node in range(len(tree))]
+    assert [8, 9, 11, 5] in paths
+
+
+def test_the_head_is_not_asked_where_look_up_is_sure(weights, embedding, monkeypatch):
+    asked = []
+    monkeypatch.setattr(EagleTree, "first", lambda self: asked.append(1) or torch.zeros(64))
+    draft = Cascade(EagleTree(made_draft(weights, embedding)))
+    _, features = sequence(9)
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
+    planner = Planner({1: 1.0, 8: 1.01})
+    draft.propose(7, Budget(planner, 7))
+    assert asked
+    for _ in range(200):  # look-up is seen to be right
+        tree = draft.ngram.propose(7, Budget(planner, 7))
+        planner.learn(tree, list(range(len(tree))))
+    asked.clear()
+    assert len(draft.propose(7, Budget(planner, 7))) > 4 and not asked
