@@ -107,6 +107,9 @@ def train(
         int, typer.Option(help="Further answers to each prompt, sampled.", min=0)
     ] = 0,
     temperature: Annotated[float, typer.Option(help="What they are sampled at.", min=0.1)] = 0.7,
+    own_prompts: Annotated[
+        int, typer.Option(help="Prompts the model writes itself, beside those given.", min=0)
+    ] = 0,
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
     raw: Raw = False,
@@ -127,7 +130,7 @@ def train(
         with progress_bars() as bars:
             artifact = door.train(
                 loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
-                _draft(draft), steps, progress=bars,
+                _draft(draft), steps, own_prompts, progress=bars,
             )  # fmt: skip
         for name, part in artifact.presets.items():
             table(

@@ -51,6 +51,23 @@ class LoadedModel:
             )
         )
 
+    def turn(self) -> tuple[list[int], list[int]]:
+        """Tokens of the chat template before and after what a user says.
+
+        Raises ``InputError`` where there is no template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.name} has no chat template, so it cannot write prompts")
+        mark = "eepass"
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, after = text.rpartition(mark)
+        opening, closing = (
+            self.tokenizer.encode(t, add_special_tokens=False) for t in (before, after)
+        )
+        return opening, closing
+
 
 def load(spec: str, dtype: str = "bf16", device: str = "cpu") -> LoadedModel:
     """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it."""

@@ -78,6 +78,44 @@ def split_of(prompt: Sequence[int]) -> str:
     return next(name for name, end in SPLITS if place < end)
 
 
+def generate_prompts(
+    model: Any,
+    turn: tuple[list[int], list[int]],
+    stop: frozenset[int],
+    count: int,
+    on_batch: Callable[[list[list[int]]], None],
+    batch_size: int = 32,
+    longest: int = 96,
+) -> None:
+    """Prompts the model writes itself when it is given an empty user's turn.
+
+    ``turn``: tokens before and after what a user says. After Magpie (Xu et al., 2024): a model that
+    was taught to answer has learned what it is asked, too.
+    """
+    opening, closing = turn
+    made = 0
+    while made < count:
+        ids = torch.tensor([opening] * min(batch_size, count - made))
+        with torch.no_grad():
+            output = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=True,
+                temperature=1.0,
+                top_p=0.95,
+                top_k=0,
+                max_new_tokens=longest,
+                eos_token_id=sorted(stop) or None,
+                pad_token_id=min(stop) if stop else 0,
+            )
+        prompts = []
+        for row in output[:, len(opening) :].tolist():
+            said = row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
+            prompts.append([*opening, *said, *closing])
+        made += len(prompts)
+        on_batch(prompts)
+
+
 def generate_answers(
     model: Any,
     prompts: Sequence[list[int]],

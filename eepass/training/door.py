@@ -16,6 +16,7 @@ from eepass.training.boundaries import write_text
 from eepass.training.corpus import (
     Example,
     generate_answers,
+    generate_prompts,
     read_answers,
     read_prompts,
     split_of,
@@ -47,6 +48,7 @@ def train(
     temperature: float = 0.7,
     draft: Literal["eagle", "none"] = "eagle",
     steps: int = STEPS,
+    own_prompts: int = 0,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train translators, draft head, predictors and thresholds for ``loaded``; write ``out``.
@@ -55,7 +57,8 @@ def train(
     tokens to generate. ``answers``: JSONL of the model's own answers, ``{"prompt": line of the
     prompts file from 0, "answer": [token ids]}``, instead of generating. ``samples``: further
     answers to each prompt trained on, sampled at ``temperature``. ``draft``: whether to train a
-    draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled. What a
+    draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled.
+    ``own_prompts``: prompts that the model writes itself, beside those given, answered too. What a
     run that was stopped has done is taken up from ``out/checkpoint``. Raises ``InputError`` for
     bad input.
     """
@@ -75,6 +78,7 @@ def train(
         "temperature": temperature if samples else None,
         "draft": draft,
         "steps": steps,
+        "own_prompts": own_prompts,
     }
     try:
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -86,13 +90,19 @@ def train(
             examples = read_answers(path, encoded, loaded.model.config.vocab_size)
         else:
             examples = []
+        own: list[list[int]] = []
+        if own_prompts:
+            own = _own_prompts(loaded, own_prompts, checkpoint / "prompts.jsonl", progress)
+        unanswered = own if answers is not None else encoded + own
+        encoded += own
         path = checkpoint / "answers.jsonl"
-        for sampled in range(0 if answers is None else 1, samples + 1):
-            # sampled answers are trained on alone: what is measured stays greedy
-            asked = [e for e in encoded if not sampled or split_of(e) == "fit"]
-            part = path.with_name(f"answers-{sampled}.jsonl") if sampled else path
-            warmth = temperature if sampled else 0.0
-            examples += _own_answers(loaded, asked, tokens, part, progress, warmth)
+        if unanswered:
+            examples += _own_answers(loaded, unanswered, tokens, path, progress, 0.0)
+        # sampled answers are trained on alone: what is measured stays greedy
+        asked = [prompt for prompt in encoded if split_of(prompt) == "fit"]
+        for sampled in range(1, samples + 1):
+            part = path.with_name(f"answers-{sampled}.jsonl")
+            examples += _own_answers(loaded, asked, tokens, part, progress, temperature)
         if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
             raise InputError(
                 f"{len(examples)} answers are too few: give more prompts or raise --tokens"
@@ -121,6 +131,25 @@ def _same_request(checkpoint: Path, request: dict[str, object]) -> None:
             )
     else:
         write_text(path, json.dumps(request))
+
+
+def _own_prompts(
+    loaded: LoadedModel, count: int, path: Path, progress: Progress
+) -> list[list[int]]:
+    """Written once; the file grows by whole batches, and a run taken up goes on after them."""
+    prompts: list[list[int]] = []
+    if path.exists():
+        prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    progress.begin("writing prompts", count)
+    progress.advance(len(prompts))
+
+    def keep(batch: list[list[int]]) -> None:
+        prompts.extend(batch)
+        write_text(path, "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+        progress.advance(len(batch))
+
+    generate_prompts(loaded.model, loaded.turn(), loaded.stop, count - len(prompts), keep)
+    return prompts
 
 
 def _own_answers(

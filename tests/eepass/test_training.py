@@ -12,6 +12,7 @@ from eepass.training import draft_head
 from eepass.training.boundaries import BoundaryStore, dense_argmax
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of
+from eepass.training.door import _own_prompts
 from eepass.training.draft_head import fit_draft_head
 from eepass.training.predictors import ExitViews, fit_predictors, scores
 from eepass.training.run import Trainer
@@ -216,3 +217,24 @@ def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
     store = BoundaryStore(tmp_path, (1,))
     assert store.examples_done == 2 and len(store.read("fit", "token")) == 3
     assert json.loads((tmp_path / "done.json").read_text()) == {"examples": 2}
+
+
+class Chatty:
+    """A loaded model that turns every prompt into three tokens between two others."""
+
+    def __init__(self, model):
+        self.model, self.stop = model, frozenset({2})
+
+    def turn(self):
+        return [5, 6], [7]
+
+
+def test_a_model_writes_its_own_prompts_once(tmp_path):
+    loaded, file = Chatty(tiny_model("llama")), tmp_path / "prompts.jsonl"
+    prompts = _own_prompts(loaded, 5, file, Watch())
+    assert len(prompts) == 5 and len({tuple(p) for p in prompts}) == 5
+    for prompt in prompts:
+        assert prompt[:2] == [5, 6] and prompt[-1] == 7 and 2 not in prompt
+    # taken up again they are the same, and only those missing are written
+    again = _own_prompts(loaded, 7, file, Watch())
+    assert again[:5] == prompts and len(again) == 7
