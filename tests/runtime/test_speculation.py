@@ -212,11 +212,11 @@ def test_a_batch_says_what_each_says_alone(decoder, plain, data):
     assert engine.sequences == [] and answers
 
 
-def test_sampling_in_exact_mode_draws_from_the_dense_distribution(decoder, plain, llama):
+@pytest.mark.parametrize("draws", [800, pytest.param(5000, marks=pytest.mark.slow)])
+def test_sampling_in_exact_mode_draws_from_the_dense_distribution(decoder, plain, llama, draws):
     """Exits forced wrong, drafts at random: the first two tokens are distributed as dense ones."""
     sampling = Sampling(temperature=3.0, top_k=6, seed=5)
     counts = {}
-    draws = 800
     engine = engine_for(decoder, plain, 9, "both", right=0.1)
     generator = sampling.generator()
     for _ in range(draws):
