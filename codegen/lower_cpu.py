@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.config
 import torch._inductor.config
 from torch import Tensor
 from torch._guards import TracingContext, tracing
@@ -79,16 +80,18 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
     # without a shape environment inductor would not keep what it compiled for the next process
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
-    with torch.no_grad(), torch._inductor.config.patch(SETTINGS), tracing(TracingContext(mode)):
+    # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
+    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
+    settings = torch._inductor.config.patch(SETTINGS)
+    with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)):
         if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
             # here and not in inductor, whose cache takes no decompositions of others
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)
-        outer: Any = compile_fx(lowered, fakes, inner_compile=keep)
+        compile_fx(lowered, fakes, inner_compile=keep)
     # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
     # inductor's own bookkeeping around the generated code
-    if len(inner) == 1:
-        return getattr(inner[0], "current_callable", None) or inner[0]
-    return lambda inputs: outer(*inputs)
+    (code,) = inner
+    return getattr(code, "current_callable", None) or code
 
 
 def _writes(node: Node) -> bool:
