@@ -9,8 +9,11 @@ if TYPE_CHECKING:
     from eepass.benchmarking import bench
     from eepass.config import ExitConfig
     from eepass.errors import InputError
+    from eepass.generation import generate
     from eepass.models import load
+    from eepass.preparing import prepare
     from eepass.probing import probe
+    from eepass.serving import serve
     from eepass.training.door import train
     from eepass.transformation import transform
 
@@ -18,9 +21,12 @@ _HOMES = {
     "ExitConfig": "eepass.config",
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
+    "generate": "eepass.generation",
     "load": "eepass.models",
     "load_artifact": "eepass.artifact",
+    "prepare": "eepass.preparing",
     "probe": "eepass.probing",
+    "serve": "eepass.serving",
     "train": "eepass.training.door",
     "transform": "eepass.transformation",
 }
@@ -29,9 +35,12 @@ __all__ = [
     "ExitConfig",
     "InputError",
     "bench",
+    "generate",
     "load",
     "load_artifact",
+    "prepare",
     "probe",
+    "serve",
     "train",
     "transform",
 ]

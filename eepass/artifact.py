@@ -158,3 +158,20 @@ def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> Non
                 f"{where}: trained for another model ({name} is "
                 f"{artifact.fingerprint.get(name)!r} there, {value!r} here); run eepass train"
             )
+
+
+def found_artifact(model: Any) -> Path | None:
+    """The artefact that goes with ``model`` without being named: in the folder ``eepass`` beside
+    its checkpoint, or shipped for the embedded model; None if there is neither."""
+    name = getattr(model, "name_or_path", "")
+    beside = Path(name) / "eepass"
+    if name and (beside / MANIFEST).is_file():
+        return beside
+    shipped = Path(__file__).parent / "data" / "smollm2"
+    if (shipped / MANIFEST).is_file():
+        trained_for = json.loads((shipped / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
+        # the architecture first: hashing weights takes longer
+        same = trained_for["architecture"] == type(model).__name__
+        if same and trained_for == fingerprint(model):
+            return shipped
+    return None

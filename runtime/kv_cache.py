@@ -47,15 +47,22 @@ class KvCache:
 
     def allocate(self, room: int) -> int | None:
         """First slot of a free region of ``room`` slots, or None if there is none."""
+        begin = self._free(room)
+        if begin is not None:
+            self._regions = sorted([*self._regions, (begin, room)])
+        return begin
+
+    def fits(self, room: int) -> bool:
+        """Whether a region of ``room`` slots is free."""
+        return self._free(room) is not None
+
+    def _free(self, room: int) -> int | None:
         begin = 0
         for first, size in self._regions:
             if first - begin >= room:
                 break
             begin = first + size
-        if begin + room > self.scratch:
-            return None
-        self._regions = sorted([*self._regions, (begin, room)])
-        return begin
+        return begin if begin + room <= self.scratch else None
 
     def release(self, first: int) -> None:
         self._regions = [region for region in self._regions if region[0] != first]

@@ -8,7 +8,7 @@ node, arXiv 2305.09781).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import inf
 
@@ -21,6 +21,8 @@ COLDEST = 1e-5
 NUCLEUS_SIZES = (256, 2048, 16384)
 # tokens summed as one when a draw looks for its place
 BLOCK = 256
+# scores [1, V] of logits [1, V] that follow the tokens given; may change the logits in place
+Process = Callable[[Sequence[int], Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Sampling:
     repetition_penalty: float = 1.0
     # None draws differently every time
     seed: int | None = None
+    # done to the logits of each token before anything else, once and in order; exact answers only
+    process: Process | None = None
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "repetition_penalty"):
@@ -165,15 +169,19 @@ def draw(p: Tensor, generator: torch.Generator) -> Tensor:
 def _penalised(
     logits: Tensor, sampling: Sampling, context: Sequence[Sequence[int]] | None
 ) -> Tensor:
-    penalty = sampling.repetition_penalty
-    if penalty == 1:
+    penalty, process = sampling.repetition_penalty, sampling.process
+    if penalty == 1 and process is None:
         return logits
     if context is None or len(context) != len(logits):
         given = "none" if context is None else len(context)
-        raise ValueError(
-            f"repetition_penalty={penalty}: needs the tokens of {len(logits)} rows, {given} given"
-        )
+        what = f"repetition_penalty={penalty}" if process is None else "process"
+        raise ValueError(f"{what}: needs the tokens of {len(logits)} rows, {given} given")
     logits = logits.clone()
+    if process is not None:
+        rows = zip(context, logits.split(1), strict=True)
+        logits = torch.cat([process(tokens, row) for tokens, row in rows])
+    if penalty == 1:
+        return logits
     for row, tokens in zip(logits, context, strict=True):
         ids = torch.tensor(tokens, dtype=torch.long, device=logits.device)
         ids = ids[ids < logits.shape[-1]]  # a tokenizer may know more tokens than the LM head

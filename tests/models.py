@@ -147,3 +147,28 @@ class ForcedExits:
         wanted = self.turn < len(self.orders) and self.orders[self.turn] == layer
         answers = {asked[0]: self.answers[self.turn]} if wanted else {}
         return Found(answers, hidden[0]), state
+
+
+def tiny_tokenizer() -> Any:
+    """Letters and a few words for the vocabulary of the tiny models, with a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<pad>", "<s>", "</s>", *(f"w{i} " for i in range(3, VOCABULARY - 33))]
+    vocabulary = {word: i for i, word in enumerate([*words, *map(chr, range(95, 127))])}
+    vocabulary["<unk>"] = len(vocabulary)
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        padding_side="left",
+    )
+    fast.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}_{% endfor %}"
+    )
+    return fast

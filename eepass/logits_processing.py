@@ -1,0 +1,129 @@
+"""transformers' logits processors: the engine's own sampling where it says the same, else a hook."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation.logits_process import UnbatchedClassifierFreeGuidanceLogitsProcessor
+
+from eepass.errors import InputError
+from eepass.runtime.sampling import Sampling
+
+# in the order in which Sampling applies them, with the field each of them is
+NATIVE: dict[type, str] = {
+    RepetitionPenaltyLogitsProcessor: "penalty",
+    TemperatureLogitsWarper: "temperature",
+    TopKLogitsWarper: "top_k",
+    TopPLogitsWarper: "top_p",
+    MinPLogitsWarper: "min_p",
+}
+
+
+def native_options(processors: Sequence[Any], padding: Tensor) -> dict[str, float] | None:
+    """The fields of ``Sampling`` that do what ``processors`` do, or None if none do.
+
+    ``padding``: how many tokens [B] at each row's left are none of its own.
+    """
+    order = list(NATIVE)
+    places = [order.index(type(p)) if type(p) in NATIVE else -1 for p in processors]
+    if -1 in places or places != sorted(set(places)):
+        return None
+    options = {}
+    for processor in processors:
+        ignored = getattr(processor, "prompt_ignore_length", None)
+        usual = (
+            getattr(processor, "filter_value", -inf) == -inf
+            and getattr(processor, "min_tokens_to_keep", 1) == 1
+            and getattr(processor, "logits_indices", None) is None
+            and (ignored is None or (torch.is_tensor(ignored) and torch.equal(ignored, padding)))
+        )
+        if not usual:
+            return None
+        name = NATIVE[type(processor)]
+        value = getattr(processor, name)
+        options["repetition_penalty" if name == "penalty" else name] = value
+    return options
+
+
+class RowProcessors:
+    """Calls ``processors`` for one row of a batch, the way ``generate`` does.
+
+    They see token ids [B, T] with the row's padding, and logits [B, V]: this row's, B times, so
+    that a processor which goes by the row's number finds its own. Where there are several rows each
+    has processors of its own, as a state they keep is that of one text. ``logits`` and ``scores``
+    hold, for each token in order, what the model said and what became of it, if ``keep``.
+    """
+
+    def __init__(
+        self,
+        processors: LogitsProcessorList,
+        row: int,
+        rows: int,
+        padding: Sequence[int],
+        keep: bool = False,
+    ) -> None:
+        self.row, self.rows, self.padding, self.keep = row, rows, list(padding), keep
+        self.logits: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.processors = processors
+        if rows > 1:
+            try:
+                self.processors = copy.deepcopy(processors)
+            except Exception as error:
+                names = ", ".join(type(p).__name__ for p in processors)
+                raise InputError(
+                    f"logits_processor: a batch of {rows} needs {rows} copies of {names}, and they "
+                    f"cannot be copied ({error}); generate one prompt at a time"
+                ) from error
+
+    def __call__(self, tokens: Sequence[int], logits: Tensor) -> Tensor:
+        """Scores [1, V] of ``logits`` [1, V], which follow ``tokens``."""
+        if self.keep:
+            self.logits.append(logits.clone())
+        ids = torch.tensor([[*self.padding, *tokens]]).repeat(self.rows, 1)
+        scores = self.processors(ids, logits.repeat(self.rows, 1))[self.row : self.row + 1]
+        if not (scores > -inf).any():
+            raise InputError(
+                "logits_processor: no token is left to choose from; allow at least one"
+            )
+        if self.keep:
+            self.scores.append(scores.clone())
+        return scores
+
+
+def refuse_processors(processors: Sequence[Any], native: bool, approximate: bool) -> None:
+    """Raise ``InputError`` for processors the engine cannot honour, by name."""
+    for processor in processors:
+        name = type(processor).__name__
+        if isinstance(processor, UnbatchedClassifierFreeGuidanceLogitsProcessor):
+            raise InputError(
+                "guidance_scale: runs the whole model a second time for every token, which eepass "
+                "does not; leave it out, or leave out custom_generate"
+            )
+        plain = native and not isinstance(processor, RepetitionPenaltyLogitsProcessor)
+        if approximate and not plain:
+            raise InputError(
+                f"{name}: needs all logits of a token, and one that leaves early has but a few; "
+                "use guarantee='exact'"
+            )
+
+
+def row_sampling(do_sample: bool, options: dict[str, Any], seeds: torch.Generator) -> Sampling:
+    """``Sampling`` with ``options``; greedy, or drawn with a seed from ``seeds``."""
+    if not do_sample:
+        return Sampling(**{**options, "temperature": 0.0})
+    seed = int(torch.randint(2**62, (), generator=seeds))
+    return Sampling(**{"temperature": 1.0, **options, "seed": seed})

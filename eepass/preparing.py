@@ -1,0 +1,134 @@
+"""``eepass.prepare``: a Hugging Face model and its transformed decoder, kept together."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from eepass.artifact import Artifact, found_artifact
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.transformation import EarlyExitModel, transform
+
+# tokens, prompt and answer together, where nobody asked for more
+USUAL_LENGTH = 1024
+logger = logging.getLogger("eepass")
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """What belongs to one model; whoever uses ``transformed`` holds ``lock``."""
+
+    artifact: str | Path | Artifact | None = "auto"
+    config: ExitConfig = field(default_factory=ExitConfig)
+    # None grows as prompts and answers need it
+    max_length: int | None = None
+    transformed: EarlyExitModel | None = None
+    # of the weights it was made from
+    stamp: tuple[tuple[int, int], ...] = ()
+    # a streamer that generates would wait for itself
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+_kept: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
+_kept_lock = threading.Lock()
+
+
+def prepare(
+    model: Any,
+    artifact: str | Path | Artifact | None = "auto",
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+) -> EarlyExitModel:
+    """Transform ``model`` for its own ``generate``, which uses eepass from here on.
+
+    ``artifact``: a folder written by ``eepass.train``, None for none, ``"auto"`` for the one beside
+    the checkpoint or shipped with eepass. ``max_length``: prompt and answer together, in tokens;
+    without it the cache is made anew when longer ones come, which compiles again. The result is
+    kept as long as the model is; its ``statistics`` tell what decoding did.
+    ``model.generate(..., custom_generate=None)`` is transformers' own way. Raises ``InputError``
+    for a model or artefact that does not fit, with the reason.
+    """
+    from eepass.generation import generate
+
+    with _kept_lock:
+        prepared = _kept.setdefault(model, Prepared())
+    with prepared.lock:
+        prepared.artifact, prepared.max_length = artifact, max_length
+        prepared.config = config or ExitConfig()
+        prepared.transformed = None
+        transformed = _transformed(prepared, model, max_length or USUAL_LENGTH)
+    model.generate = functools.partial(type(model).generate, model, custom_generate=generate)
+    return transformed
+
+
+@contextmanager
+def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
+    """The transformed ``model``, with room for ``length`` tokens, for this thread alone.
+
+    Made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was asked
+    for.
+    """
+    with _kept_lock:
+        prepared = _kept.setdefault(model, Prepared())
+    with prepared.lock:
+        yield _transformed(prepared, model, length)
+
+
+def refuse_length(model: Any, length: int) -> None:
+    """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for; waits for
+    nobody."""
+    with _kept_lock:
+        prepared = _kept.get(model)
+    if prepared is not None:
+        _refuse_length(prepared, length)
+
+
+def _refuse_length(prepared: Prepared, length: int) -> None:
+    if prepared.max_length is not None and length > prepared.max_length:
+        raise InputError(
+            f"prompt and answer need up to {length} tokens, and the model is prepared for "
+            f"{prepared.max_length}: ask for fewer new tokens, or prepare(model, max_length=...)"
+        )
+
+
+def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__}: encoder and decoder; eepass wants a decoder")
+    if model.training:
+        raise InputError("the model is in training mode: call model.eval() first")
+    _refuse_length(prepared, length)
+    limit, current = prepared.max_length, prepared.transformed
+    if current is not None and prepared.stamp != _stamp(model):
+        logger.warning("the model's weights have changed: transforming it again")
+        current = None
+    if current is not None and current.decoder.capacity < length:
+        logger.warning(
+            "%d tokens, and room for %d: transforming the model again; prepare(model, max_length=...)"
+            " says beforehand how long it gets",
+            length,
+            current.decoder.capacity,
+        )
+        current = None
+    if current is None:
+        prepared.transformed = None
+        if limit is None:
+            limit = max(USUAL_LENGTH, 1 << (length - 1).bit_length())
+        artifact = prepared.artifact
+        if artifact == "auto":
+            artifact = found_artifact(model)
+        current = transform(model, artifact, prepared.config, limit)
+        prepared.transformed, prepared.stamp = current, _stamp(model)
+    return current
+
+
+def _stamp(model: Any) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is written to, replaced or moved."""
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())
