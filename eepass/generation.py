@@ -23,11 +23,10 @@ from eepass.logits_processing import (
     RowProcessors,
     native_options,
     refuse_processors,
-    row_sampling,
+    row_samplings,
 )
 from eepass.preparing import in_use
 from eepass.runtime.batch import Request, decode_batch
-from eepass.runtime.sampling import Sampling
 
 # what generate makes for the forward call of the model, and the engine has no need of
 NOT_NEEDED = {
@@ -66,32 +65,27 @@ def generate(
     del tokenizer  # whoever needs it, stop strings, has it
     _refuse(generation_config, assistant_model, model_kwargs)
     own = _own_tokens(input_ids, model_kwargs)
-    rows = len(input_ids)
     padding = input_ids.shape[1] - own.sum(1)
     limit, stop, criteria = _ends(stopping_criteria, input_ids.shape[1])
-    pad = _pad_token(generation_config, rows, bool(stop or criteria))
+    pad = _pad_token(generation_config, len(input_ids), bool(stop or criteria))
     prompts = [ids[mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
     wants = generation_config.return_dict_in_generate
     keep = bool(wants and (generation_config.output_scores or generation_config.output_logits))
 
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
-        config = transformed.config
-        assert config is not None
-        approximate = config.guarantee == "approximate"
+        approximate = transformed.engine.options.guarantee == "approximate"
         native = native_options(logits_processor, padding)
         refuse_processors(logits_processor, native is not None, approximate)
         if keep and approximate:
             raise InputError("output_scores and output_logits need guarantee='exact'")
-        seeds = torch.default_generator
-        if getattr(generation_config, "seed", None) is not None:
-            seeds = torch.Generator().manual_seed(generation_config.seed)
-        samplings: list[Sampling] = []
-        for row in range(rows):
-            options: dict[str, Any] = native or {}
-            if native is None or keep:
-                lead = input_ids[row][~own[row]].tolist()
-                options = {"process": RowProcessors(logits_processor, row, rows, lead, keep)}
-            samplings.append(row_sampling(generation_config.do_sample, options, seeds))
+        leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
+        processors = [
+            RowProcessors(logits_processor, row, lead, len(leads), keep)
+            for row, lead in enumerate(leads)
+            if native is None or keep
+        ]
+        options = [{"process": p} for p in processors] or [native or {}] * len(leads)
+        samplings = row_samplings(generation_config, options)
         requests = [
             Request(prompt, limit, stop, sampling)
             for prompt, sampling in zip(prompts, samplings, strict=True)
@@ -105,17 +99,13 @@ def generate(
         streamer.end()
     if not wants:
         return sequences
-    kept = [s.process for s in samplings if isinstance(s.process, RowProcessors)]
+    result: dict[str, Any] = {"sequences": sequences}
     new = sequences.shape[1] - input_ids.shape[1]
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=_by_token([k.scores for k in kept], answers.lengths, new)
-        if keep and generation_config.output_scores
-        else None,
-        logits=_by_token([k.logits for k in kept], answers.lengths, new)
-        if keep and generation_config.output_logits
-        else None,
-    )
+    for name in ("scores", "logits"):
+        if keep and getattr(generation_config, f"output_{name}"):
+            kept = [getattr(row, name) for row in processors]
+            result[name] = _by_token(kept, answers.lengths, new)
+    return GenerateDecoderOnlyOutput(**result)
 
 
 class _Answers:
@@ -179,9 +169,7 @@ def _said_yes(criterion: Any, ids: Tensor) -> bool:
     return bool(answer)
 
 
-def _ends(
-    criteria: Iterable[Any], width: int
-) -> tuple[int, frozenset[int], StoppingCriteriaList]:
+def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], StoppingCriteriaList]:
     """How many tokens may follow, which end a row, and the criteria to ask besides."""
     limit, stop, others = 1 << 30, frozenset[int](), StoppingCriteriaList()
     for criterion in criteria:
@@ -227,8 +215,7 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
     mode = generation_config.get_generation_mode(assistant_model)
     if mode == GenerationMode.ASSISTED_GENERATION:
         raise InputError(
-            "assistant_model, prompt_lookup_num_tokens: eepass drafts by itself; leave them out, or "
-            "give eepass.transform a draft_model"
+            "assistant_model, prompt_lookup_num_tokens: eepass drafts by itself; leave them out"
         )
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise InputError(
@@ -291,7 +278,8 @@ def _hand_on_streamers() -> None:
             found |= {name: value for name, value in given.items() if value is not None}
         return found
 
-    GenerationMixin._extract_generation_mode_kwargs = extract
+    mixin: Any = GenerationMixin
+    mixin._extract_generation_mode_kwargs = extract
 
 
 _hand_on_streamers()

@@ -1,4 +1,4 @@
-"""transformers' logits processors: the engine's own sampling where it says the same, else a hook."""
+"""transformers' logits processors: as the engine's own sampling where that does the same."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ class RowProcessors:
         self,
         processors: LogitsProcessorList,
         row: int,
-        rows: int,
         padding: Sequence[int],
+        rows: int,
         keep: bool = False,
     ) -> None:
         self.row, self.rows, self.padding, self.keep = row, rows, list(padding), keep
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []
-        self.processors = processors
+        self.processors: Any = processors
         if rows > 1:
             try:
                 self.processors = copy.deepcopy(processors)
@@ -121,9 +121,15 @@ def refuse_processors(processors: Sequence[Any], native: bool, approximate: bool
             )
 
 
-def row_sampling(do_sample: bool, options: dict[str, Any], seeds: torch.Generator) -> Sampling:
-    """``Sampling`` with ``options``; greedy, or drawn with a seed from ``seeds``."""
-    if not do_sample:
-        return Sampling(**{**options, "temperature": 0.0})
-    seed = int(torch.randint(2**62, (), generator=seeds))
-    return Sampling(**{"temperature": 1.0, **options, "seed": seed})
+def row_samplings(generation_config: Any, options: Sequence[dict[str, Any]]) -> list[Sampling]:
+    """A ``Sampling`` for each of ``options``: greedy, or drawn with a seed of its own."""
+    if not generation_config.do_sample:
+        return [Sampling(**{**given, "temperature": 0.0}) for given in options]
+    seeds = torch.default_generator
+    if getattr(generation_config, "seed", None) is not None:
+        seeds = torch.Generator().manual_seed(generation_config.seed)
+    drawn = torch.randint(2**62, (len(options),), generator=seeds).tolist()
+    return [
+        Sampling(**{"temperature": 1.0, **given, "seed": seed})
+        for given, seed in zip(options, drawn, strict=True)
+    ]

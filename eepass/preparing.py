@@ -111,8 +111,8 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         current = None
     if current is not None and current.decoder.capacity < length:
         logger.warning(
-            "%d tokens, and room for %d: transforming the model again; prepare(model, max_length=...)"
-            " says beforehand how long it gets",
+            "%d tokens, and room for %d: transforming the model again; "
+            "prepare(model, max_length=...) says beforehand how long texts get",
             length,
             current.decoder.capacity,
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import socket
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -15,7 +16,6 @@ try:
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from transformers.cli.serve import Serve
-    from transformers.cli.serving.model_manager import TimedModel
 except ImportError as error:  # fastapi, uvicorn, openai
     raise InputError(f"serving needs pip install 'eepass[serve]' ({error})") from error
 
@@ -65,17 +65,22 @@ class Server(Serve):
             _sharpen(handler)
         app: Any = self.server.config.app
         app.add_exception_handler(ValueError, _bad_request)
-        self.server.config.log_level = "warning"
-        self.server.config.configure_logging()
+        config = self.server.config
+        config.log_level = "warning"
+        config.configure_logging()
+        try:
+            # asked beforehand: uvicorn would end its thread without a word to us
+            socket.create_server((config.host, config.port)).close()
+        except OSError as error:
+            raise InputError(
+                f"cannot listen at {config.host}:{config.port} ({error.strerror}): choose another "
+                "with port="
+            ) from error
         super().start_server()
         until = time.monotonic() + STARTING_SECONDS
         while not self.server.started:
             if not self._thread.is_alive() or time.monotonic() > until:
-                config = self.server.config
-                raise InputError(
-                    f"cannot listen at {config.host}:{config.port}: is the port in use? Choose "
-                    "another with port="
-                )
+                raise InputError(f"the server did not start at {config.host}:{config.port}")
             time.sleep(0.01)
 
     def wait(self) -> None:
@@ -86,7 +91,8 @@ class Server(Serve):
             self.kill_server()
 
     def _inject(self) -> None:
-        manager, loaded = self._model_manager, self._loaded
+        manager: Any = self._model_manager
+        loaded = self._loaded
         manager.force_model = loaded.name
         manager.model_timeout = -1
         # asked for again after a reset, and never to be looked for on a hub

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -31,7 +31,9 @@ class Request:
         return len(self.ids) + self.limit
 
 
-def decode_batch(engine: Engine, requests: SequenceOf[Request]) -> Iterator[tuple[Request, int]]:
+def decode_batch(
+    engine: Engine, requests: SequenceOf[Request]
+) -> Generator[tuple[Request, int], None, None]:
     """Tokens of ``requests`` as they are confirmed, those of one request in order.
 
     A request waits until the cache has room for it; one that ends makes room for the next. When

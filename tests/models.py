@@ -168,7 +168,5 @@ def tiny_tokenizer() -> Any:
         unk_token="<unk>",
         padding_side="left",
     )
-    fast.chat_template = (
-        "{% for message in messages %}{{ message['content'] }}_{% endfor %}"
-    )
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}_{% endfor %}"
     return fast

@@ -381,9 +381,7 @@ def test_a_cache_of_the_caller_is_refused(model):
         PROMPT, max_new_tokens=4, custom_generate=None, return_dict_in_generate=True
     )
     with pytest.raises(InputError, match="past_key_values"):
-        model.generate(
-            filled.sequences, past_key_values=filled.past_key_values, max_new_tokens=4
-        )
+        model.generate(filled.sequences, past_key_values=filled.past_key_values, max_new_tokens=4)
     with pytest.raises(InputError, match="assistant_model"):
         model.generate(PROMPT, assistant_model=tiny_model("llama"), max_new_tokens=4)
 
