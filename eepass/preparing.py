@@ -69,6 +69,11 @@ def prepare(
     return transformed
 
 
+def is_prepared(model: Any) -> bool:
+    """Whether ``model.generate`` uses eepass by itself."""
+    return "generate" in vars(model) and model in _kept
+
+
 @contextmanager
 def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
     """The transformed ``model``, with room for ``length`` tokens, for this thread alone.

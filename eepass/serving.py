@@ -10,7 +10,7 @@ from typing import Any
 
 from eepass.errors import InputError
 from eepass.models import LoadedModel
-from eepass.preparing import refuse_length
+from eepass.preparing import is_prepared, prepare, refuse_length
 
 try:
     from fastapi import Request
@@ -20,6 +20,8 @@ except ImportError as error:  # fastapi, uvicorn, openai
     raise InputError(f"serving needs pip install 'eepass[serve]' ({error})") from error
 
 STARTING_SECONDS = 30
+# tokens, where the model was not prepared
+USUAL_TEXT = 4096
 TEXT_PARTS = ("text", "input_text", "output_text")
 # fields transformers' server leaves aside though they change the answer, and what asks for nothing
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
@@ -39,10 +41,18 @@ def serve(
 ) -> Server:
     """Answer the OpenAI protocol at ``host``:``port``, in a thread of its own, with ``loaded``.
 
-    Its model's ``generate`` is what answers: ``eepass.prepare`` it first. Requests are decoded one
-    after another. Port 0 takes a free one. Raises ``InputError`` if the address is taken.
+    Its model's ``generate`` is what answers; ``eepass.prepare`` it first to say how, and how long
+    texts may get. Requests are decoded one after another. Port 0 takes a free one. Raises
+    ``InputError`` if the address is taken.
     """
-    return Server(loaded, host, port, log_level)
+    server = Server(loaded, host, port, log_level)
+    server.listen()
+    return server
+
+
+def openai_app(loaded: LoadedModel) -> Any:
+    """The same as an ASGI application, for other servers to run."""
+    return Server(loaded, "localhost", 0, "error").server.config.app
 
 
 class Server(Serve):
@@ -50,6 +60,8 @@ class Server(Serve):
 
     def __init__(self, loaded: LoadedModel, host: str, port: int, log_level: str) -> None:
         self._loaded = loaded
+        if not is_prepared(loaded.model):
+            prepare(loaded.model, loaded.artifact, max_length=USUAL_TEXT)
         super().__init__(host=host, port=port, log_level=log_level, non_blocking=True)
 
     @property
@@ -59,12 +71,15 @@ class Server(Serve):
         return f"http://{self.server.config.host}:{address[1]}/v1"
 
     def start_server(self) -> None:
-        """Called by ``Serve`` when all is built: put the model in, then listen."""
+        """Called by ``Serve`` when all is built: put the model in, but do not listen yet."""
         self._inject()
         for handler in (self._chat_handler, self._completion_handler, self._response_handler):
             _sharpen(handler)
         app: Any = self.server.config.app
         app.add_exception_handler(ValueError, _bad_request)
+
+    def listen(self) -> None:
+        """Begin to answer."""
         config = self.server.config
         config.log_level = "warning"
         config.configure_logging()
