@@ -84,7 +84,8 @@ def generate(
             for row, lead in enumerate(leads)
             if native is None or keep
         ]
-        options = [{"process": p} for p in processors] or [native or {}] * len(leads)
+        options: list[dict[str, Any]] = [{"process": each} for each in processors]
+        options = options or [dict(native or {}) for _ in leads]
         samplings = row_samplings(generation_config, options)
         requests = [
             Request(prompt, limit, stop, sampling)

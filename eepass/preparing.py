@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+
 from eepass.artifact import Artifact, found_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.transformation import EarlyExitModel, transform
+from eepass.transformation import PREFILL_ROWS, EarlyExitModel, transform
 
 # tokens, prompt and answer together, where nobody asked for more
 USUAL_LENGTH = 1024
@@ -85,6 +87,15 @@ def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
         prepared = _kept.setdefault(model, Prepared())
     with prepared.lock:
         yield _transformed(prepared, model, length)
+
+
+def compile_now(model: Any) -> None:
+    """Compile what a first ``generate`` would, and measure what passes cost."""
+    with in_use(model, 1) as transformed, torch.no_grad():
+        few = 4
+        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.capacity - few)
+        for _ in transformed.engine.generate(prompt, few):
+            pass
 
 
 def refuse_length(model: Any, length: int) -> None:

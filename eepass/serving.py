@@ -10,7 +10,7 @@ from typing import Any
 
 from eepass.errors import InputError
 from eepass.models import LoadedModel
-from eepass.preparing import is_prepared, prepare, refuse_length
+from eepass.preparing import compile_now, is_prepared, prepare, refuse_length
 
 try:
     from fastapi import Request
@@ -37,22 +37,30 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
 
 
 def serve(
-    loaded: LoadedModel, host: str = "localhost", port: int = 8000, log_level: str = "error"
+    loaded: LoadedModel,
+    host: str = "localhost",
+    port: int = 8000,
+    log_level: str = "error",
+    warm_up: bool = True,
 ) -> Server:
     """Answer the OpenAI protocol at ``host``:``port``, in a thread of its own, with ``loaded``.
 
     Its model's ``generate`` is what answers; ``eepass.prepare`` it first to say how, and how long
-    texts may get. Requests are decoded one after another. Port 0 takes a free one. Raises
-    ``InputError`` if the address is taken.
+    texts may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
+    compile before the first request, not at it. Raises ``InputError`` if the address is taken.
     """
     server = Server(loaded, host, port, log_level)
+    if warm_up:
+        compile_now(loaded.model)
     server.listen()
     return server
 
 
 def openai_app(loaded: LoadedModel) -> Any:
-    """The same as an ASGI application, for other servers to run."""
-    return Server(loaded, "localhost", 0, "error").server.config.app
+    """The same as an ASGI application, compiled, for other servers to run."""
+    app = Server(loaded, "localhost", 0, "error").server.config.app
+    compile_now(loaded.model)
+    return app
 
 
 class Server(Serve):

@@ -1,10 +1,10 @@
 """A model behind the OpenAI protocol, decoded by eepass.
 
-    pip install 'eepass[serve]'
-    python examples/serve.py [PORT]
+pip install 'eepass[serve]'
+python examples/serve.py [PORT]
 
-    curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d
-        '{"model": "smollm2", "messages": [{"role": "user", "content": "Why is the sea salty?"}]}'
+curl localhost:8000/v1/chat/completions -H 'content-type: application/json' -d
+    '{"model": "smollm2", "messages": [{"role": "user", "content": "Why is the sea salty?"}]}'
 """
 
 import sys

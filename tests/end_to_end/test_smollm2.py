@@ -2,12 +2,17 @@
 
 import importlib.util
 import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import eepass
 from eepass.config import ExitConfig
+from eepass.preparing import in_use
 from eepass.training.corpus import read_prompts
 from eepass.training.door import DEFAULT_PROMPTS
 
@@ -66,3 +71,46 @@ def test_exact_equals_dense_on_two_hundred_prompts_in_float32():
     assert different <= model.statistics.near_ties
     summary = model.statistics.summary()
     assert summary["accepted_per_pass"] > 1.5 and summary["rollbacks"] > 0
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return eepass.load("smollm2")
+
+
+def test_generate_finds_the_shipped_artefact_and_says_what_dense_says(loaded):
+    texts = ["Why is the sea salty?", "Write a haiku about autumn.", "What is 12 times 12?"]
+    prompts = [loaded.encode(text) for text in texts]
+    longest = max(map(len, prompts))
+    pad = loaded.model.generation_config.eos_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    said = loaded.model.generate(
+        ids, attention_mask=mask, max_new_tokens=48, do_sample=False, pad_token_id=pad,
+        custom_generate=eepass.generate,
+    )  # fmt: skip
+    with in_use(loaded.model, 1) as transformed:
+        assert transformed.artifact is not None
+        for prompt, row in zip(prompts, said[:, longest:].tolist(), strict=True):
+            dense = [s.token for s in transformed.dense.generate(prompt, 48, loaded.stop)]
+            assert row[: len(dense)] == dense and set(row[len(dense) :]) <= {pad}
+
+
+def test_the_example_serves_it(loaded):
+    openai = pytest.importorskip("openai", reason="the extra 'serve' is not installed")
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(root / "examples" / "serve.py"), "0"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            address = process.stdout.readline().split()[2].rstrip(";")
+            client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+            messages = [{"role": "user", "content": "What is the capital of France?"}]
+            options = {"model": "smollm2", "messages": messages, "max_tokens": 24}
+            reply = client.chat.completions.create(**options).choices[0]
+            chunks = client.chat.completions.create(**options, stream=True)
+            streamed = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+            assert "Paris" in reply.message.content and streamed == reply.message.content
+        finally:
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
