@@ -340,7 +340,8 @@ def test_pipeline(model, tokenizer):
 
 
 def test_two_threads_at_once(model):
-    prompts = [torch.randint(3, VOCABULARY, (1, n)) for n in (4, 9, 17, 30)]
+    seeded = torch.Generator().manual_seed(5)
+    prompts = [torch.randint(3, VOCABULARY, (1, n), generator=seeded) for n in (4, 9, 15, 12)]
     expected = [both(model, ids, max_new_tokens=40)[0] for ids in prompts]
     said = [None] * len(prompts)
 
