@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from eepass.passes.graph_walk import MEMORY
 from eepass.passes.report import PassError
 from eepass.plan import DecoderGraph, Input, Piece, SplitDecoder, causal_mask
 
@@ -33,7 +34,7 @@ def check_split(decoder: DecoderGraph, split: SplitDecoder) -> None:
     if not _same(logits, expected):
         raise PassError("the split decoder gives other logits than the traced one")
     for role in decoder.inputs:
-        if role.kind in ("keys", "values") and not _same(whole[role], parts[role]):
+        if role.kind in MEMORY and not _same(whole[role], parts[role]):
             raise PassError(f"the split decoder writes other {role.name} than the traced one")
 
 
@@ -56,7 +57,7 @@ def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
         elif role.kind == "mask":
             window = decoder.windows[role.name]
             found[role] = causal_mask(rows, slots, window, value.dtype, start=start)
-        elif role.kind in ("keys", "values"):
+        elif role.kind in MEMORY:
             found[role] = torch.zeros(value.shape, dtype=value.dtype)
         elif role.kind == "slots":
             found[role] = torch.arange(start, start + rows)

@@ -1,7 +1,4 @@
 """The decode step of a Hugging Face causal LM over a static cache, ready to be traced.
-
-Every attention layer gets full-length slots: a sliding window lives in the mask alone, so that
-rows can be padded and rolled back without losing keys.
 """
 
 from __future__ import annotations
@@ -28,9 +25,12 @@ class DecodeStep:
     cache: Any
     slots: list[KvSlots]
     windows: dict[str, int | None]
+    unmasked: tuple[str, ...] = ()
 
     def __call__(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        mask: Any = masks["attention"] if list(masks) == ["attention"] else masks
+        mask: Any = masks["attention"] if list(masks) == ["attention"] else dict(masks)
+        for name in self.unmasked:
+            mask[name] = None
         output = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -44,7 +44,7 @@ class DecodeStep:
 def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
-    device = step.slots[0].keys.device
+    device = next(model.parameters()).device
     ids = torch.zeros(1, rows, dtype=torch.long, device=device)
     positions = torch.arange(rows, device=device)[None]
     dtype = next(model.parameters()).dtype
@@ -60,8 +60,11 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
     """The decode step of ``model`` with a zeroed static cache of ``cache_length`` slots."""
     config = model.config.get_text_config(decoder=True)
     refuse_non_decoder(model)
-    windows = mask_windows(model, config)
-    cache = _full_length_cache(config, cache_length)
+    # transformers takes seconds to import
+    from eepass.passes.step_cache import memory_of, step_cache
+
+    cache = step_cache(config, cache_length)
+    windows, unmasked = mask_windows(model, config)
     device = next(model.parameters()).device
     # a first eager token gives each layer's cache its true shape, whatever the architecture
     with torch.no_grad():
@@ -75,33 +78,39 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
             raise PassError(
                 f"one token through {type(model).__name__} with a static cache fails: {error}"
             ) from error
-    slots = []
-    for index, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False):
-            raise PassError(f"layer {index} never writes to its KV cache")
-        slots.append(KvSlots(layer.keys, layer.values, layer.cumulative_length))
-        for tensor in (layer.keys, layer.values, layer.cumulative_length):
-            tensor.zero_()
-    return DecodeStep(model, cache, slots, windows)
+    slots = memory_of(cache)
+    if not any(kv.keys is not None for kv in slots):
+        raise PassError(f"{type(model).__name__} keeps no keys and values: {_instead(slots)}")
+    return DecodeStep(model, cache, slots, windows, unmasked)
 
 
-def mask_windows(model: Any, config: Any) -> dict[str, int | None]:
-    """The masks this model wants, by name, each with its window; one unnamed mask mostly."""
+def _instead(slots: list[KvSlots]) -> str:
+    return "it is a pure state-space model" if slots else "no layer writes to its cache"
+
+
+def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """The masks this model wants, by name, each with its window (one unnamed mask mostly); and the
+    names of those it wants to be None: recurrent layers have nothing to mask."""
     window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    sizes = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": -chunk if chunk else None,
+    }
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        other = sorted(kinds - {"full_attention", "sliding_attention"})
-        raise PassError(f"layers of kind {', '.join(other)} keep no keys and values per token")
+    recurrent = kinds - set(sizes)
+    attention = sorted(kinds & set(sizes)) or ["full_attention"]
     source = inspect.getsource(type(model.base_model).forward)
     if kinds and "isinstance(causal_mask_mapping" in source:
-        sizes = {"full_attention": None, "sliding_attention": window}
-        return {kind: sizes[kind] for kind in sorted(kinds)}
-    if len(kinds) == 2:
-        raise PassError("sliding and full layers alternate, but one mask serves all of them")
-    use = getattr(config, "use_sliding_window", True) and (
-        kinds == {"sliding_attention"} or not kinds
-    )
-    return {"attention": window if use else None}
+        unmasked = {*recurrent, "linear_attention"} if recurrent else ()
+        return {kind: sizes[kind] for kind in attention}, tuple(sorted(unmasked))
+    if len(attention) > 1:
+        raise PassError(f"layers of kind {' and '.join(attention)} share one mask")
+    if kinds:
+        return {"attention": sizes[attention[0]]}, ()
+    use = getattr(config, "use_sliding_window", True)
+    return {"attention": window if use else None}, ()
 
 
 def named_tensors(model: Any) -> Mapping[str, Tensor]:
@@ -130,21 +139,3 @@ def refuse_non_decoder(model: Any) -> None:
         )
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
         raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
-    if getattr(model, "_is_stateful", False):
-        raise PassError(
-            f"{type(model).__name__} keeps a recurrent state instead of keys and values"
-        )
-
-
-def _full_length_cache(config: Any, cache_length: int) -> Any:
-    from transformers.cache_utils import StaticCache, StaticLayer
-
-    cache = StaticCache(config=config, max_cache_len=cache_length)
-    for index, layer in enumerate(cache.layers):
-        if type(layer).__name__ == "StaticSlidingWindowLayer":
-            cache.layers[index] = StaticLayer(max_cache_len=cache_length)
-        elif not isinstance(layer, StaticLayer):
-            raise PassError(
-                f"layer {index} keeps a {type(layer).__name__}, not keys and values per token"
-            )
-    return cache

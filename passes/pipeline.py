@@ -43,10 +43,15 @@ def split_for_rows(
     prefill_rows: int = 64,
     dump: Path | None = None,
 ) -> tuple[dict[int, SplitDecoder], PassReport]:
-    """``model`` split for each row count: three traces, the other counts fitted between them."""
+    """``model`` split for each row count: three traces, the other counts fitted between them.
+
+    A model with recurrent states is split for one row alone.
+    """
     most = max(step_rows)
     one, report = split_decoder(model, 1, cache_length, dump)
     splits = {1: one}
+    if one.stepwise:
+        return splits, report
     if most > 1:
         splits[most], _ = split_decoder(model, most, cache_length, dump)
     splits[prefill_rows], _ = split_decoder(model, prefill_rows, cache_length, dump)
