@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -16,21 +19,33 @@ from eepass.passes.report import PassError
 from eepass.plan import DecoderGraph, causal_mask
 
 
+# the function of transformers that models take their causal mask from
+MASK_MAKER = "create_causal_mask"
+
+
 @dataclass(slots=True)
 class DecodeStep:
-    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``; ``windows`` says how far
-    back each named mask lets a row look (None: to the start)."""
+    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``.
+
+    ``windows`` says how far back each named mask lets a row look (None: to the start); those named
+    in ``unmasked`` are None. ``bias``: a model that builds a bias from a mask [1, C] of slots; it
+    gets one, and its causal mask in place of what it would make of that.
+    """
 
     model: Any
     cache: Any
-    slots: list[KvSlots]
     windows: dict[str, int | None]
     unmasked: tuple[str, ...] = ()
+    slots: list[KvSlots] = field(default_factory=list)
+    bias: Tensor | None = None
+    mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
         mask: Any = masks["attention"] if list(masks) == ["attention"] else dict(masks)
         for name in self.unmasked:
             mask[name] = None
+        if self.bias is not None:
+            self.mask, mask = mask, self.bias
         output = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -40,20 +55,22 @@ class DecodeStep:
         )
         return output.logits
 
+    @contextmanager
+    def masks_given(self) -> Iterator[None]:
+        """Within, the model's causal mask is the step's own."""
+        if self.bias is None:
+            yield
+            return
+        with patch.object(_mask_module(self.model), MASK_MAKER, lambda *_, **__: self.mask):
+            yield
+
 
 def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
-    device = next(model.parameters()).device
-    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
-    positions = torch.arange(rows, device=device)[None]
-    dtype = next(model.parameters()).dtype
-    masks = {
-        name: causal_mask(rows, cache_length, window, dtype, device)
-        for name, window in step.windows.items()
-    }
-    tensors = named_tensors(model)
-    return capture(step, ids, positions, masks, tensors, step.slots, step.windows)
+    inputs = _example_inputs(step, rows, cache_length)
+    with step.masks_given():
+        return capture(step, *inputs, named_tensors(model), step.slots, step.windows)
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
@@ -63,29 +80,50 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
     # transformers takes seconds to import
     from eepass.passes.step_cache import memory_of, step_cache
 
-    cache = step_cache(config, cache_length)
     windows, unmasked = mask_windows(model, config)
-    device = next(model.parameters()).device
+    step = DecodeStep(model, step_cache(config, cache_length), windows, unmasked)
     # a first eager token gives each layer's cache its true shape, whatever the architecture
-    with torch.no_grad():
-        try:
-            model(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
-                past_key_values=cache,
-                use_cache=True,
+    try:
+        _first_token(step, cache_length)
+    except Exception as error:
+        if hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
+            step.cache = step_cache(config, cache_length)
+            step.bias = torch.ones(
+                1, cache_length, dtype=torch.long, device=next(model.parameters()).device
             )
-        except Exception as error:
+            with suppress(Exception):
+                _first_token(step, cache_length)
+                error = None
+        if error is not None:
             raise PassError(
                 f"one token through {type(model).__name__} with a static cache fails: {error}"
             ) from error
-    slots = memory_of(cache)
-    if not any(kv.keys is not None for kv in slots):
-        raise PassError(f"{type(model).__name__} keeps no keys and values: {_instead(slots)}")
-    return DecodeStep(model, cache, slots, windows, unmasked)
+    step.slots = memory_of(step.cache)
+    if not any(kv.keys is not None for kv in step.slots):
+        kept = "only recurrent states" if step.slots else "its past in no cache of keys and values"
+        raise PassError(f"{type(model).__name__} keeps {kept}: it is no decoder with attention")
+    return step
 
 
-def _instead(slots: list[KvSlots]) -> str:
-    return "it is a pure state-space model" if slots else "no layer writes to its cache"
+def _first_token(step: DecodeStep, cache_length: int) -> None:
+    with torch.no_grad(), step.masks_given():
+        step(*_example_inputs(step, 1, cache_length))
+
+
+def _example_inputs(
+    step: DecodeStep, rows: int, cache_length: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    weight = next(step.model.parameters())
+    masks = {
+        name: causal_mask(rows, cache_length, window, weight.dtype, weight.device)
+        for name, window in step.windows.items()
+    }
+    ids = torch.zeros(1, rows, dtype=torch.long, device=weight.device)
+    return ids, torch.arange(rows, device=weight.device)[None], masks
+
+
+def _mask_module(model: Any) -> Any:
+    return sys.modules[type(model.base_model).__module__]
 
 
 def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[str, ...]]:
@@ -101,8 +139,8 @@ def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = kinds - set(sizes)
     attention = sorted(kinds & set(sizes)) or ["full_attention"]
-    source = inspect.getsource(type(model.base_model).forward)
-    if kinds and "isinstance(causal_mask_mapping" in source:
+    sources = (inspect.getsource(kind.forward) for kind in {type(m) for m in model.modules()})
+    if kinds and any("isinstance(causal_mask_mapping" in source for source in sources):
         unmasked = {*recurrent, "linear_attention"} if recurrent else ()
         return {kind: sizes[kind] for kind in attention}, tuple(sorted(unmasked))
     if len(attention) > 1:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eepass.passes.check import check_split
+from eepass.passes.check import check_split, check_trace
 from eepass.passes.decode_step import trace_decode_step
 from eepass.passes.find_layers import find_layers
 from eepass.passes.fit_rows import fit_rows
@@ -25,6 +25,9 @@ def split_decoder(
     """Trace ``model`` for one row count and split it; raises ``PassError`` with the reason."""
     report = PassReport()
     decoder = trace_decode_step(model, rows, cache_length)
+    if rows == 1:
+        with torch.no_grad():
+            check_trace(model, decoder)
     _write(dump, f"{rows}-rows.1-captured.py", decoder.graph.code)
     # before splitting: boundaries are nodes of the traced graph
     boundaries = find_layers(decoder, report)
