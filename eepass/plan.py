@@ -97,7 +97,7 @@ class SplitDecoder:
     ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
     the side inputs that depend on positions and mask alone. Their outputs are named in
     ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
-    of layer i that writes its keys and values, nothing else.
+    of layer i that writes its keys, values and states, nothing else.
     """
 
     rows: int
@@ -112,6 +112,8 @@ class SplitDecoder:
     head: Head
     windows: Mapping[str, int | None]
     how: str = ""
+    # layers make biases or masks of slot numbers, so that a tree's tokens would stand wrongly
+    counts_slots: bool = False
 
     @property
     def distinct_layers(self) -> int:

@@ -83,8 +83,7 @@ class EarlyExitModel:
         """
         exits = schedule = None
         tensors: dict[str, Tensor] = {}
-        if self.splits[1].stepwise:
-            config = without_guesses(config)
+        config = without_guesses(config, self.splits[1])
         if self.artifact is None:
             config = without_artifact(config, self.draft_model is not None)
         else:
@@ -213,11 +212,14 @@ def transform(
     return transformed
 
 
-def without_guesses(config: ExitConfig) -> ExitConfig:
-    """``config`` as far as it goes where nothing can be taken back: with recurrent states."""
-    if config.guarantee == "exact":
+def without_guesses(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
+    """``config`` as far as it goes with ``split``: recurrent states take nothing back, and where
+    slots are counted a tree of drafts stands wrongly."""
+    if split.stepwise and config.guarantee == "exact":
         return replace(config, exits=False, draft="lens", speculate="off")
-    return replace(config, speculate="off")
+    if split.stepwise or (split.counts_slots and config.speculate != "lens"):
+        return replace(config, speculate="off")
+    return config
 
 
 def without_artifact(config: ExitConfig, draft_model: bool) -> ExitConfig:

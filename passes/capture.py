@@ -23,6 +23,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.passes.report import PassError
+from eepass.passes.slot_masks import rows_of_buffers_by_slot
 from eepass.plan import DecoderGraph, Input, InputKind
 
 aten = torch.ops.aten
@@ -76,6 +77,7 @@ def capture(
         traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
     inputs += _constants_to_inputs(traced, extra)
     _lengths_to_slots(traced, inputs, ids.shape[1])
+    rows_of_buffers_by_slot(traced, inputs, ids.shape[1])
     _strip_mode_switches(traced)
     _unwrap_output(traced)
     traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
@@ -107,7 +109,12 @@ def _dynamo_graph(
                 ids, positions, dict(masks)
             )
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        text = str(error).strip()
+        if "data-dependent" in text or "unbacked" in text.lower():
+            raise PassError(
+                "its control flow depends on data: no one graph fits all tokens"
+            ) from error
+        first = text.splitlines()[0]
         raise PassError(f"the decode step cannot be traced in one graph: {first}") from error
     finally:
         torch._dynamo.reset()

@@ -1,12 +1,11 @@
-"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced.
-"""
+"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced."""
 
 from __future__ import annotations
 
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -17,7 +16,6 @@ from torch import Tensor
 from eepass.passes.capture import KvSlots, capture
 from eepass.passes.report import PassError
 from eepass.plan import DecoderGraph, causal_mask
-
 
 # the function of transformers that models take their causal mask from
 MASK_MAKER = "create_causal_mask"
@@ -82,22 +80,15 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
 
     windows, unmasked = mask_windows(model, config)
     step = DecodeStep(model, step_cache(config, cache_length), windows, unmasked)
-    # a first eager token gives each layer's cache its true shape, whatever the architecture
-    try:
-        _first_token(step, cache_length)
-    except Exception as error:
-        if hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
-            step.cache = step_cache(config, cache_length)
-            step.bias = torch.ones(
-                1, cache_length, dtype=torch.long, device=next(model.parameters()).device
-            )
-            with suppress(Exception):
-                _first_token(step, cache_length)
-                error = None
-        if error is not None:
-            raise PassError(
-                f"one token through {type(model).__name__} with a static cache fails: {error}"
-            ) from error
+    reason = _first_token(step, cache_length)
+    if reason and hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
+        step.cache = step_cache(config, cache_length)
+        step.bias = torch.ones(1, cache_length, dtype=torch.long, device=_device(model))
+        reason = _first_token(step, cache_length) and reason
+    if reason:
+        raise PassError(
+            f"one token through {type(model).__name__} with a static cache fails: {reason}"
+        )
     step.slots = memory_of(step.cache)
     if not any(kv.keys is not None for kv in step.slots):
         kept = "only recurrent states" if step.slots else "its past in no cache of keys and values"
@@ -105,21 +96,33 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
     return step
 
 
-def _first_token(step: DecodeStep, cache_length: int) -> None:
-    with torch.no_grad(), step.masks_given():
-        step(*_example_inputs(step, 1, cache_length))
+def _first_token(step: DecodeStep, cache_length: int) -> str:
+    """Run an eager token, which gives each layer's cache its true shape; why that fails, if it
+    does."""
+    try:
+        with torch.no_grad(), step.masks_given():
+            step(*_example_inputs(step, 1, cache_length))
+    except Exception as error:
+        # whatever a model's code raises is a reason to refuse it
+        return str(error) or type(error).__name__
+    return ""
 
 
 def _example_inputs(
     step: DecodeStep, rows: int, cache_length: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    weight = next(step.model.parameters())
+    dtype, device = next(step.model.parameters()).dtype, _device(step.model)
     masks = {
-        name: causal_mask(rows, cache_length, window, weight.dtype, weight.device)
+        name: causal_mask(rows, cache_length, window, dtype, device)
         for name, window in step.windows.items()
     }
-    ids = torch.zeros(1, rows, dtype=torch.long, device=weight.device)
-    return ids, torch.arange(rows, device=weight.device)[None], masks
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
+    return ids, torch.arange(rows, device=device)[None], masks
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
 
 
 def _mask_module(model: Any) -> Any:
@@ -177,3 +180,12 @@ def refuse_non_decoder(model: Any) -> None:
         )
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
         raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    if getattr(model, "_is_stateful", False) and not any(
+        (kind.endswith("_attention") and kind != "linear_attention") or kind.startswith("hybrid")
+        for kind in kinds
+    ):
+        raise PassError(
+            f"{type(model).__name__} is a pure state-space model: it keeps a recurrent state "
+            "instead of keys and values"
+        )
