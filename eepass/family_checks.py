@@ -45,13 +45,12 @@ class CutModel:
 
         if depth not in self.models:
             self.models[depth] = cut(self.models[self.layers], self.layers, depth)
-        model = self.models[self.layers]
-        # a cut may leave recurrent layers alone, which a cache of their own does not expect
-        stateful = getattr(model, "_is_stateful", False)
+        # a cut may leave recurrent layers alone, which a cache made for them does not expect
+        whole = DynamicCache(config=self.models[self.layers].config)
         out = self.models[depth](
             input_ids=torch.tensor([list(ids)]),
             position_ids=torch.arange(len(ids))[None],
-            past_key_values=DynamicCache(config=model.config) if stateful else None,
+            past_key_values=whole if any(whole.is_linear) else None,
             use_cache=True,
         )
         cache = out.past_key_values

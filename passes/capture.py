@@ -182,7 +182,10 @@ def _unwrap_output(traced: GraphModule) -> None:
     values = output.args[0]
     if isinstance(values, (tuple, list)):
         if len(values) != 1:
-            raise PassError(f"the decode step returns {len(values)} values, expected the logits")
+            raise PassError(
+                f"the decode step returns {len(values)} values instead of the logits alone: states "
+                "kept in the modules, outside of the cache, cannot be followed"
+            )
         output.args = (values[0],)
 
 
