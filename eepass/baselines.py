@@ -57,7 +57,8 @@ class HfDecoder:
 
         def run(ids: list[int]) -> tuple[list[int], float]:
             for slots in self.step.slots:
-                slots.start.zero_()
+                if slots.start is not None:
+                    slots.start.zero_()
             with torch.no_grad():
                 rows = len(ids)
                 logits = self.step(

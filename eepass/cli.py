@@ -1,4 +1,4 @@
-"""The command line: ``eepass probe | train | generate | bench | inspect``."""
+"""The command line: ``eepass probe | train | generate | bench | inspect | families``."""
 
 from __future__ import annotations
 
@@ -313,6 +313,33 @@ def inspect(
 def main() -> None:
     """Entry point of the ``eepass`` command."""
     app()
+
+
+@app.command()
+def families(
+    only: Annotated[
+        list[str] | None, typer.Argument(help="Families to check; all if none.")
+    ] = None,
+    compiler: Annotated[
+        str, typer.Option(help="graph: run what was traced as it is; inductor: compile it.")
+    ] = "graph",
+    docs: Annotated[
+        Path | None, typer.Option(help="Also write the table here, as Markdown.")
+    ] = None,
+    json_file: Json = None,
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Show which decoder families can be transformed, each on a small random model."""
+
+    def work() -> None:
+        from eepass.families_report import report
+
+        failed = report(only or [], compiler, docs, json_file, threads, _write_json)
+        if failed:
+            raise InputError(f"not as expected: {', '.join(failed)}")
+
+    _run(work, debug)
 
 
 def _draft(name: str) -> Any:

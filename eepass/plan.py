@@ -19,6 +19,8 @@ InputKind = Literal[
     "parameter",
     "keys",
     "values",
+    # what a recurrent layer carries from token to token, overwritten in place
+    "state",
     # the slot each row is written to, [R]; layers differ where tokens wait for the deeper ones
     "slots",
     # of an exit point: the draft tokens, and their probabilities at the predictor before
@@ -95,7 +97,7 @@ class SplitDecoder:
     ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
     the side inputs that depend on positions and mask alone. Their outputs are named in
     ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
-    of layer i that writes its keys and values, nothing else.
+    of layer i that writes its keys, values and states, nothing else.
     """
 
     rows: int
@@ -110,15 +112,27 @@ class SplitDecoder:
     head: Head
     windows: Mapping[str, int | None]
     how: str = ""
+    # layers make biases or masks of slot numbers, so that a tree's tokens would stand wrongly
+    counts_slots: bool = False
 
     @property
     def distinct_layers(self) -> int:
         return len({layer.structure for layer in self.layers})
 
     @property
+    def stepwise(self) -> bool:
+        """Whether layers carry states from token to token, which nothing takes back."""
+        return any(role.kind == "state" for layer in self.layers for role in layer.inputs)
+
+    @property
+    def boundary(self) -> Tensor:
+        """What a boundary looks like: a tensor without values [1, R, H]."""
+        value: Tensor = self.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
+        return value
+
+    @property
     def hidden_size(self) -> int:
-        boundary = self.layers[0].graph.graph.output_node().all_input_nodes[0]
-        return int(boundary.meta["val"].shape[-1])
+        return int(self.boundary.shape[-1])
 
 
 @dataclass(slots=True)
@@ -172,12 +186,13 @@ def causal_mask(
 ) -> Tensor:
     """Additive mask [1, 1, R, C] for rows at positions ``start`` onwards: 0 where a row may look.
 
+    ``window``: how many tokens back, itself included; −n: in chunks of n tokens; None: all.
     Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.
     """
     row = torch.arange(start, start + rows, device=device)[:, None]
     slot = torch.arange(cache_length, device=device)[None]
     seen = slot <= row
     if window is not None:
-        seen &= slot > row - window
+        seen &= slot > row - window if window > 0 else slot >= row - row % -window
     mask = torch.zeros(rows, cache_length, dtype=dtype, device=device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]

@@ -31,6 +31,7 @@ from eepass.runtime.sampling import Sampling
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
+from eepass.runtime.stepwise import StepwiseDecoder
 from eepass.runtime.weight_memory import settle_weights
 
 PREFILL_ROWS = 64
@@ -61,7 +62,12 @@ class EarlyExitModel:
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
         self.draft_model = draft_model
         self.compiler = CpuCompiler()
-        self.decoder = Decoder(splits, self.compiler)
+        stepwise = splits[1].stepwise
+        self.decoder = (
+            StepwiseDecoder(splits[1], self.compiler)
+            if stepwise
+            else Decoder(splits, self.compiler)
+        )
         self.dense = Engine(self.decoder)
         self.engine = self.dense
         self.config: ExitConfig | None = None
@@ -77,6 +83,7 @@ class EarlyExitModel:
         """
         exits = schedule = None
         tensors: dict[str, Tensor] = {}
+        config = without_guesses(config, self.splits[1])
         if self.artifact is None:
             config = without_artifact(config, self.draft_model is not None)
         else:
@@ -129,7 +136,9 @@ class EarlyExitModel:
 
     def _logit_noise(self) -> float:
         if self._noise is None:
-            self._noise = logit_noise(self.decoder)
+            # rows that go one by one are the same wherever they stand
+            stepwise = self.splits[1].stepwise
+            self._noise = 0.0 if stepwise else logit_noise(self.decoder)
         return self._noise
 
     def stream(
@@ -201,6 +210,16 @@ def transform(
         transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
         transformed.configure(config or ExitConfig())
     return transformed
+
+
+def without_guesses(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
+    """``config`` as far as it goes with ``split``: recurrent states take nothing back, and where
+    slots are counted a tree of drafts stands wrongly."""
+    if split.stepwise and config.guarantee == "exact":
+        return replace(config, exits=False, draft="lens", speculate="off")
+    if split.stepwise or (split.counts_slots and config.speculate != "lens"):
+        return replace(config, speculate="off")
+    return config
 
 
 def without_artifact(config: ExitConfig, draft_model: bool) -> ExitConfig:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,18 +23,23 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.passes.report import PassError
-from eepass.plan import DecoderGraph, Input
+from eepass.passes.slot_masks import rows_of_buffers_by_slot
+from eepass.plan import DecoderGraph, Input, InputKind
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
 class KvSlots:
-    """Static cache of one layer: keys and values [1, heads, slots, width], ``start`` a scalar."""
+    """Static cache of one layer: keys and values [1, heads, slots, width], ``start`` a scalar.
 
-    keys: Tensor
-    values: Tensor
-    start: Tensor
+    A recurrent layer has ``states`` instead, or besides: tensors each token overwrites in place.
+    """
+
+    keys: Tensor | None = None
+    values: Tensor | None = None
+    start: Tensor | None = None
+    states: tuple[Tensor, ...] = ()
 
 
 def capture(
@@ -51,9 +56,11 @@ def capture(
     roles |= {id(mask): Input("mask", name) for name, mask in masks.items()}
     roles |= {id(tensor): Input("parameter", name) for name, tensor in tensors.items()}
     for layer, kv in enumerate(cache):
-        roles[id(kv.keys)] = Input("keys", f"keys.{layer}", layer)
-        roles[id(kv.values)] = Input("values", f"values.{layer}", layer)
-        roles[id(kv.start)] = Input("slots", f"slots.{layer}", layer)
+        for kind, tensor in (("keys", kv.keys), ("values", kv.values), ("slots", kv.start)):
+            if tensor is not None:
+                roles[id(tensor)] = Input(cast(InputKind, kind), f"{kind}.{layer}", layer)
+        for index, state in enumerate(kv.states):
+            roles[id(state)] = Input("state", f"state.{layer}.{index}", layer)
 
     graph, examples = _dynamo_graph(step, ids, positions, masks)
     extra: dict[str, Tensor] = {}
@@ -68,12 +75,14 @@ def capture(
         inputs.append(roles[id(example)])
     with torch.no_grad():
         traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
+    inputs += _constants_to_inputs(traced, extra)
     _lengths_to_slots(traced, inputs, ids.shape[1])
+    rows_of_buffers_by_slot(traced, inputs, ids.shape[1])
     _strip_mode_switches(traced)
     _unwrap_output(traced)
     traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
     traced.recompile()
-    slots = cache[0].keys.shape[2] if cache else 0
+    slots = next((kv.keys.shape[2] for kv in cache if kv.keys is not None), 0)
     return DecoderGraph(
         graph=traced,
         inputs=tuple(inputs),
@@ -100,7 +109,12 @@ def _dynamo_graph(
                 ids, positions, dict(masks)
             )
     except Exception as error:
-        first = str(error).strip().splitlines()[0]
+        text = str(error).strip()
+        if "data-dependent" in text or "unbacked" in text.lower():
+            raise PassError(
+                "its control flow depends on data: no one graph fits all tokens"
+            ) from error
+        first = text.splitlines()[0]
         raise PassError(f"the decode step cannot be traced in one graph: {first}") from error
     finally:
         torch._dynamo.reset()
@@ -113,6 +127,21 @@ def _dynamo_graph(
         graph.graph.erase_node(node)
     graph.recompile()
     return graph, examples
+
+
+def _constants_to_inputs(traced: GraphModule, extra: dict[str, Tensor]) -> list[Input]:
+    """Make the tensors the model builds from Python numbers inputs, so that pieces own none."""
+    added = []
+    for node in traced.graph.find_nodes(op="get_attr"):
+        name = f"constant.{len(extra)}"
+        extra[name] = getattr(traced, str(node.target))
+        with traced.graph.inserting_before(_placeholders(traced)[-1].next):
+            placeholder = traced.graph.placeholder(name.replace(".", "_"))
+        placeholder.meta = {**node.meta, "val": extra[name]}
+        node.replace_all_uses_with(placeholder)
+        traced.graph.erase_node(node)
+        added.append(Input("parameter", name))
+    return added
 
 
 def _lengths_to_slots(traced: GraphModule, inputs: Sequence[Input], rows: int) -> None:
@@ -153,7 +182,10 @@ def _unwrap_output(traced: GraphModule) -> None:
     values = output.args[0]
     if isinstance(values, (tuple, list)):
         if len(values) != 1:
-            raise PassError(f"the decode step returns {len(values)} values, expected the logits")
+            raise PassError(
+                f"the decode step returns {len(values)} values instead of the logits alone: states "
+                "kept in the modules, outside of the cache, cannot be followed"
+            )
         output.args = (values[0],)
 
 

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eepass.passes.graph_walk import MEMORY
 from eepass.passes.report import PassError
 from eepass.plan import DecoderGraph, Input, Piece, SplitDecoder, causal_mask
+
+# how many tokens a trace is compared over
+TOKENS = 4
 
 
 def check_split(decoder: DecoderGraph, split: SplitDecoder) -> None:
@@ -33,8 +38,38 @@ def check_split(decoder: DecoderGraph, split: SplitDecoder) -> None:
     if not _same(logits, expected):
         raise PassError("the split decoder gives other logits than the traced one")
     for role in decoder.inputs:
-        if role.kind in ("keys", "values") and not _same(whole[role], parts[role]):
+        if role.kind in MEMORY and not _same(whole[role], parts[role]):
             raise PassError(f"the split decoder writes other {role.name} than the traced one")
+
+
+def check_trace(model: Any, decoder: DecoderGraph) -> None:
+    """Run the trace of one row over a few tokens; ``PassError`` where ``model`` without a cache
+    says otherwise: it places tokens by something else than positions, masks and slots."""
+    tokens = [5 + 3 * index for index in range(TOKENS)]
+    inputs = _inputs(decoder)
+    got = []
+    for position, token in enumerate(tokens):
+        for role in decoder.inputs:
+            if role.kind == "ids":
+                inputs[role] = torch.tensor([[token]])
+            elif role.kind == "positions":
+                inputs[role] = torch.tensor([[position]])
+            elif role.kind == "slots":
+                inputs[role] = torch.tensor([position])
+            elif role.kind == "mask":
+                window, dtype = decoder.windows[role.name], inputs[role].dtype
+                inputs[role] = causal_mask(1, decoder.cache_length, window, dtype, start=position)
+        got.append(decoder.graph(*(inputs[role] for role in decoder.inputs))[0, -1])
+    ids = torch.tensor([tokens])
+    wanted = model(input_ids=ids, use_cache=False).logits[0]
+    scale, apart = wanted.abs().max(), (torch.stack(got) - wanted).abs().max()
+    # low precision may send a token to another expert
+    if apart > scale * (1e-3 if wanted.dtype == torch.float32 else 0.25):
+        raise PassError(
+            "token by token over a static cache it gives other logits than in one go "
+            f"(apart by {float(apart):.2g} of {float(scale):.2g}): it does not place tokens by the "
+            "positions and masks it is given"
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -56,7 +91,7 @@ def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
         elif role.kind == "mask":
             window = decoder.windows[role.name]
             found[role] = causal_mask(rows, slots, window, value.dtype, start=start)
-        elif role.kind in ("keys", "values"):
+        elif role.kind in MEMORY:
             found[role] = torch.zeros(value.shape, dtype=value.dtype)
         elif role.kind == "slots":
             found[role] = torch.arange(start, start + rows)

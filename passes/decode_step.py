@@ -1,15 +1,14 @@
-"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced.
-
-Every attention layer gets full-length slots: a sliding window lives in the mask alone, so that
-rows can be padded and rolled back without losing keys.
-"""
+"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -18,19 +17,33 @@ from eepass.passes.capture import KvSlots, capture
 from eepass.passes.report import PassError
 from eepass.plan import DecoderGraph, causal_mask
 
+# the function of transformers that models take their causal mask from
+MASK_MAKER = "create_causal_mask"
+
 
 @dataclass(slots=True)
 class DecodeStep:
-    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``; ``windows`` says how far
-    back each named mask lets a row look (None: to the start)."""
+    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``.
+
+    ``windows`` says how far back each named mask lets a row look (None: to the start); those named
+    in ``unmasked`` are None. ``bias``: a model that builds a bias from a mask [1, C] of slots; it
+    gets one, and its causal mask in place of what it would make of that.
+    """
 
     model: Any
     cache: Any
-    slots: list[KvSlots]
     windows: dict[str, int | None]
+    unmasked: tuple[str, ...] = ()
+    slots: list[KvSlots] = field(default_factory=list)
+    bias: Tensor | None = None
+    mask: Tensor | None = None
 
     def __call__(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
-        mask: Any = masks["attention"] if list(masks) == ["attention"] else masks
+        mask: Any = masks["attention"] if list(masks) == ["attention"] else dict(masks)
+        for name in self.unmasked:
+            mask[name] = None
+        if self.bias is not None:
+            self.mask, mask = mask, self.bias
         output = self.model(
             input_ids=ids,
             position_ids=positions,
@@ -40,68 +53,105 @@ class DecodeStep:
         )
         return output.logits
 
+    @contextmanager
+    def masks_given(self) -> Iterator[None]:
+        """Within, the model's causal mask is the step's own."""
+        if self.bias is None:
+            yield
+            return
+        with patch.object(_mask_module(self.model), MASK_MAKER, lambda *_, **__: self.mask):
+            yield
+
 
 def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
-    device = step.slots[0].keys.device
-    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
-    positions = torch.arange(rows, device=device)[None]
-    dtype = next(model.parameters()).dtype
-    masks = {
-        name: causal_mask(rows, cache_length, window, dtype, device)
-        for name, window in step.windows.items()
-    }
-    tensors = named_tensors(model)
-    return capture(step, ids, positions, masks, tensors, step.slots, step.windows)
+    inputs = _example_inputs(step, rows, cache_length)
+    with step.masks_given():
+        return capture(step, *inputs, named_tensors(model), step.slots, step.windows)
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
     """The decode step of ``model`` with a zeroed static cache of ``cache_length`` slots."""
     config = model.config.get_text_config(decoder=True)
     refuse_non_decoder(model)
-    windows = mask_windows(model, config)
-    cache = _full_length_cache(config, cache_length)
-    device = next(model.parameters()).device
-    # a first eager token gives each layer's cache its true shape, whatever the architecture
-    with torch.no_grad():
-        try:
-            model(
-                input_ids=torch.zeros(1, 1, dtype=torch.long, device=device),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        except Exception as error:
-            raise PassError(
-                f"one token through {type(model).__name__} with a static cache fails: {error}"
-            ) from error
-    slots = []
-    for index, layer in enumerate(cache.layers):
-        if not getattr(layer, "is_initialized", False):
-            raise PassError(f"layer {index} never writes to its KV cache")
-        slots.append(KvSlots(layer.keys, layer.values, layer.cumulative_length))
-        for tensor in (layer.keys, layer.values, layer.cumulative_length):
-            tensor.zero_()
-    return DecodeStep(model, cache, slots, windows)
+    # transformers takes seconds to import
+    from eepass.passes.step_cache import memory_of, step_cache
+
+    windows, unmasked = mask_windows(model, config)
+    step = DecodeStep(model, step_cache(config, cache_length), windows, unmasked)
+    reason = _first_token(step, cache_length)
+    if reason and hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
+        step.cache = step_cache(config, cache_length)
+        step.bias = torch.ones(1, cache_length, dtype=torch.long, device=_device(model))
+        reason = _first_token(step, cache_length) and reason
+    if reason:
+        raise PassError(
+            f"one token through {type(model).__name__} with a static cache fails: {reason}"
+        )
+    step.slots = memory_of(step.cache)
+    if not any(kv.keys is not None for kv in step.slots):
+        kept = "only recurrent states" if step.slots else "its past in no cache of keys and values"
+        raise PassError(f"{type(model).__name__} keeps {kept}: it is no decoder with attention")
+    return step
 
 
-def mask_windows(model: Any, config: Any) -> dict[str, int | None]:
-    """The masks this model wants, by name, each with its window; one unnamed mask mostly."""
+def _first_token(step: DecodeStep, cache_length: int) -> str:
+    """Run an eager token, which gives each layer's cache its true shape; why that fails, if it
+    does."""
+    try:
+        with torch.no_grad(), step.masks_given():
+            step(*_example_inputs(step, 1, cache_length))
+    except Exception as error:
+        # whatever a model's code raises is a reason to refuse it
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _example_inputs(
+    step: DecodeStep, rows: int, cache_length: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    dtype, device = next(step.model.parameters()).dtype, _device(step.model)
+    masks = {
+        name: causal_mask(rows, cache_length, window, dtype, device)
+        for name, window in step.windows.items()
+    }
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
+    return ids, torch.arange(rows, device=device)[None], masks
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _mask_module(model: Any) -> Any:
+    return sys.modules[type(model.base_model).__module__]
+
+
+def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """The masks this model wants, by name, each with its window (one unnamed mask mostly); and the
+    names of those it wants to be None: recurrent layers have nothing to mask."""
     window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    sizes = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": -chunk if chunk else None,
+    }
     kinds = set(getattr(config, "layer_types", None) or ())
-    if kinds - {"full_attention", "sliding_attention"}:
-        other = sorted(kinds - {"full_attention", "sliding_attention"})
-        raise PassError(f"layers of kind {', '.join(other)} keep no keys and values per token")
-    source = inspect.getsource(type(model.base_model).forward)
-    if kinds and "isinstance(causal_mask_mapping" in source:
-        sizes = {"full_attention": None, "sliding_attention": window}
-        return {kind: sizes[kind] for kind in sorted(kinds)}
-    if len(kinds) == 2:
-        raise PassError("sliding and full layers alternate, but one mask serves all of them")
-    use = getattr(config, "use_sliding_window", True) and (
-        kinds == {"sliding_attention"} or not kinds
-    )
-    return {"attention": window if use else None}
+    recurrent = kinds - set(sizes)
+    attention = sorted(kinds & set(sizes)) or ["full_attention"]
+    sources = (inspect.getsource(kind.forward) for kind in {type(m) for m in model.modules()})
+    if kinds and any("isinstance(causal_mask_mapping" in source for source in sources):
+        unmasked = {*recurrent, "linear_attention"} if recurrent else ()
+        return {kind: sizes[kind] for kind in attention}, tuple(sorted(unmasked))
+    if len(attention) > 1:
+        raise PassError(f"layers of kind {' and '.join(attention)} share one mask")
+    if kinds:
+        return {"attention": sizes[attention[0]]}, ()
+    use = getattr(config, "use_sliding_window", True)
+    return {"attention": window if use else None}, ()
 
 
 def named_tensors(model: Any) -> Mapping[str, Tensor]:
@@ -130,21 +180,12 @@ def refuse_non_decoder(model: Any) -> None:
         )
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
         raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
-    if getattr(model, "_is_stateful", False):
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    if getattr(model, "_is_stateful", False) and not any(
+        (kind.endswith("_attention") and kind != "linear_attention") or kind.startswith("hybrid")
+        for kind in kinds
+    ):
         raise PassError(
-            f"{type(model).__name__} keeps a recurrent state instead of keys and values"
+            f"{type(model).__name__} is a pure state-space model: it keeps a recurrent state "
+            "instead of keys and values"
         )
-
-
-def _full_length_cache(config: Any, cache_length: int) -> Any:
-    from transformers.cache_utils import StaticCache, StaticLayer
-
-    cache = StaticCache(config=config, max_cache_len=cache_length)
-    for index, layer in enumerate(cache.layers):
-        if type(layer).__name__ == "StaticSlidingWindowLayer":
-            cache.layers[index] = StaticLayer(max_cache_len=cache_length)
-        elif not isinstance(layer, StaticLayer):
-            raise PassError(
-                f"layer {index} keeps a {type(layer).__name__}, not keys and values per token"
-            )
-    return cache

@@ -17,7 +17,7 @@ import networkx as nx
 import torch
 from torch.fx import Graph, Node
 
-from eepass.passes.graph_walk import descendants, kv_writes, mutated_arguments, roles
+from eepass.passes.graph_walk import MEMORY, descendants, kv_writes, mutated_arguments, roles
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import DecoderGraph
 
@@ -34,7 +34,7 @@ def find_layers(decoder: DecoderGraph, report: PassReport) -> list[Node]:
     source = next(node for node, r in role.items() if r.kind == "ids")
     output = graph.output_node().all_input_nodes[0]
     writes = kv_writes(role, graph)
-    state_layers = {r.layer for r in role.values() if r.kind in ("keys", "values")}
+    state_layers = {r.layer for r in role.values() if r.kind in MEMORY}
     if not writes:
         raise PassError(
             "no layer writes keys and values to a cache: not a decoder with attention, "
@@ -76,7 +76,7 @@ def _dominator_chain(
     flow.add_node(source)
     role = roles(decoder)
     last_write: dict[Node, Node] = {}
-    state = {node for node, r in role.items() if r.kind in ("keys", "values")}
+    state = {node for node, r in role.items() if r.kind in MEMORY}
     reached = {source}
     for node in graph.nodes:
         inputs = [arg for arg in node.all_input_nodes if arg in reached]

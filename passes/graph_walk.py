@@ -76,13 +76,17 @@ def copy_nodes(
             known[node].meta = dict(node.meta)
 
 
+# what tokens leave behind for later ones
+MEMORY = ("keys", "values", "state")
+
+
 def kv_writes(decoder_roles: Mapping[Node, Input], graph: Graph) -> dict[int, list[Node]]:
-    """Per KV layer, the nodes that write its keys or values."""
+    """Per KV layer, the nodes that write its keys, values or state."""
     writes: dict[int, list[Node]] = {}
     for node in graph.nodes:
         for target in mutated_arguments(node):
             role = decoder_roles.get(target)
-            if role is not None and role.kind in ("keys", "values"):
+            if role is not None and role.kind in MEMORY:
                 writes.setdefault(role.layer, []).append(node)
     return writes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eepass.passes.check import check_split
+from eepass.passes.check import check_split, check_trace
 from eepass.passes.decode_step import trace_decode_step
 from eepass.passes.find_layers import find_layers
 from eepass.passes.fit_rows import fit_rows
@@ -25,6 +25,9 @@ def split_decoder(
     """Trace ``model`` for one row count and split it; raises ``PassError`` with the reason."""
     report = PassReport()
     decoder = trace_decode_step(model, rows, cache_length)
+    if rows == 1:
+        with torch.no_grad():
+            check_trace(model, decoder)
     _write(dump, f"{rows}-rows.1-captured.py", decoder.graph.code)
     # before splitting: boundaries are nodes of the traced graph
     boundaries = find_layers(decoder, report)
@@ -43,10 +46,15 @@ def split_for_rows(
     prefill_rows: int = 64,
     dump: Path | None = None,
 ) -> tuple[dict[int, SplitDecoder], PassReport]:
-    """``model`` split for each row count: three traces, the other counts fitted between them."""
+    """``model`` split for each row count: three traces, the other counts fitted between them.
+
+    A model with recurrent states is split for one row alone.
+    """
     most = max(step_rows)
     one, report = split_decoder(model, 1, cache_length, dump)
     splits = {1: one}
+    if one.stepwise:
+        return splits, report
     if most > 1:
         splits[most], _ = split_decoder(model, most, cache_length, dump)
     splits[prefill_rows], _ = split_decoder(model, prefill_rows, cache_length, dump)

@@ -29,6 +29,7 @@ from eepass.passes.graph_walk import (
     roles,
 )
 from eepass.passes.report import PassError, PassReport
+from eepass.passes.slot_masks import counts_slots
 from eepass.passes.split_head import split_head
 from eepass.plan import DecoderGraph, Input, Piece, SplitDecoder
 
@@ -81,6 +82,7 @@ def split_segments(
         head=split_head(head_nodes, logits, head_roles, build_piece),
         windows=decoder.windows,
         how="; ".join(report.notes),
+        counts_slots=any(counts_slots(layer, decoder.cache_length) for layer in layers),
     )
     report.rewritten = num_layers
     report.note(f"{num_layers} layers, {split.distinct_layers} distinct")

@@ -32,16 +32,21 @@ class Decoder:
         first = self.splits[self.buckets[0]]
         self.num_layers = len(first.layers)
         self.hidden_size = first.hidden_size
+        # of boundaries
+        self.dtype = first.boundary.dtype
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.compile = compile
         # what padding rows write lies past the last token
         self.capacity = self.cache_length - self.buckets[-1]
-        self.kv = KvCache(_kv_examples(first), self.buckets[-1])
+        self.kv = self._new_cache(_kv_examples(first), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
         self._layers: dict[int, list[_Bound]] = {}
         self._fills: list[_Bound] = []
         self._heads: dict[int, _Bound] = {}
+
+    def _new_cache(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> KvCache:
+        return KvCache(like, scratch)
 
     def bucket(self, rows: int) -> int:
         """The smallest row count compiled for at least ``rows``."""
@@ -150,11 +155,6 @@ class Decoder:
         bound.compiled = self.compile(piece.graph, piece.structure, examples, logits=logits)
         return bound
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of boundaries, keys and values."""
-        return self.kv.keys[0].dtype
-
 
 class _Bound:
     """A piece with its weights and cache in place; the rest is filled in per call."""
@@ -173,6 +173,8 @@ class _Bound:
                 value = kv.keys[role.layer]
             elif role.kind == "values":
                 value = kv.values[role.layer]
+            elif role.kind == "state":
+                value = kv.states[role.name]
             elif role.kind == "hidden":
                 self.hidden_at = place
             elif role.kind == "slots":
@@ -197,14 +199,17 @@ class _Bound:
 
 
 def _kv_examples(split: SplitDecoder) -> list[tuple[Tensor, Tensor]]:
-    found: dict[int, dict[str, Tensor]] = {}
+    pairs = []
     for layer in split.layers:
+        # a layer that keeps none has none of no width
+        found = dict.fromkeys(("keys", "values"), torch.empty(1, 0, split.cache_length, 0))
         for node, role in zip(
             layer.graph.graph.find_nodes(op="placeholder"), layer.inputs, strict=True
         ):
-            if role.kind in ("keys", "values"):
-                found.setdefault(role.layer, {})[role.kind] = node.meta["val"]
-    return [(_real(found[i]["keys"]), _real(found[i]["values"])) for i in sorted(found)]
+            if role.kind in found:
+                found[role.kind] = _real(node.meta["val"])
+        pairs.append((found["keys"], found["values"]))
+    return pairs
 
 
 def _real(fake: Tensor) -> Tensor:

@@ -20,6 +20,8 @@ class KvCache:
         take what padding rows write and belong to no region."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        # of recurrent layers, by name
+        self.states: dict[str, Tensor] = {}
         # layers of one shape lie in one tensor, so that moving rows is one operation for all
         self._stacks: list[tuple[list[int], Tensor]] = []
         for kind, found in ((0, self.keys), (1, self.values)):

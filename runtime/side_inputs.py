@@ -103,8 +103,8 @@ class SideInputs:
     def _masks(self, table: Tensor, dim: int, rows: Sequence[Row], spare: range) -> Tensor:
         by_row = table.movedim(dim, 0)  # [C, ..., C]
         size = len(rows) + len(spare)
-        # the first position sees itself and nothing after: both values of the mask
-        allowed, forbidden = by_row[0, ..., 0], by_row[0, ..., -1:]
+        # the first position sees nothing after itself
+        forbidden = by_row[0, ..., -1:]
         made = forbidden.expand(by_row.shape[1:]).repeat(size, *[1] * (by_row.ndim - 1))
         # rows of one tree see the same line of slots up to its root
         lines: dict[tuple[int, int], list[int]] = {}
@@ -113,12 +113,17 @@ class SideInputs:
         for (first, seen), members in lines.items():
             positions = torch.tensor([rows[index].position for index in members])
             made[members, ..., first : first + seen] = by_row[positions, ..., :seen]
-        over = [(index, slot) for index, row in enumerate(rows) for slot in row.over]
-        over += [(index, slot) for index, slot in enumerate(spare, len(rows))]
+        # what a row sees in a slot goes by the position of the token there (biases, windows)
+        over = [
+            (index, slot, row.position, row.position - len(row.over) + 1 + depth)
+            for index, row in enumerate(rows)
+            for depth, slot in enumerate(row.over)
+        ]
+        over += [(index, slot, 0, 0) for index, slot in enumerate(spare, len(rows))]
         if over:
-            made_rows, slots = torch.tensor(over).unbind(1)
+            made_rows, slots, positions, seen_positions = torch.tensor(over).unbind(1)
             # advanced indices in front and behind: what lies between comes last
-            made[made_rows, ..., slots] = allowed
+            made[made_rows, ..., slots] = by_row[positions, ..., seen_positions]
         return made.movedim(0, dim).contiguous()
 
     def _fill(self, split: SplitDecoder, tensors: Mapping[str, Tensor]) -> None:
