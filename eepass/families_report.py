@@ -33,6 +33,10 @@ def report(
         raise InputError(f"--compiler {compiler}: expected one of {', '.join(get_args(Compiler))}")
     if threads:
         torch.set_num_threads(threads)
+    from transformers.utils import logging
+
+    # what random configurations are warned of is nothing to the reader
+    logging.set_verbosity_error()
     chosen = cast(Compiler, compiler)
     with progress_bars() as bars:
         outcomes = check_families(only, chosen, bars.notify)
@@ -72,7 +76,7 @@ def write_markdown(file: Path, outcomes: Mapping[str, Outcome], compiler: Compil
     lines = [
         "# Decoder families",
         "",
-        f"Written by `make families` (compiler: {compiler}; torch "
+        f"Written by `eepass families --compiler {compiler} --docs FILE` (torch "
         f"{torch.__version__.split('+')[0]}, transformers {version('transformers')}): "
         + ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         + ".",
@@ -82,7 +86,13 @@ def write_markdown(file: Path, outcomes: Mapping[str, Outcome], compiler: Compil
         "equal the eager model's; a token made to leave at each boundary says what the eager model "
         "says whose list of layers is cut there, and the cache is whole after the next tokens took "
         "it along (KV policy `defer`); greedy decoding equals the eager model's. *max error*: the "
-        f"largest difference seen, at most {TOLERANCE:.0e} to be ok.",
+        f"largest difference seen, at most {TOLERANCE:.0e} to be ok. `graph` runs the pieces as "
+        "they were traced, one row at a time; `make families` compiles them for several row counts "
+        "(`inductor`).",
+        "",
+        "Layers with recurrent states take no token back: there rows go one by one, nothing is "
+        "drafted, `exact` decodes dense, and one sequence is served at a time. Where a model makes "
+        "biases or masks of slot numbers (bloom, mpt, gpt_neo) nothing is drafted either.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|---|",

@@ -180,7 +180,7 @@ FAMILIES: dict[str, Family] = {
     "jamba": _usual(
         "JambaForCausalLM", without=NO_HEAD_DIM, attn_layer_period=2, attn_layer_offset=1,
         expert_layer_period=2, expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
-        use_mamba_kernels=False, **EXPERTS,
+        **EXPERTS,
     ),
     "bamba": _usual("BambaForCausalLM", without=NO_HEAD_DIM, attn_layer_indices=[1], **MAMBA),
     "granitemoehybrid": _usual(
