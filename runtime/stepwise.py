@@ -73,8 +73,9 @@ class RecurrentCache(KvCache):
                     self.states[role.name] = torch.zeros(value.shape, dtype=value.dtype)
 
     def allocate(self, room: int) -> int | None:
-        if not self.unused:
-            return None
-        for state in self.states.values():
+        for state in self.states.values() if self.unused else ():
             state.zero_()
         return super().allocate(room)
+
+    def _free(self, room: int) -> int | None:
+        return super()._free(room) if self.unused else None
