@@ -1,0 +1,108 @@
+"""Compile pieces of a decoder ahead of time: lowered as for ``CpuCompiler``, then AOTInductor.
+
+Weights are inputs, so a piece's code is the same for all layers and holds none of them. The
+operators with C++ kernels are called through C functions (``cpu/shims.cpp``), without a dispatcher
+in between; a layer's call takes less time than the same code called from Python.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx_aot
+from torch.fx import GraphModule
+
+from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
+from eepass.codegen.cpu.native import build_kernels, open_kernels
+from eepass.codegen.lower_cpu import ready_to_compile
+
+_operators = torch.ops.eepass
+SHIMS = {
+    _operators.linear_rows.default: [
+        "AOTITorchError aoti_torch_cpu_linear_rows(AtenTensorHandle, const AtenTensorHandle*,"
+        " int64_t, const AtenTensorHandle**, int64_t, ...)"
+    ],
+    _operators.logits_rows.default: [
+        "AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle, AtenTensorHandle,"
+        " const AtenTensorHandle*, AtenTensorHandle*)"
+    ],
+    _operators.attend_rows.default: [
+        "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"
+        " AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
+    ],
+}
+SETTINGS: dict[str, Any] = {
+    "aot_inductor.custom_ops_to_c_shims": SHIMS,
+    # for debuggers, and three quarters of a library's size
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+}
+KERNELS = "kernels.so"
+# what runs wherever torch does; operators of other packages live in their Python code
+NAMESPACES = {"aten", "prims", "eepass", "_operator"}
+
+
+class CannotCompileAhead(ValueError):
+    """A graph that cannot run without the Python code it came from; the message says why."""
+
+
+class AheadCompiler(CompiledCode):
+    """Compiles graphs into ``folder`` and runs them from there; one file for each structure.
+
+    Raises ``KernelsMissing`` where the C++ kernels cannot be built.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, {})
+        folder.mkdir(parents=True, exist_ok=True)
+        library = build_kernels()
+        open_kernels(library)
+        shutil.copyfile(library, folder / KERNELS)
+
+    def __call__(
+        self, graph: Any, structure: str, examples: Sequence[Tensor], *, logits: bool = False
+    ) -> Compiled:
+        key = code_key(structure, logits)
+        if key not in self.files:
+            _compile(graph, examples, logits, self.folder / f"{key}.so")
+            self.files[key] = f"{key}.so"
+        return super().__call__(graph, structure, examples, logits=logits)
+
+
+def _compile(graph: GraphModule, examples: Sequence[Tensor], logits: bool, file: Path) -> None:
+    known = {name for name in SETTINGS if _is_setting(name)}
+    patches = {name: SETTINGS[name] for name in known}
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / file.name
+        patches["aot_inductor.output_path"] = str(built)
+        with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+            _refuse_foreign_operators(lowered)
+            compile_fx_aot(lowered, fakes, config_patches=patches)
+        # operators without a C function are described in a file beside the library
+        for made in (built, built.with_suffix(".json")):
+            if made.exists():
+                shutil.copyfile(made, file.with_suffix(made.suffix))
+    os.chmod(file, 0o644)
+
+
+def _is_setting(name: str) -> bool:
+    return hasattr(torch._inductor.config.aot_inductor, name.partition(".")[2])
+
+
+def _refuse_foreign_operators(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        namespace = getattr(node.target, "namespace", getattr(node.target, "__module__", ""))
+        if node.op != "call_function" or namespace not in NAMESPACES:
+            raise CannotCompileAhead(
+                f"it calls {node.target}, which lives in Python code that would not be there"
+            )
