@@ -7,6 +7,8 @@ in between; a layer's call takes less time than the same code called from Python
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 import shutil
 import tempfile
@@ -21,7 +23,7 @@ from torch._inductor.compile_fx import compile_fx_aot
 from torch.fx import GraphModule
 
 from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
-from eepass.codegen.cpu.native import build_kernels, open_kernels
+from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
 from eepass.codegen.lower_cpu import ready_to_compile
 
 _operators = torch.ops.eepass
@@ -57,7 +59,8 @@ class CannotCompileAhead(ValueError):
 class AheadCompiler(CompiledCode):
     """Compiles graphs into ``folder`` and runs them from there; one file for each structure.
 
-    Raises ``KernelsMissing`` where the C++ kernels cannot be built.
+    What was compiled is kept for the next folder. Raises ``KernelsMissing`` where the C++ kernels
+    cannot be built.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -66,31 +69,45 @@ class AheadCompiler(CompiledCode):
         library = build_kernels()
         open_kernels(library)
         shutil.copyfile(library, folder / KERNELS)
+        # named by all that decides what a compiler makes of a graph
+        self._kept = cache_dir() / "ahead" / f"{library.stem}-{torch.get_num_threads()}"
 
     def __call__(
         self, graph: Any, structure: str, examples: Sequence[Tensor], *, logits: bool = False
     ) -> Compiled:
         key = code_key(structure, logits)
         if key not in self.files:
-            _compile(graph, examples, logits, self.folder / f"{key}.so")
+            with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+                _refuse_foreign_operators(lowered)
+                made = _kept(lowered, fakes, self._kept)
+            for file in made:
+                shutil.copyfile(file, self.folder / f"{key}{file.suffix}")
             self.files[key] = f"{key}.so"
         return super().__call__(graph, structure, examples, logits=logits)
 
 
-def _compile(graph: GraphModule, examples: Sequence[Tensor], logits: bool, file: Path) -> None:
-    known = {name for name in SETTINGS if _is_setting(name)}
-    patches = {name: SETTINGS[name] for name in known}
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / file.name
-        patches["aot_inductor.output_path"] = str(built)
-        with ready_to_compile(graph, examples, logits) as (lowered, fakes):
-            _refuse_foreign_operators(lowered)
+def _kept(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
+    """The files compiled from ``lowered``: a library, and perhaps a description beside it."""
+    shapes = [(tuple(x.shape), tuple(x.stride()), str(x.dtype)) for x in fakes]
+    text = repr((lowered.code, shapes, sorted(map(str, SETTINGS.items()))))
+    home = cache / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not home.exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+            built = Path(scratch) / "build" / "piece.so"
+            patches = {name: value for name, value in SETTINGS.items() if _is_setting(name)}
+            patches["aot_inductor.output_path"] = str(built)
             compile_fx_aot(lowered, fakes, config_patches=patches)
-        # operators without a C function are described in a file beside the library
-        for made in (built, built.with_suffix(".json")):
-            if made.exists():
-                shutil.copyfile(made, file.with_suffix(made.suffix))
-    os.chmod(file, 0o644)
+            whole = Path(scratch) / "whole"
+            whole.mkdir()
+            # operators without a C function are described in a file beside the library
+            for file in (built, built.with_suffix(".json")):
+                if file.exists():
+                    shutil.copyfile(file, whole / file.name)
+            # another process may have been first
+            with contextlib.suppress(OSError):
+                os.replace(whole, home)
+    return sorted(home.iterdir())
 
 
 def _is_setting(name: str) -> bool:

@@ -17,6 +17,10 @@ def code_key(structure: str, logits: bool) -> str:
     return hashlib.sha256(f"{structure} {logits}".encode()).hexdigest()[:16]
 
 
+class NoSuchCode(ValueError):
+    """Something is asked for that was not compiled ahead of time; the message says where."""
+
+
 class CompiledCode:
     """A compiler that has compiled already: shared objects of AOTInductor, opened when needed.
 
@@ -34,11 +38,14 @@ class CompiledCode:
     def __call__(
         self, graph: object, structure: str, examples: Sequence[Tensor], *, logits: bool = False
     ) -> Compiled:
-        """The function for ``structure``; raises ``LookupError`` if there is no code for it."""
+        """The function for ``structure``; raises ``NoSuchCode`` if there is none."""
         key = code_key(structure, logits)
         if key not in self._opened:
             if key not in self.files:
-                raise LookupError(f"no code for the structure {structure}")
+                raise NoSuchCode(
+                    f"{self.folder} holds no code for {structure}: what is asked for was not "
+                    "foreseen when the model was transformed; use the original model"
+                )
             file = str(self.folder / self.files[key])
             self._opened[key] = torch._C._aoti.AOTIModelContainerRunnerCpu(file, 1).run
         return self._opened[key]

@@ -78,7 +78,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
 @contextmanager
 def ready_to_compile(
     graph: GraphModule, examples: Sequence[Tensor], logits: bool
-) -> Iterator[tuple[GraphModule, list[Tensor]]]:
+) -> Iterator[tuple[GraphModule, list[Any]]]:
     """``graph`` lowered and its inputs as inductor wants them, within inductor's settings."""
     lowered = copy.deepcopy(graph)
     if logits:
@@ -92,7 +92,7 @@ def ready_to_compile(
     lowered.recompile()
     # without a shape environment inductor would not keep what it compiled for the next process
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+    fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     settings = torch._inductor.config.patch(SETTINGS)

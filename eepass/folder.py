@@ -63,7 +63,9 @@ def load_folder(
             folder=folder,
         )
     except (KeyError, TypeError, ValueError, LookupError) as error:
-        raise InputError(f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}") from error
+        raise InputError(
+            f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
+        ) from error
     with torch.no_grad():
         model.configure(ExitConfig())
     return model, FolderTokenizer(folder), manifest.dtype

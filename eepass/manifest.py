@@ -93,16 +93,17 @@ def read_manifest(folder: Path, trust_native: bool) -> Manifest:
 
 def _check_origin(folder: Path, data: bytes, trust_native: bool) -> None:
     path = folder / SIGNATURE
-    ask = "if you trust where it comes from, say so: --trust-native, or trust_native=True"
+    ask = (
+        "The folder holds native code; if you trust where it comes from, say so: --trust-native, "
+        "or trust_native=True"
+    )
     if not path.exists():
         if trust_native:
             return
-        raise InputError(f"{path}: missing. The folder holds native code nobody signed; {ask}")
+        raise InputError(f"{path}: missing, nobody signed this. {ask}")
     signer = signing.signer_of(data, _read(path), path)
     if signer != signing.own_key() and not trust_native:
-        raise InputError(
-            f"{path}: signed by another user (key {signer[:16]}). The folder holds native code; {ask}"
-        )
+        raise InputError(f"{path}: signed by another user (key {signer[:16]}). {ask}")
 
 
 def _parse(data: bytes, path: Path) -> Manifest:
@@ -124,7 +125,8 @@ def _check_machine(manifest: Manifest, path: Path) -> None:
         )
     if missing := sorted(set(manifest.cpu) - set(extensions())):
         raise InputError(
-            f"{path}: compiled for a CPU with {', '.join(missing[:4])}, which this one lacks; {AGAIN} here"
+            f"{path}: compiled for a CPU with {', '.join(missing[:4])}, which this one lacks; "
+            f"{AGAIN} here"
         )
 
 
@@ -137,7 +139,9 @@ def _check_file(folder: Path, name: str, digest: str, size: int) -> None:
     except OSError as error:
         raise InputError(f"{path}: missing or unreadable ({error.strerror}); {AGAIN}") from error
     if length != size:
-        raise InputError(f"{path}: {length} bytes, {size} were written: cut short or altered; {AGAIN}")
+        raise InputError(
+            f"{path}: {length} bytes, {size} were written: cut short or altered; {AGAIN}"
+        )
     if found != digest:
         raise InputError(f"{path}: altered since it was written; {AGAIN}")
 

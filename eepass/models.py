@@ -120,7 +120,8 @@ def _load_transformed(path: Path, dtype: str | None, trust_native: bool) -> Load
     model, tokenizer, written = load_folder(path, trust_native)
     if dtype is not None and DTYPES[dtype] != getattr(torch, written):
         raise InputError(f"dtype {dtype!r}: {path} was transformed in {written}; transform again")
-    return LoadedModel(str(path), model, tokenizer, model.artifact and model.artifact_folder, True)
+    artifact = None if model.artifact is None else model.artifact_folder
+    return LoadedModel(str(path), model, tokenizer, artifact, transformed=True)
 
 
 def original_of(loaded: LoadedModel, purpose: str) -> Any:

@@ -96,7 +96,7 @@ class _Writer:
         compiler = AheadCompiler(self.folder / CODE)
         ready = EarlyExitModel(splits, report, self.loaded.stop, self.artifact, compiler=compiler)
         writer = GraphWriter()
-        graphs = {
+        graphs: dict[str, Any] = {
             "splits": [writer.split(split) for split in ready.decoder.splits.values()],
             "exits": {},
             "graphs": writer.graphs,
@@ -123,7 +123,8 @@ class _Writer:
         for rows in decoder.buckets:
             self.notify(f"compiling layers and head for {rows} rows")
             decoder.prepare(rows)
-            decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
+            if rows <= MOST_ROWS:
+                decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
         self.notify("compiling what fills the cache")
         place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
         decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)
@@ -169,9 +170,7 @@ class _Writer:
     def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
         ready.configure(ExitConfig().approximate() if self.artifact else ExitConfig())
         found = inspecting.describe(ready)
-        pictures.exit_graph(
-            ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name
-        )
+        pictures.exit_graph(ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name)
         if self.artifact is None:
             found["exit_graph"] = "none: without an artefact no token leaves early"
         else:

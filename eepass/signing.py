@@ -6,6 +6,7 @@ The key is made on first use, in ``$XDG_CONFIG_HOME/eepass/signing.key`` (mostly
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import stat
@@ -85,16 +86,12 @@ def _make(file: Path) -> None:
     try:
         with os.fdopen(handle, "wb") as made:
             made.write(text)
-        try:
+        with contextlib.suppress(FileExistsError):
             os.link(scratch, file)
-        except FileExistsError:
-            pass
     finally:
         os.unlink(scratch)
 
 
 def _public(key: Ed25519PrivateKey) -> str:
-    raw = key.public_key().public_bytes(
-        serialization.Encoding.Raw, serialization.PublicFormat.Raw
-    )
+    raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
     return raw.hex()

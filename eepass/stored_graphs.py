@@ -13,12 +13,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 
 from eepass.plan import ExitPieces, Head, Input, InputKind, Piece, SplitDecoder
 
 NAMESPACES = ("aten", "prims", "eepass")
+CONSTANTS: dict[str, type] = {
+    "dtype": torch.dtype,
+    "layout": torch.layout,
+    "memory_format": torch.memory_format,
+}
 
 
 class NotStorable(ValueError):
@@ -74,7 +78,6 @@ class GraphReader:
 
     def __init__(self, graphs: Mapping[str, Any]) -> None:
         self.graphs = graphs
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._read: dict[str, GraphModule] = {}
 
     def split(self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitDecoder:
@@ -129,17 +132,17 @@ class GraphReader:
             else:
                 node = graph.call_function(_operator(entry["target"]), args, kwargs)
             if entry["val"] is not None:
-                node.meta["val"] = self._fake(entry["val"])
+                node.meta["val"] = _tensor(entry["val"])
             nodes.append(node)
         return GraphModule(torch.nn.Module(), graph)
 
-    def _fake(self, stored: Any) -> Any:
-        if isinstance(stored, list):
-            return [self._fake(one) for one in stored]
-        with self._mode:
-            return torch.empty_strided(
-                stored["size"], stored["stride"], dtype=_named(torch.dtype, stored["dtype"])
-            )
+
+def _tensor(stored: Any) -> Any:
+    if isinstance(stored, list):
+        return [_tensor(one) for one in stored]
+    # of no device: a fake tensor would import all of Dynamo
+    dtype = _named(torch.dtype, stored["dtype"])
+    return torch.empty_strided(stored["size"], stored["stride"], dtype=dtype, device="meta")
 
 
 def _graph_to_json(graph: Graph) -> list[dict[str, Any]]:
@@ -194,9 +197,9 @@ def _argument(value: Any, places: Mapping[Node, int]) -> Any:
         return {kind: [_argument(one, places) for one in value]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    for kind in (torch.dtype, torch.layout, torch.memory_format):
+    for label, kind in CONSTANTS.items():
         if isinstance(value, kind):
-            return {"torch": kind.__name__, "name": str(value).removeprefix("torch.")}
+            return {"torch": label, "name": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}
     raise NotStorable(f"its graph holds a {type(value).__name__}")
@@ -210,8 +213,7 @@ def _value(stored: Any, nodes: list[Node]) -> Any:
     if "device" in stored:
         return torch.device(stored["device"])
     if "torch" in stored:
-        kinds = {kind.__name__: kind for kind in (torch.dtype, torch.layout, torch.memory_format)}
-        return _named(kinds[stored["torch"]], stored["name"])
+        return _named(CONSTANTS[stored["torch"]], stored["name"])
     if "tuple" in stored:
         return tuple(_value(one, nodes) for one in stored["tuple"])
     return [_value(one, nodes) for one in stored["list"]]

@@ -204,11 +204,15 @@ def _kv_examples(split: SplitDecoder) -> list[tuple[Tensor, Tensor]]:
         ):
             if role.kind in ("keys", "values"):
                 found.setdefault(role.layer, {})[role.kind] = node.meta["val"]
-    return [(_real(found[i]["keys"]), _real(found[i]["values"])) for i in sorted(found)]
+    # shapes may be of no device; the cache lies where the weights do
+    device = next(iter(split.tensors.values())).device
+    return [
+        (_real(found[i]["keys"], device), _real(found[i]["values"], device)) for i in sorted(found)
+    ]
 
 
-def _real(fake: Tensor) -> Tensor:
-    return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+def _real(fake: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(fake.shape, dtype=fake.dtype, device=device)
 
 
 def _not_compiled(inputs: list[Tensor]) -> Sequence[Tensor]:
