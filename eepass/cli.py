@@ -349,7 +349,8 @@ def inspect(
 
         config = config_of(preset).approximate(target_agreement)
         loaded = _load(model, dtype, device, threads, trust_native)
-        ready = _transform(loaded, artifact, False, config, 192, dump, exits_optional=True)
+        length = None if loaded.transformed else 192
+        ready = _transform(loaded, artifact, False, config, length, dump, exits_optional=True)
         found = inspecting.describe(ready)
         for name, value in found.items():
             if name == "exits":
@@ -397,7 +398,7 @@ def _transform(
     artifact: Path | None,
     dense: bool,
     config: Any,
-    max_length: int,
+    max_length: int | None,
     dump: Path | None = None,
     exits_optional: bool = False,
 ) -> Any:

@@ -31,6 +31,7 @@ from eepass.runtime.side_inputs import Row
 from eepass.stored_graphs import GraphWriter, NotStorable
 from eepass.transformation import (
     ARTIFACT,
+    MAX_LENGTH,
     STEP_ROWS,
     EarlyExitModel,
     exit_tensors,
@@ -49,7 +50,7 @@ def write_folder(
     out: str | Path,
     artifact: str | Path | None = None,
     rows: Sequence[int] = STEP_ROWS,
-    max_length: int = 1024,
+    max_length: int = MAX_LENGTH,
     notify: Notify = lambda stage: None,
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
@@ -123,8 +124,7 @@ class _Writer:
         for rows in decoder.buckets:
             self.notify(f"compiling layers and head for {rows} rows")
             decoder.prepare(rows)
-            if rows <= MOST_ROWS:
-                decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
+            decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
         self.notify("compiling what fills the cache")
         place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
         decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)

@@ -31,6 +31,7 @@ from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
 
 PREFILL_ROWS = 64
+MAX_LENGTH = 1024
 # two rows cost what four do, three more what eight do; what there is must be compiled
 STEP_ROWS = (1, 4, 8, 16)
 # trees are no larger: on a few CPU cores more rows cost more than they bring
@@ -192,7 +193,7 @@ def transform(
     model: Any,
     artifact: str | Path | Artifact | None = None,
     config: ExitConfig | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     stop: frozenset[int] = frozenset(),
     dump: Path | None = None,
     draft_model: EarlyExitModel | None = None,
@@ -202,7 +203,7 @@ def transform(
     One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
     configured anew over the same code, weights and cache; it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
-    drafts come from the prompt. ``max_length``: prompt and answer together. ``stop``: end tokens.
+    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given. ``stop``: end tokens.
     ``dump``: folder for the graph before and after each pass. ``draft_model``: a small transformed
     model of the same vocabulary, for ``speculate="model"``. Raises ``InputError`` for a model or
     artefact that does not fit, with the reason.
@@ -216,7 +217,7 @@ def transform(
     loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if loaded is not None:
         refuse_other_model(loaded, model, "artifact")
-    splits, report = split_model(model, max_length, STEP_ROWS, dump)
+    splits, report = split_model(model, max_length or MAX_LENGTH, STEP_ROWS, dump)
     with torch.no_grad():
         transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
         transformed.configure(config or ExitConfig())
@@ -243,11 +244,11 @@ def _again(
     model: EarlyExitModel,
     artifact: str | Path | Artifact | None,
     config: ExitConfig | None,
-    max_length: int,
+    max_length: int | None,
     draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
     room = model.decoder.capacity
-    if max_length > room:
+    if max_length is not None and max_length > room:
         raise InputError(f"max_length={max_length}: this was transformed for {room} tokens")
     own: Any = model.artifact
     if isinstance(artifact, (str, Path)):
