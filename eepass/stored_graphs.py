@@ -197,8 +197,8 @@ def _argument(value: Any, places: Mapping[Node, int]) -> Any:
         return {kind: [_argument(one, places) for one in value]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    for label, kind in CONSTANTS.items():
-        if isinstance(value, kind):
+    for label, constant in CONSTANTS.items():
+        if isinstance(value, constant):
             return {"torch": label, "name": str(value).removeprefix("torch.")}
     if isinstance(value, torch.device):
         return {"device": str(value)}

@@ -203,10 +203,10 @@ def transform(
     One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
     configured anew over the same code, weights and cache; it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
-    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given. ``stop``: end tokens.
-    ``dump``: folder for the graph before and after each pass. ``draft_model``: a small transformed
-    model of the same vocabulary, for ``speculate="model"``. Raises ``InputError`` for a model or
-    artefact that does not fit, with the reason.
+    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given.
+    ``stop``: end tokens. ``dump``: folder for the graph before and after each pass.
+    ``draft_model``: a small transformed model of the same vocabulary, for ``speculate="model"``.
+    Raises ``InputError`` for a model or artefact that does not fit, with the reason.
     """
     if isinstance(model, EarlyExitModel):
         if dump is not None:
