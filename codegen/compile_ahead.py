@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_aot
 from torch.fx import GraphModule
 
+from eepass.codegen import lower_cpu
 from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
 from eepass.codegen.lower_cpu import ready_to_compile
@@ -69,8 +70,11 @@ class AheadCompiler(CompiledCode):
         library = build_kernels()
         open_kernels(library)
         shutil.copyfile(library, folder / KERNELS)
-        # named by all that decides what a compiler makes of a graph
-        self._kept = cache_dir() / "ahead" / f"{library.stem}-{torch.get_num_threads()}"
+        # named by what decides, beside the graph, what is made of it: torch, CPU and kernels (the
+        # library's name), settings, and the threads that loops are divided among
+        settings = hashlib.sha256(repr(lower_cpu.SETTINGS).encode())
+        home = f"{library.stem}-{settings.hexdigest()[:8]}-{torch.get_num_threads()}"
+        self._kept = cache_dir() / "ahead" / home
 
     def __call__(
         self, graph: Any, structure: str, examples: Sequence[Tensor], *, logits: bool = False

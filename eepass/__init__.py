@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from eepass.config import ExitConfig
     from eepass.errors import InputError
     from eepass.models import load
+    from eepass.offline import write_folder
     from eepass.probing import probe
     from eepass.training.door import train
     from eepass.transformation import transform
@@ -23,6 +24,7 @@ _HOMES = {
     "probe": "eepass.probing",
     "train": "eepass.training.door",
     "transform": "eepass.transformation",
+    "write_folder": "eepass.offline",
 }
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "probe",
     "train",
     "transform",
+    "write_folder",
 ]
 
 
