@@ -1,7 +1,8 @@
 """Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,6 +61,25 @@ class CpuCompiler:
 
 
 def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
+    inner: list[Any] = []
+
+    def keep(*args: Any, **kwargs: Any) -> Any:
+        inner.append(compile_fx_inner(*args, **kwargs))
+        return inner[-1]
+
+    with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+        compile_fx(lowered, fakes, inner_compile=keep)
+    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
+    # inductor's own bookkeeping around the generated code
+    (code,) = inner
+    return getattr(code, "current_callable", None) or code
+
+
+@contextmanager
+def ready_to_compile(
+    graph: GraphModule, examples: Sequence[Tensor], logits: bool
+) -> Iterator[tuple[GraphModule, list[Any]]]:
+    """``graph`` lowered and its inputs as inductor wants them, within inductor's settings."""
     lowered = copy.deepcopy(graph)
     if logits:
         lower_logits(lowered)
@@ -70,16 +90,9 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
         output.args = ((output.args[0],),)
     lowered.graph.eliminate_dead_code(is_impure_node=_writes)
     lowered.recompile()
-
-    inner: list[Any] = []
-
-    def keep(*args: Any, **kwargs: Any) -> Any:
-        inner.append(compile_fx_inner(*args, **kwargs))
-        return inner[-1]
-
     # without a shape environment inductor would not keep what it compiled for the next process
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(example, static_shapes=True) for example in examples]
+    fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     settings = torch._inductor.config.patch(SETTINGS)
@@ -87,11 +100,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
         if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
             # here and not in inductor, whose cache takes no decompositions of others
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)
-        compile_fx(lowered, fakes, inner_compile=keep)
-    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
-    # inductor's own bookkeeping around the generated code
-    (code,) = inner
-    return getattr(code, "current_callable", None) or code
+        yield lowered, fakes
 
 
 def _writes(node: Node) -> bool:

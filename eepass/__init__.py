@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from eepass.errors import InputError
     from eepass.generation import generate
     from eepass.models import load
+    from eepass.offline import write_folder
     from eepass.preparing import prepare
     from eepass.probing import probe
     from eepass.serving import serve
@@ -29,6 +30,7 @@ _HOMES = {
     "serve": "eepass.serving",
     "train": "eepass.training.door",
     "transform": "eepass.transformation",
+    "write_folder": "eepass.offline",
 }
 
 __all__ = [
@@ -43,6 +45,7 @@ __all__ = [
     "serve",
     "train",
     "transform",
+    "write_folder",
 ]
 
 

@@ -20,7 +20,7 @@ from eepass.baselines import HfDecoder, fastest_compiled
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.frontier import Notify, follow_pairs, frontier
-from eepass.models import LoadedModel
+from eepass.models import LoadedModel, original_of
 from eepass.quality import judge, repetition_4gram
 from eepass.runtime.engine import Engine
 from eepass.runtime.statistics import Statistics
@@ -76,6 +76,8 @@ def bench(
     reason than a near tie.
     """
     config = config or ExitConfig()
+    if baselines:
+        original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.capacity]
     if not encoded:
@@ -91,7 +93,7 @@ def bench(
         systems["hf-compiled"]["variant"] = variant
     bandwidth = copy_bandwidth()
     reference = "hf-compiled" if baselines else "eepass-dense"
-    weight_seconds = _weight_bytes(loaded.model) / bandwidth
+    weight_seconds = _weight_bytes(model) / bandwidth
     times = {name: figures["ms_per_token"] for name, figures in systems.items()}
     result: dict[str, Any] = {
         "model": loaded.name,
@@ -100,7 +102,7 @@ def bench(
         "prompts": len(pairs),
         "new_tokens": new_tokens,
         "threads": torch.get_num_threads(),
-        "dtype": str(next(iter(loaded.model.parameters())).dtype).removeprefix("torch."),
+        "dtype": str(model.decoder.kv.keys[0].dtype).removeprefix("torch."),
         "copy_bandwidth_gb_s": bandwidth / 1e9,
         "systems": systems,
         "reference": reference,
@@ -266,9 +268,9 @@ def _follow(
     }  # fmt: skip
 
 
-def _weight_bytes(model: Any) -> int:
-    """Bytes a dense step reads: all weights but an embedding that is only looked up."""
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings().weight
-    looked_up = 0 if embedding is head else embedding.numel() * embedding.element_size()
-    return sum(p.numel() * p.element_size() for p in model.parameters()) - looked_up
+def _weight_bytes(model: EarlyExitModel) -> int:
+    """Bytes a dense step reads: what layers and head take, not an embedding only looked up."""
+    split = model.splits[1]
+    pieces = (*split.layers, split.head.whole)
+    read = {role.name for piece in pieces for role in piece.inputs if role.kind == "parameter"}
+    return sum(model.decoder.tensors[name].nbytes for name in read)

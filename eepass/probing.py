@@ -39,6 +39,8 @@ def probe(
     same after a quick fit of translators on half of the answers.
     """
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
+    if loaded.transformed:
+        max_length = min(max_length, loaded.model.decoder.capacity)
     longest = max_length - new_tokens
     fitting = [ids for ids in encoded if len(ids) <= longest]
     if not fitting:

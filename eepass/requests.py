@@ -20,6 +20,14 @@ def config_of(preset: str, **options: Any) -> Any:
     return replace(base, **options)
 
 
+def numbers(text: str, option: str) -> list[int]:
+    """The whole numbers of ``text``, between commas; ``InputError`` naming ``option``."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise InputError(f"{option} {text}: expected numbers, as in 1,4,8") from None
+
+
 def other_systems(names: list[str], model: str, threads: int, max_length: int) -> dict[str, Any]:
     """The systems named by ``--with``; ``InputError`` for one unknown or not installed."""
     import torch

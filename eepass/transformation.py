@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,11 +13,8 @@ import torch
 from torch import Tensor
 
 from eepass.artifact import Artifact, load_artifact, refuse_other_model
-from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.passes.insert_predictors import insert_predictors
-from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import ExitPieces, ExitPlan, ExitPoint, SplitDecoder
 from eepass.runtime.costs import logit_noise, pass_seconds
@@ -32,23 +30,29 @@ from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.stepwise import StepwiseDecoder
-from eepass.runtime.weight_memory import settle_weights
 
 PREFILL_ROWS = 64
+MAX_LENGTH = 1024
 # two rows cost what four do, three more what eight do; what there is must be compiled
 STEP_ROWS = (1, 4, 8, 16)
 # trees are no larger: on a few CPU cores more rows cost more than they bring
 TREE_ROWS = 8
 ALWAYS_ACTIVE = 2
+# where a transformed folder keeps its artefact
+ARTIFACT = "artifact"
 # wrong guesses of exact mode cost time alone, so tokens leave more freely
 EXACT_TARGET = 0.9
+# the pieces at the exits of a plan for some rows, and how the plan was asked for
+PiecesFor = Callable[[ExitConfig, ExitPlan, Mapping[str, Tensor], int], ExitPieces]
 
 
 class EarlyExitModel:
     """A transformed decoder; ``generate`` is what ``transform`` promises.
 
     One model serves one sequence at a time. ``dense`` is the same runtime without exits and drafts,
-    over the same weights and cache.
+    over the same weights and cache. ``folder``: where it was read from, if from one that ``eepass
+    transform`` wrote; such a model comes with a ``compiler`` that has compiled and ``pieces_for``
+    that traces nothing.
     """
 
     def __init__(
@@ -58,16 +62,18 @@ class EarlyExitModel:
         stop: frozenset[int],
         artifact: Artifact | None,
         draft_model: EarlyExitModel | None = None,
+        compiler: Any = None,
+        pieces_for: PiecesFor | None = None,
+        folder: Path | None = None,
     ) -> None:
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
-        self.draft_model = draft_model
-        self.compiler = CpuCompiler()
-        stepwise = splits[1].stepwise
-        self.decoder = (
-            StepwiseDecoder(splits[1], self.compiler)
-            if stepwise
-            else Decoder(splits, self.compiler)
-        )
+        self.draft_model, self.folder = draft_model, folder
+        self.pieces_for = pieces_for or self._traced_pieces
+        self.compiler = compiler if compiler is not None else _cpu_compiler()
+        if splits[1].stepwise:
+            self.decoder: Decoder = StepwiseDecoder(splits[1], self.compiler)
+        else:
+            self.decoder = Decoder(splits, self.compiler)
         self.dense = Engine(self.decoder)
         self.engine = self.dense
         self.config: ExitConfig | None = None
@@ -108,10 +114,17 @@ class EarlyExitModel:
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
-            return insert_predictors(self.splits[1], plan, every, PassReport(), rows)
+            return self.pieces_for(config, plan, every, rows)
 
         self.plan, self.pieces = plan, pieces(1)
         return Exits(self.decoder, plan, pieces, tensors), tensors
+
+    def _traced_pieces(
+        self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
+    ) -> ExitPieces:
+        from eepass.passes.insert_predictors import insert_predictors
+
+        return insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
 
     def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
         source = config.speculate
@@ -122,7 +135,8 @@ class EarlyExitModel:
         if source == "ngram":
             return NgramDraft()
         if source in ("eagle", "cascade") or config.draft == "eagle":
-            eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler))
+            trace = self.folder is None
+            eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler, trace=trace))
             return Cascade(eagle) if source == "cascade" else eagle
         return None
 
@@ -171,6 +185,10 @@ class EarlyExitModel:
     def statistics(self) -> Statistics:
         return self.engine.statistics
 
+    @property
+    def artifact_folder(self) -> Path | None:
+        return None if self.folder is None else (self.folder / ARTIFACT).resolve()
+
     def _embedding(self) -> Tensor:
         for role in self.splits[1].embed.inputs:
             if role.kind == "parameter" and self.decoder.tensors[role.name].ndim == 2:
@@ -182,34 +200,85 @@ def transform(
     model: Any,
     artifact: str | Path | Artifact | None = None,
     config: ExitConfig | None = None,
-    max_length: int = 1024,
+    max_length: int | None = None,
     stop: frozenset[int] = frozenset(),
     dump: Path | None = None,
     draft_model: EarlyExitModel | None = None,
 ) -> EarlyExitModel:
     """Transform a Hugging Face causal LM (on the CPU, fp32 or bf16, eval mode).
 
+    One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
+    configured anew over the same code, weights and cache; it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
-    drafts come from the prompt. ``max_length``: prompt and answer together. ``stop``: end tokens.
-    ``dump``: folder for the graph before and after each pass. ``draft_model``: a small transformed
-    model of the same vocabulary, for ``speculate="model"``. Raises ``InputError`` for a model or
-    artefact that does not fit, with the reason.
+    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given.
+    ``stop``: end tokens. ``dump``: folder for the graph before and after each pass.
+    ``draft_model``: a small transformed model of the same vocabulary, for ``speculate="model"``.
+    Raises ``InputError`` for a model or artefact that does not fit, with the reason.
     """
+    if isinstance(model, EarlyExitModel):
+        if dump is not None:
+            raise InputError(f"the passes are done in {model.folder}: give the original model")
+        return _again(model, artifact, config, max_length, draft_model)
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
     loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if loaded is not None:
         refuse_other_model(loaded, model, "artifact")
+    splits, report = split_model(model, max_length or MAX_LENGTH, STEP_ROWS, dump)
+    with torch.no_grad():
+        transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
+        transformed.configure(config or ExitConfig())
+    return transformed
+
+
+def split_model(
+    model: Any, max_length: int, rows: Sequence[int], dump: Path | None = None
+) -> tuple[dict[int, SplitDecoder], PassReport]:
+    """``model`` split for passes of ``rows`` and for prompts, its weights laid out to be read."""
+    from eepass.passes.pipeline import split_for_rows
+    from eepass.runtime.weight_memory import settle_weights
+
     slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
     with torch.no_grad():
         settle_weights(model.parameters())
         try:
-            splits, report = split_for_rows(model, slots, STEP_ROWS, PREFILL_ROWS, dump)
+            return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
         except PassError as error:
             raise InputError(f"{type(model).__name__} cannot be transformed: {error}") from error
-        transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
-        transformed.configure(config or ExitConfig())
-    return transformed
+
+
+def _again(
+    model: EarlyExitModel,
+    artifact: str | Path | Artifact | None,
+    config: ExitConfig | None,
+    max_length: int | None,
+    draft_model: EarlyExitModel | None,
+) -> EarlyExitModel:
+    room = model.decoder.capacity
+    if max_length is not None and max_length > room:
+        raise InputError(f"max_length={max_length}: this was transformed for {room} tokens")
+    own: Any = model.artifact
+    if isinstance(artifact, (str, Path)):
+        own = artifact if Path(artifact).resolve() == model.artifact_folder else None
+    other = copy(model)
+    if artifact is None:
+        other.artifact = None
+    elif artifact is not own:
+        raise InputError(
+            f"{artifact}: a transformed model has its own artefact, compiled in; "
+            "transform the original one with this artefact"
+        )
+    other.draft_model = draft_model
+    with torch.no_grad():
+        other.configure(config or ExitConfig())
+    return other
+
+
+def _cpu_compiler() -> Any:
+    # imports all of inductor, which a model that was compiled ahead of time does without
+    from eepass.codegen.lower_cpu import CpuCompiler
+
+    return CpuCompiler()
 
 
 def without_guesses(config: ExitConfig, split: SplitDecoder) -> ExitConfig:

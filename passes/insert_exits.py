@@ -77,10 +77,13 @@ class _Chain:
         layers = torch.zeros(plan.num_layers + 1)
         active = self._input(Input("draft", "active"), layers.bool())
         threshold = self._input(Input("draft", "threshold"), layers)
-        minus_one = call(torch.ops.aten.full.default, ((1,), -1), {"dtype": torch.long})
+        # a node of its own for each: one that is two operands gets one name twice from export
+        token, exit_layer = (
+            call(torch.ops.aten.full.default, ((1,), -1), {"dtype": torch.long}) for _ in range(2)
+        )
         nothing = call(torch.ops.aten.full.default, ((1, plan.draft_tokens), 0.0))
         false = call(torch.ops.aten.full.default, ((), False), {"dtype": torch.bool})
-        state = [sides["hidden"], draft, nothing, false, minus_one, minus_one]
+        state = [sides["hidden"], draft, nothing, false, token, exit_layer]
         for index in range(plan.num_layers):
             state = self._layer(index, state, sides, active, threshold)
             self.report.rewritten += 1

@@ -199,6 +199,7 @@ class _Bound:
 
 
 def _kv_examples(split: SplitDecoder) -> list[tuple[Tensor, Tensor]]:
+    device = next(iter(split.tensors.values())).device
     pairs = []
     for layer in split.layers:
         # a layer that keeps none has none of no width
@@ -207,13 +208,14 @@ def _kv_examples(split: SplitDecoder) -> list[tuple[Tensor, Tensor]]:
             layer.graph.graph.find_nodes(op="placeholder"), layer.inputs, strict=True
         ):
             if role.kind in found:
-                found[role.kind] = _real(node.meta["val"])
+                # shapes may be of no device; the cache lies where the weights do
+                found[role.kind] = _real(node.meta["val"], device)
         pairs.append((found["keys"], found["values"]))
     return pairs
 
 
-def _real(fake: Tensor) -> Tensor:
-    return torch.empty(fake.shape, dtype=fake.dtype, device=fake.device)
+def _real(fake: Tensor, device: torch.device) -> Tensor:
+    return torch.empty(fake.shape, dtype=fake.dtype, device=device)
 
 
 def _not_compiled(inputs: list[Tensor]) -> Sequence[Tensor]:

@@ -100,7 +100,8 @@ class EagleDraft:
     ``tensors``: ``eagle.*``, and ``hot.ids`` with ``hot.head``, the rows of the LM head, or
     ``eagle.hot.ids`` and ``eagle.hot.head`` where drafts have a hot vocabulary of their own.
     ``compile`` turns a graph into a function from the list of its inputs to its outputs; that is
-    done for each number of rows in ``rows`` when it is first needed.
+    done for each number of rows in ``rows`` when it is first needed; one that has compiled already
+    wants no graph (``trace`` is false).
     """
 
     def __init__(
@@ -109,13 +110,14 @@ class EagleDraft:
         embedding: Tensor,
         compile: Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]],
         rows: Sequence[int] = (4, 8, 64),
+        trace: bool = True,
     ) -> None:
         dtype, hidden = embedding.dtype, embedding.shape[1]
         own = "eagle." if "eagle.hot.ids" in tensors else ""
         self.hot_ids = tensors[f"{own}hot.ids"]
         self.feature_layers: tuple[int, ...] = tuple(tensors["eagle.features"].tolist())
         self.length = 0
-        self._embedding, self._compile = embedding, compile
+        self._embedding, self._compile, self._traces = embedding, compile, trace
         self._rows = tuple(sorted(rows))
         if self._rows[-1] > RING - WINDOW:
             raise ValueError(f"rows={rows}: at most {RING - WINDOW} at once")
@@ -247,7 +249,7 @@ class EagleDraft:
             # a trace takes one tensor given twice for one input
             examples = [x.clone() for x in arguments[: -len(fixed)]] + fixed
             name = f"eagle.{source}.{[tuple(x.shape) for x in examples]}.{embedded.dtype}"
-            graph = _trace(examples, source)
+            graph = _trace(examples, source) if self._traces else None
             self._steps[source, size] = self._compile(graph, name, examples, logits=False)
         states, scores = self._steps[source, size](arguments)
         return states, scores

@@ -1,5 +1,6 @@
 """Build and load the C++ kernels of the ``eepass::`` operators, once per machine and source."""
 
+import ctypes
 import functools
 import hashlib
 import os
@@ -25,19 +26,49 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eepass"
 
 
+class KernelsMissing(RuntimeError):
+    """The kernels cannot be built here; the message says why."""
+
+
+_opened: list[str] = []
+
+
 @functools.cache
 def load_kernels() -> str:
     """Load the kernels, building them if need be; returns why that failed, or ''.
 
     Without them the operators run by their eager definitions: right, but slower.
     """
+    try:
+        open_kernels(build_kernels())
+    except KernelsMissing as error:
+        return str(error)
+    return ""
+
+
+def open_kernels(library: Path) -> None:
+    """Load a library that ``build_kernels`` made, here or elsewhere.
+
+    A process has one set of kernels: raises ``KernelsMissing`` if it has others already.
+    """
+    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    if _opened and _opened[0] != digest:
+        raise KernelsMissing("this process runs other kernels already: use a process of its own")
+    if not _opened:
+        # compiled code finds the kernels' C functions by name, so they are there for all
+        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        _opened.append(digest)
+
+
+def build_kernels() -> Path:
+    """The library of kernels for this machine; raises ``KernelsMissing`` if it does not build."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
-        return "no C++ compiler was found (install g++ or set CXX)"
+        raise KernelsMissing("no C++ compiler was found (install g++ or set CXX)")
     torch_root = Path(torch.__file__).parent
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     fingerprint = hashlib.sha256(
-        "\0".join([*texts, torch.__version__, compiler, *FLAGS, _cpu_flags()]).encode()
+        "\0".join([*texts, torch.__version__, compiler, *FLAGS, *cpu_flags()]).encode()
     ).hexdigest()[:16]
     library = cache_dir() / f"rows-{fingerprint}.so"
     if not library.exists():
@@ -50,18 +81,19 @@ def load_kernels() -> str:
             ]  # fmt: skip
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode:
-                return f"the C++ kernels do not build: {_last_line(result.stderr)}"
+                raise KernelsMissing(f"the C++ kernels do not build: {_last_line(result.stderr)}")
             os.replace(built, library)
-    torch.ops.load_library(str(library))
-    return ""
+    return library
 
 
-def _cpu_flags() -> str:
+def cpu_flags() -> list[str]:
+    """What this CPU can do, as the system names it; empty where it does not say."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ""
-    return next((line for line in lines if line.startswith("flags")), "")
+        return []
+    line = next((line for line in lines if line.startswith("flags")), "")
+    return line.partition(":")[2].split()
 
 
 def _last_line(text: str) -> str:

@@ -11,7 +11,7 @@ import torch
 
 from eepass.artifact import Artifact, fingerprint
 from eepass.errors import InputError
-from eepass.models import LoadedModel
+from eepass.models import LoadedModel, original_of
 from eepass.training.boundaries import write_text
 from eepass.training.corpus import (
     Example,
@@ -63,6 +63,7 @@ def train(
     bad input.
     """
     progress = progress or Silent()
+    original_of(loaded, "train on the original one, then transform that with what was trained")
     folder = Path(out)
     checkpoint = folder / "checkpoint"
     encoded = [

@@ -4,33 +4,12 @@ import errno
 import json
 
 import pytest
-import torch
+from command_line import refused, run
 from models import VOCABULARY, random_artifact, tiny_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
-from typer.testing import CliRunner
-
-from eepass.cli import app
 
 WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
-
-
-def run(*arguments):
-    """Exit code, output and errors of one command."""
-    torch.use_deterministic_algorithms(False)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.stdout, result.stderr
-
-
-def refused(*arguments):
-    """The one line a refused command says."""
-    code, _, said = run(*arguments)
-    assert code == 2, said
-    assert "Traceback" not in said
-    lines = [line for line in said.splitlines() if line.strip()]
-    # progress bars may stand before it
-    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
-    return lines[-1]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,129 @@
+"""Compile pieces of a decoder ahead of time: lowered as for ``CpuCompiler``, then AOTInductor.
+
+Weights are inputs, so a piece's code is the same for all layers and holds none of them. The
+operators with C++ kernels are called through C functions (``cpu/shims.cpp``), without a dispatcher
+in between; a layer's call takes less time than the same code called from Python.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx_aot
+from torch.fx import GraphModule
+
+from eepass.codegen import lower_cpu
+from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
+from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
+from eepass.codegen.lower_cpu import ready_to_compile
+
+_operators = torch.ops.eepass
+SHIMS = {
+    _operators.linear_rows.default: [
+        "AOTITorchError aoti_torch_cpu_linear_rows(AtenTensorHandle, const AtenTensorHandle*,"
+        " int64_t, const AtenTensorHandle**, int64_t, ...)"
+    ],
+    _operators.logits_rows.default: [
+        "AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle, AtenTensorHandle,"
+        " const AtenTensorHandle*, AtenTensorHandle*)"
+    ],
+    _operators.attend_rows.default: [
+        "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"
+        " AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
+    ],
+}
+SETTINGS: dict[str, Any] = {
+    "aot_inductor.custom_ops_to_c_shims": SHIMS,
+    # for debuggers, and three quarters of a library's size
+    "aot_inductor.enable_line_tables": False,
+    "aot_inductor.enable_frame_pointer": False,
+}
+KERNELS = "kernels.so"
+# what runs wherever torch does; operators of other packages live in their Python code
+NAMESPACES = {"aten", "prims", "eepass", "_operator"}
+
+
+class CannotCompileAhead(ValueError):
+    """A graph that cannot run without the Python code it came from; the message says why."""
+
+
+class AheadCompiler(CompiledCode):
+    """Compiles graphs into ``folder`` and runs them from there; one file for each structure.
+
+    What was compiled is kept for the next folder. Raises ``KernelsMissing`` where the C++ kernels
+    cannot be built.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, {})
+        folder.mkdir(parents=True, exist_ok=True)
+        library = build_kernels()
+        open_kernels(library)
+        shutil.copyfile(library, folder / KERNELS)
+        # named by what decides, beside the graph, what is made of it: torch, CPU and kernels (the
+        # library's name), settings, and the threads that loops are divided among
+        settings = hashlib.sha256(repr(lower_cpu.SETTINGS).encode())
+        home = f"{library.stem}-{settings.hexdigest()[:8]}-{torch.get_num_threads()}"
+        self._kept = cache_dir() / "ahead" / home
+
+    def __call__(
+        self, graph: Any, structure: str, examples: Sequence[Tensor], *, logits: bool = False
+    ) -> Compiled:
+        key = code_key(structure, logits)
+        if key not in self.files:
+            with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+                _refuse_foreign_operators(lowered)
+                made = _kept(lowered, fakes, self._kept)
+            for file in made:
+                shutil.copyfile(file, self.folder / f"{key}{file.suffix}")
+            self.files[key] = f"{key}.so"
+        return super().__call__(graph, structure, examples, logits=logits)
+
+
+def _kept(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
+    """The files compiled from ``lowered``: a library, and perhaps a description beside it."""
+    shapes = [(tuple(x.shape), tuple(x.stride()), str(x.dtype)) for x in fakes]
+    text = repr((lowered.code, shapes, sorted(map(str, SETTINGS.items()))))
+    home = cache / hashlib.sha256(text.encode()).hexdigest()[:32]
+    if not home.exists():
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
+            built = Path(scratch) / "build" / "piece.so"
+            patches = {name: value for name, value in SETTINGS.items() if _is_setting(name)}
+            patches["aot_inductor.output_path"] = str(built)
+            compile_fx_aot(lowered, fakes, config_patches=patches)
+            whole = Path(scratch) / "whole"
+            whole.mkdir()
+            # operators without a C function are described in a file beside the library
+            for file in (built, built.with_suffix(".json")):
+                if file.exists():
+                    shutil.copyfile(file, whole / file.name)
+            # another process may have been first
+            with contextlib.suppress(OSError):
+                os.replace(whole, home)
+    return sorted(home.iterdir())
+
+
+def _is_setting(name: str) -> bool:
+    return hasattr(torch._inductor.config.aot_inductor, name.partition(".")[2])
+
+
+def _refuse_foreign_operators(graph: GraphModule) -> None:
+    for node in graph.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        namespace = getattr(node.target, "namespace", getattr(node.target, "__module__", ""))
+        if node.op != "call_function" or namespace not in NAMESPACES:
+            raise CannotCompileAhead(
+                f"it calls {node.target}, which lives in Python code that would not be there"
+            )

@@ -1,0 +1,250 @@
+"""``eepass transform``: write a model as a folder that runs without tracing or compiling."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import eepass
+from eepass import inspecting, pictures, text
+from eepass.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
+from eepass.codegen.cpu.native import KernelsMissing
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.folder import CODE, WEIGHTS
+from eepass.manifest import GRAPHS, is_transformed, write_manifest
+from eepass.models import LoadedModel
+from eepass.plan import causal_mask
+from eepass.runtime.exits import ROW_COUNTS
+from eepass.runtime.side_inputs import Row
+from eepass.stored_graphs import GraphWriter, NotStorable
+from eepass.transformation import (
+    ARTIFACT,
+    MAX_LENGTH,
+    STEP_ROWS,
+    EarlyExitModel,
+    exit_tensors,
+    split_model,
+)
+
+EXIT_GRAPH = "exit_graph.pt2"
+REPORT = "report.json"
+PICTURE = "exit_graph.svg"
+MOST_ROWS = 32
+Notify = Callable[[str], None]
+
+
+def write_folder(
+    loaded: LoadedModel,
+    out: str | Path,
+    artifact: str | Path | None = None,
+    rows: Sequence[int] = STEP_ROWS,
+    max_length: int = MAX_LENGTH,
+    notify: Notify = lambda stage: None,
+) -> dict[str, Any]:
+    """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
+
+    ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
+    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
+    ``notify(stage)`` says what is being done. A transformed folder that was there is replaced.
+    Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
+    """
+    target = Path(out).resolve()
+    sizes = _checked(loaded, target, rows)
+    trained = None if artifact is None else load_artifact(Path(artifact))
+    if trained is not None:
+        refuse_other_model(trained, loaded.model, "artifact")
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with torch.no_grad():
+            report = _Writer(loaded, scratch, trained, notify).write(sizes, max_length)
+        _take_place(scratch, target)
+    except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
+        raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+class _Writer:
+    def __init__(
+        self, loaded: LoadedModel, folder: Path, artifact: Artifact | None, notify: Notify
+    ) -> None:
+        self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
+
+    def write(self, rows: Sequence[int], max_length: int) -> dict[str, Any]:
+        began = perf_counter()
+        model = self.loaded.model
+        self._write_text()
+        # compiled code counts on the strides it saw, and what is stored is contiguous
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.contiguous()
+        self.notify("tracing and splitting")
+        splits, report = split_model(model, max_length, rows)
+        compiler = AheadCompiler(self.folder / CODE)
+        ready = EarlyExitModel(splits, report, self.loaded.stop, self.artifact, compiler=compiler)
+        writer = GraphWriter()
+        graphs: dict[str, Any] = {
+            "splits": [writer.split(split) for split in ready.decoder.splits.values()],
+            "exits": {},
+            "graphs": writer.graphs,
+        }
+        self._compile_layers(ready)
+        for preset in self.artifact.presets if self.artifact else ():
+            pieces = self._compile_exits(ready, preset)
+            graphs["exits"][preset] = {str(n): writer.exits(p) for n, p in pieces.items()}
+        (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
+        self.notify("writing weights, exit graph and report")
+        tensors = {name: tensor.detach() for name, tensor in ready.decoder.tensors.items()}
+        save_file(tensors, self.folder / WEIGHTS)
+        if self.artifact is not None:
+            self.artifact.save(self.folder / ARTIFACT)
+        found = self._report(ready)
+        found["seconds"] = round(perf_counter() - began, 1)
+        (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        self._sign(ready, compiler)
+        return found
+
+    def _compile_layers(self, ready: EarlyExitModel) -> None:
+        decoder = ready.decoder
+        dtype = decoder.kv.keys[0].dtype
+        for rows in decoder.buckets:
+            self.notify(f"compiling layers and head for {rows} rows")
+            decoder.prepare(rows)
+            decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
+        self.notify("compiling what fills the cache")
+        place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
+        decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)
+
+    def _compile_exits(self, ready: EarlyExitModel, preset: str) -> dict[int, Any]:
+        self.notify(f"compiling exits and drafts of the preset {preset}")
+        # one threshold for all: every exit that was trained is in the plan
+        config = replace(ExitConfig.preset(preset), threshold=0.5)
+        engine = ready.configure(config)
+        assert engine.exits is not None and ready.plan is not None and ready.artifact is not None
+        engine.exits.prepare(max(ROW_COUNTS))
+        if engine.draft is not None:
+            # runs it once with each number of rows
+            engine.draft.call_seconds()
+        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, preset)}
+        return {n: ready.pieces_for(config, ready.plan, tensors, n) for n in ROW_COUNTS}
+
+    def _exit_tensors(self, ready: EarlyExitModel, preset: str) -> dict[str, Tensor]:
+        assert ready.artifact is not None
+        weight = ready.splits[1].head.weight
+        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, weight)
+
+    def _write_text(self) -> None:
+        tokenizer = self.loaded.tokenizer
+        tokenizer.save_pretrained(self.folder)
+        self.loaded.model.generation_config.save_pretrained(self.folder)
+        for stray in self.folder.iterdir():
+            if stray.name not in (*text.FILES, "generation_config.json"):
+                stray.unlink()
+        if not (self.folder / text.FILES[0]).exists():
+            raise InputError(f"{self.loaded.name}: its tokenizer has no fast form (tokenizer.json)")
+        own = replace(self.loaded, tokenizer=text.FolderTokenizer(self.folder))
+        for prompt in ("Why is the sea salty?", " 3+4=7\n\n\tTaxi, naïve «Ελλάδα» 你好"):
+            for raw in (True, False):
+                ids = self.loaded.encode(prompt, raw)
+                said = tokenizer.decode(ids, skip_special_tokens=True)
+                if own.encode(prompt, raw) != ids or own.tokenizer.decode(ids, True) != said:
+                    raise InputError(
+                        f"{self.loaded.name}: its tokenizer does more than tokenizer.json and "
+                        "chat template say, and would not be the same without transformers"
+                    )
+
+    def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
+        ready.configure(ExitConfig().approximate() if self.artifact else ExitConfig())
+        found = inspecting.describe(ready)
+        pictures.exit_graph(ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name)
+        if self.artifact is None:
+            found["exit_graph"] = "none: without an artefact no token leaves early"
+        else:
+            self._export(ready)
+            found["exit_graph"] = EXIT_GRAPH
+        code = self.folder / CODE
+        found["compiled"] = {p.name: p.stat().st_size for p in sorted(code.glob("*.so"))}
+        return found
+
+    def _export(self, ready: EarlyExitModel) -> None:
+        """The exit graph for others' use; its inputs are named by role, weights among them."""
+        piece = inspecting.exit_graph_of(ready)
+        assert piece is not None and ready.plan is not None
+        plan, split, cache = ready.plan, ready.splits[1], ready.decoder.kv
+        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, "default")}
+        dtype, depth = cache.keys[0].dtype, plan.num_layers + 1
+        values: dict[str, Tensor] = {
+            "ids": torch.zeros(1, 1, dtype=torch.long),
+            "positions": torch.zeros(1, 1, dtype=torch.long),
+            "active": torch.zeros(depth, dtype=torch.bool),
+            "threshold": torch.zeros(depth),
+            "draft": torch.zeros(1, plan.draft_tokens, dtype=torch.long),
+        }
+        inputs = []
+        for role in piece.inputs:
+            if role.kind in ("keys", "values"):
+                inputs.append((cache.keys if role.kind == "keys" else cache.values)[role.layer])
+            elif role.kind == "slots":
+                inputs.append(torch.zeros(1, dtype=torch.long))
+            elif role.kind == "mask":
+                inputs.append(causal_mask(1, cache.slots, split.windows[role.name], dtype))
+            else:
+                inputs.append(values[role.name] if role.name in values else tensors[role.name])
+        exported = torch.export.export(piece.graph, tuple(inputs), strict=False)
+        # the examples are the weights, which the folder holds already
+        exported._example_inputs = None
+        torch.export.save(exported, self.folder / EXIT_GRAPH)
+
+    def _sign(self, ready: EarlyExitModel, compiler: AheadCompiler) -> None:
+        loaded, decoder = self.loaded, ready.decoder
+        write_manifest(
+            self.folder,
+            name=loaded.name,
+            eepass=eepass.__version__,
+            threads=torch.get_num_threads(),
+            fingerprint=fingerprint(loaded.model),
+            dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+            max_length=decoder.capacity,
+            rows=list(decoder.buckets),
+            stop=sorted(loaded.stop),
+            artifact=self.artifact is not None,
+            code=compiler.files,
+            tensors=list(decoder.tensors),
+        )
+
+
+def _checked(loaded: LoadedModel, target: Path, rows: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(loaded.model, EarlyExitModel):
+        raise InputError(f"{loaded.name} is transformed already: give the original model")
+    sizes = tuple(sorted(set(rows)))
+    if not sizes or sizes[0] != 1 or sizes[-1] > MOST_ROWS:
+        raise InputError(f"rows={list(rows)}: expected 1 and others up to {MOST_ROWS}")
+    if target.exists() and not (
+        target.is_dir() and (is_transformed(target) or not any(target.iterdir()))
+    ):
+        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+    return sizes
+
+
+def _take_place(scratch: Path, target: Path) -> None:
+    """Give the finished folder its name; what was there goes only then."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        os.replace(target, old)
+    os.replace(scratch, target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,97 @@
+"""Sign what this user made, and tell it from what others did: Ed25519, one key per user.
+
+The key is made on first use, in ``$XDG_CONFIG_HOME/eepass/signing.key`` (mostly
+``~/.config/eepass``), readable by its owner alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from eepass.errors import InputError
+
+
+def key_file() -> Path:
+    """Where this user's key lies."""
+    home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    return home / "eepass" / "signing.key"
+
+
+def sign(data: bytes) -> bytes:
+    """A signature of ``data`` as JSON bytes: the public key and Ed25519's signature, in hex."""
+    key = _own_key(make=True)
+    assert key is not None
+    signed = {"key": _public(key), "signature": key.sign(data).hex()}
+    return json.dumps(signed, indent=1).encode() + b"\n"
+
+
+def signer_of(data: bytes, signature: bytes, where: Path) -> str:
+    """The public key, in hex, that ``signature`` over ``data`` was made with.
+
+    Raises ``InputError`` naming ``where`` if it is damaged or of other data.
+    """
+    try:
+        signed = json.loads(signature)
+        public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed["key"]))
+        public.verify(bytes.fromhex(signed["signature"]), data)
+    except (ValueError, KeyError, TypeError, InvalidSignature) as error:
+        raise InputError(
+            f"{where}: not a signature of what lies beside it, which was altered or cut; "
+            "run eepass transform again"
+        ) from error
+    return str(signed["key"])
+
+
+def own_key() -> str | None:
+    """This user's public key in hex, or None if none was made yet."""
+    key = _own_key(make=False)
+    return None if key is None else _public(key)
+
+
+def _own_key(make: bool) -> Ed25519PrivateKey | None:
+    file = key_file()
+    if not file.exists():
+        if not make:
+            return None
+        _make(file)
+    if stat.S_IMODE(file.stat().st_mode) & 0o077:
+        raise InputError(f"{file}: others can read this key; run chmod 600 on it, or remove it")
+    try:
+        key = serialization.load_pem_private_key(file.read_bytes(), password=None)
+    except ValueError as error:
+        raise InputError(f"{file}: damaged; remove it, the next one is made anew") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise InputError(f"{file}: not an Ed25519 key; remove it, the next one is made anew")
+    return key
+
+
+def _make(file: Path) -> None:
+    text = Ed25519PrivateKey.generate().private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    # made with mode 0600, whole before it has its name; the first of two processes wins
+    handle, scratch = tempfile.mkstemp(dir=file.parent)
+    try:
+        with os.fdopen(handle, "wb") as made:
+            made.write(text)
+        with contextlib.suppress(FileExistsError):
+            os.link(scratch, file)
+    finally:
+        os.unlink(scratch)
+
+
+def _public(key: Ed25519PrivateKey) -> str:
+    raw = key.public_key().public_bytes(serialization.Encoding.Raw, serialization.PublicFormat.Raw)
+    return raw.hex()

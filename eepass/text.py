@@ -1,0 +1,91 @@
+"""Text to tokens and back from a model's own files, by ``tokenizers`` and ``jinja2`` alone.
+
+Does what transformers' fast tokenizers do, without importing them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from eepass.errors import InputError
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+class FolderTokenizer:
+    """The tokenizer in ``folder``, as transformers' ``save_pretrained`` writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
+            config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+        except Exception as error:  # what tokenizers raises has no type of its own
+            raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        template = folder / FILES[2]
+        text = template.read_text(encoding="utf-8") if template.exists() else None
+        self.chat_template: str | None = text or config.get("chat_template")
+        self._special = _special_tokens(config)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token = self._special.get("eos_token")
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": self._tokenizer.encode(text).ids}
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, str]],
+        add_generation_prompt: bool = False,
+        return_dict: bool = False,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's template."""
+        if self.chat_template is None:
+            raise InputError("this model has no chat template: give the prompt raw")
+        text = _compiled(self.chat_template).render(
+            messages=messages, add_generation_prompt=add_generation_prompt,
+            tools=None, documents=None, **self._special,
+        )  # fmt: skip
+        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    found = {}
+    for name, value in config.items():
+        if name.endswith("_token") and value:
+            token = value.get("content") if isinstance(value, dict) else value
+            if isinstance(token, str):
+                found[name] = token
+    return found
+
+
+def _compiled(template: str) -> Any:
+    from jinja2 import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def to_json(value: Any, indent: int | None = None) -> str:
+        return json.dumps(value, ensure_ascii=False, indent=indent)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = to_json
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)

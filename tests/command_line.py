@@ -1,0 +1,24 @@
+"""The command line called from a test."""
+
+import torch
+from typer.testing import CliRunner
+
+from eepass.cli import app
+
+
+def run(*arguments):
+    """Exit code, output and errors of one command."""
+    torch.use_deterministic_algorithms(False)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def refused(*arguments):
+    """The one line a refused command says."""
+    code, _, said = run(*arguments)
+    assert code == 2, said
+    assert "Traceback" not in said
+    lines = [line for line in said.splitlines() if line.strip()]
+    # progress bars may stand before it
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    return lines[-1]

@@ -1,0 +1,59 @@
+"""The key that tells this user's folders from those of others."""
+
+import json
+import stat
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from eepass import signing
+from eepass.errors import InputError
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    return tmp_path
+
+
+def test_a_key_is_made_on_first_use_for_its_owner_alone(home):
+    assert signing.own_key() is None
+    signature = signing.sign(b"data")
+    file = signing.key_file()
+    assert file.is_relative_to(home)
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    assert signing.signer_of(b"data", signature, file) == signing.own_key()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert signing.sign(b"data") == signature
+
+
+def test_first_use_by_many_makes_one_key():
+    with ThreadPoolExecutor(8) as pool:
+        signed = list(pool.map(signing.sign, [b"data"] * 8))
+    assert len({json.loads(signature)["key"] for signature in signed}) == 1
+
+
+@pytest.mark.parametrize("damage", ("data", "signature", "key", "json"))
+def test_what_was_altered_is_refused(home, damage):
+    data, signature = b"data", signing.sign(b"data")
+    if damage == "data":
+        data = b"date"
+    elif damage == "json":
+        signature = signature[:-20]
+    else:
+        signed = json.loads(signature)
+        first = "0" if signed[damage][0] != "0" else "1"
+        signature = json.dumps({**signed, damage: first + signed[damage][1:]}).encode()
+    with pytest.raises(InputError, match=r"the-file.*altered or cut"):
+        signing.signer_of(data, signature, home / "the-file")
+
+
+def test_a_key_others_can_read_is_no_key():
+    signing.sign(b"data")
+    signing.key_file().chmod(0o644)
+    with pytest.raises(InputError, match="chmod 600"):
+        signing.own_key()
+    signing.key_file().chmod(0o600)
+    signing.key_file().write_text("-----BEGIN NOTHING-----")
+    with pytest.raises(InputError, match="damaged"):
+        signing.sign(b"data")
