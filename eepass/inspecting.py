@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from eepass.passes.insert_exits import insert_exits
-from eepass.passes.report import PassReport
-from eepass.plan import Piece
+from eepass.passes.read_head_chain import read_head_chain
+from eepass.passes.report import PassError, PassReport
+from eepass.plan import Piece, SplitDecoder
 from eepass.transformation import EarlyExitModel, exit_tensors
 
 
@@ -34,6 +35,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         "rows": sorted(model.splits),
         "head": split.head.reason
         or "norm, LM head" + (", transform" if split.head.transform else ""),
+        "exit_kernels": _fused(split),
         "exits": exits,
         "draft": (
             None
@@ -48,6 +50,13 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         "masks": dict(split.windows),
         "cpu_kernels": model.compiler.kernels_missing or "built",
     }
+
+
+def _fused(split: SplitDecoder) -> str:
+    try:
+        return f"fused: {read_head_chain(split.head)}"
+    except PassError as error:
+        return f"eager: {error}"
 
 
 def exit_graph_of(model: EarlyExitModel) -> Piece | None:

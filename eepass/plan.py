@@ -88,6 +88,27 @@ class Head:
         return self.norm.graph(*values).transpose(0, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadChain:
+    """A head as data, what kernels are specialised for:
+
+        x = norm(hidden) · (norm_weight + weight_offset) + norm_bias
+        logits = (lm_head · x + head_bias) · logit_scale, then cap · tanh(logits / cap)
+
+    Tensors by name, "" where there is none; ``logit_cap`` 0 means no cap.
+    """
+
+    norm: Literal["none", "rms", "layer"]
+    eps: float
+    norm_weight: str
+    norm_bias: str
+    weight_offset: float
+    lm_head: str
+    head_bias: str
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+
+
 @dataclass(slots=True)
 class SplitDecoder:
     """A decoder in pieces: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
@@ -126,7 +147,7 @@ class ExitPieces:
     """What runs at exit points besides layers, for R rows.
 
     ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
-    normed state z [1, R, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
+    normed state z [1, R, H] (fused ones say more after these). ``verify`` and ``draft``: z -> logits over the hot (or the whole)
     vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's
     layer.
     """
@@ -135,6 +156,21 @@ class ExitPieces:
     verify: Piece
     draft: Piece
     normed: Piece
+
+
+@dataclass(slots=True)
+class FusedExits:
+    """Exit points as one operator each, for R rows; ``chain`` is what they are specialised for.
+
+    ``predictors[layer]``: hidden [1, R, H], draft, previous -> probability [R], draft probabilities
+    [R, K], z [1, R, H], exits bool [R]. ``verify``: z, draft -> token [R], whether it is in the
+    draft [R]; ``final``: the same from the last boundary. Both over the plan's vocabulary.
+    """
+
+    chain: HeadChain
+    predictors: Mapping[int, Piece]
+    verify: Piece
+    final: Piece
 
 
 @dataclass(frozen=True, slots=True)

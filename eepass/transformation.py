@@ -15,6 +15,7 @@ from eepass.artifact import Artifact, load_artifact, refuse_other_model
 from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.passes.fuse_exit_predictor import fuse_exit_predictor, thresholds
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassError, PassReport
@@ -98,12 +99,16 @@ class EarlyExitModel:
         head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
+        tensors |= thresholds(plan)
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
-            return insert_predictors(self.splits[1], plan, every, PassReport(), rows)
+            made = insert_predictors(self.splits[1], plan, every, PassReport(), rows)
+            fused = fuse_exit_predictor(self.splits[1], plan, every, PassReport(), rows)
+            return made if fused is None else replace(made, predictors=fused.predictors)
 
-        self.plan, self.pieces = plan, pieces(1)
+        self.plan = plan
+        self.pieces = insert_predictors(self.splits[1], plan, every, PassReport())
         return Exits(self.decoder, plan, pieces, tensors), tensors
 
     def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:

@@ -104,7 +104,7 @@ class Exits:
         rows, hidden = hidden.shape[1], _padded(hidden, 1)
         bound = self._for(hidden.shape[1])
         given = (_padded(tensor, 0) for tensor in state)
-        chances, previous, z = bound.predict(layer)(hidden, *given)
+        chances, previous, z = bound.predict(layer)(hidden, *given)[:3]
         previous = previous[:rows]
         limit = self.thresholds[layer]
         wanted = [

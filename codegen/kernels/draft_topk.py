@@ -34,7 +34,7 @@ def _finite(x):
 @triton.jit
 def _score_kernel(
     z_ptr, lm_head_ptr, head_stride, head_scales_ptr, head_bias_ptr, keys_ptr, moments_ptr, rows,
-    vocabulary, hidden_size, k, keep, LOGIT_SCALE: tl.constexpr, LOGIT_CAP: tl.constexpr,
+    vocabulary, hidden_size, keep, LOGIT_SCALE: tl.constexpr, LOGIT_CAP: tl.constexpr,
     BLOCK_V: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """The ``keep`` best keys of BLOCK_V rows of the head; their largest logit and sum of
@@ -117,7 +117,7 @@ def launches(
     form = {"LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap}
     score = Launch(
         _score_kernel, (parts,),
-        {**arguments, "keys_ptr": keys, "moments_ptr": moments, "k": k, "keep": keep},
+        {**arguments, "keys_ptr": keys, "moments_ptr": moments, "keep": keep},
         {**blocks, **form}, size(lm_head, head_scales, head_bias, z, keys),
     )  # fmt: skip
     merge = Launch(
