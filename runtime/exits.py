@@ -107,11 +107,8 @@ class Exits:
         chances, previous, z = bound.predict(layer)(hidden, *given)[:3]
         previous = previous[:rows]
         limit = self.thresholds[layer]
-        wanted = [
-            row
-            for row, chance in zip(asked, chances[asked].tolist(), strict=True)
-            if chance > limit
-        ]
+        chance = chances.tolist()
+        wanted = [row for row in asked if chance[row] > limit]
         statistics.predictors_run += len(asked)
         ended = perf_counter()
         statistics.predictor_seconds += ended - began
