@@ -85,9 +85,7 @@ def compile_kernels(
     return result
 
 
-def _specialisation(
-    model: Any, artifact: Artifact | None, rows: int
-) -> tuple[HeadChain, Sizes]:
+def _specialisation(model: Any, artifact: Artifact | None, rows: int) -> tuple[HeadChain, Sizes]:
     from eepass.codegen.kernels.catalogue import Sizes
 
     try:

@@ -15,8 +15,7 @@ from eepass.ops import define, fake, predict_exit, translated
 
 # the way from a boundary to the logits, as ``plan.HeadChain`` describes it
 _TO_STATE = (
-    "Tensor hidden, Tensor? scale, Tensor? down, Tensor? up, "
-    "Tensor? norm_weight, Tensor? norm_bias"
+    "Tensor hidden, Tensor? scale, Tensor? down, Tensor? up, Tensor? norm_weight, Tensor? norm_bias"
 )
 _HEAD = "Tensor lm_head, Tensor? head_scales, Tensor? head_bias"
 _NORM_FORM = "str norm, float eps, float weight_offset"
@@ -116,9 +115,7 @@ def verify_head(
     return token, known, logits if want_logits else logits.new_empty(len(logits), 0)
 
 
-@define(
-    f"draft_topk(Tensor z, {_HEAD}, Tensor? hot_ids, int k, {_LOGIT_FORM}) -> (Tensor, Tensor)"
-)
+@define(f"draft_topk(Tensor z, {_HEAD}, Tensor? hot_ids, int k, {_LOGIT_FORM}) -> (Tensor, Tensor)")
 def draft_topk(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,

@@ -258,9 +258,7 @@ def launches(
         hidden, scale, up, norm_weight, norm_bias, draft_ids, previous, w1, b1, w2, b2, z
     )
     grid = (share["SLICES"], rows)
-    made.append(
-        Launch(_exit_kernel, grid, arguments, constants, read, warps_for(share["BLOCK_H"]))
-    )
+    made.append(Launch(_exit_kernel, grid, arguments, constants, read, warps_for(share["BLOCK_H"])))
     return made, (probability, probabilities, z, exits)
 
 

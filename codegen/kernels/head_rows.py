@@ -90,7 +90,7 @@ def head_blocks(rows: int, hidden_size: int, z: Tensor, tokens: int) -> dict[str
     """
     widen = bool(triton.knobs.runtime.interpret)
     if rows == 1:
-        width = power_of_two(hidden_size, 32, 8192 // tokens)
+        width = power_of_two(hidden_size, 32, max(8192 // tokens, 32))
         return {"BLOCK_V": tokens, "BLOCK_R": 1, "BLOCK_H": width, "WIDEN": widen}
     width = power_of_two(hidden_size, 32, 64 if z.dtype == torch.float32 else 128)
     return {

@@ -78,7 +78,10 @@ def launches(
     made, z = state_launches(
         hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset, best, counted
     )
-    token, known = hidden.new_empty(rows, dtype=torch.long), hidden.new_empty(rows, dtype=torch.bool)
+    token, known = (
+        hidden.new_empty(rows, dtype=torch.long),
+        hidden.new_empty(rows, dtype=torch.bool),
+    )
     logits = float_empty(hidden, rows, vocabulary if want_logits else 0)
     arguments: dict[str, Any] = {
         **head_arguments(z, lm_head, head_scales, head_bias), "hot_ids_ptr": flat(hot_ids),
