@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +15,17 @@ from eepass.artifact import Artifact, load_artifact, refuse_other_model
 from eepass.errors import InputError
 from eepass.passes.pipeline import split_decoder
 from eepass.passes.read_head_chain import read_head_chain
+from eepass.passes.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassError
 from eepass.plan import HeadChain, SplitDecoder
 
 if TYPE_CHECKING:
-    from eepass.codegen.kernels.catalogue import Sizes
+    from eepass.codegen.kernels.catalogue import KvSizes, Sizes
 
 # of the exits of a model that has no artefact yet: what eepass train makes by default
 UNTRAINED = {"drafts": 4, "width": 512, "rank": 128, "hot": 0}
+# layers an early exit of an untrained model is taken to skip
+SKIPPED = 8
 MOST_ROWS = 32
 
 
@@ -57,7 +61,7 @@ def compile_kernels(
         refuse_other_model(trained, model, "artifact")
     else:
         trained = None
-    chain, sizes = _specialisation(model, trained, rows)
+    chain, sizes, refused = _specialisation(model, trained, rows)
     made: dict[str, Any] = {}
     report: dict[str, dict[str, float]] = {}
     for name, launch in kernels(chain, sizes).items():
@@ -74,7 +78,10 @@ def compile_kernels(
         }
         if out is not None:
             _keep(out, cubin)
-    result = {"target": target, "rows": rows, "head": _described(chain), "kernels": report}
+    result = {
+        "target": target, "rows": rows, "head": asdict(chain), "kernels": report,
+        "not_generated": refused,
+    }  # fmt: skip
     if out is not None:
         entries = {
             c.key: {"entry": c.name, "warps": c.warps, "shared_bytes": c.shared_bytes}
@@ -85,7 +92,10 @@ def compile_kernels(
     return result
 
 
-def _specialisation(model: Any, artifact: Artifact | None, rows: int) -> tuple[HeadChain, Sizes]:
+def _specialisation(
+    model: Any, artifact: Artifact | None, rows: int
+) -> tuple[HeadChain, Sizes, dict[str, str]]:
+    """The head's form, all sizes, and by operator why it is not generated."""
     from eepass.codegen.kernels.catalogue import Sizes
 
     try:
@@ -96,10 +106,18 @@ def _specialisation(model: Any, artifact: Artifact | None, rows: int) -> tuple[H
         raise InputError(f"{type(model).__name__}: no kernels for it: {error}") from error
     lm_head = split.tensors[chain.lm_head]
     shape = UNTRAINED if artifact is None else _trained(artifact)
-    return chain, Sizes(
+    exits = [] if artifact is None else _exits(artifact)
+    kv, reason = _kv(split, min(exits, default=max(len(split.layers) - SKIPPED, 0)))
+    sizes = Sizes(
         rows=rows, hidden=split.hidden_size, vocabulary=lm_head.shape[0], dtype=lm_head.dtype,
-        kv=_kv(split), **shape,
+        kv=kv, **shape,
     )  # fmt: skip
+    return chain, sizes, {"fill_kv": reason} if reason else {}
+
+
+def _exits(artifact: Artifact) -> list[int]:
+    found = (re.match(r"predictor\.default\.(\d+)\.w1$", name) for name in artifact.tensors)
+    return [int(match[1]) for match in found if match]
 
 
 def _trained(artifact: Artifact) -> dict[str, int]:
@@ -114,12 +132,20 @@ def _trained(artifact: Artifact) -> dict[str, int]:
     }
 
 
-def _kv(split: SplitDecoder) -> Any:
-    return None
+def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:
+    """What ``fill_kv`` is specialised for where the most layers are skipped, or why it is not."""
+    from eepass.codegen.kernels.catalogue import KvSizes
 
-
-def _described(chain: HeadChain) -> dict[str, Any]:
-    return {name: getattr(chain, name) for name in chain.__dataclass_fields__}
+    try:
+        form = read_kv_fill(split.kv_fills[-1])
+    except PassError as error:
+        return None, str(error)
+    return KvSizes(
+        layers=max(len(split.layers) - first_exit, 1), groups=form.groups, channels=form.channels,
+        rotary=form.rotary, slots=split.cache_length, norm=form.norm, eps=form.eps,
+        weight_offset=form.weight_offset, norm_bias=bool(form.norm_bias),
+        bias=bool(form.key_bias), head_norm=bool(form.head_norm),
+    ), ""  # fmt: skip
 
 
 def _keep(folder: Path, cubin: Any) -> None:

@@ -109,6 +109,31 @@ class HeadChain:
     logit_cap: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class KvForm:
+    """How a layer makes keys and values of a boundary, as ``eepass::fill_kv`` takes it.
+
+    Tensors by name, "" where there is none; ``rotary`` channels turn by ``cos`` and ``sin``, side
+    inputs of the layer.
+    """
+
+    norm: Literal["none", "rms", "layer"]
+    eps: float
+    weight_offset: float
+    norm_weight: str
+    norm_bias: str
+    key_weight: str
+    key_bias: str
+    value_weight: str
+    value_bias: str
+    head_norm: str
+    cos: str
+    sin: str
+    rotary: int
+    groups: int
+    channels: int
+
+
 @dataclass(slots=True)
 class SplitDecoder:
     """A decoder in pieces: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
@@ -147,9 +172,9 @@ class ExitPieces:
     """What runs at exit points besides layers, for R rows.
 
     ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
-    normed state z [1, R, H] (fused ones say more after these). ``verify`` and ``draft``: z -> logits over the hot (or the whole)
-    vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's
-    layer.
+    normed state z [1, R, H] (fused ones say more after these). ``verify`` and ``draft``: z ->
+    logits over the hot (or the whole) vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at
+    the draft's layer.
     """
 
     predictors: Mapping[int, Piece]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,23 +95,24 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
     def ids(*shape: int) -> Tensor:
         return tensor(*shape, dtype=torch.long)
 
-    def head(size: int) -> tuple[Tensor, None, Tensor | None]:
+    def head(size: int) -> tuple[Any, ...]:
         return tensor(size, hidden), None, tensor(size) if chain.head_bias else None
 
     boundary = tensor(rows, hidden)
-    norms = (
+    norms: tuple[Any, ...] = (
         tensor(hidden) if chain.norm_weight else None,
         tensor(hidden) if chain.norm_bias else None,
     )
-    lens = (None, None, None)
-    translator = (tensor(hidden), tensor(sizes.rank, hidden), tensor(hidden, sizes.rank))
-    mlp = (
+    lens: tuple[Any, ...] = (None, None, None)
+    rank = sizes.rank
+    translator: tuple[Any, ...] = (tensor(hidden), tensor(rank, hidden), tensor(hidden, rank))
+    mlp: tuple[Any, ...] = (
         floats(rows, drafts), floats(sizes.width, 3 * drafts), floats(sizes.width),
         floats(sizes.width), floats(1), floats(1),
     )  # fmt: skip
-    form = (chain.norm, chain.eps, chain.weight_offset)
-    logit_form = (chain.logit_scale, chain.logit_cap)
-    forms = {"lens": lens, **({"translated": translator} if sizes.rank else {})}
+    form: tuple[Any, ...] = (chain.norm, chain.eps, chain.weight_offset)
+    logit_form: tuple[Any, ...] = (chain.logit_scale, chain.logit_cap)
+    forms = {"lens": lens, **({"translated": translator} if rank else {})}
     for name, to_state in forms.items():
         asked = (boundary, *to_state, *norms, *head(sizes.vocabulary), ids(rows, drafts), *mlp)
         predictor = exit_predictor.launches(*asked, *form, *logit_form)
@@ -121,14 +123,13 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
     for name, size in vocabularies.items():
         names = ids(size) if name == "hot" else None
-        verify = verify_head.launches(
-            boundary, *lens, *norms, *head(size), names, ids(rows, drafts), *form, *logit_form,
-            False,
-        )  # fmt: skip
-        yield f"verify_head.{name}", verify[0]
+        told: tuple[Any, ...] = (boundary, *lens, *norms, *head(size), names, ids(rows, drafts))
+        told = (*told, *form, *logit_form, False)
+        yield f"verify_head.{name}", verify_head.launches(*told)[0]
     size = sizes.hot or sizes.vocabulary
     names = ids(size) if sizes.hot else None
-    yield "draft_topk", draft_topk.launches(boundary, *head(size), names, drafts, *logit_form)[0]
+    scored: tuple[Any, ...] = (boundary, *head(size), names, drafts, *logit_form)
+    yield "draft_topk", draft_topk.launches(*scored)[0]
 
     if (kv := sizes.kv) is not None:
 

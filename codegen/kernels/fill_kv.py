@@ -1,4 +1,4 @@
-"""Triton kernel for ``eepass::fill_kv``: all skipped layers in one launch, from a table of pointers.
+"""Triton kernel for ``eepass::fill_kv``: all skipped layers at once, from a table of pointers.
 
 A program makes BLOCK_P pairs of channels of one head of one layer, keys or values: pairs, since
 rotary values turn channel i against channel i + half. Every program norms the rows itself: hidden

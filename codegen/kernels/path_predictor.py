@@ -1,4 +1,4 @@
-"""Triton kernel for ``eepass::path_predictor``: the nodes as rows, then one launch for the paths."""
+"""Triton kernel for ``eepass::path_predictor``: nodes as rows, then one launch for the paths."""
 
 from __future__ import annotations
 

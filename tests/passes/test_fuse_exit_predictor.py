@@ -13,6 +13,7 @@ from eepass.passes.fuse_exit_predictor import fuse_exit_predictor, thresholds
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_decoder
 from eepass.passes.read_head_chain import read_head_chain
+from eepass.passes.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import ExitPlan, ExitPoint
 
@@ -44,9 +45,7 @@ families = pytest.mark.parametrize("family", FAMILIES)
 def decoder(family):
     """The split decoder of a family, norms and biases not at their defaults."""
     name, sizes, _ = FAMILIES[family]
-    model_class = getattr(
-        transformers, f"{name}Model" if family == "gpt2" else f"{name}ForCausalLM"
-    )
+    model_class = getattr(transformers, name)
     torch.manual_seed(0)
     with torch.no_grad():
         model = model_class(model_class.config_class(**sizes)).eval().requires_grad_(False)
@@ -165,3 +164,40 @@ def test_a_hot_vocabulary_without_its_bias_is_not_fused():
     del tensors["hot.bias"]
     assert fuse_exit_predictor(split, plan, tensors, report) is None
     assert "hot.bias" in report.skipped[0][1]
+
+
+KV_REFUSED = {
+    # turns neighbours, not half against half
+    "cohere": "not what norm, projection and rotary values make",
+    # one projection for queries, keys and values
+    "gpt2": "0 linear layers",
+}
+
+
+@families
+def test_how_keys_and_values_are_made_is_read_and_tried(family):
+    fill = decoder(family).kv_fills[1]
+    if family in KV_REFUSED:
+        with pytest.raises(PassError, match=KV_REFUSED[family]):
+            read_kv_fill(fill)
+        return
+    form = read_kv_fill(fill)
+    assert (form.groups, form.channels, form.rotary) == (2, 16, 8 if family == "phi" else 16)
+    assert (form.norm, form.eps, form.weight_offset) == FAMILIES[family][2][:3]
+    assert form.key_weight.endswith("k_proj.weight") and form.value_weight.endswith("v_proj.weight")
+    assert bool(form.key_bias) == (family == "phi")
+
+
+def test_keys_that_are_scaled_are_not_taken_for_keys_that_are_not():
+    fill = decoder("llama").kv_fills[1]
+    graph = copy.deepcopy(fill.graph)
+    for write in graph.graph.find_nodes(
+        op="call_function", target=torch.ops.aten.index_copy_.default
+    ):
+        with graph.graph.inserting_before(write):
+            keys = graph.graph.call_function(torch.ops.aten.mul.Tensor, (write.args[3], 1.25))
+        write.update_arg(3, keys)
+        break
+    graph.recompile()
+    with pytest.raises(PassError, match="not what norm"):
+        read_kv_fill(replace(fill, graph=graph))
