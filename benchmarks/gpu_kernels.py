@@ -1,6 +1,6 @@
 """Time the Triton kernels on a CUDA device beside their eager and their inductor form.
 
-    python benchmarks/kernels.py [--json kernels-DEVICE.json] [--hidden 4096]
+    python benchmarks/gpu_kernels.py [--json kernels-DEVICE.json] [--hidden 4096]
 
 Each form is captured in a CUDA graph and replayed over copies of its weights that together exceed
 the L2 cache; forms take turns, medians count. ``of copy`` is the share of the measured copy
@@ -190,7 +190,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=4096)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/kernels.py needs a CUDA device: none was found")
+        raise SystemExit("benchmarks/gpu_kernels.py needs a CUDA device: none was found")
     torch.manual_seed(0)
     copy = copy_bandwidth()
     device = torch.cuda.get_device_name()
