@@ -22,9 +22,9 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_aot
 from torch.fx import GraphModule
 
-from eepass.codegen import lower_cpu
 from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
+from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
 
 _operators = torch.ops.eepass
@@ -72,7 +72,7 @@ class AheadCompiler(CompiledCode):
         shutil.copyfile(library, folder / KERNELS)
         # named by what decides, beside the graph, what is made of it: torch, CPU and kernels (the
         # library's name), settings, and the threads that loops are divided among
-        settings = hashlib.sha256(repr(lower_cpu.SETTINGS).encode())
+        settings = hashlib.sha256(repr(LOWERING).encode())
         home = f"{library.stem}-{settings.hexdigest()[:8]}-{torch.get_num_threads()}"
         self._kept = cache_dir() / "ahead" / home
 

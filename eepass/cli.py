@@ -367,6 +367,39 @@ def inspect(
     _run(work, debug)
 
 
+@app.command()
+def codegen(
+    model: Model,
+    target: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90.")] = "sm_90",
+    artifact: ArtifactDir = None,
+    rows: Annotated[int, typer.Option(help="Rows in a pass, 1 to 32.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="Folder for the compiled kernels.")] = None,
+    json_file: Json = None,
+    dtype: Dtype = "bf16",
+    debug: Debug = False,
+) -> None:
+    """Generate MODEL's GPU kernels and compile them; needs no GPU."""
+
+    def work() -> None:
+        from eepass import ahead_of_time
+        from eepass.console import console, table
+
+        ahead_of_time.capability_of(target)
+        loaded = _load(model, dtype, "cpu", 0)
+        with console.status(f"compiling for {target}"):
+            found = ahead_of_time.compile_kernels(
+                loaded.model, artifact or loaded.artifact, target, rows, out
+            )
+        table(
+            f"{model} on {target}, {rows} rows: predicted, not measured",
+            ("kernel", "registers", "spills", "shared", "bytes", "µs"),
+            [(name, *(str(value) for value in k.values())) for name, k in found["kernels"].items()],
+        )
+        _write_json(json_file, found)
+
+    _run(work, debug)
+
+
 def main() -> None:
     """Entry point of the ``eepass`` command."""
     app()

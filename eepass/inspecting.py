@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from eepass.passes.insert_exits import insert_exits
-from eepass.passes.report import PassReport
-from eepass.plan import Piece
+from eepass.passes.insert_predictors import insert_predictors
+from eepass.passes.read_head_chain import read_head_chain
+from eepass.passes.report import PassError, PassReport
+from eepass.plan import Piece, SplitDecoder
 from eepass.transformation import EarlyExitModel, exit_tensors
 
 
@@ -34,6 +36,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         "rows": sorted(model.splits),
         "head": split.head.reason
         or "norm, LM head" + (", transform" if split.head.transform else ""),
+        "exit_kernels": _fused(split),
         "exits": exits,
         "draft": (
             None
@@ -50,15 +53,24 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     }
 
 
+def _fused(split: SplitDecoder) -> str:
+    try:
+        return f"fused: {read_head_chain(split.head)}"
+    except PassError as error:
+        return f"eager: {error}"
+
+
 def exit_graph_of(model: EarlyExitModel) -> Piece | None:
     """The exit graph of a configured model; None for a dense one."""
-    if model.plan is None or model.pieces is None or model.artifact is None or not model.config:
+    if model.plan is None or model.artifact is None or not model.config:
         return None
     tensors = exit_tensors(
         model.config.name, model.artifact, model.decoder.tensors, model.splits[1].head.weight
     )
     tensors = {**model.decoder.tensors, **tensors}
-    return insert_exits(model.splits[1], model.pieces, model.plan, tensors, PassReport())
+    split = model.splits[1]
+    pieces = insert_predictors(split, model.plan, tensors, PassReport())
+    return insert_exits(split, pieces, model.plan, tensors, PassReport())
 
 
 def code_of(model: EarlyExitModel) -> str:

@@ -18,19 +18,19 @@ from torch import Tensor
 _library = torch.library.Library("eepass", "DEF")
 
 
-def _operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Define ``schema`` with the decorated function as its meaning on every device."""
 
-    def define(meaning: Callable[..., Any]) -> Callable[..., Any]:
+    def register(meaning: Callable[..., Any]) -> Callable[..., Any]:
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, meaning, "CompositeExplicitAutograd")
         return meaning
 
-    return define
+    return register
 
 
-@_operator("linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+@define("linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
 def linear_rows(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
@@ -38,7 +38,7 @@ def linear_rows(
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-@_operator("logits_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+@define("logits_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 def logits_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits x [R, H] · weight [V, H] in float32 [R, V], whatever the weights' dtype.
 
@@ -48,7 +48,7 @@ def logits_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.float()
 
 
-@_operator("attend_rows(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+@define("attend_rows(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Grouped attention of few rows over a static cache.
 
@@ -62,21 +62,25 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     return torch.einsum("qrc,qce->qre", scores.softmax(-1), values).to(q.dtype)
 
 
-@_operator("translate(Tensor hidden, Tensor scale, Tensor down, Tensor up) -> Tensor")
+@define("translate(Tensor hidden, Tensor scale, Tensor down, Tensor up) -> Tensor")
 def translate(hidden: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     """Low-rank map of a boundary to the basis of the final norm.
 
     s ⊙ h + ‖h‖ · B silu(A h/‖h‖·√H): hidden [R, H], scale [H], down A [rank, H], up B [H, rank]
     -> [R, H]. After the tuned lens of Belrose et al., 2023, in low rank and with a gate.
     """
-    h = hidden.float()
+    return translated(hidden.float(), scale, down, up).to(hidden.dtype)
+
+
+def translated(h: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
+    """``translate`` of h float32, not rounded."""
     length = h.norm(dim=-1, keepdim=True)
     unit = h * (h.shape[-1] ** 0.5 / length.clamp_min(1e-6))
     gate = F.silu(unit @ down.float().T)
-    return (scale.float() * h + length * (gate @ up.float().T)).to(hidden.dtype)
+    return scale.float() * h + length * (gate @ up.float().T)
 
 
-@_operator("draft_logits(Tensor z, Tensor lm_head, Tensor? bias, Tensor draft_ids) -> Tensor")
+@define("draft_logits(Tensor z, Tensor lm_head, Tensor? bias, Tensor draft_ids) -> Tensor")
 def draft_logits(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Tensor) -> Tensor:
     """Logits of ``draft_ids`` [R, K] alone, from z [R, H] and lm_head [V, H]; float32 [R, K]."""
     rows = lm_head[draft_ids].float()  # [R, K, H]
@@ -84,7 +88,7 @@ def draft_logits(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Ten
     return logits if bias is None else logits + bias[draft_ids].float()
 
 
-@_operator(
+@define(
     "predict_exit(Tensor logits, Tensor previous, Tensor w1, Tensor b1, Tensor w2, Tensor b2)"
     " -> (Tensor, Tensor)"
 )
@@ -104,36 +108,37 @@ def predict_exit(
     return score.sigmoid(), probabilities
 
 
-def _fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def fake(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """What operator ``name`` gives for fake tensors: the decorated function."""
     return torch.library.register_fake(f"eepass::{name}", lib=_library)
 
 
-@_fake("linear_rows")
+@fake("linear_rows")
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
 
 
-@_fake("logits_rows")
+@fake("logits_rows")
 def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
-@_fake("attend_rows")
+@fake("attend_rows")
 def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], v.shape[2])
 
 
-@_fake("translate")
+@fake("translate")
 def _(hidden: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return torch.empty_like(hidden)
 
 
-@_fake("draft_logits")
+@fake("draft_logits")
 def _(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Tensor) -> Tensor:
     return z.new_empty(draft_ids.shape, dtype=torch.float32)
 
 
-@_fake("predict_exit")
+@fake("predict_exit")
 def _(
     logits: Tensor, previous: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:

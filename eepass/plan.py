@@ -90,6 +90,52 @@ class Head:
         return self.norm.graph(*values).transpose(0, 1)
 
 
+@dataclass(frozen=True, slots=True)
+class HeadChain:
+    """A head as data, what kernels are specialised for:
+
+        x = norm(hidden) · (norm_weight + weight_offset) + norm_bias
+        logits = (lm_head · x + head_bias) · logit_scale, then cap · tanh(logits / cap)
+
+    Tensors by name, "" where there is none; ``logit_cap`` 0 means no cap.
+    """
+
+    norm: Literal["none", "rms", "layer"]
+    eps: float
+    norm_weight: str
+    norm_bias: str
+    weight_offset: float
+    lm_head: str
+    head_bias: str
+    logit_scale: float = 1.0
+    logit_cap: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class KvForm:
+    """How a layer makes keys and values of a boundary, as ``eepass::fill_kv`` takes it.
+
+    Tensors by name, "" where there is none; ``rotary`` channels turn by ``cos`` and ``sin``, side
+    inputs of the layer.
+    """
+
+    norm: Literal["none", "rms", "layer"]
+    eps: float
+    weight_offset: float
+    norm_weight: str
+    norm_bias: str
+    key_weight: str
+    key_bias: str
+    value_weight: str
+    value_bias: str
+    head_norm: str
+    cos: str
+    sin: str
+    rotary: int
+    groups: int
+    channels: int
+
+
 @dataclass(slots=True)
 class SplitDecoder:
     """A decoder in pieces: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
@@ -140,15 +186,30 @@ class ExitPieces:
     """What runs at exit points besides layers, for R rows.
 
     ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
-    normed state z [1, R, H]. ``verify`` and ``draft``: z -> logits over the hot (or the whole)
-    vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at the draft's
-    layer.
+    normed state z [1, R, H] (fused ones say more after these). ``verify`` and ``draft``: z ->
+    logits over the hot (or the whole) vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at
+    the draft's layer.
     """
 
     predictors: Mapping[int, Piece]
     verify: Piece
     draft: Piece
     normed: Piece
+
+
+@dataclass(slots=True)
+class FusedExits:
+    """Exit points as one operator each, for R rows; ``chain`` is what they are specialised for.
+
+    ``predictors[layer]``: hidden [1, R, H], draft, previous -> probability [R], draft probabilities
+    [R, K], z [1, R, H], exits bool [R]. ``verify``: z, draft -> token [R], whether it is in the
+    draft [R]; ``final``: the same from the last boundary. Both over the plan's vocabulary.
+    """
+
+    chain: HeadChain
+    predictors: Mapping[int, Piece]
+    verify: Piece
+    final: Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +232,10 @@ class ExitPlan:
     verify: Literal["hot", "full"]
     kv_policy: Literal["defer", "propagate", "drop"]
     ranking: tuple[int, ...] = field(default=())
+
+    def threshold_tensors(self) -> dict[str, Tensor]:
+        """The tensors fused predictors read their thresholds from, float32 [1]."""
+        return {f"predictor.{p.layer}.threshold": torch.tensor([p.threshold]) for p in self.exits}
 
     def at(self, layer: int) -> ExitPoint | None:
         return next((point for point in self.exits if point.layer == layer), None)

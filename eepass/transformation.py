@@ -78,7 +78,6 @@ class EarlyExitModel:
         self.engine = self.dense
         self.config: ExitConfig | None = None
         self.plan: ExitPlan | None = None
-        self.pieces: ExitPieces | None = None
         self._costs: dict[int, float] = {}
         self._noise: float | None = None
 
@@ -111,20 +110,25 @@ class EarlyExitModel:
         head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
+        tensors |= plan.threshold_tensors()
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
             return self.pieces_for(config, plan, every, rows)
 
-        self.plan, self.pieces = plan, pieces(1)
+        self.plan = plan
         return Exits(self.decoder, plan, pieces, tensors), tensors
 
     def _traced_pieces(
         self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
     ) -> ExitPieces:
+        # tracing is what a model that was compiled ahead of time does without
+        from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
         from eepass.passes.insert_predictors import insert_predictors
 
-        return insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
+        made = insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
+        fused = fuse_exit_predictor(self.splits[1], plan, tensors, PassReport(), rows)
+        return made if fused is None else replace(made, predictors=fused.predictors)
 
     def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
         source = config.speculate

@@ -112,6 +112,10 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, the cache room for {wanted}: "
                 "shorten it or raise max_length"
             )
+        if not self.judge.exact and self.exits is not None and sampling.repetition_penalty != 1:
+            raise EngineError(
+                "repetition_penalty: an exit knows too few logits for it; ask for guarantee='exact'"
+            )
         self.measure()
         first = kv.allocate(wanted)
         if first is None:

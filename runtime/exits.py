@@ -104,14 +104,11 @@ class Exits:
         rows, hidden = hidden.shape[1], _padded(hidden, 1)
         bound = self._for(hidden.shape[1])
         given = (_padded(tensor, 0) for tensor in state)
-        chances, previous, z = bound.predict(layer)(hidden, *given)
+        chances, previous, z = bound.predict(layer)(hidden, *given)[:3]
         previous = previous[:rows]
         limit = self.thresholds[layer]
-        wanted = [
-            row
-            for row, chance in zip(asked, chances[asked].tolist(), strict=True)
-            if chance > limit
-        ]
+        chance = chances.tolist()
+        wanted = [row for row in asked if chance[row] > limit]
         statistics.predictors_run += len(asked)
         ended = perf_counter()
         statistics.predictor_seconds += ended - began

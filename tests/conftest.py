@@ -7,6 +7,9 @@ import pytest
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if not torch.cuda.is_available():
+    # read when triton is imported; with a GPU, tests/gpu runs the kernels on it
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # tiny models: a second thread costs more than it brings
 torch.set_num_threads(1)
 
@@ -20,6 +23,14 @@ def no_gradients_and_no_luck():
     with torch.no_grad():
         yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    """Triton kernels run in Triton's interpreter, on CPU tensors."""
+    pytest.importorskip("triton")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("the interpreter is off: tests/gpu runs these cases on the GPU")
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """The decode loop: the staircase of lengths, deferred catch-up, bounds and errors."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from models import VOCABULARY, ForcedExits, eager_compile
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.engine import Engine, Options
+from eepass.runtime.sampling import Sampling
 
 DEPTH = 4
 PROMPT = [5, 9, 44, 7, 8]
@@ -191,3 +194,9 @@ def test_two_generations_in_a_row_are_like_the_first_alone(decoder):
     list(Engine(decoder).generate([9, 9, 9], 10))
     engine.exits.turn = -1
     assert list(engine.generate(PROMPT, 6)) == first
+
+
+def test_a_penalty_exits_cannot_honour_is_refused(decoder):
+    engine = Engine(decoder, exits=SimpleNamespace(), options=Options("approximate"))
+    with pytest.raises(EngineError, match="repetition_penalty"):
+        engine.start(PROMPT, sampling=Sampling(repetition_penalty=1.2))

@@ -1,0 +1,84 @@
+"""What asking an exit costs on the CPU: the fused operator beside its pieces through inductor.
+
+    python benchmarks/exit_share.py [--rounds N] [--threads T]
+
+Both are asked in turns on the same boundaries, with layers run between them, as in a step: weights
+have left the caches. The share is that of the exits an average token of smollm2 is asked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+
+import torch
+
+import eepass
+from eepass.config import ExitConfig
+from eepass.passes.insert_predictors import insert_predictors
+from eepass.passes.report import PassReport
+from eepass.runtime.exits import Exits
+from eepass.runtime.statistics import Statistics
+
+# exits asked per token at target agreement 0.98, as eepass generate --stats counts them
+ASKED = 2.35
+
+
+def microseconds(call: Callable[[], object]) -> float:
+    began = perf_counter()
+    call()
+    return (perf_counter() - began) * 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--threads", type=int, default=0)
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    loaded = eepass.load("smollm2")
+    config = ExitConfig().approximate(0.98)
+    model = eepass.transform(loaded.model, loaded.artifact, config, 448)
+    decoder, plan = model.decoder, model.plan
+    assert plan is not None
+    fused, tensors = model._exits(config)
+    every = {**decoder.tensors, **tensors}
+    pieces = Exits(
+        decoder, plan, lambda n: insert_predictors(model.splits[1], plan, every, PassReport(), n),
+        tensors,
+    )  # fmt: skip
+    counted, layer = Statistics(decoder.num_layers), plan.exits[1].layer
+    torch.manual_seed(0)
+    hidden = torch.randn(1, 1, decoder.hidden_size).bfloat16() * 3
+    place = decoder.side_inputs.span(100, 1)
+
+    def step() -> None:
+        boundary = hidden
+        for index in range(decoder.num_layers):
+            boundary = decoder.run_layer(index, boundary, place)
+        decoder.logits(boundary)
+
+    forms = {"pieces": pieces, "fused": fused}
+    times: dict[str, list[float]] = {"pieces": [], "fused": [], "step": []}
+    with torch.no_grad():
+        for exits in forms.values():
+            exits.prepare(1)
+        state = fused.draft_from(hidden, fused.begin(1), counted)
+        for turn in range(options.rounds):
+            for name in sorted(forms, reverse=bool(turn % 2)):
+                times["step"].append(microseconds(step))
+                check = forms[name].check
+                asked = microseconds(lambda check=check: check(layer, hidden, state, [0], counted))
+                times[name].append(asked)
+    step_time = statistics.median(times.pop("step"))
+    print(f"a step {step_time:.0f} µs")
+    for name, taken in times.items():
+        asked = statistics.median(taken)
+        print(f"{name}: {asked:.0f} µs an exit, {ASKED * asked / step_time:.2%} of a step")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""Time the Triton kernels on a CUDA device beside their eager and their inductor form.
+
+    python benchmarks/gpu_kernels.py [--json kernels-DEVICE.json] [--hidden 4096]
+
+Each form is captured in a CUDA graph and replayed over copies of its weights that together exceed
+the L2 cache; forms take turns, medians count. ``of copy`` is the share of the measured copy
+bandwidth at which the bytes that must be read were read. A form whose result is wrong gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from eepass import fused_ops
+from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, verify_head
+
+L2_BYTES = 160 * 2**20
+ROUNDS = 9
+
+
+def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, dtype=dtype, device="cuda") * (shape[-1] ** -0.5 if shape else 1)
+
+
+def exit_arguments(hidden: int, rank: int, vocabulary: int = 32_000, k: int = 4) -> list[Any]:
+    translator = (None,) * 3
+    if rank:
+        translator = (torch.ones_like(random(hidden)), random(rank, hidden), random(hidden, rank))
+    floats = torch.float32
+    return [
+        random(1, hidden) * hidden**0.5, *translator, random(hidden), None,
+        random(vocabulary, hidden), None, None, torch.randint(vocabulary, (1, k), device="cuda"),
+        torch.rand(1, k, device="cuda"), random(512, 3 * k, dtype=floats),
+        random(512, dtype=floats), random(512, dtype=floats), random(1, dtype=floats),
+        torch.tensor([0.5], device="cuda"), "rms", 1e-5, 0.0, 1.0, 0.0,
+    ]  # fmt: skip
+
+
+def verify_arguments(hidden: int, vocabulary: int) -> list[Any]:
+    draft = torch.randint(vocabulary, (1, 4), device="cuda")
+    return [
+        random(1, hidden) * hidden**0.5, None, None, None, random(hidden), None,
+        random(vocabulary, hidden), None, None, None, draft, "rms", 1e-5, 0.0, 1.0, 0.0, False,
+    ]  # fmt: skip
+
+
+def draft_arguments(hidden: int, vocabulary: int) -> list[Any]:
+    z = random(1, hidden) * hidden**0.5
+    return [z, random(vocabulary, hidden), None, None, None, 32, 1.0, 0.0]
+
+
+def fill_arguments(hidden: int, layers: int = 8, channels: int = 128) -> list[Any]:
+    groups = hidden // channels
+
+    def each(*shape: int) -> list[Tensor]:
+        return [random(*shape) for _ in range(layers)]
+
+    def caches() -> list[Tensor]:
+        return [torch.zeros_like(random(groups, 256, channels)) for _ in range(layers)]
+
+    return [
+        random(1, hidden) * hidden**0.5, each(hidden), [], each(hidden, hidden), [],
+        each(hidden, hidden), [], [], caches(), caches(), random(1, channels), random(1, channels),
+        torch.tensor([17], device="cuda"), "rms", 1e-5, 0.0,
+    ]  # fmt: skip
+
+
+def cases(hidden: int) -> dict[str, tuple[Any, Callable[..., Any], Callable[[], list[Any]]]]:
+    """Name -> kernel module, eager definition, arguments."""
+    return {
+        "exit_predictor": (
+            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 0),
+        ),
+        "exit_predictor, rank 128": (
+            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 128),
+        ),
+        "verify_head, 32000": (
+            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, 32_000),
+        ),
+        "verify_head, 128256": (
+            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, 128_256),
+        ),
+        "draft_topk, 8192": (
+            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, 8192),
+        ),
+        "draft_topk, 32000": (
+            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, 32_000),
+        ),
+        "fill_kv, 8 layers": (fill_kv, fused_ops.fill_kv, lambda: fill_arguments(hidden)),
+    }  # fmt: skip
+
+
+def captured(function: Callable[..., Any], sets: Sequence[list[Any]]) -> torch.cuda.CUDAGraph:
+    """One graph that calls ``function`` with each of ``sets`` in turn."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            function(*sets[0])
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for arguments in sets:
+            function(*arguments)
+    return graph
+
+
+def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    repeats = 20
+    begin.record()
+    for _ in range(repeats):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3 / (repeats * calls)
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second that a copy within the device reads and writes."""
+    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    graph = captured(lambda: target.copy_(source), [[]])
+    return 2 * source.numel() / statistics.median(microseconds(graph, 1) for _ in range(5)) * 1e6
+
+
+def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
+    """What a form gives, caches it wrote included."""
+    result = function(*arguments)
+    if result is None:
+        return [cache.clone() for cache in (*arguments[8], *arguments[9])]
+    return list(result)
+
+
+def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
+    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if a.is_floating_point():
+            limit = 2e-2 if a.dtype == torch.bfloat16 else 2e-3
+            if not torch.allclose(a.float(), b.float(), atol=limit * float(b.abs().max()) + 1e-6):
+                return f"output {index} is off by {float((a.float() - b.float()).abs().max()):.3g}"
+        elif not torch.equal(a, b):
+            return f"output {index} differs"
+    return ""
+
+
+def measure(name: str, kernel: Any, eager: Callable[..., Any], make: Any, copy: float) -> dict:
+    arguments = make()
+    needed = sum(launch.bytes for launch in kernel.launches(*arguments)[0])
+    sets = [arguments]
+    while len(sets) * needed < L2_BYTES and len(sets) < 64:
+        sets.append(make())
+    expected = outputs(eager, arguments)
+    fused = getattr(kernel, kernel.__name__.rsplit(".", 1)[1])
+    forms = {"triton": fused, "eager": eager, "inductor": torch.compile(eager, dynamic=False)}
+    row: dict[str, Any] = {"bytes": needed}
+    graphs = {}
+    for form, function in forms.items():
+        try:
+            fault = wrong(outputs(function, arguments), expected)
+            if not fault:
+                graphs[form] = captured(function, sets)
+        except Exception as error:
+            fault = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+        if fault:
+            row[form] = f"no time: {fault}"
+    times: dict[str, list[float]] = {form: [] for form in graphs}
+    for _ in range(ROUNDS):
+        for form, graph in graphs.items():
+            times[form].append(microseconds(graph, len(sets)))
+    for form, taken in times.items():
+        row[form] = round(statistics.median(taken), 2)
+    if "triton" in times:
+        row["of_copy"] = round(needed / (row["triton"] * 1e-6) / copy, 3)
+    print(f"{name:26} {row}", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--hidden", type=int, default=4096)
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise SystemExit("benchmarks/gpu_kernels.py needs a CUDA device: none was found")
+    torch.manual_seed(0)
+    copy = copy_bandwidth()
+    device = torch.cuda.get_device_name()
+    print(f"{device}: copy {copy / 1e12:.2f} TB/s; µs a call inside a CUDA graph")
+    with torch.no_grad():
+        rows = {n: measure(n, *case, copy) for n, case in cases(options.hidden).items()}
+    result = {
+        "device": device, "torch": torch.__version__, "triton": triton.__version__,
+        "copy_bytes_per_second": copy, "hidden": options.hidden, "kernels": rows,
+    }  # fmt: skip
+    if options.json is not None:
+        options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,54 @@
+"""Triton kernel for ``eepass::path_predictor``: nodes as rows, then one launch for the paths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from eepass.codegen.kernels import exit_predictor
+from eepass.codegen.kernels.launch import Launch, flat, float_empty, power_of_two, run, size
+
+
+@triton.jit
+def _path_kernel(
+    node_ptr, paths_ptr, threshold_ptr, path_ptr, exits_ptr, depth, BLOCK_D: tl.constexpr
+):
+    """The smallest probability of one path's nodes; NaN if one is."""
+    path = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, BLOCK_D)
+    node = tl.load(paths_ptr + path * depth + place, mask=place < depth, other=-1).to(tl.int64)
+    there = node >= 0
+    chance = tl.load(node_ptr + node, mask=there, other=1.0)
+    undefined = tl.max((chance != chance).to(tl.int32), 0) > 0
+    least = tl.min(tl.where(chance != chance, 1.0, chance), 0)
+    least = tl.where(undefined, float("nan"), least)
+    least = tl.where(tl.max(there.to(tl.int32), 0) > 0, least, 0.0)
+    tl.store(path_ptr + path, least)
+    leave = least > tl.load(threshold_ptr).to(tl.float32)
+    tl.store(exits_ptr + path, leave.to(tl.uint8))
+
+
+def launches(*arguments: Any) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """What ``path_predictor`` launches, and its outputs once that has run."""
+    *predictor, paths = arguments[:17]
+    made, (node, probabilities, z, _) = exit_predictor.launches(*predictor, *arguments[17:])
+    path = float_empty(node, len(paths))
+    exits = node.new_empty(len(paths), dtype=torch.bool)
+    given = {
+        "node_ptr": node, "paths_ptr": flat(paths), "threshold_ptr": predictor[15],
+        "path_ptr": path, "exits_ptr": exits.view(torch.uint8), "depth": paths.shape[1],
+    }  # fmt: skip
+    block = {"BLOCK_D": power_of_two(paths.shape[1], 2)}
+    made.append(Launch(_path_kernel, (len(paths),), given, block, size(paths, node)))
+    return made, (path, node, probabilities, z, exits)
+
+
+def path_predictor(*arguments: Any) -> tuple[Tensor, ...]:
+    """``eepass::path_predictor``; see its definition in ``eepass.fused_ops``."""
+    made, outputs = launches(*arguments)
+    run(made)
+    return outputs

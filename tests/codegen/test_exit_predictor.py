@@ -1,0 +1,119 @@
+"""exit_predictor: the Triton kernel (interpreted) and the C++ one against the definition."""
+
+import mmap
+
+import pytest
+import torch
+from kernel_cases import EXITS, exit_case, same
+
+from eepass import fused_ops
+from eepass.codegen.cpu.native import load_kernels
+
+each_case = pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
+
+
+def cpp(*arguments):
+    assert load_kernels() == ""
+    return torch.ops.eepass.exit_predictor(*arguments)
+
+
+@pytest.fixture
+def triton_kernel(interpreter):
+    from eepass.codegen.kernels.exit_predictor import exit_predictor
+
+    return exit_predictor
+
+
+@each_case
+def test_triton(triton_kernel, case):
+    arguments = exit_case(**case)
+    same(triton_kernel(*arguments), fused_ops.exit_predictor(*arguments))
+
+
+@each_case
+def test_cpp(case):
+    arguments = exit_case(**case)
+    same(cpp(*arguments), fused_ops.exit_predictor(*arguments))
+
+
+@pytest.fixture(params=("triton", "cpp"))
+def kernel(request):
+    return request.getfixturevalue("triton_kernel") if request.param == "triton" else cpp
+
+
+@pytest.mark.parametrize("norm", ("rms", "layer"))
+def test_a_state_wider_than_one_program_is_shared_out(triton_kernel, monkeypatch, norm):
+    from eepass.codegen.kernels import final_state
+
+    monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
+    arguments = exit_case(rows=2, hidden=100, norm=norm, norm_bias=norm == "layer")
+    same(triton_kernel(*arguments), fused_ops.exit_predictor(*arguments))
+
+
+def test_tensors_may_lie_anywhere(kernel):
+    arguments = exit_case(rows=3, hidden=63, drafts=4, rank=4)
+    hidden, lm_head, draft, previous = (arguments[i] for i in (0, 6, 9, 10))
+    expected = fused_ops.exit_predictor(*arguments)
+    wide = torch.full((6, 80), float("nan"))
+    wide[::2, 5:68] = hidden
+    arguments[0] = wide[::2, 5:68]
+    table = torch.full((1000, 70), float("nan"))
+    table[:, 3:66] = lm_head
+    arguments[6] = table[:, 3:66]
+    arguments[9], arguments[10] = draft.t().contiguous().t(), previous.t().contiguous().t()
+    same(kernel(*arguments), expected)
+    arguments[6] = lm_head.t().contiguous().t()
+    same(kernel(*arguments), expected)
+
+
+def test_rows_of_the_head_past_two_to_the_31(kernel):
+    arguments = exit_case(hidden=64, drafts=4, head="int8")
+    rows = 2**31 // 64 + 5
+    # memory that is there when touched
+    head = torch.frombuffer(mmap.mmap(-1, rows * 64), dtype=torch.int8).view(rows, 64)
+    head[-1], head[3] = arguments[6][0], arguments[6][1]
+    arguments[6], arguments[7] = head, None
+    arguments[9] = torch.tensor([[rows - 1, 3, rows - 1, rows - 2]], dtype=torch.int32)
+    arguments[19] = 0.02
+    expected = fused_ops.exit_predictor(*arguments)
+    assert expected[1][0, 0] != expected[1][0, 3]
+    same(kernel(*arguments), expected)
+
+
+@pytest.mark.parametrize("rank", (0, 3), ids=("lens", "translated"))
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
+def test_what_is_not_finite_never_leaves(kernel, rank, bad):
+    arguments = exit_case(rows=3, hidden=70, rank=rank)
+    arguments[0][1, 69] = bad
+    # every row would leave if it could
+    arguments[15].fill_(-1.0)
+    probability, _, _, exits = found = kernel(*arguments)
+    same(found[:2], fused_ops.exit_predictor(*arguments)[:2])
+    assert exits.tolist() == [True, False, True]
+    assert probability.isnan().tolist() == [False, True, False]
+
+
+def test_a_token_twice_in_the_draft_counts_twice(kernel):
+    arguments = exit_case(rows=1, drafts=4)
+    arguments[9][0] = arguments[9][0, 0]
+    found = kernel(*arguments)
+    same(found, fused_ops.exit_predictor(*arguments))
+    assert torch.allclose(found[1], torch.full((1, 4), 0.25))
+
+
+def test_the_threshold_is_read(kernel):
+    arguments = exit_case(rows=2)
+    chance = kernel(*arguments)[0]
+    arguments[15].copy_(chance[:1])
+    assert not kernel(*arguments)[3][0]
+    arguments[15].copy_(chance[:1] - 1e-4)
+    assert kernel(*arguments)[3][0]
+
+
+@pytest.mark.parametrize("rank", (0, 3), ids=("lens", "translated"))
+def test_the_operator_is_registered_as_torch_wants_it(rank):
+    torch.library.opcheck(
+        torch.ops.eepass.exit_predictor.default,
+        tuple(exit_case(rows=2, rank=rank)),
+        test_utils=("test_schema", "test_faketensor"),
+    )

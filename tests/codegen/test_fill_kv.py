@@ -1,0 +1,60 @@
+"""fill_kv in Triton's interpreter against its definition."""
+
+import pytest
+import torch
+from kernel_cases import FILLS, fill_case, same
+
+from eepass import fused_ops
+
+
+@pytest.fixture
+def kernel(interpreter):
+    from eepass.codegen.kernels.fill_kv import fill_kv
+
+    return fill_kv
+
+
+@pytest.mark.parametrize("case", FILLS.values(), ids=FILLS.keys())
+def test_as_defined(kernel, case):
+    found, expected = fill_case(**case), fill_case(**case)
+    kernel(*found)
+    fused_ops.fill_kv(*expected)
+    slots = found[12]
+    for caches, wanted in zip(found[8:10], expected[8:10], strict=True):
+        same(caches, wanted)
+        for cache in caches:
+            assert cache[:, slots].abs().min(-1).values.ne(0).any()
+            # other slots are left alone
+            others = [s for s in range(20) if s not in slots.tolist()]
+            assert not cache[:, others].any()
+
+
+def test_caches_that_are_not_alike_are_refused(kernel):
+    arguments = fill_case()
+    arguments[9][1] = arguments[9][1][:, :10]
+    with pytest.raises(ValueError, match="share shape"):
+        kernel(*arguments)
+    arguments = fill_case()
+    arguments[3][0] = arguments[3][0].t().contiguous().t()
+    with pytest.raises(ValueError, match="contiguous"):
+        kernel(*arguments)
+
+
+def test_caches_within_a_larger_one(kernel):
+    found, expected = fill_case(), fill_case()
+    rest = torch.full((2, 2, 20, 40), float("nan"))
+    rest[:, :, :, 8:24] = 0
+    found[8] = [rest[0, :, :, 8:24], rest[1, :, :, 8:24]]
+    found[9] = [torch.zeros(2, 20, 40)[:, :, 8:24] for _ in range(2)]
+    kernel(*found)
+    fused_ops.fill_kv(*expected)
+    same(found[8], expected[8])
+    assert rest[..., :8].isnan().all() and rest[..., 24:].isnan().all()
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    torch.library.opcheck(
+        torch.ops.eepass.fill_kv.default,
+        tuple(fill_case()),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -1,0 +1,52 @@
+"""path_predictor in Triton's interpreter against its definition."""
+
+import pytest
+import torch
+from kernel_cases import exit_case, same
+
+from eepass import fused_ops
+
+PATHS = torch.tensor([[0, -1, -1], [0, 1, 3], [2, -1, -1], [-1, -1, -1]])
+
+
+@pytest.fixture
+def kernel(interpreter):
+    from eepass.codegen.kernels.path_predictor import path_predictor
+
+    return path_predictor
+
+
+def arguments_of(**case):
+    arguments = exit_case(rows=4, **case)
+    return [*arguments[:16], PATHS, *arguments[16:]]
+
+
+@pytest.mark.parametrize("rank", (0, 3), ids=("lens", "translated"))
+def test_as_defined(kernel, rank):
+    arguments = arguments_of(rank=rank)
+    found = kernel(*arguments)
+    same(found, fused_ops.path_predictor(*arguments))
+    path, node, _, _, exits = found
+    # a path leaves with its last node, one without nodes never
+    assert path.tolist() == [node[0], node[[0, 1, 3]].min(), node[2], 0.0]
+    arguments[15].fill_(-1.0)
+    assert kernel(*arguments)[4].tolist() == [True] * 4
+    arguments[15].fill_(float(path[:3].max()))
+    assert not kernel(*arguments)[4].any() and exits.dtype == torch.bool
+
+
+def test_a_path_with_an_undefined_node_stays(kernel):
+    arguments = arguments_of()
+    arguments[0][3] = float("nan")
+    arguments[15].fill_(-1.0)
+    found = kernel(*arguments)
+    same(found, fused_ops.path_predictor(*arguments))
+    assert found[4].tolist() == [True, False, True, True]
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    torch.library.opcheck(
+        torch.ops.eepass.path_predictor.default,
+        tuple(arguments_of()),
+        test_utils=("test_schema", "test_faketensor"),
+    )

@@ -1,0 +1,81 @@
+"""verify_head in Triton's interpreter against its definition."""
+
+import pytest
+import torch
+from kernel_cases import VERIFIES, Case, same, verify_case
+
+from eepass import fused_ops
+
+
+@pytest.fixture
+def kernel(interpreter):
+    from eepass.codegen.kernels.verify_head import verify_head
+
+    return verify_head
+
+
+def rounded(case):
+    return Case(case.get("dtype", "fp32")).dtype
+
+
+@pytest.mark.parametrize("case", VERIFIES.values(), ids=VERIFIES.keys())
+def test_as_defined(kernel, case):
+    arguments = verify_case(**case)
+    expected = fused_ops.verify_head(*arguments)
+    assert expected[1][0]
+    same(kernel(*arguments), expected, rounded(case))
+
+
+@pytest.mark.parametrize("rows, vocabulary", ((1, 49_152), (3, 49_152), (1, 262_144)))
+def test_large_vocabularies(kernel, monkeypatch, rows, vocabulary):
+    from eepass.codegen.kernels import verify_head
+
+    # the interpreter takes its time for each program
+    monkeypatch.setattr(verify_head, "TOKENS", 4096 if vocabulary < 10**5 else 16384)
+    arguments = verify_case(rows, hidden=24, vocabulary=vocabulary)
+    same(kernel(*arguments), fused_ops.verify_head(*arguments))
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+def test_of_equal_logits_the_first_wins(kernel, rows):
+    arguments = verify_case(rows, vocabulary=100)
+    arguments[6][:] = 0
+    arguments[6][40] = arguments[6][77] = arguments[6][99] = arguments[0][0].sign()
+    token, _, logits = kernel(*arguments)
+    assert token[0] in (40, 0) and logits[0, 40] == logits[0, 99]
+    assert torch.equal(token, fused_ops.verify_head(*arguments)[0])
+    arguments[6][:] = -0.0
+    arguments[6][5:] = 0.0
+    assert kernel(*arguments)[0].tolist() == [0] * rows
+
+
+@pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
+def test_what_is_not_finite(kernel, bad):
+    arguments = verify_case(rows=2, hidden=32, vocabulary=100)
+    arguments[6][60, 3] = bad
+    arguments[6][80, 3] = bad
+    found, expected = kernel(*arguments), fused_ops.verify_head(*arguments)
+    same(found, expected)
+    arguments[0][1, 0] = bad
+    token, known, _ = kernel(*arguments)
+    assert torch.equal(token[:1], expected[0][:1]) and 0 <= token[1] < 100
+    assert token[1] == fused_ops.verify_head(*arguments)[0][1]
+    assert known[1] == (token[1] == arguments[10][1]).any()
+
+
+def test_a_head_that_is_a_slice_of_another(kernel):
+    arguments = verify_case(rows=2, hidden=32, vocabulary=100)
+    expected = fused_ops.verify_head(*arguments)
+    wide = torch.full((100, 50), float("nan"))
+    wide[:, 7:39] = arguments[6]
+    arguments[6] = wide[:, 7:39]
+    same(kernel(*arguments), expected)
+
+
+def test_the_operator_is_registered_as_torch_wants_it():
+    for logits in (False, True):
+        torch.library.opcheck(
+            torch.ops.eepass.verify_head.default,
+            tuple(verify_case(rows=2, logits=logits)),
+            test_utils=("test_schema", "test_faketensor"),
+        )

@@ -1,0 +1,112 @@
+"""The Triton kernels on a GPU: the interpreter's cases, and what only a GPU can show."""
+
+import pytest
+import torch
+from kernel_cases import (
+    EXITS,
+    FILLS,
+    VERIFIES,
+    Case,
+    exit_case,
+    fill_case,
+    same,
+    verify_case,
+)
+
+from eepass import fused_ops
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    from eepass.codegen.kernels.register import register_kernels
+
+    return register_kernels()
+
+
+@pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
+def test_exit_predictor(case):
+    arguments = exit_case(**case, device="cuda")
+    same(torch.ops.eepass.exit_predictor(*arguments), fused_ops.exit_predictor(*arguments))
+
+
+@pytest.mark.parametrize("case", VERIFIES.values(), ids=VERIFIES.keys())
+def test_verify_head(case):
+    arguments = verify_case(**case, device="cuda")
+    rounded = Case(case.get("dtype", "fp32")).dtype
+    same(torch.ops.eepass.verify_head(*arguments), fused_ops.verify_head(*arguments), rounded)
+
+
+@pytest.mark.parametrize("rows", (1, 4, 32))
+@pytest.mark.parametrize("vocabulary", (32_000, 128_256, 262_144))
+def test_verify_head_of_large_models(rows, vocabulary):
+    arguments = verify_case(rows, 512, vocabulary, dtype="bf16", device="cuda")
+    token, known, logits = torch.ops.eepass.verify_head(*arguments)
+    expected = fused_ops.verify_head(*arguments)
+    # argmax of the kernel's own logits: sums in another order may swap near ties
+    assert torch.equal(token, logits.argmax(-1))
+    same((logits,), expected[2:], torch.bfloat16)
+    assert torch.equal(known, (token[:, None] == arguments[10]).any(-1))
+
+
+@pytest.mark.parametrize("case", FILLS.values(), ids=FILLS.keys())
+def test_fill_kv(case):
+    found, expected = fill_case(**case, device="cuda"), fill_case(**case, device="cuda")
+    torch.ops.eepass.fill_kv(*found)
+    fused_ops.fill_kv(*expected)
+    for caches, wanted in zip(found[8:10], expected[8:10], strict=True):
+        same(caches, wanted)
+
+
+@pytest.mark.parametrize("rows", (1, 9))
+def test_draft_topk(rows):
+    case = Case("bf16", "cuda")
+    arguments = [case.random(rows, 512), *case.head(8192, 512), None, 32, 1.0, 0.0]
+    scores, ids = torch.ops.eepass.draft_topk(*arguments)
+    expected, _ = fused_ops.draft_topk(*arguments)
+    same((scores,), (expected,))
+    logits = arguments[0].float() @ arguments[1].float().T
+    same((logits.gather(-1, ids).log_softmax(-1),), (scores.log_softmax(-1),))
+
+
+def test_path_predictor():
+    arguments = exit_case(rows=4, rank=3, device="cuda")
+    paths = torch.tensor([[0, -1], [0, 3], [-1, -1]], device="cuda")
+    arguments.insert(16, paths)
+    same(torch.ops.eepass.path_predictor(*arguments), fused_ops.path_predictor(*arguments))
+
+
+@pytest.mark.parametrize("rank", (0, 128), ids=("lens", "translated"))
+def test_every_replay_of_a_graph_says_the_same(rank):
+    """Counters must be ready each time, and the last program to arrive see all others' work."""
+    arguments = exit_case(rows=4, hidden=4096, rank=rank, dtype="bf16", device="cuda")
+    verify = verify_case(4, 256, 32_000, dtype="bf16", device="cuda")
+
+    def step():
+        return *torch.ops.eepass.exit_predictor(*arguments), *torch.ops.eepass.verify_head(*verify)
+
+    expected = [x.clone() for x in step()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step()
+    for _ in range(300):
+        for output in found:
+            output.zero_()
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_flag_follows_the_threshold_without_a_new_graph():
+    arguments = exit_case(hidden=512, dtype="bf16", device="cuda")
+    torch.ops.eepass.exit_predictor(*arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        *_, exits = torch.ops.eepass.exit_predictor(*arguments)
+    for threshold, leaves in ((-1.0, True), (2.0, False), (-1.0, True)):
+        arguments[15].fill_(threshold)
+        graph.replay()
+        assert exits.item() == leaves
