@@ -136,9 +136,15 @@ class EarlyExitModel:
             if self.draft_model is None:
                 raise InputError("speculate='model': give transform a draft_model")
             return ModelDraft(self.draft_model.decoder)
-        if source == "ngram":
+        trained = "eagle.mix" in tensors
+        if source == "ngram" or (source == "cascade" and not trained):
             return NgramDraft()
         if source in ("eagle", "cascade") or config.draft == "eagle":
+            if not trained:
+                raise InputError(
+                    f"speculate={source!r}: the artefact has no draft head; run eepass train "
+                    "--draft eagle, or ask for cascade or ngram"
+                )
             trace = self.folder is None
             eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler, trace=trace))
             return Cascade(eagle) if source == "cascade" else eagle

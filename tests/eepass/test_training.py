@@ -6,8 +6,11 @@ import pytest
 import torch
 from models import VOCABULARY, tiny_model
 
+import eepass
 from eepass import ops
+from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.runtime.drafts import NgramDraft
 from eepass.training import draft_head
 from eepass.training.boundaries import BoundaryStore, dense_argmax
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
@@ -207,6 +210,11 @@ def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
     artifact = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64, draft="none").run(examples)
     assert set(artifact.presets) == {"default"}
     assert not any(name.startswith("eagle.") for name in artifact.tensors)
+    # the prompt drafts in its place, unless the head is asked for by name
+    transformed = eepass.transform(model, artifact, max_length=64)
+    assert isinstance(transformed.engine.draft, NgramDraft)
+    with pytest.raises(InputError, match="no draft head"):
+        transformed.configure(ExitConfig(speculate="eagle"))
 
 
 def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
