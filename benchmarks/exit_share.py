@@ -18,7 +18,7 @@ import torch
 
 import eepass
 from eepass.config import ExitConfig
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor, thresholds
+from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPieces
@@ -48,7 +48,7 @@ def main() -> None:
     decoder, plan = model.decoder, model.plan
     assert plan is not None
     pieces, tensors = model._exits(config)
-    tensors |= thresholds(plan)
+    tensors |= plan.threshold_tensors()
     every = {**decoder.tensors, **tensors}
 
     def fused_pieces(rows: int) -> ExitPieces:
