@@ -1,4 +1,4 @@
-"""What asking an exit costs on the CPU: the fused operator beside its pieces through inductor.
+"""What asking an exit costs on the CPU: its pieces through inductor, beside one eager operator.
 
     python benchmarks/exit_share.py [--rounds N] [--threads T]
 
@@ -11,14 +11,17 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from dataclasses import replace
 from time import perf_counter
 
 import torch
 
 import eepass
 from eepass.config import ExitConfig
+from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
+from eepass.plan import ExitPieces
 from eepass.runtime.exits import Exits
 from eepass.runtime.statistics import Statistics
 
@@ -44,12 +47,17 @@ def main() -> None:
     model = eepass.transform(loaded.model, loaded.artifact, config, 448)
     decoder, plan = model.decoder, model.plan
     assert plan is not None
-    fused, tensors = model._exits(config)
+    pieces, tensors = model._exits(config)
+    tensors |= plan.threshold_tensors()
     every = {**decoder.tensors, **tensors}
-    pieces = Exits(
-        decoder, plan, lambda n: insert_predictors(model.splits[1], plan, every, PassReport(), n),
-        tensors,
-    )  # fmt: skip
+
+    def fused_pieces(rows: int) -> ExitPieces:
+        made = insert_predictors(model.splits[1], plan, every, PassReport(), rows)
+        fused = fuse_exit_predictor(model.splits[1], plan, every, PassReport(), rows)
+        assert fused is not None
+        return replace(made, predictors=fused.predictors)
+
+    fused = Exits(decoder, plan, fused_pieces, tensors)
     counted, layer = Statistics(decoder.num_layers), plan.exits[1].layer
     torch.manual_seed(0)
     hidden = torch.randn(1, 1, decoder.hidden_size).bfloat16() * 3

@@ -123,12 +123,10 @@ class EarlyExitModel:
         self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
     ) -> ExitPieces:
         # tracing is what a model that was compiled ahead of time does without
-        from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
         from eepass.passes.insert_predictors import insert_predictors
 
-        made = insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
-        fused = fuse_exit_predictor(self.splits[1], plan, tensors, PassReport(), rows)
-        return made if fused is None else replace(made, predictors=fused.predictors)
+        # not fused: on a CPU inductor's code for the pieces is faster (benchmarks/exit_share.py)
+        return insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
 
     def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
         source = config.speculate

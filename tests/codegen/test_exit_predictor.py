@@ -1,4 +1,4 @@
-"""exit_predictor: the Triton kernel (interpreted) and the C++ one against the definition."""
+"""exit_predictor in Triton's interpreter against its definition."""
 
 import mmap
 
@@ -7,47 +7,30 @@ import torch
 from kernel_cases import EXITS, exit_case, same
 
 from eepass import fused_ops
-from eepass.codegen.cpu.native import load_kernels
 
 each_case = pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
 
 
-def cpp(*arguments):
-    assert load_kernels() == ""
-    return torch.ops.eepass.exit_predictor(*arguments)
-
-
 @pytest.fixture
-def triton_kernel(interpreter):
+def kernel(interpreter):
     from eepass.codegen.kernels.exit_predictor import exit_predictor
 
     return exit_predictor
 
 
 @each_case
-def test_triton(triton_kernel, case):
+def test_as_defined(kernel, case):
     arguments = exit_case(**case)
-    same(triton_kernel(*arguments), fused_ops.exit_predictor(*arguments))
-
-
-@each_case
-def test_cpp(case):
-    arguments = exit_case(**case)
-    same(cpp(*arguments), fused_ops.exit_predictor(*arguments))
-
-
-@pytest.fixture(params=("triton", "cpp"))
-def kernel(request):
-    return request.getfixturevalue("triton_kernel") if request.param == "triton" else cpp
+    same(kernel(*arguments), fused_ops.exit_predictor(*arguments))
 
 
 @pytest.mark.parametrize("norm", ("rms", "layer"))
-def test_a_state_wider_than_one_program_is_shared_out(triton_kernel, monkeypatch, norm):
+def test_a_state_wider_than_one_program_is_shared_out(kernel, monkeypatch, norm):
     from eepass.codegen.kernels import final_state
 
     monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
     arguments = exit_case(rows=2, hidden=100, norm=norm, norm_bias=norm == "layer")
-    same(triton_kernel(*arguments), fused_ops.exit_predictor(*arguments))
+    same(kernel(*arguments), fused_ops.exit_predictor(*arguments))
 
 
 def test_tensors_may_lie_anywhere(kernel):
