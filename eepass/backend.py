@@ -34,13 +34,16 @@ from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import CallerStep, ExitPieces
 from eepass.runtime.cache_states import CacheState, CacheStates
-from eepass.runtime.caller_decoder import CallerDecoder, CallerExits, Weights
+from eepass.runtime.caller_decoder import CallerDecoder
+from eepass.runtime.caller_exits import CallerExits, Weights
 from eepass.runtime.exits import Exits
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.transformation import ALWAYS_ACTIVE, exit_tensors, make_plan
 
 log = logging.getLogger("eepass")
+# rows of one sequence that layers are compiled for: two cost what four do
+ROW_COUNTS = (4, 8)
 # lengths of cache one graph is kept ready for; the oldest is forgotten first
 MOST_SHAPES = 8
 Run = Callable[..., Any]
@@ -117,7 +120,13 @@ class _Step:
         key, tensors = self.caller.key(arguments), self.caller.tensors_of(arguments)
         with self._lock, tracing(None), torch.no_grad():
             if key not in self._shapes:
-                step = split_caller_step(self.caller.bound(arguments), tensors, self._weights)
+                report = PassReport()
+                rows = ROW_COUNTS if self.wanted.kv == "defer" else ()
+                step = split_caller_step(
+                    self.caller.bound(arguments), tensors, self._weights, rows, report
+                )
+                for where, why in report.skipped:
+                    log.info("%s: %s", where, why)
                 while len(self._shapes) >= MOST_SHAPES:
                     del self._shapes[next(iter(self._shapes))]
                 self._shapes[key] = _Shape(step, tensors, self.wanted)
@@ -135,6 +144,7 @@ class _Shape:
         self.decoder = CallerDecoder(step, tensors, self._compile)
         self._parameters = [p for role, p in step.places.items() if role.kind == "parameter"]
         self._written = [*step.caches, *(place for place, _ in step.advance)]
+        self._catches_up = bool(step.stacked)
         self._lock = threading.Lock()
         self._seen: tuple[Any, ...] = ()
         self._exits: CallerExits | None = None
@@ -146,11 +156,13 @@ class _Shape:
         cache = [tensors[place] for place in self._written]
         state = self._states.take(cache)
         active = frozenset[int]()
-        if exits is not None:
+        full = self._catches_up and len(state.waiting) >= self.decoder.most_waiting
+        if exits is not None and not full:
             active = exits.layers
             if state.schedule is not None:
                 active &= state.schedule.active()
-        logits, layers = self.decoder(tensors, exits, active, state.statistics)
+        waiting = state.waiting if self._catches_up and not cache[0].is_inference() else None
+        logits, layers = self.decoder(tensors, exits, active, waiting, state.statistics)
         if state.schedule is not None:
             state.schedule.record(layers)
         state.statistics.passes += 1

@@ -189,7 +189,7 @@ class CallerStep:
     are such tensors as they come. ``caches``: places of keys and values, layer by layer.
     ``advance``: places of the lengths, and what the step adds to each when all layers have read
     it. ``batch``: sequences in the cache, each with one row. ``logits``: how they come out [B, 1,
-    V].
+    V]. ``stacked``: by row count R, the layers for R rows of one sequence, as a batch [R, 1, H].
     """
 
     split: SplitDecoder
@@ -199,6 +199,7 @@ class CallerStep:
     advance: tuple[tuple[int, int], ...]
     batch: int
     logits: Tensor
+    stacked: Mapping[int, tuple[Piece, ...]]
 
 
 @dataclass(slots=True)

@@ -23,6 +23,7 @@ from eepass.passes.capture import drop_dead_code, trace_to_aten
 from eepass.passes.find_layers import find_layers
 from eepass.passes.graph_walk import descendants, mutated_arguments
 from eepass.passes.report import PassError, PassReport
+from eepass.passes.stack_rows import check_stacked, stack_rows
 from eepass.passes.split_segments import build_piece, split_segments
 from eepass.plan import CallerStep, DecoderGraph, Input, Piece, SplitDecoder
 
@@ -30,14 +31,20 @@ aten = torch.ops.aten
 
 
 def split_caller_step(
-    step: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Mapping[int, str]
+    step: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    weights: Mapping[int, str],
+    row_counts: Sequence[int],
+    report: PassReport,
 ) -> CallerStep:
     """Split ``step``, a function of ``tensors`` to logits [B, 1, V] that adds to their caches.
 
-    ``weights`` names parameters and buffers by ``id``. Raises ``PassError`` where ``step`` is no
-    decode step of one token a sequence, with the reason.
+    ``weights`` names parameters and buffers by ``id``. Layers are also made for ``row_counts`` rows
+    of one sequence, if they take them; else ``report`` says why. Raises ``PassError`` where
+    ``step`` is no decode step of one token a sequence, with the reason.
     """
     traced = trace_to_aten(step, tensors)
+    _inline_constants(traced)
     drop_dead_code(traced)
     _refuse_writes_through_views(traced)
     advance = _take_advance(traced)
@@ -48,13 +55,16 @@ def split_caller_step(
     known = {roles[p].name: tensors[p] for r, p in places.items() if r.kind == "parameter"}
     batch, _, slots, _ = tensors[caches[0]].shape
     decoder = DecoderGraph(traced, tuple(roles), 1, int(slots), known, {})
-    report = PassReport()
     split = split_segments(decoder, find_layers(decoder, report), report)
     split, passed = _without_passing_through(split, places)
     logits = traced.graph.output_node().all_input_nodes[0].meta["val"]
-    found = CallerStep(split, places, passed, caches, advance, int(batch), logits)
+    found = CallerStep(split, places, passed, caches, advance, int(batch), logits, {})
     check_caller_step(step, tensors, found)
-    return found
+    try:
+        return replace(found, stacked=_stacked(found, tensors, row_counts))
+    except PassError as error:
+        report.skip("several rows", str(error))
+        return found
 
 
 def check_caller_step(
@@ -66,27 +76,11 @@ def check_caller_step(
     parts = [t.clone() if i in written else t for i, t in enumerate(tensors)]
     with torch.no_grad():
         expected = step(*whole)
-        split = found.split
-        sides = {name: parts[place] for name, place in found.passed.items()}
-
-        def run(piece: Piece, hidden: Tensor | None = None) -> list[Tensor]:
-            arguments = [
-                hidden
-                if role.kind == "hidden"
-                else sides[role.name]
-                if role.kind == "side"
-                else parts[found.places[role]]
-                for role in piece.inputs
-            ]
-            result = piece.graph(*arguments)
-            return list(result) if isinstance(result, (tuple, list)) else [result]
-
-        hidden, *token_sides = run(split.embed)
-        sides |= dict(zip(split.embed_outputs[1:], token_sides, strict=True))
-        sides |= dict(zip(split.side_outputs, run(split.positional), strict=True))
-        for layer in split.layers:
+        run = _Eager(found, parts)
+        hidden = run.hidden
+        for layer in found.split.layers:
             (hidden,) = run(layer, hidden)
-        (logits,) = run(split.head.whole, hidden)
+        (logits,) = run(found.split.head.whole, hidden)
         for place, rows in found.advance:
             parts[place].add_(rows)
     if not _same(logits, expected):
@@ -94,6 +88,55 @@ def check_caller_step(
     for place in sorted(written):
         if not _same(parts[place], whole[place]):
             raise PassError(f"the split step leaves another input {place} than the traced one")
+
+
+class _Eager:
+    """Runs pieces of a step as they stand over ``tensors``; ``hidden`` is boundary 0."""
+
+    def __init__(self, step: CallerStep, tensors: Sequence[Tensor]) -> None:
+        self.places, self.tensors = step.places, tensors
+        self.sides = {name: tensors[place] for name, place in step.passed.items()}
+        split = step.split
+        self.hidden, *token_sides = self(split.embed)
+        self.sides |= dict(zip(split.embed_outputs[1:], token_sides, strict=True))
+        self.sides |= dict(zip(split.side_outputs, self(split.positional), strict=True))
+
+    def values(self, piece: Piece, hidden: Tensor | None) -> dict[Input, Tensor]:
+        found: dict[Input, Any] = {}
+        for role in piece.inputs:
+            if role.kind == "hidden":
+                found[role] = hidden
+            elif role.kind == "side":
+                found[role] = self.sides[role.name]
+            else:
+                found[role] = self.tensors[self.places[role]]
+        return found
+
+    def __call__(self, piece: Piece, hidden: Tensor | None = None) -> list[Tensor]:
+        values = self.values(piece, hidden)
+        result = piece.graph(*(values[role] for role in piece.inputs))
+        return list(result) if isinstance(result, (tuple, list)) else [result]
+
+
+def _stacked(
+    step: CallerStep, tensors: Sequence[Tensor], row_counts: Sequence[int]
+) -> dict[int, tuple[Piece, ...]]:
+    if step.batch > 1:
+        raise PassError("several sequences go together already")
+    with torch.no_grad():
+        run = _Eager(step, tensors)
+    found = {}
+    for rows in row_counts:
+        made: dict[str, Piece] = {}
+        for layer in step.split.layers:
+            if layer.structure not in made:
+                piece = stack_rows(layer, rows)
+                check_stacked(layer, piece, rows, run.values(layer, run.hidden))
+                made[layer.structure] = piece
+        found[rows] = tuple(
+            replace(made[layer.structure], inputs=layer.inputs) for layer in step.split.layers
+        )
+    return found
 
 
 def _pairs(roles: Sequence[Input]) -> Callable[[int], tuple[int, str]]:
@@ -211,6 +254,28 @@ def _index_of(embedding: Node, ids: Node) -> bool:
     while index is not ids and isinstance(index, Node) and len(index.all_input_nodes) == 1:
         index = index.all_input_nodes[0]
     return index is ids
+
+
+def _inline_constants(traced: GraphModule) -> None:
+    """Constant tensors of one element become operators: layers that hold them stay isomorphic."""
+    for node in traced.graph.find_nodes(op="get_attr"):
+        value = getattr(traced, str(node.target))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise PassError(f"it holds a constant of shape {tuple(getattr(value, 'shape', ()))}")
+        with traced.graph.inserting_before(node):
+            full = traced.graph.call_function(
+                aten.full.default,
+                (list(value.shape), value.item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        full.meta = dict(node.meta)
+        full.meta.setdefault("val", _example(traced).fake_mode.from_tensor(value))
+        node.replace_all_uses_with(full)
+        traced.graph.erase_node(node)
+
+
+def _example(traced: GraphModule) -> Any:
+    return _placeholders(traced)[0].meta["val"]
 
 
 def _refuse_writes_through_views(traced: GraphModule) -> None:

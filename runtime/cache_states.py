@@ -9,22 +9,25 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from eepass.runtime.caller_decoder import Waiting
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 
 
 @dataclass(slots=True)
 class CacheState:
-    """Of one cache: the schedule of its predictors, what was counted, its count of writes."""
+    """Of one cache: the schedule of its predictors, what was counted, the tokens that wait for
+    deeper layers, its count of writes."""
 
     schedule: PredictorSchedule | None
     statistics: Statistics
+    waiting: list[Waiting] = field(default_factory=list)
     written: tuple[int, ...] = ()
 
 
