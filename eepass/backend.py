@@ -14,6 +14,8 @@ import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +48,10 @@ log = logging.getLogger("eepass")
 ROW_COUNTS = (4, 8)
 # lengths of cache one graph is kept ready for; the oldest is forgotten first
 MOST_SHAPES = 8
+# sets of weights one graph is kept ready for: Dynamo gives a graph to any model it fits
+MOST_WEIGHTS = 4
 Run = Callable[..., Any]
+_VERSION = attrgetter("_version")
 
 
 def specee(
@@ -90,6 +95,8 @@ def specee(
 def _no_exits(owner: Any, wanted: BackendOptions) -> str:
     if owner is None:
         return "no Hugging Face model that is alive has these parameters"
+    if owner.device.type != "cpu":
+        return f"early exit in a single forward call runs on the CPU, and this is {owner.device}"
     if owner.training:
         return "the model is in training mode"
     if find_artifact(owner, wanted) is None:
@@ -134,34 +141,31 @@ class _Step:
 
 
 class _Shape:
-    """The step for one shape, and the exits for the weights it was last called with."""
+    """The step for one shape, and the exits for the weights it is called with."""
 
     def __init__(
         self, step: CallerStep, tensors: Sequence[Tensor], wanted: BackendOptions
     ) -> None:
         self.step, self.wanted = step, wanted
-        self._compile = compiler(wanted.inner_backend, tensors[step.caches[0]].device.type)
+        self._compile = compiler(wanted.inner_backend)
         self.decoder = CallerDecoder(step, tensors, self._compile)
-        self._parameters = [p for role, p in step.places.items() if role.kind == "parameter"]
-        self._written = [*step.caches, *(place for place, _ in step.advance)]
-        self._catches_up = bool(step.stacked)
+        parameters = [p for role, p in step.places.items() if role.kind == "parameter"]
+        self._parameters = itemgetter(*parameters)
+        self._written = itemgetter(*step.caches, *(place for place, _ in step.advance))
         self._lock = threading.Lock()
-        self._seen: tuple[Any, ...] = ()
-        self._exits: CallerExits | None = None
-        self._states = CacheStates(self._fresh)
+        self._exits: dict[Any, CallerExits | None] = {}
+        self._states = CacheStates()
         self._exits_for(tensors)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
-        exits = self._exits_for(tensors)
-        cache = [tensors[place] for place in self._written]
-        state = self._states.take(cache)
+        exits, cache = self._exits_for(tensors), self._written(tensors)
+        state = self._states.take(cache, partial(self._fresh, exits))
+        waiting = None if not self.step.stacked or cache[0].is_inference() else state.waiting
         active = frozenset[int]()
-        full = self._catches_up and len(state.waiting) >= self.decoder.most_waiting
-        if exits is not None and not full:
+        if exits is not None and len(state.waiting) < max(self.decoder.most_waiting, 1):
             active = exits.layers
             if state.schedule is not None:
                 active &= state.schedule.active()
-        waiting = state.waiting if self._catches_up and not cache[0].is_inference() else None
         logits, layers = self.decoder(tensors, exits, active, waiting, state.statistics)
         if state.schedule is not None:
             state.schedule.record(layers)
@@ -173,36 +177,38 @@ class _Shape:
             self.wanted.stats(state.statistics)
         return logits
 
-    def _fresh(self) -> CacheState:
+    def _fresh(self, exits: CallerExits | None) -> CacheState:
         schedule = None
-        if self.wanted.schedule and self._exits is not None:
-            schedule = PredictorSchedule(self._exits.exits.plan.ranking, ALWAYS_ACTIVE)
+        if self.wanted.schedule and exits is not None:
+            schedule = PredictorSchedule(exits.exits.plan.ranking, ALWAYS_ACTIVE)
         return CacheState(schedule, Statistics(self.decoder.num_layers))
 
     def _exits_for(self, tensors: Sequence[Tensor]) -> CallerExits | None:
-        """The exits of these weights; others than before are looked at anew."""
-        seen = tuple(_identity(tensors[place]) for place in self._parameters)
-        if seen != self._seen:
+        """The exits of these weights; weights not seen before are looked at first."""
+        parameters = self._parameters(tensors)
+        seen = (tuple(map(Tensor.data_ptr, parameters)), _versions(parameters))
+        if seen not in self._exits:
             with self._lock, tracing(None), torch.no_grad():
-                if seen != self._seen:
-                    self._exits = self._make_exits(tensors)
-                    self._seen = seen
-        return self._exits
+                if seen not in self._exits:
+                    made = self._make_exits(tensors)
+                    while len(self._exits) >= MOST_WEIGHTS:
+                        del self._exits[next(iter(self._exits))]
+                    self._exits[seen] = made
+        return self._exits[seen]
 
     def _make_exits(self, tensors: Sequence[Tensor]) -> CallerExits | None:
         owner = _owner(tensors)
         try:
             artifact = find_artifact(owner, self.wanted) if owner is not None else None
         except InputError as error:
-            if not self._seen:
+            if not self._exits:
                 raise
             say_once(f"the weights were changed: {error}; decoding dense")
             return None
         if artifact is None:
             return None
         wanted, step = self.wanted, self.step
-        config = wanted.config
-        head = step.split.head
+        config, head = wanted.config, step.split.head
         if not head.weight:
             raise PassError(f"early exits need single rows of the LM head: {head.reason}")
         plan = make_plan(config, artifact, self.decoder.num_layers)
@@ -227,8 +233,12 @@ class _Shape:
         return found
 
 
-def _identity(tensor: Tensor) -> tuple[int, int]:
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> tuple[int, ...]:
+    try:
+        return tuple(map(_VERSION, tensors))
+    except RuntimeError:
+        # made in inference mode, they count no writes
+        return ()
 
 
 def find_artifact(owner: Any, wanted: BackendOptions) -> Artifact | None:
@@ -283,11 +293,9 @@ def _whole(graph: GraphModule, examples: Sequence[Any], mode: str | None, inner:
 
 
 @functools.cache
-def compiler(inner: str, device: str) -> Any:
+def compiler(inner: str) -> Any:
     """What compiles pieces; isomorphic ones of all models share its code."""
-    if inner == "inductor" and device == "cpu":
-        return CpuCompiler()
-    return InnerCompiler(inner)
+    return CpuCompiler() if inner == "inductor" else InnerCompiler(inner)
 
 
 @functools.cache

@@ -43,7 +43,11 @@ def split_caller_step(
     of one sequence, if they take them; else ``report`` says why. Raises ``PassError`` where
     ``step`` is no decode step of one token a sequence, with the reason.
     """
-    traced = trace_to_aten(step, tensors)
+    try:
+        traced = trace_to_aten(step, tensors)
+    except (RuntimeError, NotImplementedError, TypeError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PassError(f"its graph cannot be traced to ATen: {first}") from error
     _inline_constants(traced)
     drop_dead_code(traced)
     _refuse_writes_through_views(traced)

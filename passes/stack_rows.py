@@ -118,7 +118,10 @@ def check_stacked(layer: Piece, stacked: Piece, rows: int, values: Mapping[Input
                 all_[r] = torch.arange(rows, dtype=value.dtype, device=value.device)
             elif r.kind == "side":
                 all_[r] = torch.cat([_of_row(value, row) for row in range(rows)])
-        together = stacked.graph(*(all_[r] for r in stacked.inputs))
+        try:
+            together = stacked.graph(*(all_[r] for r in stacked.inputs))
+        except (RuntimeError, IndexError) as error:
+            raise PassError(f"its layers take no batch of rows: {error}") from error
     bound = 64 * torch.finfo(hidden.dtype).eps
     pairs = [(together, torch.cat(found)), *((all_[r], one[r]) for r in one)]
     for (a, b), r in zip(pairs, [None, *one], strict=True):

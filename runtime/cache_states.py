@@ -34,17 +34,16 @@ class CacheState:
 class CacheStates:
     """One ``CacheState`` for each cache alive; a cache goes by its first tensor."""
 
-    def __init__(self, fresh: Callable[[], CacheState]) -> None:
-        self._fresh = fresh
+    def __init__(self) -> None:
         self._states = WeakTensorKeyDictionary()
         self._lock = threading.Lock()
 
-    def take(self, cache: Sequence[Tensor]) -> CacheState:
+    def take(self, cache: Sequence[Tensor], fresh: Callable[[], CacheState]) -> CacheState:
         """The state of ``cache``; a new one if anyone wrote to it since ``keep``."""
         with self._lock:
             state = self._states.get(cache[0])
         if state is None or not state.written or state.written != _writes(cache):
-            return self._fresh()
+            return fresh()
         return state
 
     def keep(self, cache: Sequence[Tensor], state: CacheState) -> None:
