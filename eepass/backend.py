@@ -75,8 +75,8 @@ def specee(
             raise PassError("gradients are wanted: call it under torch.no_grad()")
         if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             raise PassError("autocast is on")
-    except PassError as reason:
-        log.debug("compiled whole: %s", reason)
+    except PassError as error:
+        log.debug("compiled whole: %s", error)
         return _whole(graph, examples, mode, wanted.inner_backend)
     owner = _owner(caller.tensors_of(examples))
     reason = _no_exits(owner, wanted)
@@ -143,9 +143,7 @@ class _Step:
 class _Shape:
     """The step for one shape, and the exits for the weights it is called with."""
 
-    def __init__(
-        self, step: CallerStep, tensors: Sequence[Tensor], wanted: BackendOptions
-    ) -> None:
+    def __init__(self, step: CallerStep, tensors: Sequence[Tensor], wanted: BackendOptions) -> None:
         self.step, self.wanted = step, wanted
         self._compile = compiler(wanted.inner_backend)
         self.decoder = CallerDecoder(step, tensors, self._compile)
@@ -224,9 +222,7 @@ class _Shape:
         if wanted.logits == "full":
             whole = replace(plan, exits=(), verify="full")
             verify = insert_predictors(step.split, whole, every, PassReport(), step.batch).verify
-            hidden = torch.zeros(
-                1, step.batch, weights.hidden_size, dtype=step.logits.dtype
-            )
+            hidden = torch.zeros(1, step.batch, weights.hidden_size, dtype=step.logits.dtype)
             full = weights.bind(verify, made, [hidden])
         found = CallerExits(exits, step, full)
         found.prepare()

@@ -22,7 +22,7 @@ class BackendOptions:
     ones in their place when a later token goes deeper; ``propagate`` leaves the projected ones.
     ``logits``: ``full``, or ``hot`` to leave out the cold rows of the LM head after an exit (they
     are −inf). ``inner_backend``: what compiles the pieces, and all that is no decode step.
-    ``stats``: called after each step with the ``Statistics`` of its cache.
+    ``stats``: a function called after each step with the ``Statistics`` of its cache.
     """
 
     artifact: str | Path | None = None

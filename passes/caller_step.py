@@ -23,8 +23,8 @@ from eepass.passes.capture import drop_dead_code, trace_to_aten
 from eepass.passes.find_layers import find_layers
 from eepass.passes.graph_walk import descendants, mutated_arguments
 from eepass.passes.report import PassError, PassReport
-from eepass.passes.stack_rows import check_stacked, stack_rows
 from eepass.passes.split_segments import build_piece, split_segments
+from eepass.passes.stack_rows import check_stacked, stack_rows
 from eepass.plan import CallerStep, DecoderGraph, Input, Piece, SplitDecoder
 
 aten = torch.ops.aten
@@ -49,6 +49,7 @@ def split_caller_step(
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PassError(f"its graph cannot be traced to ATen: {first}") from error
     _inline_constants(traced)
+    _drop_no_conversions(traced)
     drop_dead_code(traced)
     _refuse_writes_through_views(traced)
     advance = _take_advance(traced)
@@ -239,10 +240,9 @@ def _token_ids(
         if value.is_floating_point() or value.ndim != 2 or id(tensor) in weights:
             continue
         rows = [
-            int(user.args[0].meta["val"].shape[0])
+            _size(reader.args[0])
             for reader in descendants(traced.graph, [node])
-            for user in [reader]
-            if user.target is aten.embedding.default and _index_of(user, node)
+            if reader.target is aten.embedding.default and _index_of(reader, node)
         ]
         if rows and value.shape[1] == 1:
             size = (1 << 40) if logits.shape[-1] in rows else max(rows)
@@ -251,6 +251,10 @@ def _token_ids(
     if best is None:
         raise PassError("no input of one token a sequence looks up an embedding")
     return best[1]
+
+
+def _size(table: Any) -> int:
+    return int(table.meta["val"].shape[0])
 
 
 def _index_of(embedding: Node, ids: Node) -> bool:
@@ -276,6 +280,19 @@ def _inline_constants(traced: GraphModule) -> None:
         full.meta.setdefault("val", _example(traced).fake_mode.from_tensor(value))
         node.replace_all_uses_with(full)
         traced.graph.erase_node(node)
+
+
+def _drop_no_conversions(traced: GraphModule) -> None:
+    """A conversion to what an input already is gives the input itself, which may be written to."""
+    for node in _placeholders(traced):
+        for user in list(node.users):
+            name = getattr(getattr(user.target, "_schema", None), "name", "")
+            if name != "aten::to" or user.args[0] is not node or user.kwargs.get("copy"):
+                continue
+            mine, other = node.meta["val"], user.meta["val"]
+            if (mine.dtype, mine.device) == (other.dtype, other.device):
+                user.replace_all_uses_with(node)
+                traced.graph.erase_node(user)
 
 
 def _example(traced: GraphModule) -> Any:

@@ -125,8 +125,7 @@ class CallerDecoder:
         waiting: Sequence[Waiting],
         values: list[Any],
     ) -> _Rows:
-        """The rows of this pass from ``layer`` on: tokens that wait there, those before, its own.
-        """
+        """The rows of this pass from ``layer`` on: tokens that wait there, those before, its own."""
         new = [token for token in waiting if token.layer == layer]
         tokens = [*new, *(riding.tokens if riding else ())]
         size = next(rows for rows in self._stacked if rows > len(tokens))
@@ -204,9 +203,7 @@ class _Rows:
     ``hidden`` [R, 1, H] with R = ``size``; the rows after the step's own repeat it.
     """
 
-    def __init__(
-        self, tokens: list[Waiting], hidden: Tensor, size: int, values: list[Any]
-    ) -> None:
+    def __init__(self, tokens: list[Waiting], hidden: Tensor, size: int, values: list[Any]) -> None:
         self.tokens, self.hidden, self.size, self.values = tokens, hidden, size, values
         self._own = size - len(tokens)
         self._made: dict[int, Tensor] = {}
@@ -225,11 +222,14 @@ class _Rows:
             elif kind == "side":
                 if place not in self._made:
                     own = [self.values[place]] * self._own
-                    self._made[place] = torch.cat([*(t.sides[role.name] for t in self.tokens), *own])
+                    self._made[place] = torch.cat(
+                        [*(t.sides[role.name] for t in self.tokens), *own]
+                    )
                 found.append(self._made[place])
             elif kind == "slots":
+                others = [token.slots[place] for token in self.tokens]
                 own = [self.values[place].reshape(1)] * self._own
-                found.append(torch.cat([*(t.slots[place] for t in self.tokens), *own]))
+                found.append(torch.cat([*others, *own]))
             else:
                 found.append(self.values[place])
         return found
