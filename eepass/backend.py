@@ -222,7 +222,7 @@ class _Shape:
         if wanted.logits == "full":
             whole = replace(plan, exits=(), verify="full")
             verify = insert_predictors(step.split, whole, every, PassReport(), step.batch).verify
-            hidden = torch.zeros(1, step.batch, weights.hidden_size, dtype=step.logits.dtype)
+            hidden = torch.zeros(1, step.batch, weights.hidden_size, dtype=weights.dtype)
             full = weights.bind(verify, made, [hidden])
         found = CallerExits(exits, step, full)
         found.prepare()
@@ -278,7 +278,7 @@ def _named(owner: Any) -> list[tuple[str, Tensor]]:
     return [*owner.named_parameters(), *owner.named_buffers()]
 
 
-def _whole(graph: GraphModule, examples: Sequence[Any], mode: str | None, inner: str) -> Run:
+def _whole(graph: GraphModule, examples: Sequence[Any], mode: str | None, inner: str) -> Any:
     if inner == "inductor":
         from torch._inductor import list_mode_options
         from torch._inductor.compile_fx import compile_fx

@@ -53,6 +53,8 @@ class CallerDecoder:
             [step.places[role] for role in layer.inputs if role.kind == "slots"]
             for layer in split.layers
         ]
+        self._lengths = [place for place, _ in step.advance]
+        self._grown = [rows for _, rows in step.advance]
         values = self._example(tensors)
         self._embed = self._bind(split.embed, values)
         self._positional = self._bind(split.positional, values) if split.side_outputs else _nothing
@@ -113,8 +115,9 @@ class CallerDecoder:
         if logits is None:
             (logits,) = self._head(values)
             statistics.full_heads += self.step.batch
-        for place, rows in self.step.advance:
-            tensors[place].add_(rows)
+        if self._lengths:
+            # one call for all layers
+            torch._foreach_add_([tensors[place] for place in self._lengths], self._grown)
         return logits, layers
 
     def _join(
@@ -125,7 +128,7 @@ class CallerDecoder:
         waiting: Sequence[Waiting],
         values: list[Any],
     ) -> _Rows:
-        """The rows of this pass from ``layer`` on: tokens that wait there, those before, its own."""
+        """The rows from ``layer`` on: tokens that wait there, those before, the step's own."""
         new = [token for token in waiting if token.layer == layer]
         tokens = [*new, *(riding.tokens if riding else ())]
         size = next(rows for rows in self._stacked if rows > len(tokens))

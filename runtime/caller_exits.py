@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eepass.plan import CallerStep, Piece, SplitDecoder
-from eepass.runtime.exits import Exits, RowState
+from eepass.runtime.exits import ROW_COUNTS, Exits, RowState
 from eepass.runtime.statistics import Statistics
 
 Compile = Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]]
@@ -22,6 +22,7 @@ class Weights:
         self.splits: Mapping[int, SplitDecoder] = {1: step.split}
         self.num_layers = len(step.split.layers)
         self.hidden_size = step.split.hidden_size
+        self.dtype = step.split.dtype
         self.tensors = {
             role.name: tensors[place].detach()
             for role, place in step.places.items()
@@ -54,7 +55,8 @@ class CallerExits:
             self.layers -= {len(step.split.layers)}
 
     def prepare(self) -> None:
-        self.exits.prepare(self.batch)
+        # several rows are padded to the next row count there is code for
+        self.exits.prepare(1 if self.batch == 1 else max(ROW_COUNTS))
 
     def check(
         self, layer: int, hidden: Tensor, state: RowState, statistics: Statistics
