@@ -149,7 +149,13 @@ class _Shape:
         self.decoder = CallerDecoder(step, tensors, self._compile)
         parameters = [p for role, p in step.places.items() if role.kind == "parameter"]
         self._parameters = itemgetter(*parameters)
-        self._written = itemgetter(*step.caches, *(place for place, _ in step.advance))
+        # tensors of the deepest and the first layer tell of all: looking at more costs time
+        lengths = [place for place, _ in step.advance]
+        watched = [step.caches[0], step.caches[-1], *lengths[:1], *lengths[-1:]]
+        self._written = itemgetter(*dict.fromkeys(watched))
+        head = step.split.head
+        bound = {head.weight, head.bias, *(r.name for r in (head.norm or head.whole).inputs)}
+        self._bound = [p for role, p in step.places.items() if role.name in bound]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}
         self._states = CacheStates()
@@ -184,7 +190,9 @@ class _Shape:
     def _exits_for(self, tensors: Sequence[Tensor]) -> CallerExits | None:
         """The exits of these weights; weights not seen before are looked at first."""
         parameters = self._parameters(tensors)
-        seen = (tuple(map(Tensor.data_ptr, parameters)), _versions(parameters))
+        # by object and count of writes; what exits hold themselves, by address too
+        addresses = tuple(tensors[place].data_ptr() for place in self._bound)
+        seen = (tuple(map(id, parameters)), addresses, _versions(parameters))
         if seen not in self._exits:
             with self._lock, tracing(None), torch.no_grad():
                 if seen not in self._exits:
