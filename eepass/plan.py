@@ -181,6 +181,27 @@ class SplitDecoder:
         return int(self.boundary.shape[-1])
 
 
+@dataclass(frozen=True, slots=True)
+class CallerStep:
+    """A split decode step over a cache that is the caller's: its tensors come with each call.
+
+    ``places``: where each role's tensor is among the call's tensors; ``passed``: side inputs that
+    are such tensors as they come. ``caches``: places of keys and values, layer by layer.
+    ``advance``: places of the lengths, and what the step adds to each when all layers have read
+    it. ``batch``: sequences in the cache, each with one row. ``logits``: how they come out [B, 1,
+    V]. ``stacked``: by row count R, the layers for R rows of one sequence, as a batch [R, 1, H].
+    """
+
+    split: SplitDecoder
+    places: Mapping[Input, int]
+    passed: Mapping[str, int]
+    caches: tuple[int, ...]
+    advance: tuple[tuple[int, int], ...]
+    batch: int
+    logits: Tensor
+    stacked: Mapping[int, tuple[Piece, ...]]
+
+
 @dataclass(slots=True)
 class ExitPieces:
     """What runs at exit points besides layers, for R rows.

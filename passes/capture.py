@@ -73,15 +73,11 @@ def capture(
             roles[id(example)] = Input("parameter", f"constant.{len(extra)}")
             extra[f"constant.{len(extra)}"] = example
         inputs.append(roles[id(example)])
-    with torch.no_grad():
-        traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
+    traced = trace_to_aten(graph, examples)
     inputs += _constants_to_inputs(traced, extra)
     _lengths_to_slots(traced, inputs, ids.shape[1])
     rows_of_buffers_by_slot(traced, inputs, ids.shape[1])
-    _strip_mode_switches(traced)
-    _unwrap_output(traced)
-    traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
-    traced.recompile()
+    drop_dead_code(traced)
     slots = next((kv.keys.shape[2] for kv in cache if kv.keys is not None), 0)
     return DecoderGraph(
         graph=traced,
@@ -142,6 +138,21 @@ def _constants_to_inputs(traced: GraphModule, extra: dict[str, Tensor]) -> list[
         traced.graph.erase_node(node)
         added.append(Input("parameter", name))
     return added
+
+
+def trace_to_aten(graph: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
+    """``graph`` as ATen operators, without switches of grad mode, its one result unwrapped."""
+    with torch.no_grad():
+        traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
+    _strip_mode_switches(traced)
+    _unwrap_output(traced)
+    return traced
+
+
+def drop_dead_code(traced: GraphModule) -> None:
+    """Drop what nothing reads, mutations excepted."""
+    traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    traced.recompile()
 
 
 def _lengths_to_slots(traced: GraphModule, inputs: Sequence[Input], rows: int) -> None:

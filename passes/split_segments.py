@@ -141,7 +141,9 @@ def structure_of(module: GraphModule, inputs: Sequence[Input]) -> str:
     for placeholder, role in zip(module.graph.find_nodes(op="placeholder"), inputs, strict=True):
         value = placeholder.meta.get("val")
         described.append(
-            (role.kind, tuple(value.shape), str(value.dtype)) if value is not None else role.kind
+            (role.kind, tuple(value.shape), tuple(value.stride()), str(value.dtype))
+            if value is not None
+            else role.kind
         )
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 

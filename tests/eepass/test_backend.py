@@ -1,0 +1,420 @@
+"""``torch.compile(backend="specee")``: exits, the caller's cache, and what belongs to whom."""
+
+import copy
+import logging
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from caller import Seen, answer, cache_for, compiled, decode, prefill, said
+from models import random_artifact, tiny_model
+from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.utils import counters
+
+from eepass import backend
+
+DEPTH = 6
+IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
+OTHER = torch.tensor([[17, 3, 60, 61, 62, 63]])
+COUNT = 14
+
+
+def artifact_of(model):
+    # many drafts: states of random layers have little in common
+    found = random_artifact(model, k=80)
+    # late exits always active, early ones only near the last: what was remembered matters
+    part = found.presets["default"]
+    (calibration,) = part.calibrations
+    backwards = replace(calibration, ranking=calibration.ranking[::-1])
+    presets = {**found.presets, "default": replace(part, calibrations=(backwards,))}
+    return replace(found, presets=presets)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama", num_hidden_layers=DEPTH)
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    path = tmp_path_factory.mktemp("artefact") / "a"
+    artifact_of(model).save(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exits(model, folder):
+    """A step that leaves early about half the time, and what it says alone."""
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(model, folder, threshold=0.4, stats=seen)
+    alone = {ids: said(model, step, ids, COUNT)[0] for ids in (IDS, OTHER)}
+    assert min(seen.layers) < DEPTH and len(set(seen.layers)) > 1, "no exits, nothing tested"
+    return step, alone
+
+
+@pytest.fixture(autouse=True)
+def fresh_messages():
+    backend.say_once.cache_clear()
+
+
+def same_caches(a, b, slots, atol=1e-4):
+    for ours, theirs in zip(a.layers, b.layers, strict=True):
+        for name in ("keys", "values"):
+            x, y = getattr(ours, name)[:, :, :slots], getattr(theirs, name)[:, :, :slots]
+            torch.testing.assert_close(x, y, atol=atol, rtol=1e-3)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "gpt_neox", "mixtral"))
+def test_without_exits_it_is_the_eager_model_cache_included(family, tmp_path):
+    torch._dynamo.reset()
+    model, seen = tiny_model(family), Seen()
+    random_artifact(model).save(tmp_path / "a")
+    step = compiled(model, tmp_path / "a", threshold=1.0, stats=seen)
+    ours, theirs = cache_for(model), cache_for(model)
+    logits = prefill(model, ours, IDS)
+    prefill(model, theirs, IDS)
+    for place in range(4):
+        token = logits.argmax(-1, keepdim=True)
+        if family == "llama":
+            # positions and masks from the cache's own length
+            logits = step(input_ids=token, past_key_values=ours).logits[:, -1]
+            expected = model(input_ids=token, past_key_values=theirs).logits[:, -1]
+        else:
+            logits = decode(step, ours, token, 6 + place)
+            expected = decode(model, theirs, token, 6 + place)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert seen.layers == [4] * 4
+    same_caches(ours, theirs, None, atol=1e-5)
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        assert int(a.cumulative_length) == int(b.cumulative_length)
+
+
+def test_logits_after_an_exit_are_those_of_its_boundary(model, folder):
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(model, folder, threshold=0.4, stats=seen)
+    cache = cache_for(model)
+    steps = list(answer(model, step, cache, IDS, COUNT))
+    tokens = torch.cat([IDS, *(token for token, _ in steps)], 1)
+    # each token's states as they are with all before it gone through all layers
+    states = model(tokens, output_hidden_states=True).hidden_states
+    artifact = artifact_of(model)
+    assert len(set(seen.layers)) > 2
+    for place, layer in enumerate(seen.layers):
+        hidden = states[layer][:, 6 + place]
+        if layer < DEPTH:
+            parts = [artifact.tensors[f"translator.{layer}.{n}"] for n in ("scale", "down", "up")]
+            hidden = model.model.norm(torch.ops.eepass.translate(hidden, *parts))
+        expected = model.lm_head(hidden)
+        torch.testing.assert_close(steps[place + 1][1], expected, atol=1e-3, rtol=1e-3)
+    dense = cache_for(model)
+    prefill(model, dense, tokens)
+    last_whole = max(place for place, layer in enumerate(seen.layers) if layer == DEPTH)
+    same_caches(cache, dense, 6 + last_whole + 1)
+    # what still waits has keys and values, if not yet the true ones
+    end = 6 + len(seen.layers)
+    for layer in cache.layers:
+        assert layer.keys[:, :, :end].abs().sum((1, 3)).gt(0).all()
+
+
+def test_propagated_keys_are_projected_from_the_boundary(model, folder):
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(model, folder, threshold=0.0, kv="propagate", stats=seen)
+    cache = cache_for(model)
+    token = prefill(model, cache, IDS).argmax(-1, keepdim=True)
+    decode(step, cache, token, 6)
+    (layer,) = seen.layers
+    assert layer < DEPTH
+    states = model(torch.cat([IDS, token], 1), output_hidden_states=True).hidden_states
+    boundary = states[layer][:, 6]
+    for index in range(layer, DEPTH):
+        block = model.model.layers[index]
+        value = block.self_attn.v_proj(block.input_layernorm(boundary)).view(1, 2, 16)
+        torch.testing.assert_close(cache.layers[index].values[:, :, 6], value, atol=1e-4, rtol=1e-3)
+
+
+def test_interleaved_sequences_say_what_they_say_alone(model, exits):
+    step, alone = exits
+    runs = [answer(model, step, cache_for(model), ids, COUNT) for ids in (IDS, OTHER)]
+    tokens = [
+        [int(token) for token, _ in pair] for pair in zip(*zip(*runs, strict=True), strict=True)
+    ]
+    assert tokens == [alone[IDS], alone[OTHER]]
+
+
+def test_threads_say_what_they_say_alone(model, exits):
+    step, alone = exits
+    found = {}
+
+    def run(number, ids):
+        with torch.no_grad():
+            found[number] = said(model, step, ids, COUNT)[0]
+
+    threads = [threading.Thread(target=run, args=(n, (IDS, OTHER)[n % 2])) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(4)] == [alone[IDS], alone[OTHER]] * 2
+
+
+def test_a_reset_cache_remembers_nothing(model, exits):
+    step, alone = exits
+    cache = cache_for(model)
+    for ids in (IDS, OTHER, OTHER, IDS):
+        assert said(model, step, ids, COUNT, cache)[0] == alone[ids]
+        cache.reset()
+
+
+def test_a_cache_cut_back_goes_on_as_if_it_had_never_been_further(model, exits):
+    step, alone = exits
+    cache = cache_for(model)
+    said(model, step, IDS, COUNT, cache)
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(0)
+    assert said(model, step, OTHER, COUNT, cache)[0] == alone[OTHER]
+
+
+def one_by_hand(model, cache, token, position):
+    decode(model, cache, token, position)
+    return position + 1
+
+
+def reordered(model, cache, token, position):
+    cache.reorder_cache(torch.tensor([0]))
+    return position
+
+
+def cut_by_two(model, cache, token, position):
+    for layer in cache.layers:
+        layer.cumulative_length.sub_(2)
+    return position - 2
+
+
+@pytest.mark.parametrize("change", (one_by_hand, reordered, cut_by_two))
+def test_what_was_remembered_ends_where_others_write(model, exits, change):
+    step, _ = exits
+    cache = cache_for(model)
+    token = [t for t, _ in answer(model, step, cache, IDS, 9)][-1]
+    position = change(model, cache, token, 6 + 8)
+    # nobody knows anything of a copy
+    unknown = copy.deepcopy(cache)
+    for place in range(position, position + 6):
+        ours, theirs = decode(step, cache, token, place), decode(step, unknown, token, place)
+        torch.testing.assert_close(ours, theirs, atol=0.0, rtol=0.0)
+        token = ours.argmax(-1, keepdim=True)
+
+
+def test_inference_mode_says_what_exact_bookkeeping_of_nothing_says(model, folder):
+    torch._dynamo.reset()
+    with torch.inference_mode():
+        step = compiled(model, folder, threshold=0.4)
+        first, again = (said(model, step, IDS, COUNT) for _ in range(2))
+    assert first == again
+
+
+def test_recompiles_do_not_grow_with_tokens(model, folder):
+    torch._dynamo.reset()
+    counters.clear()
+    step = compiled(model, folder, threshold=0.4)
+    said(model, step, IDS, 6)
+    graphs = counters["stats"]["unique_graphs"]
+    said(model, step, OTHER, 24)
+    assert counters["stats"]["unique_graphs"] == graphs == 1
+    # another length is one more graph, and then any length is
+    for length in (40, 48, 56):
+        said(model, step, IDS, 4, cache_for(model, length))
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+def test_rows_of_a_batch_leave_together(model, folder):
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(model, folder, threshold=0.4, kv="propagate", stats=seen)
+    (single,) = said(model, step, IDS, COUNT)
+    left = list(seen.layers)
+    assert min(left) < DEPTH
+    twice = said(model, step, IDS.expand(2, -1), COUNT)
+    assert twice == [single, single]
+    seen.layers.clear()
+    assert len(said(model, step, torch.cat([IDS, OTHER]), COUNT)) == 2
+
+
+def test_a_batch_whose_rows_disagree_is_dense(model, folder):
+    torch._dynamo.reset()
+    step = compiled(model, folder, threshold=1.0)
+    ids = torch.cat([IDS, OTHER])
+    assert said(model, step, ids, COUNT) == said(model, model, ids, COUNT)
+
+
+def test_hot_logits_skip_the_full_head(model, folder):
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(model, folder, threshold=0.4, logits="hot", stats=seen)
+    hot = artifact_of(model).tensors["hot.ids"].long()
+    found = list(answer(model, step, cache_for(model), IDS, COUNT))[1:]
+    cold = torch.ones(160, dtype=torch.bool)
+    cold[hot] = False
+    skipped = [bool((logits[0, cold] == -torch.inf).all()) for _, logits in found]
+    assert any(skipped)
+    assert seen.full_heads == skipped.count(False)
+    assert all(logits[0, hot].isfinite().all() for _, logits in found)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    (
+        ({"guarantee": "exact"}, "custom_generate=eepass.generate"),
+        ({"tresholds": 0.5}, "known: artifact, preset, guarantee"),
+        ({"threshold": 2.0}, "between 0 and 1"),
+        ({"target_agreement": 0.9999}, "calibrated up to 0.98"),
+        ({"draft": "eagle"}, "must be lens"),
+        ({"preset": "fast"}, "must be one of default, paper"),
+        ({"kv": "drop"}, "must be one of defer, propagate"),
+        ({"logits": "some"}, "must be one of full, hot"),
+        ({"stats": 3}, "must be a function"),
+        ({"artifact": "/nowhere"}, "no artefact here"),
+        ({"inner_backend": "inducer"}, "inducer"),
+    ),
+)
+def test_options_that_do_not_fit_are_errors(model, folder, options, message):
+    torch._dynamo.reset()
+    step = compiled(model, options.pop("artifact", folder), **options)
+    with pytest.raises(BackendCompilerFailed, match=message):
+        said(model, step, IDS, 3)
+
+
+def test_an_artefact_of_another_model_is_refused(model, folder):
+    torch._dynamo.reset()
+    other = tiny_model("llama", num_hidden_layers=DEPTH)
+    other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(BackendCompilerFailed, match="trained for another model"):
+        said(other, compiled(other, folder), IDS, 3)
+
+
+def test_the_artefact_beside_a_checkpoint_is_found(model, tmp_path, caplog):
+    from transformers import AutoModelForCausalLM
+
+    model.save_pretrained(tmp_path / "m")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "m").eval()
+    step = torch.compile(loaded, backend=backend.specee, options={"inner_backend": "eager"})
+    torch._dynamo.reset()
+    with caplog.at_level(logging.WARNING, "eepass"):
+        dense = said(loaded, step, IDS, COUNT)
+        said(loaded, step, OTHER, COUNT)
+    assert dense == said(model, model, IDS, COUNT)
+    assert [r.message for r in caplog.records if "no artefact" in r.message] != []
+    assert len(caplog.records) == 1
+
+    artifact_of(model).save(tmp_path / "m" / "eepass")
+    torch._dynamo.reset()
+    seen = Seen()
+    options = {"inner_backend": "eager", "threshold": 0.4, "stats": seen}
+    step = torch.compile(loaded, backend=backend.specee, options=options)
+    said(loaded, step, IDS, COUNT)
+    assert min(seen.layers) < DEPTH
+
+
+def test_weights_changed_after_compile(model, folder, caplog):
+    torch._dynamo.reset()
+    changed, seen = copy.deepcopy(model), Seen()
+    step = compiled(changed, folder, threshold=0.4, stats=seen)
+    said(changed, step, IDS, COUNT)
+    assert min(seen.layers) < DEPTH
+    seen.layers.clear()
+    for layer in changed.model.layers:
+        layer.mlp.down_proj.weight.mul_(0.5)
+    with caplog.at_level(logging.WARNING, "eepass"):
+        assert said(changed, step, IDS, COUNT) == said(changed, changed, IDS, COUNT)
+    assert set(seen.layers) == {DEPTH}
+    assert "weights were changed" in caplog.text
+    # the same weights elsewhere in memory are the same weights
+    for mine, theirs in zip(changed.parameters(), model.parameters(), strict=True):
+        mine.data = theirs.data.clone()
+    seen.layers.clear()
+    said(changed, step, IDS, COUNT)
+    assert min(seen.layers) < DEPTH
+
+
+def test_another_model_of_the_class_brings_its_own_weights(model, folder):
+    """Dynamo reuses a graph for any model it fits; exits are of one."""
+    torch._dynamo.reset()
+    other = copy.deepcopy(model)
+    other.model.norm.weight.mul_(-1.0)
+    seen = Seen()
+
+    def call(model, **inputs):
+        return model(**inputs)
+
+    options = {"artifact": str(folder), "inner_backend": "eager", "threshold": 0.4, "stats": seen}
+    step = torch.compile(call, backend=backend.specee, options=options)
+    said(model, lambda **inputs: step(model, **inputs), IDS, COUNT)
+    assert min(seen.layers) < DEPTH
+    seen.layers.clear()
+    try:
+        tokens = said(other, lambda **inputs: step(other, **inputs), IDS, COUNT)
+    except BackendCompilerFailed as error:
+        assert "another model" in str(error)
+    else:
+        assert tokens == said(other, other, IDS, COUNT)
+
+
+def test_gradients_and_training_are_the_dense_models(model, folder):
+    torch._dynamo.reset()
+    ours, theirs = copy.deepcopy(model).requires_grad_(True), copy.deepcopy(model)
+    theirs.requires_grad_(True)
+    step = compiled(ours, folder, threshold=0.0)
+    with torch.enable_grad():
+        step(IDS, labels=IDS, use_cache=False).loss.backward()
+        theirs(IDS, labels=IDS, use_cache=False).loss.backward()
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
+    ours.train()
+    assert said(ours, step, IDS, 6) == said(model, model, IDS, 6)
+
+
+def test_a_graph_break_inside_a_layer_is_dense(model, folder):
+    torch._dynamo.reset()
+    broken, seen = copy.deepcopy(model), Seen()
+    forward = broken.model.layers[3].mlp.forward
+
+    def breaking(x):
+        torch._dynamo.graph_break()
+        return forward(x)
+
+    broken.model.layers[3].mlp.forward = breaking
+    step = compiled(broken, folder, threshold=0.0, stats=seen)
+    assert said(broken, step, IDS, 6) == said(model, model, IDS, 6)
+    assert not seen.layers
+
+
+def test_a_cache_that_grows_is_dense(model, folder):
+    from transformers import DynamicCache
+
+    torch._dynamo.reset()
+    step = compiled(model, folder, threshold=0.0)
+    ours, theirs = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    for ids in (IDS, torch.tensor([[9]]), torch.tensor([[12]])):
+        logits = step(ids, past_key_values=ours).logits
+        torch.testing.assert_close(
+            logits, model(ids, past_key_values=theirs).logits, atol=1e-4, rtol=1e-4
+        )
+
+
+def test_what_is_no_decode_step_is_dense(model, folder):
+    torch._dynamo.reset()
+    step = compiled(model, folder, threshold=0.0)
+    torch.testing.assert_close(step(IDS).logits, model(IDS).logits, atol=1e-4, rtol=1e-4)
+    ours, theirs = cache_for(model), cache_for(model)
+    found = step(IDS, past_key_values=ours).logits
+    torch.testing.assert_close(found, prefill_all(model, theirs), atol=1e-4, rtol=1e-4)
+    same_caches(ours, theirs, 6)
+    wanted = step(IDS[:, :1], past_key_values=ours, output_hidden_states=True)
+    assert len(wanted.hidden_states) == DEPTH + 1
+
+
+def prefill_all(model, cache):
+    return model(IDS, past_key_values=cache).logits
