@@ -110,7 +110,6 @@ class EarlyExitModel:
         head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
-        tensors |= plan.threshold_tensors()
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
