@@ -25,7 +25,7 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import tracing
 from torch.fx import GraphModule
 
-from eepass.artifact import Artifact, load_artifact, refuse_other_model
+from eepass.artifact import Artifact, found_artifact, load_artifact, refuse_other_model
 from eepass.backend_options import BackendOptions
 from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.codegen.lower_inner import InnerCompiler
@@ -250,24 +250,19 @@ def find_artifact(owner: Any, wanted: BackendOptions) -> Artifact | None:
 
     Raises ``InputError`` where the one asked for is damaged or of another model.
     """
-    if wanted.artifact is not None:
-        folder = Path(wanted.artifact)
-        artifact = load_artifact(folder)
+    asked = wanted.artifact is not None
+    folder = Path(wanted.artifact) if wanted.artifact is not None else found_artifact(owner)
+    if folder is None:
+        return None
+    artifact = load_artifact(folder)
+    try:
         refuse_other_model(artifact, owner, folder)
-        return artifact
-    beside = Path(getattr(owner, "name_or_path", "") or "-") / "eepass"
-    shipped = Path(__file__).parent / "data"
-    for folder in (beside, *sorted(shipped.iterdir())):
-        if (folder / "eepass.json").exists():
-            artifact = load_artifact(folder)
-            try:
-                refuse_other_model(artifact, owner, folder)
-            except InputError as error:
-                if folder == beside:
-                    say_once(f"torch.compile(backend='specee'): {error}")
-                continue
-            return artifact
-    return None
+    except InputError as error:
+        if asked:
+            raise
+        say_once(f"torch.compile(backend='specee'): {error}")
+        return None
+    return artifact
 
 
 def _owner(tensors: Sequence[Tensor]) -> Any:
