@@ -49,6 +49,12 @@ def test_of_equal_logits_the_first_wins(kernel, rows):
     assert kernel(*arguments)[0].tolist() == [0] * rows
 
 
+def test_a_nan_with_a_sign_is_a_nan(kernel):
+    arguments = verify_case(rows=1, hidden=32, vocabulary=100)
+    arguments[6][60] = torch.tensor([0xFFC00000 - 2**32], dtype=torch.int32).view(torch.float32)
+    assert kernel(*arguments)[0].item() == fused_ops.verify_head(*arguments)[0].item() == 60
+
+
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
 def test_what_is_not_finite(kernel, bad):
     arguments = verify_case(rows=2, hidden=32, vocabulary=100)
