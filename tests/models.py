@@ -89,7 +89,7 @@ def random_artifact(model: Any, draft_layer: int = 1, k: int = 16) -> Artifact:
     exits = range(draft_layer + 1, depth + 1)
     paper_exits = range(1, depth)
     tensors: dict[str, Tensor] = {
-        "hot.ids": torch.randperm(VOCABULARY, generator=generator)[:96].sort().values.int()
+        "hot.ids": torch.randperm(config.vocab_size, generator=generator)[:96].sort().values.int()
     }
     for layer in (draft_layer, *exits[:-1]):
         tensors[f"translator.{layer}.scale"] = torch.ones(width)
