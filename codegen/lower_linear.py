@@ -65,13 +65,15 @@ def _rewrite(gm: GraphModule, x: Node, linears: list[Node]) -> None:
     value: Tensor = x.meta["val"]
     weights = [linear.args[1] for linear in linears]
     biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
-    with gm.graph.inserting_before(min(linears)):
+    with gm.graph.inserting_before(linears[0]):
         flat = call(aten.reshape.default, (x, [_rows(x), value.shape[-1]]))
         products = call(torch.ops.eepass.linear_rows.default, (flat, weights, biases))
-        parts = [call(operator.getitem, (products, index)) for index in range(len(linears))]
-        for product, linear in zip(parts, linears, strict=True):
+        for index, linear in enumerate(linears):
+            product = call(operator.getitem, (products, index))
             shape = [*value.shape[:-1], linear.meta["val"].shape[-1]]
             new = call(aten.reshape.default, (product, shape))
             new.meta = dict(linear.meta)
             linear.replace_all_uses_with(new)
-            gm.graph.erase_node(linear)
+    # only now: what is inserted stands before the first of them
+    for linear in linears:
+        gm.graph.erase_node(linear)

@@ -254,7 +254,7 @@ class Engine:
             if free > 0:
                 began = perf_counter()
                 proposed = sequence.draft.propose(tree.tokens[0], Budget(self.planner, free))
-                tree = self.planner.choose(proposed, pending, beside)
+                tree = self.planner.choose(proposed, free, pending, beside)
                 self.statistics.draft_seconds += perf_counter() - began
         active: frozenset[int] = frozenset()
         if mode in ("exits", "both") and self.exits is not None:

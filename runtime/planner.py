@@ -144,8 +144,8 @@ class Planner:
         usual = self._cost(rows) * max(1.0, rows / max(self.costs)) + 8 * self.draft_seconds
         self._arms(batch)[mode].add(min(seconds, 2 * usual), tokens, self.passes)
 
-    def choose(self, tree: Tree, waiting: int = 0, beside: int = 0) -> Tree:
-        """The part of ``tree`` that gives most tokens a second.
+    def choose(self, tree: Tree, most: int, waiting: int = 0, beside: int = 0) -> Tree:
+        """The part of ``tree`` that gives most tokens a second, at most ``most`` drafts.
 
         ``waiting``: rows that may go along; ``beside``: other sequences in the pass.
         """
@@ -154,7 +154,7 @@ class Planner:
         rows, gain = 1 + waiting + beside, 1.0 + beside
         best, best_rate = 0, gain / self._cost(rows)
         for count, node in enumerate(order, 1):
-            if rows + count > max(self.costs):
+            if count > most or rows + count > max(self.costs):
                 break
             gain += joint[node]
             rate = gain / self._cost(rows + count)

@@ -51,7 +51,8 @@ class RandomDraft:
     def propose(self, root, budget: Budget):
         assert self.tokens[-1] == root
         tree = Tree([root])
-        for _ in range(self.random.randint(0, min(self.most, budget.most))):
+        # more than there is room for as well: nobody has to trust a draft
+        for _ in range(self.random.randint(0, self.most)):
             parent = self.random.randrange(len(tree))
             path = [tree.tokens[node] for node in tree.path(parent)]
             if self.random.random() < self.right:

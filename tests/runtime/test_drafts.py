@@ -95,10 +95,11 @@ def test_a_tree_keeps_the_likeliest_and_its_parents():
     b = tree.add(3, 0, 0.3, None)
     c = tree.add(4, b, 0.9, None)
     assert tree.add(2, 0, 0.7, None) == a and tree.chances[a] == 0.7
-    kept = Planner({1: 1.0, 4: 1.1}).choose(tree)
+    kept = Planner({1: 1.0, 4: 1.1}).choose(tree, 7)
     assert kept.tokens == [1, 2, 3, 4] and [kept.tokens[n] for n in kept.path(3)] == [3, 4]
+    assert len(Planner({1: 1.0, 4: 1.1}).choose(tree, 2)) == 3
     # rows that cost as much as passes are not worth it
-    assert len(Planner({1: 1.0, 4: 3.0}).choose(tree)) == 1
+    assert len(Planner({1: 1.0, 4: 3.0}).choose(tree, 7)) == 1
     assert tree.path(c) == [b, c]
 
 

@@ -90,7 +90,7 @@ def test_guesses_are_taken_back_and_drafts_are_taken(decoder, plain):
         engine = engine_for(decoder, plain, 1, mode, right=0.8)
         list(engine.generate(PROMPT, 30))
         if mode != "speculation":
-            assert engine.statistics.rollbacks > 2
+            assert engine.statistics.rollbacks > 1
             assert engine.statistics.mean_exit_layer < DEPTH
         if mode != "exits":
             assert engine.statistics.summary()["accepted_per_pass"] > 1.2
