@@ -112,7 +112,8 @@ class Planner:
 
     def mode(self, batch: int = 1) -> Mode:
         """How the next pass over ``batch`` sequences is to be made."""
-        if len(self.modes) == 1:
+        # as many sequences as a tree has rows leave nothing for drafts, and trying is dear
+        if len(self.modes) == 1 or batch >= max(self.costs):
             return self.modes[0]
         arms = self._arms(batch)
         if self._trying is not None and self._trying[0] == batch:

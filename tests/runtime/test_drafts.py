@@ -121,7 +121,7 @@ def test_the_planner_leaves_out_what_does_not_pay():
         "speculation"
     )
     assert slow.mode(8) == "dense"
-    # the more sequences fill a pass, the rarer drafts and exits are tried in it
+    # where sequences fill a pass, drafts and exits are not tried in it
     tries = {}
     for batch in (2, 8):
         planner = Planner({1: 1.0, 8: 1.0}, 0.1, 2.0, ("dense", "exits", "speculation", "both"))
