@@ -1,7 +1,7 @@
 """Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
@@ -29,35 +30,19 @@ SETTINGS: dict[str, Any] = {
     "alignment_asserts": False,
 }
 
-Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 
-
-class CpuCompiler:
-    """Compiles graphs and remembers them by structure: isomorphic pieces share one code.
+class CpuCompiler(ByStructure):
+    """Lowers graphs and compiles them through inductor.
 
     ``kernels_missing`` says why the C++ kernels could not be built, or is empty.
     """
 
     def __init__(self) -> None:
-        self.compiled: dict[tuple[str, bool], Compiled] = {}
+        super().__init__()
         self.kernels_missing = load_kernels()
 
-    def __call__(
-        self,
-        graph: GraphModule,
-        structure: str,
-        examples: Sequence[Tensor],
-        *,
-        logits: bool = False,
-    ) -> Compiled:
-        """``graph`` as a function from a list of its inputs, which it clears, to its outputs.
-
-        ``logits`` keeps the linear layers' sums in float32.
-        """
-        key = (structure, logits)
-        if key not in self.compiled:
-            self.compiled[key] = compile_graph(graph, examples, logits)
-        return self.compiled[key]
+    def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
+        return compile_graph(graph, examples, logits)
 
 
 def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
@@ -85,9 +70,7 @@ def ready_to_compile(
         lower_logits(lowered)
     lower_linear(lowered)
     lower_attention(lowered)
-    output = lowered.graph.output_node()
-    if not isinstance(output.args[0], (tuple, list)):
-        output.args = ((output.args[0],),)
+    return_a_tuple(lowered)
     lowered.graph.eliminate_dead_code(is_impure_node=_writes)
     lowered.recompile()
     # without a shape environment inductor would not keep what it compiled for the next process

@@ -400,11 +400,6 @@ def codegen(
     _run(work, debug)
 
 
-def main() -> None:
-    """Entry point of the ``eepass`` command."""
-    app()
-
-
 @app.command()
 def families(
     only: Annotated[
@@ -430,6 +425,11 @@ def families(
             raise InputError(f"not as expected: {', '.join(failed)}")
 
     _run(work, debug)
+
+
+def main() -> None:
+    """Entry point of the ``eepass`` command."""
+    app()
 
 
 def _draft(name: str) -> Any:
