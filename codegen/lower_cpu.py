@@ -46,14 +46,19 @@ class CpuCompiler(ByStructure):
 
 
 def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
+    with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+        return through_inductor(lowered, fakes)
+
+
+def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:
+    """Inductor's code for a graph and inputs as ``for_inductor`` readies them, and within it."""
     inner: list[Any] = []
 
     def keep(*args: Any, **kwargs: Any) -> Any:
         inner.append(compile_fx_inner(*args, **kwargs))
         return inner[-1]
 
-    with ready_to_compile(graph, examples, logits) as (lowered, fakes):
-        compile_fx(lowered, fakes, inner_compile=keep)
+    compile_fx(lowered, fakes, inner_compile=keep)
     # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
     # inductor's own bookkeeping around the generated code
     (code,) = inner
@@ -70,6 +75,15 @@ def ready_to_compile(
         lower_logits(lowered)
     lower_linear(lowered)
     lower_attention(lowered)
+    with for_inductor(lowered, examples) as ready:
+        yield ready
+
+
+@contextmanager
+def for_inductor(
+    lowered: GraphModule, examples: Sequence[Tensor]
+) -> Iterator[tuple[GraphModule, list[Any]]]:
+    """A lowered graph and its inputs as inductor wants them, within inductor's settings."""
     return_a_tuple(lowered)
     lowered.graph.eliminate_dead_code(is_impure_node=_writes)
     lowered.recompile()

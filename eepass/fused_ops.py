@@ -133,23 +133,26 @@ def draft_topk(
 @define(
     "fill_kv(Tensor hidden, Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] key_weights, "
     "Tensor[] key_biases, Tensor[] value_weights, Tensor[] value_biases, Tensor[] head_norms, "
-    f"Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, Tensor slots, {_NORM_FORM})"
-    " -> ()"
+    f"Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, Tensor slots, {_NORM_FORM}, "
+    "bool interleaved, str head_norm) -> ()"
 )
 def fill_kv(
     hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
     key_weights: Sequence[Tensor], key_biases: Sequence[Tensor],
     value_weights: Sequence[Tensor], value_biases: Sequence[Tensor],
-    head_norms: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor],
+    head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
+    keys: Sequence[Tensor], values: Sequence[Tensor],
     cos: Tensor | None, sin: Tensor | None, slots: Tensor,
-    norm: str, eps: float, weight_offset: float,
+    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
 ) -> None:  # fmt: skip
     """Write keys and values of hidden [R, H] at slots [R] of every skipped layer's cache.
 
     A list holds one tensor a layer, or nothing where no layer has one: input norm [H], projections
-    [G·D, H] and biases [G·D], norm of the keys' heads [D] (RMS, with ``eps`` and
-    ``weight_offset``), keys and values [G, C, D]. Rotary values cos, sin [R, N] turn the first
-    N <= D channels, half against half. In float32 up to the write.
+    [G, D, H] or [G·D, H] and biases [G, D] or [G·D] (views of what several share, perhaps), norm of
+    the keys' heads and its bias [D] or [G, D], keys and values [G, C, D]. ``head_norm`` ("rms",
+    "layer" or "none") goes with ``eps`` and ``weight_offset`` as ``norm`` does. Rotary values cos,
+    sin [R, N] turn the first N <= D channels, half against half or, ``interleaved``, each against
+    the next. In float32 up to the write.
     """
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         x = _normed(
@@ -158,7 +161,11 @@ def fill_kv(
         ).to(hidden.dtype).float()  # fmt: skip
         groups, width = key.shape[0], key.shape[-1]
         k, v = (
-            F.linear(x, weights[layer].float(), None if bias is None else bias.float())
+            F.linear(
+                x,
+                weights[layer].float().reshape(-1, x.shape[-1]),
+                None if bias is None else bias.float().reshape(-1),
+            )
             .unflatten(-1, (groups, -1))
             .transpose(0, 1)
             for weights, bias in (
@@ -166,16 +173,26 @@ def fill_kv(
                 (value_weights, _at(value_biases, layer)),
             )
         )
-        head_norm = _at(head_norms, layer)
-        if head_norm is not None:
-            k = _normed(k, head_norm, None, "rms", eps, weight_offset)
+        weight, bias = _at(head_norms, layer), _at(head_biases, layer)
+        k = _normed(
+            k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset
+        )
         if cos is not None and sin is not None:
             turning, half = k[..., : cos.shape[-1]], cos.shape[-1] // 2
-            turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
+            if interleaved:
+                pairs = turning.unflatten(-1, (half, 2))
+                turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+            else:
+                turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
             turning = turning * cos.float() + turned * sin.float()
             k = torch.cat([turning, k[..., cos.shape[-1] : width]], -1)
         key[:, slots] = k.to(key.dtype)
         value[:, slots] = v.to(value.dtype)
+
+
+def _over_rows(tensor: Tensor | None) -> Tensor | None:
+    """[G, D] as [G, 1, D]; [D] as it is."""
+    return tensor if tensor is None or tensor.ndim == 1 else tensor.unsqueeze(1)
 
 
 def _at(tensors: Sequence[Tensor], layer: int) -> Tensor | None:

@@ -112,11 +112,22 @@ class HeadChain:
 
 
 @dataclass(frozen=True, slots=True)
+class Channels:
+    """Which outputs of a projection are the channels [G, D] of keys or values: ``first + g · head +
+    d · step``. One projection may make queries, keys and values, in any of the usual orders."""
+
+    first: int
+    head: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
 class KvForm:
     """How a layer makes keys and values of a boundary, as ``eepass::fill_kv`` takes it.
 
     Tensors by name, "" where there is none; ``rotary`` channels turn by ``cos`` and ``sin``, side
-    inputs of the layer.
+    inputs of the layer, half against half or, ``interleaved``, each against the next. Projections
+    are [O, H], or [H, O] where ``transposed``.
     """
 
     norm: Literal["none", "rms", "layer"]
@@ -129,11 +140,34 @@ class KvForm:
     value_weight: str
     value_bias: str
     head_norm: str
+    head_bias: str
+    head_form: Literal["none", "rms", "layer"]
     cos: str
     sin: str
     rotary: int
+    interleaved: bool
     groups: int
     channels: int
+    key_channels: Channels
+    value_channels: Channels
+    transposed: bool
+
+    def projection(self, weight: Tensor, of: Channels) -> Tensor:
+        """The rows of a projection that make ``of``, as a view [G, D, H]."""
+        rows, columns = weight.stride()[::-1] if self.transposed else weight.stride()
+        hidden = weight.shape[0 if self.transposed else 1]
+        return weight.as_strided(
+            (self.groups, self.channels, hidden), (of.head * rows, of.step * rows, columns),
+            weight.storage_offset() + of.first * rows,
+        )  # fmt: skip
+
+    def bias(self, bias: Tensor, of: Channels) -> Tensor:
+        """The part of a projection's bias that goes to ``of``, as a view [G, D]."""
+        (step,) = bias.stride()
+        return bias.as_strided(
+            (self.groups, self.channels), (of.head * step, of.step * step),
+            bias.storage_offset() + of.first * step,
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -225,12 +259,14 @@ class FusedExits:
     ``predictors[layer]``: hidden [1, R, H], draft, previous -> probability [R], draft probabilities
     [R, K], z [1, R, H], exits bool [R]. ``verify``: z, draft -> token [R], whether it is in the
     draft [R]; ``final``: the same from the last boundary. Both over the plan's vocabulary.
+    ``draft``: z -> the draft tokens' log-probabilities and ids [R, K], the likeliest first.
     """
 
     chain: HeadChain
     predictors: Mapping[int, Piece]
     verify: Piece
     final: Piece
+    draft: Piece
 
 
 @dataclass(frozen=True, slots=True)

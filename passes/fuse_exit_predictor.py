@@ -9,6 +9,9 @@
     before   logits = transform(eepass.logits_rows(z, lm_head, bias)), argmax, in draft
     after    token, known, _ = eepass.verify_head(z, lm_head, bias, hot_ids, draft, chain)
 
+    before   logits = transform(eepass.logits_rows(z, hot_head, bias)), the k largest
+    after    scores, ids = eepass.draft_topk(z, hot_head, bias, hot_ids, k, chain)
+
 A head that is not made of a norm, one linear layer, a scale and a soft cap stays as it was: the
 report says which node stands in the way. Thresholds are tensors, ``predictor.<layer>.threshold``,
 so that all exits share one code.
@@ -53,9 +56,10 @@ def fuse_exit_predictor(
         return None
     trace = _Tracer(split, plan, tensors, chain, rows)
     predictors = {p.layer: trace.predictor(p.layer, p.translated) for p in plan.exits}
-    report.rewritten += len(predictors) + 2
+    report.rewritten += len(predictors) + 3
     report.note(f"head: {chain}")
-    return FusedExits(chain, predictors, trace.verify(normed=True), trace.verify(normed=False))
+    verify, final = trace.verify(normed=True), trace.verify(normed=False)
+    return FusedExits(chain, predictors, verify, final, trace.topk())
 
 
 class _Tracer:
@@ -110,6 +114,20 @@ class _Tracer:
 
         kinds = [Input("hidden", "hidden"), Input("draft", "draft")]
         return self._trace(run, kinds, [self.hidden, self.draft], [*norm, *head, hot])
+
+    def topk(self) -> Piece:
+        names = ["hot.head", "hot.bias" if self.chain.head_bias else "", "hot.ids"]
+        if "hot.head" not in self.tensors:
+            names = [self.chain.lm_head, self.chain.head_bias, ""]
+        k = self.plan.draft_tokens
+
+        def run(get: Callable[[str], Any], hidden: Tensor) -> Any:
+            scores, ids = torch.ops.eepass.draft_topk(
+                hidden[0], get(names[0]), None, get(names[1]), get(names[2]), k, *self.logit_form
+            )
+            return scores, ids
+
+        return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
 
     def _norm_and_head(self) -> tuple[list[str], list[str]]:
         chain = self.chain

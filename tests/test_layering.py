@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"eepass.config", "eepass.fused_ops", "eepass.ops", "eepass.plan"}
+VOCABULARY = {"eepass.config", "eepass.fused_ops", "eepass.into_ops", "eepass.ops", "eepass.plan"}
 
 
 def imported_modules(source: Path) -> set[str]:

@@ -16,8 +16,8 @@ from eepass.codegen.kernels import (
     path_predictor,
     verify_head,
 )
-from eepass.codegen.kernels.launch import Launch
-from eepass.plan import HeadChain
+from eepass.codegen.kernels.launch import Launch, Scratch
+from eepass.plan import Channels, HeadChain, KvForm
 
 # what a launch costs within a CUDA graph, measured on an H200
 LAUNCH_US = 1.3
@@ -30,17 +30,15 @@ REACHED = 0.9
 
 @dataclass(frozen=True, slots=True)
 class KvSizes:
+    """What ``fill_kv`` is specialised for: skipped layers, slots, and the layers' form with the
+    outputs of the projections that make keys, and values, and the dtype of rotary values."""
+
     layers: int
-    groups: int
-    channels: int
-    rotary: int
     slots: int
-    norm: str
-    eps: float
-    weight_offset: float
-    norm_bias: bool
-    bias: bool
-    head_norm: bool
+    form: KvForm
+    key_outputs: int
+    value_outputs: int
+    turns: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +46,7 @@ class Sizes:
     """What kernels are specialised for besides the head's form.
 
     ``rank`` 0: no exit has a translator; ``hot`` 0: drafts name any token. ``kv`` as ``fill_kv``
-    takes it: skipped layers, groups, channels, rotary channels, slots; None where a layer writes
-    keys and values in a way the kernel does not know.
+    takes it; None where a layer writes keys and values in a way the kernel does not know.
     """
 
     rows: int
@@ -59,6 +56,7 @@ class Sizes:
     drafts: int
     width: int
     rank: int
+    predictor: torch.dtype
     dtype: torch.dtype
     kv: KvSizes | None = None
 
@@ -89,9 +87,6 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
     def tensor(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    def floats(*shape: int) -> Tensor:
-        return tensor(*shape, dtype=torch.float32)
-
     def ids(*shape: int) -> Tensor:
         return tensor(*shape, dtype=torch.long)
 
@@ -99,6 +94,7 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
         return tensor(size, hidden), None, tensor(size) if chain.head_bias else None
 
     boundary = tensor(rows, hidden)
+    scratch = Scratch(boundary)
     norms: tuple[Any, ...] = (
         tensor(hidden) if chain.norm_weight else None,
         tensor(hidden) if chain.norm_bias else None,
@@ -106,41 +102,68 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
     lens: tuple[Any, ...] = (None, None, None)
     rank = sizes.rank
     translator: tuple[Any, ...] = (tensor(hidden), tensor(rank, hidden), tensor(hidden, rank))
+    shapes = ((sizes.width, 3 * drafts), (sizes.width,), (sizes.width,), (1,))
     mlp: tuple[Any, ...] = (
-        floats(rows, drafts), floats(sizes.width, 3 * drafts), floats(sizes.width),
-        floats(sizes.width), floats(1), floats(1),
-    )  # fmt: skip
+        tensor(rows, drafts, dtype=torch.float32),
+        *(tensor(*shape, dtype=sizes.predictor) for shape in shapes),
+        tensor(1, dtype=torch.float32),
+    )
     form: tuple[Any, ...] = (chain.norm, chain.eps, chain.weight_offset)
     logit_form: tuple[Any, ...] = (chain.logit_scale, chain.logit_cap)
     forms = {"lens": lens, **({"translated": translator} if rank else {})}
     for name, to_state in forms.items():
         asked = (boundary, *to_state, *norms, *head(sizes.vocabulary), ids(rows, drafts), *mlp)
-        predictor = exit_predictor.launches(*asked, *form, *logit_form)
+        predictor = exit_predictor.launches(*asked, *form, *logit_form, scratch)
         yield f"exit_predictor.{name}", predictor[0]
-    paths = path_predictor.launches(*asked, ids(rows, 8), *form, *logit_form)
+    paths = path_predictor.launches(*asked, ids(rows, 8), *form, *logit_form, scratch)
     yield "path_predictor", paths[0][-1:]
 
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
     for name, size in vocabularies.items():
         names = ids(size) if name == "hot" else None
-        told: tuple[Any, ...] = (boundary, *lens, *norms, *head(size), names, ids(rows, drafts))
-        told = (*told, *form, *logit_form, False)
-        yield f"verify_head.{name}", verify_head.launches(*told)[0]
+        asked = (*head(size), names, ids(rows, drafts))
+        # from a boundary, and from the state a predictor has normed
+        norm_forms = {"": (*norms, *form), ".normed": (None, None, "none", 0.0, 0.0)}
+        for suffix, (weight, bias, *norm) in norm_forms.items():
+            told = (boundary, *lens, weight, bias, *asked, *norm, *logit_form)
+            yield f"verify_head.{name}{suffix}", verify_head.launches(*told, False, scratch)[0]
+        if name == "full":
+            # the model's own logits, as the compiler of its head has them: raw, for any draft
+            told = (boundary, *lens, None, None, *head(size), None, ids(rows, 1))
+            told = (*told, "none", 0.0, 0.0, 1.0, 0.0, True, scratch)
+            yield "verify_head.logits", verify_head.launches(*told)[0]
     size = sizes.hot or sizes.vocabulary
     names = ids(size) if sizes.hot else None
     scored: tuple[Any, ...] = (boundary, *head(size), names, drafts, *logit_form)
-    yield "draft_topk", draft_topk.launches(*scored)[0]
+    yield "draft_topk", draft_topk.launches(*scored, scratch)[0]
 
     if (kv := sizes.kv) is not None:
+        yield "fill_kv", fill_kv.launches(*_fill_arguments(boundary, kv), scratch)[0]
 
-        def each(there: bool, *shape: int) -> list[Tensor]:
-            return [tensor(*shape) for _ in range(kv.layers)] if there else []
 
-        out, turns = kv.groups * kv.channels, floats(rows, kv.rotary) if kv.rotary else None
-        cache = each(True, kv.groups, kv.slots, kv.channels)
-        yield "fill_kv", fill_kv.launches(
-            boundary, each(kv.norm != "none", hidden), each(kv.norm_bias, hidden),
-            each(True, out, hidden), each(kv.bias, out), each(True, out, hidden),
-            each(kv.bias, out), each(kv.head_norm, kv.channels), cache, cache, turns, turns,
-            ids(rows), kv.norm, kv.eps, kv.weight_offset,
-        )[0]  # fmt: skip
+def _fill_arguments(boundary: Tensor, kv: KvSizes) -> tuple[Any, ...]:
+    form, (rows, hidden) = kv.form, boundary.shape
+
+    def each(there: str, *shape: int) -> list[Tensor]:
+        return [boundary.new_empty(shape) for _ in range(kv.layers)] if there else []
+
+    def projected(
+        weight: str, bias: str, outputs: int, of: Channels
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        shape = (hidden, outputs) if form.transposed else (outputs, hidden)
+        return [form.projection(w, of) for w in each(weight, *shape)], [
+            form.bias(b, of) for b in each(bias, outputs)
+        ]
+
+    turns = None
+    if form.cos:
+        turns = boundary.new_empty(rows, form.rotary, dtype=kv.turns)
+    cache = each("caches", form.groups, kv.slots, form.channels)
+    return (
+        boundary, each(form.norm_weight, hidden), each(form.norm_bias, hidden),
+        *projected(form.key_weight, form.key_bias, kv.key_outputs, form.key_channels),
+        *projected(form.value_weight, form.value_bias, kv.value_outputs, form.value_channels),
+        each(form.head_norm, form.channels), each(form.head_bias, form.channels), cache, cache,
+        turns, turns, boundary.new_empty(rows, dtype=torch.long), form.norm, form.eps,
+        form.weight_offset, form.interleaved, form.head_form,
+    )  # fmt: skip

@@ -2,71 +2,32 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
-from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from eepass.codegen.kernels.launch import Launch
-
-POINTERS = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
-    torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
-}  # fmt: skip
-
+from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
 
 @dataclass(frozen=True, slots=True)
 class Cubin:
     """A compiled kernel: ``spills`` and ``shared_bytes`` in bytes, ``key`` the same for launches
-    that share it."""
+    that share it, ``parameters`` as its PTX declares them."""
 
     key: str
     name: str
     code: bytes
+    parameters: tuple[str, ...]
     registers: int
     spills: int
     shared_bytes: int
     warps: int
-
-
-def specialisation(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes, as the just-in-time compiler would choose them for
-    tensors that begin at a multiple of 16 bytes."""
-    signature: dict[str, str] = {}
-    constants: dict[Any, Any] = dict(launch.constants)
-    aligned: dict[Any, Any] = {}
-    for place, name in enumerate(launch.kernel.arg_names):
-        if name in launch.constants:
-            signature[name] = "constexpr"
-            continue
-        value = launch.arguments[name]
-        if value is None or (isinstance(value, int) and value == 1):
-            signature[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            signature[name] = POINTERS[value.dtype]
-            aligned[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, int):
-            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0:
-                aligned[(place,)] = [["tt.divisibility", 16]]
-        else:
-            signature[name] = "fp32"
-    return signature, constants, aligned
-
-
-def key_of(launch: Launch, capability: int) -> str:
-    """The same for launches that need the same code."""
-    parts = (launch.kernel.cache_key, capability, launch.warps, *specialisation(launch))
-    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def compile_launch(launch: Launch, capability: int) -> Cubin:
@@ -78,11 +39,23 @@ def compile_launch(launch: Launch, capability: int) -> Cubin:
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps}
     )
-    registers, spills = _registers(compiled.asm["ptx"])
+    ptx, about = compiled.asm["ptx"], compiled.metadata
+    parameters = _parameters(ptx, about.name)
+    if parameters != parameters_of(launch)[0] or about.num_ctas != 1:
+        raise RuntimeError(f"{about.name}: Triton wants {parameters}, which is not what is packed")
+    if about.global_scratch_size or about.profile_scratch_size:
+        raise RuntimeError(f"{about.name}: wants scratch memory of its own")
+    registers, spills = _registers(ptx)
     return Cubin(
-        key_of(launch, capability), compiled.metadata.name, compiled.asm["cubin"], registers,
-        spills, compiled.metadata.shared, launch.warps,
+        key_of(launch, capability), about.name, compiled.asm["cubin"], parameters, registers,
+        spills, about.shared, launch.warps,
     )  # fmt: skip
+
+
+def _parameters(ptx: str, entry: str) -> tuple[str, ...]:
+    found = re.search(rf"\.entry {entry}\((.*?)\)", ptx, re.DOTALL)
+    assert found is not None
+    return tuple(re.findall(r"\.param \.(\w+)", found[1]))
 
 
 def _registers(ptx: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ second launch merges. Keys differ by their index, so taking the largest below th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from eepass.codegen.kernels.head_rows import (
     key_logit,
     sort_key,
 )
-from eepass.codegen.kernels.launch import Launch, flat, float_empty, power_of_two, run, size
+from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
 
 TOKENS = 32
 
@@ -102,18 +103,21 @@ def _merge_kernel(
 
 def launches(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
-    hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
+    hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float, scratch: Scratch,
+    given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``draft_topk`` launches, and its outputs once that has run."""
+    """What ``draft_topk`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary = len(z), lm_head.shape[0]
     if not 0 < k <= vocabulary:
         raise ValueError(f"k={k}: the vocabulary has {vocabulary} tokens")
-    arguments = head_arguments(z, lm_head, head_scales, head_bias)
+    arguments = head_arguments(z, lm_head, head_scales, head_bias, scratch)
     blocks = head_blocks(rows, z.shape[1], arguments["z_ptr"], TOKENS)
     parts, keep = -(-vocabulary // blocks["BLOCK_V"]), min(k, blocks["BLOCK_V"])
-    keys = z.new_empty(rows, parts, keep, dtype=torch.long)
-    moments, scores = float_empty(z, rows, parts, 2), float_empty(z, rows, k)
-    ids = z.new_empty(rows, k, dtype=torch.long)
+    keys = scratch.empty(rows, parts, keep, dtype=torch.long)
+    moments = scratch.empty(rows, parts, 2)
+    scores, ids = outputs_of(
+        z, given, scores=((rows, k), torch.float32), ids=((rows, k), torch.long)
+    )
     form = {"LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap}
     score = Launch(
         _score_kernel, (parts,),
@@ -122,7 +126,7 @@ def launches(
     )  # fmt: skip
     merge = Launch(
         _merge_kernel, (rows,),
-        {"keys_ptr": keys, "moments_ptr": moments, "hot_ids_ptr": flat(hot_ids),
+        {"keys_ptr": keys, "moments_ptr": moments, "hot_ids_ptr": scratch.flat(hot_ids),
          "scores_ptr": scores, "ids_ptr": ids, "parts": parts, "keep": keep, "k": k},
         {"BLOCK_P": power_of_two(parts, 16, 1024), "BLOCK_KEYS": power_of_two(parts * keep, 32,
          4096)}, size(keys, moments),
@@ -132,6 +136,6 @@ def launches(
 
 def draft_topk(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::draft_topk``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments)
+    made, outputs = launches(*arguments, Scratch(arguments[0]))
     run(made)
     return outputs

@@ -7,6 +7,7 @@ the mean, so that a large mean does not eat the digits of LayerNorm.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -25,15 +26,7 @@ from eepass.codegen.kernels.final_state import (
     warps_for,
     write_state,
 )
-from eepass.codegen.kernels.launch import (
-    Launch,
-    flat,
-    float_empty,
-    power_of_two,
-    rows_of,
-    run,
-    size,
-)
+from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
 
 
 @triton.jit
@@ -215,22 +208,27 @@ def launches(
     draft_ids: Tensor, previous: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
+    scratch: Scratch, given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``exit_predictor`` launches, and its outputs once that has run."""
-    hidden, lm_head = rows_of(hidden), rows_of(lm_head)
+    """What ``exit_predictor`` launches, and its outputs (``given``, or new) once that has run."""
+    flat = scratch.flat
+    hidden, lm_head = scratch.rows_of(hidden), scratch.rows_of(lm_head)
     (rows, hidden_size), (drafts, width) = hidden.shape, (draft_ids.shape[1], w1.shape[0])
     made: list[Launch] = []
     gate = arrived = None
     if down is not None:
-        first, gate, arrived = gate_launch(hidden, down)
+        first, gate, arrived = gate_launch(hidden, down, scratch)
         made.append(first)
     share = slicing(hidden_size, up is not None)
     block_k = power_of_two(drafts)
     apart = share["SLICES"] > 1
     if apart and arrived is None:
-        arrived = hidden.new_zeros(rows, dtype=torch.int32)
-    probability, probabilities = float_empty(hidden, rows), float_empty(hidden, rows, drafts)
-    z, exits = hidden.new_empty(rows, hidden_size), hidden.new_empty(rows, dtype=torch.bool)
+        arrived = scratch.empty(rows, dtype=torch.int32).zero_()
+    probability, probabilities, z, exits = outputs_of(
+        hidden, given, probability=((rows,), torch.float32),
+        probabilities=((rows, drafts), torch.float32), z=((rows, hidden_size), hidden.dtype),
+        exits=((rows,), torch.bool),
+    )  # fmt: skip
     arguments: dict[str, Any] = {
         "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "scale_ptr": flat(scale),
         "up_ptr": flat(up), "gate_ptr": gate, "norm_weight_ptr": flat(norm_weight),
@@ -238,9 +236,9 @@ def launches(
         "head_scales_ptr": flat(head_scales), "head_bias_ptr": flat(head_bias),
         "draft_ptr": flat(draft_ids), "previous_ptr": flat(previous), "w1_ptr": flat(w1),
         "b1_ptr": flat(b1), "w2_ptr": flat(w2), "b2_ptr": flat(b2), "threshold_ptr": threshold,
-        "state_ptr": float_empty(hidden, rows, hidden_size) if apart else None,
-        "moments_ptr": float_empty(hidden, rows, 2, share["SLICES"]) if apart else None,
-        "dots_ptr": float_empty(hidden, rows, 3, block_k, share["SLICES"]) if apart else None,
+        "state_ptr": scratch.empty(rows, hidden_size) if apart else None,
+        "moments_ptr": scratch.empty(rows, 2, share["SLICES"]) if apart else None,
+        "dots_ptr": scratch.empty(rows, 3, block_k, share["SLICES"]) if apart else None,
         "arrived_ptr": arrived if apart else None, "probability_ptr": probability,
         "probabilities_ptr": probabilities, "z_ptr": z, "exits_ptr": exits.view(torch.uint8),
         "hidden_size": hidden_size, "rank": 0 if down is None else down.shape[0],
@@ -264,6 +262,6 @@ def launches(
 
 def exit_predictor(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::exit_predictor``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments)
+    made, outputs = launches(*arguments, Scratch(arguments[0]))
     run(made)
     return outputs

@@ -1,8 +1,10 @@
 """Triton kernel for ``eepass::fill_kv``: all skipped layers at once, from a table of pointers.
 
 A program makes BLOCK_P pairs of channels of one head of one layer, keys or values: pairs, since
-rotary values turn channel i against channel i + half. Every program norms the rows itself: hidden
-states lie in the cache after the first has read them, and no program waits for another.
+rotary values turn channel i against channel i + half, or against its neighbour. Every program norms
+the rows itself: hidden states lie in the cache after the first has read them, and no program waits
+for another. A projection may be a part of one that makes queries as well: the table holds, beside
+each address, how far apart heads and channels are.
 """
 
 from __future__ import annotations
@@ -16,16 +18,23 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.final_state import inverse_deviation
-from eepass.codegen.kernels.launch import Launch, power_of_two, rows_of, run, size
+from eepass.codegen.kernels.launch import Launch, Scratch, power_of_two, run, size
 
-# columns of the table: one pointer each, 0 where a layer has no such tensor
+# columns of the table: pointers, 0 where a layer has no such tensor, and strides in elements
 NORM_WEIGHT = tl.constexpr(0)
 NORM_BIAS = tl.constexpr(1)
 WEIGHT = tl.constexpr(2)
 BIAS = tl.constexpr(3)
 HEAD_NORM = tl.constexpr(4)
 CACHE = tl.constexpr(5)
-FIELDS = tl.constexpr(6)
+WEIGHT_GROUP = tl.constexpr(6)
+WEIGHT_CHANNEL = tl.constexpr(7)
+BIAS_GROUP = tl.constexpr(8)
+BIAS_CHANNEL = tl.constexpr(9)
+HEAD_BIAS = tl.constexpr(10)
+# from head to head, of the norm of heads: 0 where they share it
+HEAD_GROUP = tl.constexpr(11)
+FIELDS = tl.constexpr(12)
 
 
 @triton.jit
@@ -57,11 +66,11 @@ def _row_moments(hidden, hidden_size, NORM: tl.constexpr, EPS: tl.constexpr, BLO
 
 @triton.jit
 def _product(
-    hidden, weight, norm_weight, norm_bias, channel, known, mean, deviation, hidden_size,
+    hidden, weight, norm_weight, norm_bias, known, mean, deviation, hidden_size, column_stride,
     HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Channels [BLOCK_P] of one row: its normed form times rows ``channel`` of a projection."""
+    """Channels [BLOCK_P] of one row: its normed form times the projection's rows at ``weight``."""
     products = tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32)
     for start in range(0, hidden_size, BLOCK_H):
         column = start + tl.arange(0, BLOCK_H)
@@ -75,7 +84,7 @@ def _product(
             x += tl.load(norm_bias + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x, 0.0).to(h.dtype).to(tl.float32)
         w = tl.load(
-            weight + channel.to(tl.int64)[:, None] * hidden_size + column[None, :],
+            weight[:, None] + column.to(tl.int64)[None, :] * column_stride,
             mask=known[:, None] & inside[None, :], other=0.0,
         )  # fmt: skip
         products += w.to(tl.float32) * x[None, :]
@@ -85,54 +94,74 @@ def _product(
 @triton.jit
 def _fill_kernel(
     hidden_ptr, hidden_stride, table_ptr, weight_like, norm_like, cache_like, cos_ptr, sin_ptr,
-    slots_ptr, rows, hidden_size, channels, rotary, group_stride, slot_stride,
+    slots_ptr, rows, hidden_size, channels, rotary, group_stride, slot_stride, column_stride,
     NORM: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_KEY_BIAS: tl.constexpr, HAS_VALUE_BIAS: tl.constexpr,
-    HAS_HEAD_NORM: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    HEAD_NORM_KIND: tl.constexpr, HAS_HEAD_WEIGHT: tl.constexpr, HAS_HEAD_BIAS: tl.constexpr,
+    INTERLEAVED: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    part, group = tl.program_id(0), tl.program_id(1)
+    part, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     table = table_ptr + tl.program_id(2).to(tl.int64) * FIELDS
     is_key = tl.program_id(2) % 2 == 0
-    weight = _pointer(table, WEIGHT, weight_like)
     norm_weight = _pointer(table, NORM_WEIGHT, norm_like)
     norm_bias = _pointer(table, NORM_BIAS, norm_like)
     cache = _pointer(table, CACHE, cache_like)
-    # channel i of a pair turns against i + half; those past the rotary ones pair up as well
+    # pairs of channels that turn; those past the rotary ones pair up as well, half against half
     half = tl.where(is_key & (rotary > 0), rotary // 2, channels // 2)
     pair = part * BLOCK_P + tl.arange(0, BLOCK_P)
     turned = tl.where(is_key & (rotary > 0), rotary, (channels // 2) * 2)
     rest = channels - turned
     ahead = (rest + 1) // 2
     turning = pair < half
-    first = tl.where(turning, pair, turned + pair - half)
-    second = tl.where(turning, pair + half, turned + ahead + pair - half)
+    if INTERLEAVED:
+        first = tl.where(turning, 2 * pair, turned + pair - half)
+        second = tl.where(turning, 2 * pair + 1, turned + ahead + pair - half)
+    else:
+        first = tl.where(turning, pair, turned + pair - half)
+        second = tl.where(turning, pair + half, turned + ahead + pair - half)
     first_known = turning | (pair - half < ahead)
     second_known = turning | (pair - half < rest - ahead)
+    weight = _pointer(table, WEIGHT, weight_like) + group * tl.load(table + WEIGHT_GROUP)
+    channel_stride = tl.load(table + WEIGHT_CHANNEL)
+    first_rows = weight + first.to(tl.int64) * channel_stride
+    second_rows = weight + second.to(tl.int64) * channel_stride
     for row in range(0, rows):
         hidden = hidden_ptr + row * hidden_stride
         mean, deviation = _row_moments(hidden, hidden_size, NORM, EPS, BLOCK_H)
         a = _product(
-            hidden, weight, norm_weight, norm_bias, group * channels + first, first_known, mean,
-            deviation, hidden_size, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
+            hidden, first_rows, norm_weight, norm_bias, first_known, mean, deviation, hidden_size,
+            column_stride, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         b = _product(
-            hidden, weight, norm_weight, norm_bias, group * channels + second, second_known, mean,
-            deviation, hidden_size, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
+            hidden, second_rows, norm_weight, norm_bias, second_known, mean, deviation,
+            hidden_size, column_stride, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if (HAS_KEY_BIAS and is_key) or (HAS_VALUE_BIAS and not is_key):
-            bias = _pointer(table, BIAS, weight_like) + group * channels
-            a += tl.load(bias + first, mask=first_known, other=0.0).to(tl.float32)
-            b += tl.load(bias + second, mask=second_known, other=0.0).to(tl.float32)
-        if HAS_HEAD_NORM:
+            bias = _pointer(table, BIAS, weight_like) + group * tl.load(table + BIAS_GROUP)
+            apart = tl.load(table + BIAS_CHANNEL)
+            a += tl.load(bias + first * apart, mask=first_known, other=0.0).to(tl.float32)
+            b += tl.load(bias + second * apart, mask=second_known, other=0.0).to(tl.float32)
+        if HEAD_NORM_KIND != "none":
             if is_key:
+                if HEAD_NORM_KIND == "layer":
+                    total = tl.sum(tl.where(first_known, a, 0.0), 0)
+                    middle = (total + tl.sum(tl.where(second_known, b, 0.0), 0)) / channels
+                    a, b = a - middle, b - middle
                 squares = tl.sum(tl.where(first_known, a * a, 0.0), 0)
                 squares += tl.sum(tl.where(second_known, b * b, 0.0), 0)
                 inverse = tl.rsqrt(squares / channels + EPS)
-                scale = _pointer(table, HEAD_NORM, norm_like)
-                by_a = tl.load(scale + first, mask=first_known, other=0.0).to(tl.float32)
-                by_b = tl.load(scale + second, mask=second_known, other=0.0).to(tl.float32)
-                a = a * inverse * (by_a + WEIGHT_OFFSET)
-                b = b * inverse * (by_b + WEIGHT_OFFSET)
+                a, b = a * inverse, b * inverse
+                of_head = group * tl.load(table + HEAD_GROUP)
+                if HAS_HEAD_WEIGHT:
+                    scale = _pointer(table, HEAD_NORM, norm_like) + of_head
+                    by_a = tl.load(scale + first, mask=first_known, other=0.0).to(tl.float32)
+                    by_b = tl.load(scale + second, mask=second_known, other=0.0).to(tl.float32)
+                    a, b = a * (by_a + WEIGHT_OFFSET), b * (by_b + WEIGHT_OFFSET)
+                if HAS_HEAD_BIAS:
+                    shift = _pointer(table, HEAD_BIAS, norm_like) + of_head
+                    a += tl.load(shift + first, mask=first_known, other=0.0).to(tl.float32)
+                    b += tl.load(shift + second, mask=second_known, other=0.0).to(tl.float32)
         if cos_ptr is not None:
             if is_key:
                 place = row * rotary
@@ -142,7 +171,7 @@ def _fill_kernel(
                 sin_b = tl.load(sin_ptr + place + second, mask=turning, other=0.0).to(tl.float32)
                 a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
         slot = tl.load(slots_ptr + row).to(tl.int64)
-        at = cache + group.to(tl.int64) * group_stride + slot * slot_stride
+        at = cache + group * group_stride + slot * slot_stride
         tl.store(at + first, a.to(cache.dtype.element_ty), mask=first_known)
         tl.store(at + second, b.to(cache.dtype.element_ty), mask=second_known)
 
@@ -151,17 +180,34 @@ def pointer_table(
     norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
     key_weights: Sequence[Tensor], key_biases: Sequence[Tensor],
     value_weights: Sequence[Tensor], value_biases: Sequence[Tensor],
-    head_norms: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor],
+    head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
+    keys: Sequence[Tensor], values: Sequence[Tensor],
 ) -> Tensor:  # fmt: skip
-    """Addresses int64 [layers, 2, 6] on the caches' device: of keys, then of values."""
+    """Addresses and strides int64 [layers, 2, 12] on the caches' device: of keys, then of values.
+
+    Good as long as the tensors lie where they lie; a captured ``fill_kv.table`` needs it before.
+    """
+    groups = keys[0].shape[0]
+    heads = head_norms or head_biases
+    # of one for all heads, or of one for each
+    of_head = keys[0].shape[-1] if heads and heads[0].ndim == 2 else 0
 
     def address(tensors: Sequence[Tensor], layer: int) -> int:
         return tensors[layer].data_ptr() if tensors and not tensors[layer].is_meta else 0
 
+    def strides(tensors: Sequence[Tensor], layer: int, by_head: int) -> list[int]:
+        if not tensors:
+            return [0, 0]
+        tensor = tensors[layer]
+        whole = tensor if tensor.ndim == by_head else tensor.unflatten(0, (groups, -1))
+        return list(whole.stride()[:2])
+
     table = [
         [
             [address(norm_weights, i), address(norm_biases, i), address(weights, i),
-             address(biases, i), address(head_norms, i), address(caches, i)]
+             address(biases, i), address(head_norms, i), address(caches, i),
+             *strides(weights, i, 3), *strides(biases, i, 2), address(head_biases, i),
+             of_head]
             for weights, biases, caches in (
                 (key_weights, key_biases, keys), (value_weights, value_biases, values),
             )
@@ -175,60 +221,72 @@ def launches(
     hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
     key_weights: Sequence[Tensor], key_biases: Sequence[Tensor],
     value_weights: Sequence[Tensor], value_biases: Sequence[Tensor],
-    head_norms: Sequence[Tensor], keys: Sequence[Tensor], values: Sequence[Tensor],
+    head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
+    keys: Sequence[Tensor], values: Sequence[Tensor],
     cos: Tensor | None, sin: Tensor | None, slots: Tensor,
-    norm: str, eps: float, weight_offset: float, table: Tensor | None = None,
-) -> tuple[list[Launch], None]:  # fmt: skip
+    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str, scratch: Scratch,
+    table: Tensor | None = None,
+) -> tuple[list[Launch], tuple[()]]:  # fmt: skip
     """What ``fill_kv`` launches; a ``table`` kept from ``pointer_table`` spares making it."""
     tensors = (
-        norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases, head_norms
+        norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases,
+        head_norms, head_biases,
     )  # fmt: skip
-    _refuse_odd([*keys, *values], key_weights, [t for group in tensors for t in group])
+    _refuse_odd(tensors, keys, values)
     if table is None:
         table = pointer_table(*tensors, keys, values)
-    hidden = rows_of(hidden)
+    hidden = scratch.rows_of(hidden)
     groups, _, channels = keys[0].shape
-    none = table.new_empty(1, dtype=hidden.dtype)
-    norms = norm_weights or norm_biases or head_norms
-    # a head's norm needs all of the head in one program
-    pairs = power_of_two((channels + 1) // 2, 2, 1 << 30 if head_norms else 8)
+    norms = norm_weights or norm_biases or head_norms or head_biases
+    column_stride = key_weights[0].stride(-1)
+    # a head's norm needs all of the head in one program; columns that lie apart are read by
+    # channels, whose neighbours a program had better want as well
+    most = 1 << 30 if head_norm != "none" else 8 if column_stride == 1 else 16
+    pairs = power_of_two((channels + 1) // 2, 2, most)
     arguments: dict[str, Any] = {
         "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "table_ptr": table,
-        "weight_like": key_weights[0], "norm_like": norms[0] if norms else none,
-        "cache_like": keys[0], "cos_ptr": None if cos is None else cos.contiguous(),
-        "sin_ptr": None if sin is None else sin.contiguous(), "slots_ptr": slots.contiguous(),
-        "rows": len(hidden), "hidden_size": hidden.shape[1], "channels": channels,
-        "rotary": 0 if cos is None else cos.shape[-1], "group_stride": keys[0].stride(0),
-        "slot_stride": keys[0].stride(1),
+        "weight_like": key_weights[0], "norm_like": norms[0] if norms else hidden,
+        "cache_like": keys[0], "cos_ptr": scratch.flat(cos), "sin_ptr": scratch.flat(sin),
+        "slots_ptr": scratch.flat(slots), "rows": len(hidden), "hidden_size": hidden.shape[1],
+        "channels": channels, "rotary": 0 if cos is None else cos.shape[-1],
+        "group_stride": keys[0].stride(0), "slot_stride": keys[0].stride(1),
+        "column_stride": column_stride,
     }  # fmt: skip
     constants = {
         "NORM": norm, "EPS": eps, "WEIGHT_OFFSET": weight_offset,
         "HAS_WEIGHT": bool(norm_weights), "HAS_BIAS": bool(norm_biases),
         "HAS_KEY_BIAS": bool(key_biases), "HAS_VALUE_BIAS": bool(value_biases),
-        "HAS_HEAD_NORM": bool(head_norms), "BLOCK_P": pairs,
+        "HEAD_NORM_KIND": head_norm, "HAS_HEAD_WEIGHT": bool(head_norms),
+        "HAS_HEAD_BIAS": bool(head_biases), "INTERLEAVED": interleaved, "BLOCK_P": pairs,
         "BLOCK_H": power_of_two(hidden.shape[1], 32, max(4096 // pairs, 32)),
     }  # fmt: skip
     grid = (-(-((channels + 1) // 2) // pairs), groups, 2 * len(keys))
     read = size(hidden, *(t for group in tensors for t in group))
-    return [Launch(_fill_kernel, grid, arguments, constants, read)], None
+    return [Launch(_fill_kernel, grid, arguments, constants, read)], ()
 
 
 def _refuse_odd(
-    caches: Sequence[Tensor], weights: Sequence[Tensor], tensors: Sequence[Tensor]
+    tensors: tuple[Sequence[Tensor], ...], keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """One launch sees all layers through the first: they must be alike."""
-    first = caches[0]
-    for cache in caches:
+    norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases, *heads = tensors
+    first = keys[0]
+    for cache in (*keys, *values):
         alike = (cache.shape, cache.stride(), cache.dtype) == (
             first.shape, first.stride(), first.dtype,
         )  # fmt: skip
         if not alike or cache.stride(-1) != 1:
             raise ValueError("fill_kv: caches must share shape, strides and dtype, channels last")
-    for tensor in tensors:
-        if not tensor.is_contiguous() or tensor.dtype != weights[0].dtype:
-            raise ValueError("fill_kv: weights must be contiguous and of one dtype")
+    norms = (*norm_weights, *norm_biases, *heads[0], *heads[1])
+    if any(t.dtype != norms[0].dtype or not t.is_contiguous() for t in norms):
+        raise ValueError("fill_kv: norms must be contiguous and of one dtype")
+    weights, column = (*key_weights, *value_weights), key_weights[0].stride(-1)
+    if any(t.stride(-1) != column for t in weights):
+        raise ValueError("fill_kv: the columns of all projections must lie equally far apart")
+    if any(t.dtype != weights[0].dtype for t in (*weights, *key_biases, *value_biases)):
+        raise ValueError("fill_kv: projections and biases must be of one dtype")
 
 
 def fill_kv(*arguments: Any) -> None:
     """``eepass::fill_kv``; see its definition in ``eepass.fused_ops``."""
-    run(launches(*arguments)[0])
+    run(launches(*arguments, Scratch(arguments[0]))[0])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eepass.codegen.kernels.launch import Launch, flat, float_empty, power_of_two, rows_of, size
+from eepass.codegen.kernels.launch import Launch, Scratch, power_of_two, size
 
 # columns of the state a program makes where a translator is to be read, and where not
 SLICE = 64
@@ -199,13 +199,13 @@ def warps_for(columns: int) -> int:
     return power_of_two(columns // 256, 4, 16)
 
 
-def gate_launch(hidden: Tensor, down: Tensor) -> tuple[Launch, Tensor, Tensor]:
+def gate_launch(hidden: Tensor, down: Tensor, scratch: Scratch) -> tuple[Launch, Tensor, Tensor]:
     """The translator's lower half: gates [R, rank], and a counter a row at 0."""
     rows, hidden_size = hidden.shape
     rank = down.shape[0]
-    gate, arrived = float_empty(hidden, rows, rank), hidden.new_empty(rows, dtype=torch.int32)
+    gate, arrived = scratch.empty(rows, rank), scratch.empty(rows, dtype=torch.int32)
     arguments = {
-        "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "down_ptr": down.contiguous(),
+        "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "down_ptr": scratch.flat(down),
         "gate_ptr": gate, "arrived_ptr": arrived, "hidden_size": hidden_size, "rank": rank,
         "root": float(hidden_size) ** 0.5,
     }  # fmt: skip
@@ -218,29 +218,31 @@ def state_launches(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     norm: str, eps: float, weight_offset: float, best: Tensor, counted: Tensor,
+    scratch: Scratch,
 ) -> tuple[list[Launch], Tensor]:  # fmt: skip
     """The normed state z [R, H] in hidden's dtype, from translator and final norm.
 
     On the way best [R] is set to the least int64 and counted [1] to 0.
     """
-    hidden = rows_of(hidden)
+    flat = scratch.flat
+    hidden = scratch.rows_of(hidden)
     rows, hidden_size = hidden.shape
     launches: list[Launch] = []
     gate = arrived = None
     if down is not None:
-        first, gate, arrived = gate_launch(hidden, down)
+        first, gate, arrived = gate_launch(hidden, down, scratch)
         launches.append(first)
     share = slicing(hidden_size, up is not None)
-    z = hidden.new_empty(rows, hidden_size)
+    z = scratch.empty(rows, hidden_size, dtype=hidden.dtype)
     apart = share["SLICES"] > 1
     if apart and arrived is None:
-        arrived = hidden.new_zeros(rows, dtype=torch.int32)
+        arrived = scratch.empty(rows, dtype=torch.int32).zero_()
     arguments: dict[str, Any] = {
         "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "scale_ptr": flat(scale),
         "up_ptr": flat(up), "gate_ptr": gate, "norm_weight_ptr": flat(norm_weight),
         "norm_bias_ptr": flat(norm_bias),
-        "state_ptr": float_empty(hidden, rows, hidden_size) if apart else None,
-        "moments_ptr": float_empty(hidden, rows, 2, share["SLICES"]) if apart else None,
+        "state_ptr": scratch.empty(rows, hidden_size) if apart else None,
+        "moments_ptr": scratch.empty(rows, 2, share["SLICES"]) if apart else None,
         "arrived_ptr": arrived if apart else None, "z_ptr": z, "best_ptr": best,
         "counted_ptr": counted, "hidden_size": hidden_size,
         "rank": 0 if down is None else down.shape[0],

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.exit_predictor import form_logits
-from eepass.codegen.kernels.launch import flat, power_of_two, rows_of
+from eepass.codegen.kernels.launch import Scratch, power_of_two
 
 
 @triton.jit
@@ -70,14 +70,18 @@ def key_logit(key):
 
 
 def head_arguments(
-    z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None
+    z: Tensor,
+    lm_head: Tensor,
+    head_scales: Tensor | None,
+    head_bias: Tensor | None,
+    scratch: Scratch,
 ) -> dict[str, Any]:
     """What ``head_tile`` wants of z [R, H] and the head."""
     if lm_head.dtype == torch.float32 and z.dtype != torch.float32:
-        z = z.float()
-    lm_head = rows_of(lm_head)
+        z = scratch.copy(z, torch.float32)
+    lm_head, flat = scratch.rows_of(lm_head), scratch.flat
     return {
-        "z_ptr": z.contiguous(), "lm_head_ptr": lm_head, "head_stride": lm_head.stride(0),
+        "z_ptr": flat(z), "lm_head_ptr": lm_head, "head_stride": lm_head.stride(0),
         "head_scales_ptr": flat(head_scales), "head_bias_ptr": flat(head_bias),
         "rows": z.shape[0], "vocabulary": lm_head.shape[0], "hidden_size": z.shape[1],
     }  # fmt: skip

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import triton
 from torch import Tensor
+
+# what Triton takes tensors to be aligned to, in bytes
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +27,81 @@ class Launch:
     bytes: int
     warps: int = 4
 
+    @property
+    def name(self) -> str:
+        return str(self.kernel.__name__)
+
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
-def run(launches: Sequence[Launch]) -> None:
+class Ready(Protocol):
+    """Kernels that are compiled already; ``launch`` says whether it had this one."""
+
+    def launch(self, launch: Launch) -> bool: ...
+
+
+def run(launches: Sequence[Launch], ready: Ready | None = None) -> None:
+    """Launch in order: what ``ready`` holds from there, the rest through Triton's compiler."""
     for launch in launches:
-        launch.run()
+        if ready is None or not ready.launch(launch):
+            launch.run()
+
+
+class Scratch:
+    """Memory that launches need on the way, on the device of ``like``.
+
+    With a ``workspace`` (uint8 [N]) it is cut from there: nothing is allocated, as a step that is
+    captured wants it. ``bytes`` counts what was asked for; ``ValueError`` where it is too small.
+    """
+
+    def __init__(self, like: Tensor, workspace: Tensor | None = None) -> None:
+        self.device, self.workspace, self.bytes = like.device, workspace, 0
+        if workspace is not None and (
+            workspace.dtype != torch.uint8 or not workspace.is_contiguous()
+        ):
+            raise ValueError(f"workspace: {workspace.dtype} in strides, expected plain torch.uint8")
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        begin, length = self.bytes, math.prod(shape) * dtype.itemsize
+        self.bytes += -(-length // ALIGNMENT) * ALIGNMENT
+        if self.workspace is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        if self.bytes > len(self.workspace):
+            raise ValueError(
+                f"workspace: {len(self.workspace)} bytes are too few; ask workspace_bytes"
+            )
+        return self.workspace[begin : begin + length].view(dtype).view(shape)
+
+    def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        return self.empty(*tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
+
+    def flat(self, tensor: Tensor | None) -> Tensor | None:
+        """``tensor`` in one piece."""
+        return tensor if tensor is None or tensor.is_contiguous() else self.copy(tensor)
+
+    def rows_of(self, tensor: Tensor) -> Tensor:
+        """``tensor`` [N, M] such that a row lies in one piece; its rows may lie anywhere."""
+        in_rows = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
+        return tensor if in_rows else self.copy(tensor)
+
+
+def outputs_of(
+    like: Tensor,
+    given: Mapping[str, Tensor] | None,
+    **expected: tuple[tuple[int, ...], torch.dtype],
+) -> list[Tensor]:
+    """New tensors on the device of ``like``, or the ``given`` ones where the caller brings them
+    (pinned host memory among them); ``ValueError`` for one of another shape or dtype."""
+    if given is None:
+        return [torch.empty(s, dtype=d, device=like.device) for s, d in expected.values()]
+    for name, (shape, dtype) in expected.items():
+        out = given[name]
+        if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+            raise ValueError(
+                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} in one piece"
+            )
+    return [given[name] for name in expected]
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
@@ -37,19 +109,6 @@ def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
     return int(min(max(triton.next_power_of_2(n), least), most))
 
 
-def rows_of(tensor: Tensor) -> Tensor:
-    """``tensor`` [N, M] such that a row lies in one piece; its rows may lie anywhere."""
-    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
-
-
-def flat(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
-
-
 def size(*tensors: Tensor | None) -> int:
     """Bytes of the tensors that are there."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
-
-
-def float_empty(like: Tensor, *shape: int) -> Tensor:
-    return torch.empty(shape, dtype=torch.float32, device=like.device)

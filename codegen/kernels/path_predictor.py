@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels import exit_predictor
-from eepass.codegen.kernels.launch import Launch, flat, float_empty, power_of_two, run, size
+from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
 
 
 @triton.jit
@@ -32,23 +33,34 @@ def _path_kernel(
     tl.store(exits_ptr + path, leave.to(tl.uint8))
 
 
-def launches(*arguments: Any) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """What ``path_predictor`` launches, and its outputs once that has run."""
+def launches(
+    *arguments: Any, given: Mapping[str, Tensor] | None = None
+) -> tuple[list[Launch], tuple[Tensor, ...]]:
+    """What ``path_predictor`` launches, and its outputs (``given``, or new) once that has run; the
+    last of ``arguments`` is the scratch memory."""
     *predictor, paths = arguments[:17]
-    made, (node, probabilities, z, _) = exit_predictor.launches(*predictor, *arguments[17:])
-    path = float_empty(node, len(paths))
-    exits = node.new_empty(len(paths), dtype=torch.bool)
-    given = {
-        "node_ptr": node, "paths_ptr": flat(paths), "threshold_ptr": predictor[15],
+    scratch, (rows, hidden_size) = arguments[-1], predictor[0].shape
+    path, node, probabilities, z, exits = outputs_of(
+        predictor[0], given, path=((len(paths),), torch.float32), node=((rows,), torch.float32),
+        probabilities=(tuple(predictor[9].shape), torch.float32),
+        z=((rows, hidden_size), predictor[0].dtype), exits=((len(paths),), torch.bool),
+    )  # fmt: skip
+    nodes = {
+        "probability": node, "probabilities": probabilities, "z": z,
+        "exits": scratch.empty(rows, dtype=torch.bool),
+    }  # fmt: skip
+    made, _ = exit_predictor.launches(*predictor, *arguments[17:], given=nodes)
+    to_path = {
+        "node_ptr": node, "paths_ptr": scratch.flat(paths), "threshold_ptr": predictor[15],
         "path_ptr": path, "exits_ptr": exits.view(torch.uint8), "depth": paths.shape[1],
     }  # fmt: skip
     block = {"BLOCK_D": power_of_two(paths.shape[1], 2)}
-    made.append(Launch(_path_kernel, (len(paths),), given, block, size(paths, node)))
+    made.append(Launch(_path_kernel, (len(paths),), to_path, block, size(paths, node)))
     return made, (path, node, probabilities, z, exits)
 
 
 def path_predictor(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::path_predictor``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments)
+    made, outputs = launches(*arguments, Scratch(arguments[0]))
     run(made)
     return outputs

@@ -6,6 +6,7 @@ keys into tokens and looks for them among the draft.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from eepass.codegen.kernels.head_rows import (
     key_index,
     sort_key,
 )
-from eepass.codegen.kernels.launch import Launch, flat, float_empty, power_of_two, run, size
+from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
 
 # rows of the head a program reads for one state
 TOKENS = 16
@@ -70,22 +71,22 @@ def launches(
     lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, draft_ids: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    want_logits: bool,
+    want_logits: bool, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``verify_head`` launches, and its outputs once that has run."""
+    """What ``verify_head`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary, drafts = len(hidden), lm_head.shape[0], draft_ids.shape[1]
-    best, counted = hidden.new_empty(rows, dtype=torch.long), hidden.new_empty(1, dtype=torch.int32)
+    best, counted = scratch.empty(rows, dtype=torch.long), scratch.empty(1, dtype=torch.int32)
     made, z = state_launches(
-        hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset, best, counted
-    )
-    token, known = (
-        hidden.new_empty(rows, dtype=torch.long),
-        hidden.new_empty(rows, dtype=torch.bool),
-    )
-    logits = float_empty(hidden, rows, vocabulary if want_logits else 0)
+        hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset, best, counted,
+        scratch,
+    )  # fmt: skip
+    token, known, logits = outputs_of(
+        hidden, given, token=((rows,), torch.long), known=((rows,), torch.bool),
+        logits=((rows, vocabulary if want_logits else 0), torch.float32),
+    )  # fmt: skip
     arguments: dict[str, Any] = {
-        **head_arguments(z, lm_head, head_scales, head_bias), "hot_ids_ptr": flat(hot_ids),
-        "draft_ptr": flat(draft_ids), "best_ptr": best, "counted_ptr": counted,
+        **head_arguments(z, lm_head, head_scales, head_bias, scratch),
+        "hot_ids_ptr": scratch.flat(hot_ids), "draft_ptr": scratch.flat(draft_ids), "best_ptr": best, "counted_ptr": counted,
         "token_ptr": token, "known_ptr": known.view(torch.uint8),
         "logits_ptr": logits if want_logits else None, "num_drafts": drafts,
     }  # fmt: skip
@@ -102,6 +103,6 @@ def launches(
 
 def verify_head(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::verify_head``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments)
+    made, outputs = launches(*arguments, Scratch(arguments[0]))
     run(made)
     return outputs

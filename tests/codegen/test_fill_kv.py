@@ -19,8 +19,8 @@ def test_as_defined(kernel, case):
     found, expected = fill_case(**case), fill_case(**case)
     kernel(*found)
     fused_ops.fill_kv(*expected)
-    slots = found[12]
-    for caches, wanted in zip(found[8:10], expected[8:10], strict=True):
+    slots = found[13]
+    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same(caches, wanted)
         for cache in caches:
             assert cache[:, slots].abs().min(-1).values.ne(0).any()
@@ -31,12 +31,20 @@ def test_as_defined(kernel, case):
 
 def test_caches_that_are_not_alike_are_refused(kernel):
     arguments = fill_case()
-    arguments[9][1] = arguments[9][1][:, :10]
+    arguments[10][1] = arguments[10][1][:, :10]
     with pytest.raises(ValueError, match="share shape"):
         kernel(*arguments)
     arguments = fill_case()
     arguments[3][0] = arguments[3][0].t().contiguous().t()
-    with pytest.raises(ValueError, match="contiguous"):
+    with pytest.raises(ValueError, match="equally far apart"):
+        kernel(*arguments)
+    arguments = fill_case()
+    arguments[1][1] = torch.ones(126)[::2]
+    with pytest.raises(ValueError, match="norms must be contiguous"):
+        kernel(*arguments)
+    arguments = fill_case(bias=True)
+    arguments[4][1] = arguments[4][1].half()
+    with pytest.raises(ValueError, match="of one dtype"):
         kernel(*arguments)
 
 
@@ -44,11 +52,11 @@ def test_caches_within_a_larger_one(kernel):
     found, expected = fill_case(), fill_case()
     rest = torch.full((2, 2, 20, 40), float("nan"))
     rest[:, :, :, 8:24] = 0
-    found[8] = [rest[0, :, :, 8:24], rest[1, :, :, 8:24]]
-    found[9] = [torch.zeros(2, 20, 40)[:, :, 8:24] for _ in range(2)]
+    found[9] = [rest[0, :, :, 8:24], rest[1, :, :, 8:24]]
+    found[10] = [torch.zeros(2, 20, 40)[:, :, 8:24] for _ in range(2)]
     kernel(*found)
     fused_ops.fill_kv(*expected)
-    same(found[8], expected[8])
+    same(found[9], expected[9])
     assert rest[..., :8].isnan().all() and rest[..., 24:].isnan().all()
 
 

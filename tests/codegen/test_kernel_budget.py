@@ -17,13 +17,17 @@ COMPILE = """
 import json, sys, torch
 from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
 from eepass.codegen.kernels.compile import compile_launch
-from eepass.plan import HeadChain
+from eepass.plan import Channels, HeadChain, KvForm
 
 chain = HeadChain("rms", 1e-5, "norm", "", 0.0, "head", "")
-kv = KvSizes(8, 32, 128, 128, 4096, "rms", 1e-5, 0.0, False, False, False)
+own = Channels(0, 128, 1)
+form = KvForm("rms", 1e-5, 0.0, "norm", "", "k", "", "v", "", "", "", "none", "cos", "sin", 128,
+              False, 32, 128, own, own, False)
+kv = KvSizes(8, 4096, form, 4096, 4096, torch.bfloat16)
 found = {}
 for rows in (1, 8):
-    sizes = Sizes(rows, 4096, 32000, 8192, 4, 512, 128, torch.bfloat16, kv if rows == 1 else None)
+    sizes = Sizes(rows, 4096, 32000, 8192, 4, 512, 128, torch.float32, torch.bfloat16,
+                  kv if rows == 1 else None)
     for name, launch in kernels(chain, sizes).items():
         made = compile_launch(launch, 90)
         found[f"{name} x{rows}"] = [made.registers, made.spills, made.shared_bytes]

@@ -15,7 +15,7 @@ from eepass.passes.pipeline import split_decoder
 from eepass.passes.read_head_chain import read_head_chain
 from eepass.passes.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassError, PassReport
-from eepass.plan import ExitPlan, ExitPoint
+from eepass.plan import Channels, ExitPlan, ExitPoint
 
 K = 6
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -38,13 +38,43 @@ FAMILIES = {
 }
 
 
+# layers that make keys and values in other ways
+GPTJ = {**GPT2, "rotary_dim": 8}
+FALCON = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2}
+FALCON |= {"num_attention_heads": 4, "ffn_hidden_size": 96}
+NO_HEAD_DIM = {name: size for name, size in TWO.items() if name != "head_dim"}
+KV_FAMILIES = {
+    "glm": ("GlmForCausalLM", {**TWO, "attention_bias": True}),
+    "gptj": ("GPTJForCausalLM", GPTJ),
+    "falcon": ("FalconForCausalLM", FALCON),
+    "gpt_neox": ("GPTNeoXForCausalLM", {**TWO, "rotary_pct": 0.5}),
+    "qwen3": ("Qwen3ForCausalLM", TWO),
+    "persimmon": ("PersimmonForCausalLM", NO_HEAD_DIM),
+}
+REFUSED = {
+    "olmo2": ("Olmo2ForCausalLM", TWO),
+    "falcon, new": ("FalconForCausalLM", {**FALCON, "new_decoder_architecture": True,
+                                          "num_kv_heads": 2}),
+}  # fmt: skip
+KV_SIZES = {
+    "gpt2": (4, 16, 0, False), "cohere": (2, 16, 16, True), "phi": (2, 16, 8, False),
+    "glm": (2, 16, 8, True), "gptj": (4, 16, 8, True), "falcon": (1, 16, 16, False),
+    "gpt_neox": (4, 16, 8, False), "persimmon": (4, 16, 8, False),
+}  # fmt: skip
+BY_HEAD = Channels(16, 48, 1), Channels(32, 48, 1)
+KV_CHANNELS = {
+    "gpt2": (Channels(64, 16, 1), Channels(128, 16, 1)),
+    "falcon": (Channels(64, 16, 1), Channels(80, 16, 1)),
+    "gpt_neox": BY_HEAD,
+    "persimmon": BY_HEAD,
+}
 families = pytest.mark.parametrize("family", FAMILIES)
 
 
 @functools.cache
 def decoder(family):
     """The split decoder of a family, norms and biases not at their defaults."""
-    name, sizes, _ = FAMILIES[family]
+    name, sizes = {**FAMILIES, **KV_FAMILIES, **REFUSED}[family][:2]
     model_class = getattr(transformers, name)
     torch.manual_seed(0)
     with torch.no_grad():
@@ -106,7 +136,7 @@ def test_a_fused_exit_point_gives_what_the_pieces_give(family, rows):
     pieces = insert_predictors(split, plan, tensors, PassReport(), rows)
     report = PassReport()
     fused = fuse_exit_predictor(split, plan, tensors, report, rows)
-    assert report.rewritten == 4 and not report.skipped
+    assert report.rewritten == 5 and not report.skipped
     torch.manual_seed(2)
     hidden = torch.randn(1, rows, split.hidden_size) + 1
     draft, previous = torch.randint(VOCABULARY, (rows, K)), torch.rand(rows, K)
@@ -124,6 +154,10 @@ def test_a_fused_exit_point_gives_what_the_pieces_give(family, rows):
         token, known = call(piece, tensors, given, draft)
         assert torch.equal(token, best)
         assert known.tolist() == [True] * (rows - 1) + [False]
+    scores, ids = call(fused.draft, tensors, z)
+    logits = call(pieces.draft, tensors, z)[0]
+    assert torch.equal(ids, tensors["hot.ids"][logits.topk(K, -1).indices])
+    torch.testing.assert_close(scores, logits.log_softmax(-1).topk(K, -1).values)
 
 
 def test_the_graph_holds_one_operator():
@@ -166,30 +200,84 @@ def test_a_hot_vocabulary_without_its_bias_is_not_fused():
     assert "hot.bias" in report.skipped[0][1]
 
 
-KV_REFUSED = {
-    # turns neighbours, not half against half
-    "cohere": "not what norm, projection and rotary values make",
-    # one projection for queries, keys and values
-    "gpt2": "0 linear layers",
-}
+def layer_of(family):
+    """What a family's second layer writes, and the decoder's tensors."""
+    split = decoder(family)
+    return split.kv_fills[1], split.tensors
 
 
-@families
+@pytest.mark.parametrize("family", (*FAMILIES, *KV_FAMILIES))
 def test_how_keys_and_values_are_made_is_read_and_tried(family):
-    fill = decoder(family).kv_fills[1]
-    if family in KV_REFUSED:
-        with pytest.raises(PassError, match=KV_REFUSED[family]):
-            read_kv_fill(fill)
-        return
-    form = read_kv_fill(fill)
-    assert (form.groups, form.channels, form.rotary) == (2, 16, 8 if family == "phi" else 16)
-    assert (form.norm, form.eps, form.weight_offset) == FAMILIES[family][2][:3]
-    assert form.key_weight.endswith("k_proj.weight") and form.value_weight.endswith("v_proj.weight")
-    assert bool(form.key_bias) == (family == "phi")
+    form = read_kv_fill(*layer_of(family))
+    sizes = (form.groups, form.channels, form.rotary, form.interleaved)
+    assert sizes == KV_SIZES.get(family, (2, 16, 16, False))
+    assert (form.key_channels, form.value_channels) == KV_CHANNELS.get(
+        family, (Channels(0, 16, 1), Channels(0, 16, 1))
+    )
+    if family in FAMILIES:
+        assert (form.norm, form.eps, form.weight_offset) == FAMILIES[family][2][:3]
+    assert form.transposed == (family == "gpt2")
+    assert bool(form.key_bias) == (family in ("phi", "gpt2", "glm", "gpt_neox", "persimmon"))
+    assert form.head_form == {"qwen3": "rms", "persimmon": "layer"}.get(family, "none")
+
+
+@pytest.mark.parametrize("family", ("llama", "cohere", *KV_FAMILIES, "gpt2"))
+def test_the_kernel_writes_what_the_layer_does(family, interpreter):
+    """Keys and values of three boundaries at slots of their own, beside the eager layer's."""
+    from eepass.codegen.kernels.fill_kv import fill_kv
+
+    fill, tensors = layer_of(family)
+    form = read_kv_fill(fill, tensors)
+    shape = (form.groups, 64, form.channels)
+    torch.manual_seed(3)
+    rows, slots = torch.randn(3, decoder(family).hidden_size), torch.tensor([5, 0, 63])
+    sides = {name: torch.randn(3, form.rotary) for name in (form.cos, form.sin) if name}
+    expected = {"keys": torch.zeros(1, *shape), "values": torch.zeros(1, *shape)}
+    for row in range(3):
+        values = []
+        for node, role in zip(
+            fill.graph.graph.find_nodes(op="placeholder"), fill.inputs, strict=True
+        ):
+            given = {
+                "hidden": rows[None, row : row + 1], "slots": slots[row : row + 1], **expected
+            }  # fmt: skip
+            if role.kind == "side":
+                given["side"] = sides[role.name][row].view(node.meta["val"].shape)
+            values.append(tensors[role.name] if role.kind == "parameter" else given[role.kind])
+        fill.graph(*values)
+    found = {kind: [torch.zeros(shape)] for kind in expected}
+
+    def each(name):
+        return [tensors[name]] if name else []
+
+    def projected(weight, bias, of):
+        biases = [form.bias(tensors[bias], of)] if bias else []
+        return [form.projection(tensors[weight], of)], biases
+
+    fill_kv(
+        rows, each(form.norm_weight), each(form.norm_bias),
+        *projected(form.key_weight, form.key_bias, form.key_channels),
+        *projected(form.value_weight, form.value_bias, form.value_channels),
+        each(form.head_norm), each(form.head_bias), found["keys"], found["values"],
+        sides.get(form.cos), sides.get(form.sin), slots, form.norm, form.eps, form.weight_offset,
+        form.interleaved, form.head_form,
+    )  # fmt: skip
+    for kind, (cache,) in found.items():
+        torch.testing.assert_close(cache, expected[kind][0], atol=2e-5, rtol=1e-5)
+        assert cache[:, slots].ne(0).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    "family, reason",
+    (("olmo2", "not what norm, projection and rotary"), ("falcon, new", "do not lie evenly")),
+)
+def test_how_keys_are_made_otherwise_is_said(family, reason):
+    with pytest.raises(PassError, match=reason):
+        read_kv_fill(*layer_of(family))
 
 
 def test_keys_that_are_scaled_are_not_taken_for_keys_that_are_not():
-    fill = decoder("llama").kv_fills[1]
+    fill, tensors = layer_of("llama")
     graph = copy.deepcopy(fill.graph)
     for write in graph.graph.find_nodes(
         op="call_function", target=torch.ops.aten.index_copy_.default
@@ -200,4 +288,4 @@ def test_keys_that_are_scaled_are_not_taken_for_keys_that_are_not():
         break
     graph.recompile()
     with pytest.raises(PassError, match="not what norm"):
-        read_kv_fill(replace(fill, graph=graph))
+        read_kv_fill(replace(fill, graph=graph), tensors)

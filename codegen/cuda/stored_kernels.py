@@ -1,0 +1,144 @@
+"""Compiled kernels as files: ``kernels.json`` says what each is, one ``.cubin`` beside it a kernel.
+
+Read and checked without Triton and without a GPU: for which GPU, from which sources, unaltered.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+INDEX = "kernels.json"
+AGAIN = "compile them again: eepass codegen MODEL --target {target} --out FOLDER"
+
+
+class KernelsUnfit(ValueError):
+    """Compiled kernels that cannot be used here; the message says why and what to do."""
+
+
+class Compiled(Protocol):
+    """What ``kernels.compile.Cubin`` is."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def code(self) -> bytes: ...
+    @property
+    def parameters(self) -> tuple[str, ...]: ...
+    @property
+    def shared_bytes(self) -> int: ...
+    @property
+    def warps(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredKernel:
+    """A kernel as it lies in a folder: entry, parameters as PTX declares them, warps a program."""
+
+    entry: str
+    parameters: tuple[str, ...]
+    warps: int
+    shared_bytes: int
+    code: bytes
+
+
+def target_name(capability: int) -> str:
+    return f"sm_{capability}"
+
+
+def write_kernels(
+    folder: Path,
+    capability: int,
+    compiled: Iterable[Compiled],
+    sources: Mapping[str, str],
+    report: Mapping[str, Any],
+) -> None:
+    """Write ``compiled`` and their index; ``sources``: a hash of each kernel's source by entry;
+    ``report``: what else the index says, for those who read it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = {}
+    for kernel in compiled:
+        (folder / f"{kernel.key}.cubin").write_bytes(kernel.code)
+        entries[kernel.key] = {
+            "entry": kernel.name,
+            "parameters": list(kernel.parameters),
+            "warps": kernel.warps,
+            "shared_bytes": kernel.shared_bytes,
+            "sha256": hashlib.sha256(kernel.code).hexdigest(),
+        }
+    index = {**report, "capability": capability, "sources": dict(sources), "cubins": entries}
+    (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def read_kernels(
+    folder: Path, capability: int, sources: Mapping[str, str]
+) -> tuple[int, dict[str, StoredKernel]]:
+    """The capability the kernels of ``folder`` were compiled for, and each by its key.
+
+    ``capability`` is that of the GPU they are to run on, ``sources`` as these kernels are now.
+    Raises ``KernelsUnfit`` for another GPU's, for those of other sources, for damaged files.
+    """
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        own, entries, written_of = index["capability"], index["cubins"], index["sources"]
+        again = AGAIN.format(target=target_name(capability))
+        if not runs_on(own, capability):
+            raise KernelsUnfit(
+                f"{path}: compiled for {target_name(own)}, this GPU is {target_name(capability)}; "
+                + again
+            )
+        found = {}
+        for key, entry in entries.items():
+            name = entry["entry"]
+            if written_of[name] != sources.get(name):
+                raise KernelsUnfit(f"{path}: {name} has another source than here; {again}")
+            found[key] = StoredKernel(
+                name, tuple(entry["parameters"]), entry["warps"], entry["shared_bytes"],
+                _code(folder / f"{key}.cubin", entry["sha256"]),
+            )  # fmt: skip
+    except OSError as error:
+        raise KernelsUnfit(
+            f"{error.filename}: missing or unreadable ({error.strerror})"
+        ) from error
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise KernelsUnfit(f"{path}: damaged, {error} is missing or wrong") from error
+    return own, found
+
+
+def best_folder(home: Path, capability: int) -> Path:
+    """Of the folders ``home``/sm_NN the one whose kernels run on ``capability``, the latest if
+    several do; ``KernelsUnfit`` naming what there is if none does."""
+    there = sorted(int(path.name[3:]) for path in home.glob("sm_[0-9]*") if path.is_dir())
+    fitting = [target for target in there if runs_on(target, capability)]
+    if not fitting:
+        held = ", ".join(map(target_name, there)) or "none"
+        raise KernelsUnfit(
+            f"{home}: no kernels for this GPU ({target_name(capability)}), but for {held}; give "
+            f"eepass transform --gpu {target_name(capability)}"
+        )
+    return home / target_name(fitting[-1])
+
+
+def runs_on(compiled: int, capability: int) -> bool:
+    """Whether code for compute capability ``compiled`` runs on ``capability``.
+
+    Within a generation, on the same or a later one; from 9.0 on Triton compiles for one alone
+    (``sm_90a``).
+    """
+    if compiled >= 90:
+        return compiled == capability
+    return compiled // 10 == capability // 10 and compiled <= capability
+
+
+def _code(path: Path, digest: str) -> bytes:
+    code = path.read_bytes()
+    if hashlib.sha256(code).hexdigest() != digest:
+        raise KernelsUnfit(f"{path}: altered since it was written")
+    return code

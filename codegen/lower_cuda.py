@@ -1,0 +1,141 @@
+"""Compile pieces of a decoder for a GPU, once per structure.
+
+    before   logits = linear(z, lm_head)           where the model's own logits are asked for,
+             eepass.logits_rows(z, head, bias)     or an exit's
+    after    eepass.verify_head(z, head, bias, ..., want_logits=True): float32, the head read once
+
+A graph that holds nothing but fused operators and views runs as it stands: its kernels are ready,
+and inductor would add nothing. The rest goes through inductor, without CUDA graphs of its own, since
+the runtime captures whole steps, and without autotuning. What inductor cannot compile runs as it
+was traced; ``report`` says which, and why.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch.fx import GraphModule, Node
+
+import eepass.fused_ops  # noqa: F401  the operators must be defined before they are looked for
+from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
+from eepass.codegen.lower_cpu import for_inductor, through_inductor
+
+aten, ours = torch.ops.aten, torch.ops.eepass
+SETTINGS: dict[str, Any] = {
+    "triton.cudagraphs": False,
+    "max_autotune": False,
+    "coordinate_descent_tuning": False,
+}
+FUSED = {
+    ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
+    ours.draft_topk.default, ours.fill_kv.default,
+}  # fmt: skip
+VIEWS = {
+    operator.getitem, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.view.default,
+    aten.slice.Tensor, aten.reshape.default,
+}  # fmt: skip
+# rows whose logits the kernel takes in one reading of the head
+MOST_ROWS = 32
+
+
+class CudaCompiler(ByStructure):
+    """Lowers graphs for a GPU and compiles them; called as ``CpuCompiler`` is.
+
+    Works on CPU tensors too, where the same operators run by their definitions, or through the
+    kernels in Triton's interpreter. ``through``: the compiler of what is not fused.
+    """
+
+    kernels_missing = ""
+
+    def __init__(self, through: Callable[[GraphModule, Sequence[Tensor]], Compiled] | None = None):
+        super().__init__()
+        self._through = through or compile_through_inductor
+        self.report: dict[str, list[str]] = {"fused": [], "inductor": [], "as traced": []}
+
+    def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
+        lowered = copy.deepcopy(graph)
+        notes = lower_logits(lowered, everything=logits)
+        return_a_tuple(lowered)
+        lowered.recompile()
+        self.report["as traced"] += notes
+        if is_fused(lowered):
+            self.report["fused"].append(_name(lowered))
+            return _as_traced(lowered)
+        try:
+            compiled = self._through(lowered, examples)
+        except TorchDynamoException as error:
+            reason = str(error).strip().splitlines()[0]
+            self.report["as traced"].append(f"{_name(lowered)}: {reason}")
+            return _as_traced(lowered)
+        self.report["inductor"].append(_name(lowered))
+        return compiled
+
+
+def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:
+    with (
+        torch._inductor.config.patch(SETTINGS),
+        for_inductor(copy.deepcopy(lowered), examples) as (ready, fakes),
+    ):
+        return through_inductor(ready, fakes)
+
+
+def lower_logits(gm: GraphModule, everything: bool) -> list[str]:
+    """Let the logits of ``gm`` be made by ``eepass.verify_head``, in place; ``everything``: its
+    linear layers make logits too. Returns what was left and why."""
+    left = []
+    for node in list(gm.graph.nodes):
+        logits = node.target is ours.logits_rows.default
+        if not logits and not (everything and node.target is aten.linear.default):
+            continue
+        args: tuple[Any, ...] = node.args
+        x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
+        value: Tensor = x.meta["val"]
+        rows = value.numel() // value.shape[-1]
+        with gm.graph.inserting_after(node):
+            if rows > MOST_ROWS:
+                left.append(f"{node.name}: {rows} rows are a matrix product")
+                new = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
+                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+                continue
+        with gm.graph.inserting_before(node):
+            call = gm.graph.call_function
+            flat = call(aten.reshape.default, (x, [rows, value.shape[-1]]))
+            # no draft to look for
+            draft = call(aten.new_zeros.default, (flat, [rows, 1]), {"dtype": torch.long})
+            given = (flat, *[None] * 5, weight, None, bias, None, draft)
+            form = ("none", 0.0, 0.0, 1.0, 0.0, True)
+            found = call(ours.verify_head.default, (*given, *form))
+            shape = list(node.meta["val"].shape)
+            new = call(aten.reshape.default, (call(operator.getitem, (found, 2)), shape))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    return left
+
+
+def is_fused(gm: GraphModule) -> bool:
+    """Whether all that ``gm`` computes is done by fused operators."""
+    called = [node.target for node in gm.graph.nodes if node.op == "call_function"]
+    return any(t in FUSED for t in called) and all(t in FUSED or t in VIEWS for t in called)
+
+
+def _as_traced(graph: GraphModule) -> Compiled:
+    def run(inputs: list[Tensor]) -> Sequence[Tensor]:
+        result: Sequence[Tensor] = graph(*inputs)
+        return result
+
+    return run
+
+
+def _name(graph: GraphModule) -> str:
+    """What ``graph`` computes, for people: the operators it ends with."""
+    found = [n for n in graph.graph.nodes if n.op == "call_function" and n.target not in VIEWS]
+    last: Node | None = found[-1] if found else None
+    return "nothing" if last is None else f"... {last.target} ({len(found)} operators)"

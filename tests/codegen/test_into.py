@@ -1,0 +1,182 @@
+"""The operators that write where they are told: same values, nothing allocated, misfits named."""
+
+import pytest
+import torch
+from kernel_cases import Case, exit_case, fill_case, same, verify_case
+
+import eepass.into_ops  # noqa: F401
+from eepass import fused_ops
+
+
+def draft_case(rows=2):
+    case = Case()
+    return [case.random(rows, 16), *case.head(90, 16, bias=True), None, 6, 1.0, 0.0]
+
+
+def path_case():
+    arguments = exit_case(rows=4, hidden=40, rank=3)
+    return [*arguments[:16], torch.tensor([[0, -1], [2, 3], [-1, -1]]), *arguments[16:]]
+
+
+CASES = {
+    "exit_predictor": lambda: exit_case(rows=2, hidden=70, rank=3),
+    "path_predictor": path_case,
+    "verify_head": lambda: verify_case(rows=2, hidden=40, vocabulary=100, rank=3),
+    "draft_topk": draft_case,
+}
+each_operator = pytest.mark.parametrize("name", CASES)
+
+
+def buffers_of(name, arguments):
+    """Outputs for the caller to give, full of what no kernel writes."""
+    from eepass.into_ops import OUTPUTS
+
+    values = getattr(fused_ops, name)(*arguments)
+    made = [torch.empty(value.shape, dtype=value.dtype) for value in values]
+    buffers = dict(zip(OUTPUTS[name], made, strict=True))
+    for buffer in buffers.values():
+        buffer.fill_(float("nan") if buffer.is_floating_point() else 1)
+    return buffers, values
+
+
+def operator(name):
+    return getattr(torch.ops.eepass, name).into
+
+
+@pytest.fixture
+def kernels(interpreter):
+    """Operators on the CPU go through the kernels, in the interpreter."""
+    from eepass.codegen.kernels.register import register_kernels, unregister_kernels
+
+    register_kernels(key="CPU")
+    yield
+    unregister_kernels("CPU")
+
+
+def workspace_for(name, arguments):
+    from eepass.codegen.kernels.register import workspace_bytes
+
+    return torch.empty(workspace_bytes(name, *arguments), dtype=torch.uint8)
+
+
+@each_operator
+def test_the_meaning(name):
+    arguments = CASES[name]()
+    buffers, values = buffers_of(name, arguments)
+    operator(name)(*arguments, **buffers, workspace=torch.empty(0, dtype=torch.uint8))
+    assert all(torch.equal(b, v) for b, v in zip(buffers.values(), values, strict=True))
+
+
+@each_operator
+def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch):
+    arguments = CASES[name]()
+    buffers, values = buffers_of(name, arguments)
+    workspace = workspace_for(name, arguments)
+    # wherever the flags of the last time lie
+    workspace.fill_(255)
+    with monkeypatch.context() as patch:
+        from eepass.codegen.kernels import launch
+
+        def refuse(*shape, **options):
+            raise AssertionError("allocated")
+
+        patch.setattr(launch.torch, "empty", refuse)
+        for _ in range(2):
+            operator(name)(*arguments, **buffers, workspace=workspace)
+    same(buffers.values(), values)
+
+
+def test_rows_that_do_not_lie_in_one_piece_go_through_the_workspace(kernels):
+    arguments = exit_case(rows=3, hidden=40)
+    arguments[0] = arguments[0].t().contiguous().t()
+    arguments[9] = arguments[9].t().contiguous().t()
+    buffers, values = buffers_of("exit_predictor", arguments)
+    operator("exit_predictor")(
+        *arguments, **buffers, workspace=workspace_for("exit_predictor", arguments)
+    )
+    same(buffers.values(), values)
+
+
+@each_operator
+def test_what_does_not_fit_is_named(name, kernels):
+    arguments = CASES[name]()
+    buffers, _ = buffers_of(name, arguments)
+    workspace = workspace_for(name, arguments)
+    first = next(iter(buffers))
+    for wrong in (buffers[first][:1], buffers[first].double()):
+        given = {**buffers, first: wrong}
+        with pytest.raises(ValueError, match=f"{first}: .* expected"):
+            operator(name)(*arguments, **given, workspace=workspace)
+    with pytest.raises(ValueError, match=r"workspace: \d+ bytes are too few"):
+        operator(name)(*arguments, **buffers, workspace=workspace[:-16])
+    with pytest.raises(ValueError, match=r"expected plain torch\.uint8"):
+        operator(name)(*arguments, **buffers, workspace=workspace.float())
+
+
+def test_keys_and_values_from_a_table(kernels):
+    from eepass.codegen.kernels.fill_kv import pointer_table
+
+    found, expected = fill_case(rows=2), fill_case(rows=2)
+    table = pointer_table(*found[1:11])
+    torch.ops.eepass.fill_kv.table(*found, table)
+    fused_ops.fill_kv(*expected)
+    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
+        same(caches, wanted)
+    # where it writes is what the table says
+    elsewhere = fill_case(rows=2)
+    torch.ops.eepass.fill_kv.table(*elsewhere, table.zero_().copy_(pointer_table(*found[1:11])))
+    assert not elsewhere[9][0].any()
+
+
+@each_operator
+def test_as_torch_wants_operators(name):
+    arguments = CASES[name]()
+    buffers, _ = buffers_of(name, arguments)
+    torch.library.opcheck(
+        operator(name),
+        tuple(arguments),
+        {**buffers, "workspace": torch.zeros(16, dtype=torch.uint8)},
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_a_table_as_torch_wants_it():
+    torch.library.opcheck(
+        torch.ops.eepass.fill_kv.table,
+        (*fill_case(), torch.zeros(2, 2, 12, dtype=torch.long)),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_kernels_are_what_runs_once_registered(interpreter, monkeypatch):
+    from eepass.codegen.kernels import register
+
+    arguments, seen = exit_case(hidden=40), []
+    monkeypatch.setattr(register, "run", lambda made, ready: seen.extend(made))
+    register.register_kernels(key="CPU")
+    torch.ops.eepass.exit_predictor(*arguments)
+    assert [launch.name for launch in seen] == ["_exit_kernel"]
+    register.unregister_kernels("CPU")
+    same(torch.ops.eepass.exit_predictor(*arguments), fused_ops.exit_predictor(*arguments))
+    assert len(seen) == 1
+
+
+def test_kernels_that_are_ready_are_taken_first(interpreter):
+    from eepass.codegen.kernels import register
+
+    class Ready:
+        def __init__(self):
+            self.asked = []
+
+        def launch(self, launch):
+            self.asked.append(launch.name)
+            return False
+
+    ready, arguments = Ready(), exit_case(hidden=40, rank=3)
+    register.register_kernels(ready, key="CPU")
+    found = torch.ops.eepass.exit_predictor(*arguments)
+    register.unregister_kernels("CPU")
+    assert ready.asked == ["_gate_kernel", "_exit_kernel"]
+    same(found, fused_ops.exit_predictor(*arguments))
+
+
