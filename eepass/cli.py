@@ -174,6 +174,9 @@ def transform(
     dense: Annotated[
         bool, typer.Option("--dense", help="Leave the artefact out: no token leaves early.")
     ] = False,
+    gpu: Annotated[
+        list[str] | None, typer.Option(help="Also hold kernels for this GPU: sm_80 to sm_90.")
+    ] = None,
     json_file: Json = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -190,7 +193,7 @@ def transform(
         loaded = _load(model, dtype, device, threads)
         folder = None if dense else artifact or loaded.artifact
         with console.status("transforming") as status:
-            report = write_folder(loaded, out, folder, sizes, max_length, status.update)
+            report = write_folder(loaded, out, folder, sizes, max_length, status.update, gpu or ())
         size = sum(report["compiled"].values()) / 1e6
         console.print(
             f"{len(report['compiled'])} libraries, {size:.1f} MB of code, in {report['seconds']} s"

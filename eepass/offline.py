@@ -17,6 +17,7 @@ from torch import Tensor
 
 import eepass
 from eepass import inspecting, pictures, text
+from eepass.ahead_of_time import HOME, capability_of, compile_split
 from eepass.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
 from eepass.codegen.cpu.native import KernelsMissing
@@ -52,16 +53,20 @@ def write_folder(
     rows: Sequence[int] = STEP_ROWS,
     max_length: int = MAX_LENGTH,
     notify: Notify = lambda stage: None,
+    gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
 
     ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
     row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
-    ``notify(stage)`` says what is being done. A transformed folder that was there is replaced.
+    ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
+    folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder that was there is replaced.
     Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
     """
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
+    for gpu in gpus:
+        capability_of(gpu, "--gpu")
     trained = None if artifact is None else load_artifact(Path(artifact))
     if trained is not None:
         refuse_other_model(trained, loaded.model, "artifact")
@@ -70,7 +75,7 @@ def write_folder(
     scratch.mkdir(parents=True)
     try:
         with torch.no_grad():
-            report = _Writer(loaded, scratch, trained, notify).write(sizes, max_length)
+            report = _Writer(loaded, scratch, trained, notify, gpus).write(sizes, max_length)
         _take_place(scratch, target)
     except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
         raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
@@ -81,9 +86,15 @@ def write_folder(
 
 class _Writer:
     def __init__(
-        self, loaded: LoadedModel, folder: Path, artifact: Artifact | None, notify: Notify
+        self,
+        loaded: LoadedModel,
+        folder: Path,
+        artifact: Artifact | None,
+        notify: Notify,
+        gpus: Sequence[str],
     ) -> None:
         self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
+        self.gpus = gpus
 
     def write(self, rows: Sequence[int], max_length: int) -> dict[str, Any]:
         began = perf_counter()
@@ -107,12 +118,14 @@ class _Writer:
             pieces = self._compile_exits(ready, preset)
             graphs["exits"][preset] = {str(n): writer.exits(p) for n, p in pieces.items()}
         (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
+        kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
         self.notify("writing weights, exit graph and report")
         tensors = {name: tensor.detach() for name, tensor in ready.decoder.tensors.items()}
         save_file(tensors, self.folder / WEIGHTS)
         if self.artifact is not None:
             self.artifact.save(self.folder / ARTIFACT)
         found = self._report(ready)
+        found["gpu_kernels"] = kernels
         found["seconds"] = round(perf_counter() - began, 1)
         (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         self._sign(ready, compiler)
@@ -146,6 +159,13 @@ class _Writer:
         assert ready.artifact is not None
         weight = ready.splits[1].head.weight
         return exit_tensors(preset, ready.artifact, ready.decoder.tensors, weight)
+
+    def _compile_for(self, gpu: str, ready: EarlyExitModel) -> dict[str, Any]:
+        self.notify(f"compiling kernels for {gpu}")
+        rows = [count for count in ready.decoder.buckets if count <= MOST_ROWS]
+        home = self.folder / HOME / gpu
+        made = compile_split(ready.splits[1], self.artifact, gpu, rows, home)
+        return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
 
     def _write_text(self) -> None:
         tokenizer = self.loaded.tokenizer

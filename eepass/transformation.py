@@ -110,6 +110,8 @@ class EarlyExitModel:
         head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
+        # what fused predictors read; the others count on the plan
+        tensors |= plan.threshold_tensors()
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:

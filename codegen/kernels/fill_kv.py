@@ -35,6 +35,8 @@ HEAD_BIAS = tl.constexpr(10)
 # from head to head, of the norm of heads: 0 where they share it
 HEAD_GROUP = tl.constexpr(11)
 FIELDS = tl.constexpr(12)
+# bytes of a projection a program has in hand; of twice as many some registers spill
+TILE_BYTES = 4096
 
 
 @triton.jit
@@ -66,11 +68,15 @@ def _row_moments(hidden, hidden_size, NORM: tl.constexpr, EPS: tl.constexpr, BLO
 
 @triton.jit
 def _product(
-    hidden, weight, norm_weight, norm_bias, known, mean, deviation, hidden_size, column_stride,
-    HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, WEIGHT_OFFSET: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
+    hidden, table, weight_like, norm_like, group, channel, known, mean, deviation, hidden_size,
+    column_stride, HAS_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    WEIGHT_OFFSET: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """Channels [BLOCK_P] of one row: its normed form times the projection's rows at ``weight``."""
+    """Channels [BLOCK_P] of one row: its normed form times rows ``channel`` of a projection."""
+    weight = _pointer(table, WEIGHT, weight_like) + group * tl.load(table + WEIGHT_GROUP)
+    weight += channel.to(tl.int64) * tl.load(table + WEIGHT_CHANNEL)
+    norm_weight = _pointer(table, NORM_WEIGHT, norm_like)
+    norm_bias = _pointer(table, NORM_BIAS, norm_like)
     products = tl.zeros((BLOCK_P, BLOCK_H), dtype=tl.float32)
     for start in range(0, hidden_size, BLOCK_H):
         column = start + tl.arange(0, BLOCK_H)
@@ -104,9 +110,6 @@ def _fill_kernel(
     part, group = tl.program_id(0), tl.program_id(1).to(tl.int64)
     table = table_ptr + tl.program_id(2).to(tl.int64) * FIELDS
     is_key = tl.program_id(2) % 2 == 0
-    norm_weight = _pointer(table, NORM_WEIGHT, norm_like)
-    norm_bias = _pointer(table, NORM_BIAS, norm_like)
-    cache = _pointer(table, CACHE, cache_like)
     # pairs of channels that turn; those past the rotary ones pair up as well, half against half
     half = tl.where(is_key & (rotary > 0), rotary // 2, channels // 2)
     pair = part * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -122,19 +125,15 @@ def _fill_kernel(
         second = tl.where(turning, pair + half, turned + ahead + pair - half)
     first_known = turning | (pair - half < ahead)
     second_known = turning | (pair - half < rest - ahead)
-    weight = _pointer(table, WEIGHT, weight_like) + group * tl.load(table + WEIGHT_GROUP)
-    channel_stride = tl.load(table + WEIGHT_CHANNEL)
-    first_rows = weight + first.to(tl.int64) * channel_stride
-    second_rows = weight + second.to(tl.int64) * channel_stride
     for row in range(0, rows):
         hidden = hidden_ptr + row * hidden_stride
         mean, deviation = _row_moments(hidden, hidden_size, NORM, EPS, BLOCK_H)
         a = _product(
-            hidden, first_rows, norm_weight, norm_bias, first_known, mean, deviation, hidden_size,
-            column_stride, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
+            hidden, table, weight_like, norm_like, group, first, first_known, mean, deviation,
+            hidden_size, column_stride, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         b = _product(
-            hidden, second_rows, norm_weight, norm_bias, second_known, mean, deviation,
+            hidden, table, weight_like, norm_like, group, second, second_known, mean, deviation,
             hidden_size, column_stride, HAS_BIAS, HAS_WEIGHT, WEIGHT_OFFSET, BLOCK_P, BLOCK_H,
         )  # fmt: skip
         if (HAS_KEY_BIAS and is_key) or (HAS_VALUE_BIAS and not is_key):
@@ -170,6 +169,7 @@ def _fill_kernel(
                 cos_b = tl.load(cos_ptr + place + second, mask=turning, other=1.0).to(tl.float32)
                 sin_b = tl.load(sin_ptr + place + second, mask=turning, other=0.0).to(tl.float32)
                 a, b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
+        cache = _pointer(table, CACHE, cache_like)
         slot = tl.load(slots_ptr + row).to(tl.int64)
         at = cache + group * group_stride + slot * slot_stride
         tl.store(at + first, a.to(cache.dtype.element_ty), mask=first_known)
@@ -243,6 +243,7 @@ def launches(
     # channels, whose neighbours a program had better want as well
     most = 1 << 30 if head_norm != "none" else 8 if column_stride == 1 else 16
     pairs = power_of_two((channels + 1) // 2, 2, most)
+    tile = TILE_BYTES // key_weights[0].element_size()
     arguments: dict[str, Any] = {
         "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "table_ptr": table,
         "weight_like": key_weights[0], "norm_like": norms[0] if norms else hidden,
@@ -258,11 +259,13 @@ def launches(
         "HAS_KEY_BIAS": bool(key_biases), "HAS_VALUE_BIAS": bool(value_biases),
         "HEAD_NORM_KIND": head_norm, "HAS_HEAD_WEIGHT": bool(head_norms),
         "HAS_HEAD_BIAS": bool(head_biases), "INTERLEAVED": interleaved, "BLOCK_P": pairs,
-        "BLOCK_H": power_of_two(hidden.shape[1], 32, max(4096 // pairs, 32)),
+        "BLOCK_H": power_of_two(hidden.shape[1], 32, max(tile // pairs, 32)),
     }  # fmt: skip
     grid = (-(-((channels + 1) // 2) // pairs), groups, 2 * len(keys))
     read = size(hidden, *(t for group in tensors for t in group))
-    return [Launch(_fill_kernel, grid, arguments, constants, read)], ()
+    # a whole head in one program leaves each thread of four warps too much to hold
+    warps = 8 if pairs >= 32 else 4
+    return [Launch(_fill_kernel, grid, arguments, constants, read, warps)], ()
 
 
 def _refuse_odd(

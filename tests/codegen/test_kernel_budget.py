@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[2]
 BUDGET = json.loads((Path(__file__).parent / "kernel_budget.json").read_text())
 COMPILE = """
 import json, sys, torch
+from dataclasses import replace
 from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
 from eepass.codegen.kernels.compile import compile_launch
 from eepass.plan import Channels, HeadChain, KvForm
@@ -23,11 +24,12 @@ chain = HeadChain("rms", 1e-5, "norm", "", 0.0, "head", "")
 own = Channels(0, 128, 1)
 form = KvForm("rms", 1e-5, 0.0, "norm", "", "k", "", "v", "", "", "", "none", "cos", "sin", 128,
               False, 32, 128, own, own, False)
-kv = KvSizes(8, 4096, form, 4096, 4096, torch.bfloat16)
+plain = KvSizes(8, 4096, form, 4096, 4096, torch.bfloat16)
+normed = replace(plain, form=replace(form, head_norm="q", head_form="rms"))
 found = {}
 for rows in (1, 8):
     sizes = Sizes(rows, 4096, 32000, 8192, 4, 512, 128, torch.float32, torch.bfloat16,
-                  kv if rows == 1 else None)
+                  plain if rows == 1 else normed)
     for name, launch in kernels(chain, sizes).items():
         made = compile_launch(launch, 90)
         found[f"{name} x{rows}"] = [made.registers, made.spills, made.shared_bytes]
@@ -56,27 +58,129 @@ def test_registers_spills_and_shared_memory_of_a_7b_model():
         assert shared <= most_shared, f"{name} takes {shared} bytes of shared memory"
 
 
-def test_a_model_is_compiled_and_written(tmp_path):
-    pytest.importorskip("triton")
-    code = """
-import json, sys
+WRITE = """
+import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
-from models import tiny_model
-from eepass.ahead_of_time import compile_kernels
+from models import random_artifact, tiny_model
+from eepass.ahead_of_time import compile_split, ready_kernels
+from eepass.codegen.kernels.register import register_kernels
+from eepass.codegen.kernels.specialise import parameters_of
+from eepass.config import ExitConfig
+from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.pipeline import split_decoder
+from eepass.passes.read_kv_fill import read_kv_fill
+from eepass.passes.report import PassReport
+from eepass.transformation import exit_tensors, make_plan
+
 out = Path(sys.argv[1])
-model = tiny_model("qwen3", num_hidden_layers=2)
-json.dump(compile_kernels(model, None, "sm_80", out=out), sys.stdout)
+model = tiny_model("qwen3", num_hidden_layers=3)
+artifact = random_artifact(model)
+with torch.no_grad():
+    split = split_decoder(model, 1, 64)[0]
+found = compile_split(split, artifact, "sm_80", (1, 4), out)
+
+# a runtime that finds its kernels there, whatever rows it calls them with
+class Noting:
+    def __init__(self):
+        self.cubins, self.names = ready_kernels(out, 86), []
+    def launch(self, launch):
+        kernel = self.cubins.find(launch)
+        ours = kernel is not None and kernel.entry == launch.name
+        fits = ours and kernel.parameters == parameters_of(launch)[0]
+        self.names.append([launch.name, fits])
+        return True
+
+ready = Noting()
+register_kernels(ready, key="CPU")
+plan = make_plan(ExitConfig().approximate(0.98), artifact, 3)
+tensors = exit_tensors("default", artifact, split.tensors, split.head.weight)
+tensors = {**split.tensors, **tensors, **plan.threshold_tensors()}
+def call(piece, *given):
+    values = iter(given)
+    piece.graph(*(tensors[r.name] if r.kind == "parameter" else next(values)
+                  for r in piece.inputs))
+with torch.no_grad():
+    for rows in (1, 4):
+        fused = fuse_exit_predictor(split, plan, tensors, PassReport(), rows)
+        hidden, k = torch.zeros(1, rows, split.hidden_size), plan.draft_tokens
+        draft, chances = torch.zeros(rows, k, dtype=torch.long), torch.zeros(rows, k)
+        for piece in fused.predictors.values():
+            call(piece, hidden, draft, chances)
+        for piece in (fused.verify, fused.final):
+            call(piece, hidden, draft)
+        call(fused.draft, hidden)
+        form = read_kv_fill(split.kv_fills[1], split.tensors)
+        get = split.tensors.__getitem__
+        caches = [[torch.zeros(form.groups, 128, form.channels)] for _ in range(2)]
+        sides = [torch.zeros(rows, form.rotary)] * 2
+        torch.ops.eepass.fill_kv(
+            hidden[0], [get(form.norm_weight)], [],
+            [form.projection(get(form.key_weight), form.key_channels)], [],
+            [form.projection(get(form.value_weight), form.value_channels)], [],
+            [get(form.head_norm)], [], *caches, *sides, torch.zeros(rows, dtype=torch.long),
+            form.norm, form.eps, form.weight_offset, form.interleaved, form.head_form)
+json.dump({**found, "called": ready.names}, sys.stdout)
 """
-    result = run(code, str(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A model's kernels in a folder, and what was said of them."""
+    pytest.importorskip("triton")
+    folder = tmp_path_factory.mktemp("kernels")
+    result = run(WRITE, str(folder))
     assert result.returncode == 0, result.stderr[-2000:]
-    found = json.loads(result.stdout)
-    names = {"exit_predictor.lens.exit", "verify_head.full.verify", "draft_topk.score"}
+    return folder, json.loads(result.stdout)
+
+
+def test_a_model_is_compiled_and_written(written):
+    folder, found = written
+    names = {"exit_predictor.lens.exit x1", "verify_head.full.verify x4", "draft_topk.score x1"}
     assert names <= found["kernels"].keys()
     for kernel in found["kernels"].values():
         assert kernel["registers"] > 0 and kernel["spills"] == 0
         assert kernel["bytes"] > 0 and kernel["predicted_us"] > 0
-    written = json.loads((tmp_path / "kernels.json").read_text())
-    assert written["kernels"] == found["kernels"]
-    for key in written["cubins"]:
-        assert (tmp_path / f"{key}.cubin").read_bytes()[:4] == b"\x7fELF"
+    index = json.loads((folder / "kernels.json").read_text())
+    assert index["kernels"] == found["kernels"]
+    for key in index["cubins"]:
+        assert (folder / f"{key}.cubin").read_bytes()[:4] == b"\x7fELF"
+
+
+def test_what_a_runtime_calls_is_there_with_the_parameters_it_packs(written):
+    _, found = written
+    called = {name for name, _ in found["called"]}
+    kernels = {"exit", "gate", "state", "verify", "score", "merge", "fill"}
+    assert called == {f"_{name}_kernel" for name in kernels}
+    assert [name for name, fits in found["called"] if not fits] == []
+
+
+def test_kernels_for_another_gpu_or_of_another_source_are_refused(written):
+    pytest.importorskip("triton")
+    folder, _ = written
+    refuse = """
+import json, sys
+from pathlib import Path
+from eepass.ahead_of_time import ready_kernels
+from eepass.errors import InputError
+folder, index = Path(sys.argv[1]), Path(sys.argv[1]) / "kernels.json"
+def said(*arguments):
+    try:
+        ready_kernels(*arguments)
+    except InputError as error:
+        return str(error)
+answers = [said(folder, 90), said(folder)]
+whole = index.read_text()
+stored = json.loads(whole)
+stored["sources"]["_exit_kernel"] = "of another time"
+index.write_text(json.dumps(stored))
+answers.append(said(folder, 80))
+index.write_text(whole)
+json.dump(answers, sys.stdout)
+"""
+    result = run(refuse, str(folder))
+    assert result.returncode == 0, result.stderr[-2000:]
+    other_gpu, no_gpu, other_source = json.loads(result.stdout)
+    assert "compiled for sm_80, this GPU is sm_90" in other_gpu
+    assert "none is here" in no_gpu
+    assert "_exit_kernel has another source than here" in other_source
