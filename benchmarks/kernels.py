@@ -1,6 +1,7 @@
 """Time the Triton kernels on a CUDA device beside their eager and their inductor form.
 
-    python benchmarks/gpu_kernels.py [--json kernels-DEVICE.json] [--hidden 4096]
+    python benchmarks/kernels.py [--json kernels-DEVICE.json] [--hidden 4096]
+    python benchmarks/kernels.py --device cpu [--hidden 64]      in Triton's interpreter: no times
 
 Each form is captured in a CUDA graph and replayed over copies of its weights that together exceed
 the L2 cache; forms take turns, medians count. ``of copy`` is the share of the measured copy
@@ -11,42 +12,41 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from eepass import fused_ops
-from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, verify_head
 
 L2_BYTES = 160 * 2**20
 ROUNDS = 9
 
 
 def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(shape, dtype=dtype, device="cuda") * (shape[-1] ** -0.5 if shape else 1)
+    return torch.randn(shape, dtype=dtype) * (shape[-1] ** -0.5 if shape else 1)
 
 
-def exit_arguments(hidden: int, rank: int, vocabulary: int = 32_000, k: int = 4) -> list[Any]:
+def exit_arguments(hidden: int, rank: int, vocabulary: int, k: int = 4) -> list[Any]:
     translator = (None,) * 3
     if rank:
         translator = (torch.ones_like(random(hidden)), random(rank, hidden), random(hidden, rank))
     floats = torch.float32
     return [
         random(1, hidden) * hidden**0.5, *translator, random(hidden), None,
-        random(vocabulary, hidden), None, None, torch.randint(vocabulary, (1, k), device="cuda"),
-        torch.rand(1, k, device="cuda"), random(512, 3 * k, dtype=floats),
+        random(vocabulary, hidden), None, None, torch.randint(vocabulary, (1, k)),
+        torch.rand(1, k), random(512, 3 * k, dtype=floats),
         random(512, dtype=floats), random(512, dtype=floats), random(1, dtype=floats),
-        torch.tensor([0.5], device="cuda"), "rms", 1e-5, 0.0, 1.0, 0.0,
+        torch.tensor([0.5]), "rms", 1e-5, 0.0, 1.0, 0.0,
     ]  # fmt: skip
 
 
 def verify_arguments(hidden: int, vocabulary: int) -> list[Any]:
-    draft = torch.randint(vocabulary, (1, 4), device="cuda")
+    draft = torch.randint(vocabulary, (1, 4))
     return [
         random(1, hidden) * hidden**0.5, None, None, None, random(hidden), None,
         random(vocabulary, hidden), None, None, None, draft, "rms", 1e-5, 0.0, 1.0, 0.0, False,
@@ -58,7 +58,8 @@ def draft_arguments(hidden: int, vocabulary: int) -> list[Any]:
     return [z, random(vocabulary, hidden), None, None, None, 32, 1.0, 0.0]
 
 
-def fill_arguments(hidden: int, layers: int = 8, channels: int = 128) -> list[Any]:
+def fill_arguments(hidden: int, layers: int = 8) -> list[Any]:
+    channels = min(128, hidden)
     groups = hidden // channels
 
     def each(*shape: int) -> list[Tensor]:
@@ -69,31 +70,37 @@ def fill_arguments(hidden: int, layers: int = 8, channels: int = 128) -> list[An
 
     return [
         random(1, hidden) * hidden**0.5, each(hidden), [], each(hidden, hidden), [],
-        each(hidden, hidden), [], [], caches(), caches(), random(1, channels), random(1, channels),
-        torch.tensor([17], device="cuda"), "rms", 1e-5, 0.0,
+        each(hidden, hidden), [], [], [], caches(), caches(),
+        random(1, channels), random(1, channels), torch.tensor([17]), "rms", 1e-5, 0.0, False,
+        "none",
     ]  # fmt: skip
 
 
-def cases(hidden: int) -> dict[str, tuple[Any, Callable[..., Any], Callable[[], list[Any]]]]:
-    """Name -> kernel module, eager definition, arguments."""
+def cases(
+    hidden: int, vocabularies: Sequence[int]
+) -> dict[str, tuple[Any, Callable[..., Any], Callable[[], list[Any]]]]:
+    """Name -> kernel module, eager definition, arguments; ``vocabularies``: hot, whole, large."""
+    from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, verify_head
+
+    hot, whole, large = vocabularies
     return {
         "exit_predictor": (
-            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 0),
+            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 0, whole),
         ),
         "exit_predictor, rank 128": (
-            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 128),
+            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 128, whole),
         ),
-        "verify_head, 32000": (
-            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, 32_000),
+        f"verify_head, {whole}": (
+            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, whole),
         ),
-        "verify_head, 128256": (
-            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, 128_256),
+        f"verify_head, {large}": (
+            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, large),
         ),
-        "draft_topk, 8192": (
-            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, 8192),
+        f"draft_topk, {hot}": (
+            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, hot),
         ),
-        "draft_topk, 32000": (
-            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, 32_000),
+        f"draft_topk, {whole}": (
+            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, whole),
         ),
         "fill_kv, 8 layers": (fill_kv, fused_ops.fill_kv, lambda: fill_arguments(hidden)),
     }  # fmt: skip
@@ -127,7 +134,7 @@ def microseconds(graph: torch.cuda.CUDAGraph, calls: int) -> float:
 
 def copy_bandwidth() -> float:
     """Bytes a second that a copy within the device reads and writes."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda")
+    source = torch.empty(2**30, dtype=torch.uint8)
     target = torch.empty_like(source)
     graph = captured(lambda: target.copy_(source), [[]])
     return 2 * source.numel() / statistics.median(microseconds(graph, 1) for _ in range(5)) * 1e6
@@ -137,12 +144,14 @@ def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
     """What a form gives, caches it wrote included."""
     result = function(*arguments)
     if result is None:
-        return [cache.clone() for cache in (*arguments[8], *arguments[9])]
+        return [cache.clone() for cache in (*arguments[9], *arguments[10])]
     return list(result)
 
 
 def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
+        if not b.numel():
+            continue
         if a.is_floating_point():
             limit = 2e-2 if a.dtype == torch.bfloat16 else 2e-3
             if not torch.allclose(a.float(), b.float(), atol=limit * float(b.abs().max()) + 1e-6):
@@ -152,9 +161,25 @@ def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
     return ""
 
 
+def bytes_of(kernel: Any, arguments: list[Any]) -> int:
+    from eepass.codegen.kernels.launch import Scratch
+
+    return sum(launch.bytes for launch in kernel.launches(*arguments, Scratch(arguments[0]))[0])
+
+
+def check(name: str, kernel: Any, eager: Callable[..., Any], make: Any) -> dict[str, Any]:
+    """The kernel in the interpreter: its bytes, and whether it is right."""
+    arguments = make()
+    fused = getattr(kernel, kernel.__name__.rsplit(".", 1)[1])
+    fault = wrong(outputs(fused, arguments), outputs(eager, arguments))
+    row = {"bytes": bytes_of(kernel, arguments), "triton": fault or "right, not timed"}
+    print(f"{name:26} {row}", flush=True)
+    return row
+
+
 def measure(name: str, kernel: Any, eager: Callable[..., Any], make: Any, copy: float) -> dict:
     arguments = make()
-    needed = sum(launch.bytes for launch in kernel.launches(*arguments)[0])
+    needed = bytes_of(kernel, arguments)
     sets = [arguments]
     while len(sets) * needed < L2_BYTES and len(sets) < 64:
         sets.append(make())
@@ -188,19 +213,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("benchmarks/gpu_kernels.py needs a CUDA device: none was found")
+    interpreted = options.device == "cpu"
+    if not interpreted and not torch.cuda.is_available():
+        raise SystemExit("no CUDA device was found; --device cpu only checks, in the interpreter")
+    if interpreted:
+        # read when triton is imported
+        os.environ["TRITON_INTERPRET"] = "1"
+    import triton
+
     torch.manual_seed(0)
-    copy = copy_bandwidth()
-    device = torch.cuda.get_device_name()
-    print(f"{device}: copy {copy / 1e12:.2f} TB/s; µs a call inside a CUDA graph")
-    with torch.no_grad():
-        rows = {n: measure(n, *case, copy) for n, case in cases(options.hidden).items()}
-    result = {
-        "device": device, "torch": torch.__version__, "triton": triton.__version__,
-        "copy_bytes_per_second": copy, "hidden": options.hidden, "kernels": rows,
+    torch.set_default_device(options.device)
+    # small where the interpreter runs program after program
+    vocabularies = (40, 100, 200) if interpreted else (8192, 32_000, 128_256)
+    todo = cases(options.hidden, vocabularies)
+    result: dict[str, Any] = {
+        "torch": torch.__version__, "triton": triton.__version__, "hidden": options.hidden,
     }  # fmt: skip
+    with torch.no_grad():
+        if interpreted:
+            result["device"] = "Triton's interpreter"
+            result["kernels"] = {name: check(name, *case) for name, case in todo.items()}
+        else:
+            result["device"] = torch.cuda.get_device_name()
+            copy = result["copy_bytes_per_second"] = copy_bandwidth()
+            print(f"{result['device']}: copy {copy / 1e12:.2f} TB/s; µs a call in a CUDA graph")
+            result["kernels"] = {name: measure(name, *case, copy) for name, case in todo.items()}
     if options.json is not None:
         options.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 

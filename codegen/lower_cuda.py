@@ -5,8 +5,8 @@
     after    eepass.verify_head(z, head, bias, ..., want_logits=True): float32, the head read once
 
 A graph that holds nothing but fused operators and views runs as it stands: its kernels are ready,
-and inductor would add nothing. The rest goes through inductor, without CUDA graphs of its own, since
-the runtime captures whole steps, and without autotuning. What inductor cannot compile runs as it
+and inductor would add nothing. The rest goes through inductor, without CUDA graphs of its own
+(the runtime captures whole steps) and without autotuning. What inductor cannot compile runs as it
 was traced; ``report`` says which, and why.
 """
 
@@ -102,7 +102,9 @@ def lower_logits(gm: GraphModule, everything: bool) -> list[str]:
             if rows > MOST_ROWS:
                 left.append(f"{node.name}: {rows} rows are a matrix product")
                 new = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
-                node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+                node.replace_all_uses_with(new)
+                # of itself as well
+                new.update_arg(0, node)
                 continue
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function

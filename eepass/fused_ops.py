@@ -133,8 +133,8 @@ def draft_topk(
 @define(
     "fill_kv(Tensor hidden, Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] key_weights, "
     "Tensor[] key_biases, Tensor[] value_weights, Tensor[] value_biases, Tensor[] head_norms, "
-    f"Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, Tensor slots, {_NORM_FORM}, "
-    "bool interleaved, str head_norm) -> ()"
+    "Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, "
+    f"Tensor slots, {_NORM_FORM}, bool interleaved, str head_norm) -> ()"
 )
 def fill_kv(
     hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
@@ -174,9 +174,7 @@ def fill_kv(
             )
         )
         weight, bias = _at(head_norms, layer), _at(head_biases, layer)
-        k = _normed(
-            k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset
-        )
+        k = _normed(k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset)
         if cos is not None and sin is not None:
             turning, half = k[..., : cos.shape[-1]], cos.shape[-1] // 2
             if interleaved:

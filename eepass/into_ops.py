@@ -40,7 +40,7 @@ def _arguments(name: str) -> str:
 
 def _define_into(name: str, outputs: tuple[str, ...]) -> None:
     meaning: Callable[..., Any] = getattr(fused_ops, name)
-    given = ", ".join(f"Tensor({place}!) {out}" for place, out in zip("abcde", outputs, strict=False))
+    given = ", ".join(f"Tensor(a{place}!) {out}" for place, out in enumerate(outputs))
 
     @define(f"{name}.into({_arguments(name)}, *, {given}, Tensor(w!) workspace) -> ()")
     def into(*arguments: Any, workspace: Tensor, **buffers: Tensor) -> None:

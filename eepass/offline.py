@@ -60,7 +60,8 @@ def write_folder(
     ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
     row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
     ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
-    folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder that was there is replaced.
+    folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder
+    that was there is replaced.
     Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
     """
     target = Path(out).resolve()

@@ -36,8 +36,8 @@ VIEWS = SAME | {
     aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int,
     aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims,
     aten.flatten.using_ints, aten.unflatten.int, aten.narrow.default, aten.expand.default,
-    aten.broadcast_to.default,
-    aten.index.Tensor, aten.lift_fresh_copy.default, aten._unsafe_view.default, aten.t.default, aten.numpy_T.default, aten.movedim.int,
+    aten.broadcast_to.default, aten.index.Tensor, aten.lift_fresh_copy.default,
+    aten._unsafe_view.default, aten.t.default, aten.numpy_T.default, aten.movedim.int,
 }  # fmt: skip
 # a matrix [O, I] as [I, O]
 TURNS = {aten.t.default, aten.numpy_T.default}

@@ -104,9 +104,7 @@ def read_kernels(
                 _code(folder / f"{key}.cubin", entry["sha256"]),
             )  # fmt: skip
     except OSError as error:
-        raise KernelsUnfit(
-            f"{error.filename}: missing or unreadable ({error.strerror})"
-        ) from error
+        raise KernelsUnfit(f"{error.filename}: missing or unreadable ({error.strerror})") from error
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise KernelsUnfit(f"{path}: damaged, {error} is missing or wrong") from error
     return own, found

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 from eepass.codegen.kernels.launch import Launch
 from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
 
+
 @dataclass(frozen=True, slots=True)
 class Cubin:
     """A compiled kernel: ``spills`` and ``shared_bytes`` in bytes, ``key`` the same for launches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -65,5 +64,3 @@ class Cubins:
         _, function = self._loaded[place]
         function.launch(launch.grid, 32 * stored.warps, stored.shared_bytes, values, stream)
         return True
-
-

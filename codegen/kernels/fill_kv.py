@@ -224,8 +224,8 @@ def launches(
     head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
     keys: Sequence[Tensor], values: Sequence[Tensor],
     cos: Tensor | None, sin: Tensor | None, slots: Tensor,
-    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str, scratch: Scratch,
-    table: Tensor | None = None,
+    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
+    scratch: Scratch, table: Tensor | None = None,
 ) -> tuple[list[Launch], tuple[()]]:  # fmt: skip
     """What ``fill_kv`` launches; a ``table`` kept from ``pointer_table`` spares making it."""
     tensors = (
@@ -272,7 +272,8 @@ def _refuse_odd(
     tensors: tuple[Sequence[Tensor], ...], keys: Sequence[Tensor], values: Sequence[Tensor]
 ) -> None:
     """One launch sees all layers through the first: they must be alike."""
-    norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases, *heads = tensors
+    norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases = tensors[:6]
+    heads = tensors[6:]
     first = keys[0]
     for cache in (*keys, *values):
         alike = (cache.shape, cache.stride(), cache.dtype) == (

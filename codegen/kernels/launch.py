@@ -99,7 +99,8 @@ def outputs_of(
         out = given[name]
         if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
             raise ValueError(
-                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} in one piece"
+                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} "
+                "in one piece"
             )
     return [given[name] for name in expected]
 

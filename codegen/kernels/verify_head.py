@@ -86,8 +86,9 @@ def launches(
     )  # fmt: skip
     arguments: dict[str, Any] = {
         **head_arguments(z, lm_head, head_scales, head_bias, scratch),
-        "hot_ids_ptr": scratch.flat(hot_ids), "draft_ptr": scratch.flat(draft_ids), "best_ptr": best, "counted_ptr": counted,
-        "token_ptr": token, "known_ptr": known.view(torch.uint8),
+        "hot_ids_ptr": scratch.flat(hot_ids), "draft_ptr": scratch.flat(draft_ids),
+        "best_ptr": best, "counted_ptr": counted, "token_ptr": token,
+        "known_ptr": known.view(torch.uint8),
         "logits_ptr": logits if want_logits else None, "num_drafts": drafts,
     }  # fmt: skip
     blocks = head_blocks(rows, z.shape[1], arguments["z_ptr"], TOKENS)

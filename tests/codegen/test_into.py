@@ -178,5 +178,3 @@ def test_kernels_that_are_ready_are_taken_first(interpreter):
     register.unregister_kernels("CPU")
     assert ready.asked == ["_gate_kernel", "_exit_kernel"]
     same(found, fused_ops.exit_predictor(*arguments))
-
-

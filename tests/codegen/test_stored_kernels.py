@@ -35,7 +35,8 @@ def folder(tmp_path):
 def test_arguments_lie_as_the_driver_reads_them():
     types = ("u64", "u32", "s32", "f32", "u64")
     parameters = driver.Parameters(types, (2**40 + 3, 7, -2, 0.5, 0))
-    expected = [struct.pack(form, v) for form, v in zip("QIifQ", (2**40 + 3, 7, -2, 0.5, 0))]
+    values = (2**40 + 3, 7, -2, 0.5, 0)
+    expected = [struct.pack(form, v) for form, v in zip("QIifQ", values, strict=True)]
     assert parameters.packed() == expected
     # what the driver is handed: an array of pointers to those bytes
     table = (ctypes.c_void_p * 5).from_address(parameters.address)
@@ -63,7 +64,7 @@ def test_code_runs_within_its_generation(compiled, here, fits):
 
 
 def test_another_gpu_is_refused_by_name(folder):
-    with pytest.raises(KernelsUnfit, match=r"compiled for sm_80, this GPU is sm_90.*--target sm_90"):
+    with pytest.raises(KernelsUnfit, match=r"for sm_80, this GPU is sm_90.*--target sm_90"):
         read_kernels(folder, 90, SOURCES)
 
 
@@ -95,7 +96,7 @@ def test_of_several_targets_the_one_that_runs_here(tmp_path):
         (tmp_path / target).mkdir()
     assert best_folder(tmp_path, 89).name == "sm_86"
     assert best_folder(tmp_path, 80).name == "sm_80"
-    with pytest.raises(KernelsUnfit, match="sm_100.*but for sm_80, sm_86, sm_90.*--gpu sm_100"):
+    with pytest.raises(KernelsUnfit, match=r"sm_100.*but for sm_80, sm_86, sm_90.*--gpu sm_100"):
         best_folder(tmp_path, 100)
 
 
@@ -106,7 +107,7 @@ def test_what_the_driver_refuses_is_said(monkeypatch):
         def __int__(self):
             return 209
 
-    with pytest.raises(driver.CudaFailed, match="loading _exit_kernel: .*NO_BINARY_FOR_GPU"):
+    with pytest.raises(driver.CudaFailed, match=r"loading _exit_kernel: .*NO_BINARY_FOR_GPU"):
         driver.checked("loading _exit_kernel", (Error(), None))
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.raises(driver.CudaMissing, match=r"pip install 'eepass\[gpu\]'"):
