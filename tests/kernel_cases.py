@@ -161,6 +161,8 @@ def same(found: Any, expected: Any, rounded: torch.dtype = torch.float32) -> Non
 EXITS = {
     "smallest": dict(hidden=63, drafts=1),
     "rows": dict(rows=32, hidden=63, drafts=2, width=7),
+    "one-token": dict(rows=2, hidden=63, vocabulary=1),
+    "rows-and-drafts": dict(rows=32, hidden=40, drafts=16, rank=1, dtype="fp16", width=1),
     "drafts": dict(rows=2, hidden=576, drafts=16, dtype="bf16"),
     "wide": dict(hidden=4096, dtype="bf16", width=512),
     "wide-translated": dict(hidden=4096, rank=8, drafts=2, dtype="bf16"),
@@ -177,6 +179,8 @@ EXITS = {
 VERIFIES = {
     "one-token": dict(vocabulary=1, rows=3),
     "rows": dict(rows=32, dtype="bf16"),
+    "wide": dict(hidden=4096, vocabulary=40, dtype="bf16", drafts=16),
+    "wide-rows": dict(rows=2, hidden=4096, vocabulary=20, drafts=1),
     "five-rows": dict(rows=5, hidden=576, norm="layer", bias=True),
     "translated": dict(rows=2, hidden=100, rank=6, vocabulary=100, dtype="bf16"),
     "capped": dict(vocabulary=300, cap=5.0, scale=0.5),
@@ -186,6 +190,9 @@ VERIFIES = {
 FILLS = {
     "llama": dict(),
     "rows": dict(layers=1, rows=4, hidden=32),
+    "wide": dict(layers=1, hidden=4096, groups=1, channels=4, rotary=4, dtype="bf16"),
+    "smollm2": dict(layers=1, hidden=576, groups=1, channels=6, rotary=4, dtype="fp16"),
+    "one-channel": dict(layers=1, groups=2, channels=1, rotary=0),
     "gpt2": dict(
         norm="layer", norm_bias=True, bias=True, rotary=0, fused="inputs", dtype="bf16", rows=2
     ),

@@ -36,12 +36,35 @@ def arguments_of(
         dict(rows=1, hidden=63, vocabulary=1000, k=32, hot=True),
         dict(rows=9, hidden=100, vocabulary=200, k=4, dtype="bf16", bias=True),
         dict(rows=2, hidden=64, vocabulary=77, k=77, head="int8", dtype="fp16", cap=4.0),
+        dict(rows=32, hidden=40, vocabulary=50, k=1, dtype="fp16"),
+        dict(rows=1, hidden=4096, vocabulary=33, k=2, dtype="bf16"),
     ),
     ids=str,
 )
 def test_as_defined(kernel, case):
     arguments = arguments_of(**case)
     same(kernel(*arguments), fused_ops.draft_topk(*arguments))
+
+
+@pytest.mark.parametrize("rows, vocabulary", ((1, 49_152), (2, 49_152), (1, 262_144)))
+def test_large_vocabularies(kernel, monkeypatch, rows, vocabulary):
+    from eepass.codegen.kernels import draft_topk
+
+    # the interpreter takes its time for each program
+    monkeypatch.setattr(draft_topk, "TOKENS", 4096 if vocabulary < 10**5 else 16384)
+    arguments = arguments_of(rows, 24, vocabulary, 5)
+    same(kernel(*arguments), fused_ops.draft_topk(*arguments))
+
+
+def test_tensors_may_lie_anywhere(kernel):
+    arguments = arguments_of(3, 16, 90, 6, hot=True)
+    expected = fused_ops.draft_topk(*arguments)
+    arguments[0] = arguments[0].t().contiguous().t()
+    wide = torch.full((90, 50), float("nan"))
+    wide[:, 7:23] = arguments[1]
+    arguments[1] = wide[:, 7:23]
+    arguments[4] = arguments[4].repeat_interleave(2)[::2]
+    same(kernel(*arguments), expected)
 
 
 def test_equal_logits_come_in_order(kernel):

@@ -48,6 +48,29 @@ def test_caches_that_are_not_alike_are_refused(kernel):
         kernel(*arguments)
 
 
+def test_what_is_not_finite_stays_in_its_slot(kernel):
+    found, expected = fill_case(rows=3, hidden=32), fill_case(rows=3, hidden=32)
+    for arguments in (found, expected):
+        arguments[0][1, 5] = float("nan")
+        arguments[0][2, 5] = float("inf")
+    kernel(*found)
+    fused_ops.fill_kv(*expected)
+    same(found[9] + found[10], expected[9] + expected[10])
+    for cache in (*found[9], *found[10]):
+        undefined = cache.isnan().any(-1).any(0)
+        assert undefined.nonzero().flatten().tolist() == sorted(found[13][1:].tolist())
+
+
+def test_tensors_may_lie_anywhere(kernel):
+    found, expected = fill_case(rows=3), fill_case(rows=3)
+    found[0] = found[0].t().contiguous().t()
+    found[11], found[12] = (turn.t().contiguous().t() for turn in found[11:13])
+    found[13] = found[13].repeat_interleave(2)[::2]
+    kernel(*found)
+    fused_ops.fill_kv(*expected)
+    same(found[9] + found[10], expected[9] + expected[10])
+
+
 def test_caches_within_a_larger_one(kernel):
     found, expected = fill_case(), fill_case()
     rest = torch.full((2, 2, 20, 40), float("nan"))

@@ -21,9 +21,13 @@ def arguments_of(**case):
     return [*arguments[:16], PATHS, *arguments[16:]]
 
 
-@pytest.mark.parametrize("rank", (0, 3), ids=("lens", "translated"))
-def test_as_defined(kernel, rank):
-    arguments = arguments_of(rank=rank)
+@pytest.mark.parametrize(
+    "case",
+    (dict(), dict(rank=3), dict(hidden=576, dtype="bf16", drafts=16), dict(dtype="fp16", drafts=1)),
+    ids=str,
+)
+def test_as_defined(kernel, case):
+    arguments = arguments_of(**case)
     found = kernel(*arguments)
     same(found, fused_ops.path_predictor(*arguments))
     path, node, _, _, exits = found

@@ -69,9 +69,19 @@ def test_what_is_not_finite(kernel, bad):
     assert known[1] == (token[1] == arguments[10][1]).any()
 
 
-def test_a_head_that_is_a_slice_of_another(kernel):
+def test_a_token_twice_in_the_draft_is_there(kernel):
+    arguments = verify_case(rows=2, hidden=32, vocabulary=100)
+    token = fused_ops.verify_head(*arguments)[0]
+    arguments[10][0] = token[0]
+    arguments[10][1] = (token[1] + 1) % 100
+    assert kernel(*arguments)[1].tolist() == [True, False]
+
+
+def test_tensors_may_lie_anywhere(kernel):
     arguments = verify_case(rows=2, hidden=32, vocabulary=100)
     expected = fused_ops.verify_head(*arguments)
+    arguments[0] = arguments[0].t().contiguous().t()
+    arguments[10] = arguments[10].t().contiguous().t()
     wide = torch.full((100, 50), float("nan"))
     wide[:, 7:39] = arguments[6]
     arguments[6] = wide[:, 7:39]

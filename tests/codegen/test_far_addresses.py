@@ -1,0 +1,76 @@
+"""Rows that begin past 2**31 elements, in memory that is only there where it is touched."""
+
+import mmap
+
+import pytest
+import torch
+from kernel_cases import Case, exit_case, fill_case, same, verify_case
+
+from eepass import fused_ops
+
+# between rows: the second begins past 2**30 elements, the fourth past 3 · 2**30
+APART = 2**30 + 64
+
+
+@pytest.fixture(scope="module")
+def memory():
+    # MAP_NORESERVE of Linux, which Python names from 3.13 on
+    return mmap.mmap(-1, 2 * (3 * APART + 4096), flags=mmap.MAP_PRIVATE | 0x4000)
+
+
+def far(memory, rows):
+    """Values of ``rows`` [N <= 4, M], int8 or of two bytes, with ``APART`` elements between them."""
+    whole = torch.frombuffer(memory, dtype=rows.dtype)
+    spread = whole.as_strided(rows.shape, (APART, 1))
+    spread.copy_(rows)
+    assert spread.stride(0) * (len(rows) - 1) > 2**31
+    return spread
+
+
+def test_exit_predictor(interpreter, memory):
+    from eepass.codegen.kernels.exit_predictor import exit_predictor
+
+    arguments = exit_case(hidden=64, drafts=4, head="int8", vocabulary=4)
+    arguments[9] = torch.tensor([[3, 0, 2, 3]], dtype=torch.int32)
+    expected = fused_ops.exit_predictor(*arguments)
+    arguments[6] = far(memory, arguments[6])
+    same(exit_predictor(*arguments), expected)
+
+
+@pytest.mark.parametrize("rows", (1, 3))
+def test_verify_head(interpreter, memory, rows):
+    from eepass.codegen.kernels.verify_head import verify_head
+
+    arguments = verify_case(rows, hidden=40, vocabulary=4, head="int8")
+    expected = fused_ops.verify_head(*arguments)
+    arguments[6] = far(memory, arguments[6])
+    same(verify_head(*arguments), expected)
+
+
+def test_draft_topk(interpreter, memory):
+    from eepass.codegen.kernels.draft_topk import draft_topk
+
+    case = Case()
+    arguments = [case.random(2, 40), *case.head(4, 40, "int8"), None, 4, 1.0, 0.0]
+    expected = fused_ops.draft_topk(*arguments)
+    arguments[1] = far(memory, arguments[1])
+    same(draft_topk(*arguments), expected)
+
+
+def test_fill_kv(interpreter, memory):
+    from eepass.codegen.kernels.fill_kv import fill_kv
+
+    found = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
+    expected = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
+    for arguments in (found, expected):
+        arguments[13] = torch.tensor([3])
+    whole = torch.frombuffer(memory, dtype=torch.bfloat16)
+    # keys, then values 32 elements on: slots lie far apart
+    for place, argument in enumerate((9, 10)):
+        found[argument] = [whole[32 * place :].as_strided((1, 4, 8), (8, APART, 1))]
+        found[argument][0].zero_()
+    fill_kv(*found)
+    fused_ops.fill_kv(*expected)
+    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
+        same([caches[0].contiguous()], [wanted[0][:, :4].contiguous()])
+        assert caches[0][:, 3].ne(0).any() and not caches[0][:, :3].any()
