@@ -111,7 +111,8 @@ class EarlyExitModel:
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
         # what fused predictors read; the others count on the plan
-        tensors |= plan.threshold_tensors()
+        device = tensors["hot.ids"].device
+        tensors |= {name: t.to(device) for name, t in plan.threshold_tensors().items()}
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:

@@ -35,8 +35,10 @@ def register_kernels(ready: Ready | None = None, key: str = "CUDA") -> None:
     through the operators' eager definitions.
 
     ``ready``: kernels that are compiled already (``cubins.Cubins``), taken where they fit; the rest
-    Triton compiles on first use. A second call replaces what the first registered.
+    Triton compiles on first use. Once registered they stay; a call with others takes those.
     """
+    if key in _libraries and ready is None:
+        return
     unregister_kernels(key)
     library = torch.library.Library("eepass", "IMPL", key)
     for name, launches in LAUNCHES.items():

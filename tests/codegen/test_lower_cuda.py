@@ -79,8 +79,6 @@ def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels,
         run(made, cubins)
 
     monkeypatch.setattr(register, "run", noted)
-    # where the calls go was decided when the kernels were registered
-    register.register_kernels(key="CPU")
     found = generate(ready)
     register.unregister_kernels("CPU")
     plain = early_exits(splits, artifact, eager_compile, None)

@@ -25,7 +25,7 @@ pytestmark = [
 def kernels():
     from eepass.codegen.kernels.register import register_kernels
 
-    return register_kernels()
+    register_kernels()
 
 
 @pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
@@ -110,3 +110,116 @@ def test_the_flag_follows_the_threshold_without_a_new_graph():
         arguments[15].fill_(threshold)
         graph.replay()
         assert exits.item() == leaves
+
+
+def written_where_told(arguments, flag):
+    """``exit_predictor`` into buffers of the caller; a function that launches it, and those."""
+    from eepass.codegen.kernels.register import workspace_bytes
+
+    probability, probabilities, z, _ = fused_ops.exit_predictor(*arguments)
+    buffers = {
+        "probability": torch.full_like(probability, float("nan")),
+        "probabilities": torch.full_like(probabilities, float("nan")),
+        "z": torch.full_like(z, float("nan")),
+        "exits": flag,
+    }
+    length = workspace_bytes("exit_predictor", *arguments)
+    workspace = torch.empty(length, dtype=torch.uint8, device="cuda")
+
+    def step():
+        torch.ops.eepass.exit_predictor.into(*arguments, **buffers, workspace=workspace)
+
+    return step, buffers
+
+
+@pytest.mark.parametrize("pinned", (False, True), ids=("device", "pinned"))
+def test_a_captured_step_writes_where_it_is_told_and_allocates_nothing(pinned):
+    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
+    flag = torch.zeros(1, dtype=torch.bool, device="cpu" if pinned else "cuda", pin_memory=pinned)
+    step, buffers = written_where_told(arguments, flag)
+    step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        step()
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+    for threshold, leaves in ((-1.0, True), (2.0, False), (-1.0, True)):
+        arguments[15].fill_(threshold)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert flag.item() == leaves
+    expected = fused_ops.exit_predictor(*arguments)[:3]
+    same([buffers[name] for name in ("probability", "probabilities", "z")], expected)
+
+
+def test_compiled_kernels_say_what_the_just_compiled_ones_do(tmp_path):
+    from eepass.codegen.cuda.stored_kernels import write_kernels
+    from eepass.codegen.kernels import exit_predictor
+    from eepass.codegen.kernels.compile import compile_launch
+    from eepass.codegen.kernels.cubins import Cubins, sources
+    from eepass.codegen.kernels.launch import Scratch
+    from eepass.codegen.kernels.register import register_kernels, unregister_kernels
+
+    major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
+    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
+    made, _ = exit_predictor.launches(*arguments, Scratch(arguments[0]))
+    compiled = [compile_launch(launch, capability) for launch in made]
+    write_kernels(tmp_path, capability, compiled, sources(), {})
+    expected = [x.clone() for x in torch.ops.eepass.exit_predictor(*arguments)]
+    cubins = Cubins(tmp_path)
+    register_kernels(cubins)
+    found = torch.ops.eepass.exit_predictor(*arguments)
+    unregister_kernels()
+    register_kernels()
+    assert not cubins.missing
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_the_setter_decides_what_a_conditional_node_runs():
+    driver = pytest.importorskip("cuda.bindings.driver")
+    from eepass.codegen.cuda.conditional import (
+        MODES,
+        PARAMETERS,
+        conditional_setter,
+        setter_arguments,
+    )
+    from eepass.codegen.cuda.driver import CELLS, checked
+
+    flags = torch.zeros(3, dtype=torch.bool, device="cuda")
+    ran = torch.zeros(1, dtype=torch.int32, device="cuda")
+    setter = conditional_setter()
+    context = checked("context", driver.cuCtxGetCurrent())
+    for when in MODES:
+        graph = checked("graph", driver.cuGraphCreate(0))
+        handle = checked("handle", driver.cuGraphConditionalHandleCreate(graph, context, 0, 0))
+        node = driver.CUDA_KERNEL_NODE_PARAMS()
+        node.func = setter.function.handle
+        node.gridDimX = node.gridDimY = node.gridDimZ = 1
+        node.blockDimX = node.blockDimY = node.blockDimZ = 1
+        given = setter_arguments(int(handle), flags, when)
+        node.kernelParams = (given, tuple(CELLS[kind] for kind in PARAMETERS))
+        first = checked("setter", driver.cuGraphAddKernelNode(graph, [], 0, node))
+        branch = driver.CUgraphNodeParams()
+        branch.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        branch.conditional.handle = handle
+        branch.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        branch.conditional.size = 1
+        branch.conditional.ctx = context
+        add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
+        checked("node", add(graph, [first], None, 1, branch))
+        body = branch.conditional.phGraph_out[0]
+        written = driver.CUDA_MEMSET_NODE_PARAMS()
+        written.dst, written.value, written.elementSize = ran.data_ptr(), 1, 4
+        written.width = written.height = 1
+        checked("body", driver.cuGraphAddMemsetNode(body, [], 0, written, context))
+        executable = checked("instance", driver.cuGraphInstantiate(graph, 0))
+        for values in ((0, 0, 0), (0, 1, 0), (1, 1, 1)):
+            flags.copy_(torch.tensor(values, dtype=torch.bool))
+            ran.zero_()
+            stream = driver.CUstream(torch.cuda.current_stream().cuda_stream)
+            checked("launch", driver.cuGraphLaunch(executable, stream))
+            wanted = {"any": any, "all": all}[when.removeprefix("not ").replace("none", "any")]
+            negated = when.startswith("no")
+            assert ran.item() == int(wanted(values) != negated), (when, values)
