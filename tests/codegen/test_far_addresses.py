@@ -19,7 +19,7 @@ def memory():
 
 
 def far(memory, rows):
-    """Values of ``rows`` [N <= 4, M], int8 or of two bytes, with ``APART`` elements between them."""
+    """Values of ``rows`` [N <= 4, M], of one or two bytes, with ``APART`` elements between."""
     whole = torch.frombuffer(memory, dtype=rows.dtype)
     spread = whole.as_strided(rows.shape, (APART, 1))
     spread.copy_(rows)
