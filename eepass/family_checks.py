@@ -182,7 +182,7 @@ class ForcedExits:
             row = asked[0]
             self.left.append(self.decoder.logits(hidden[:, row : row + 1])[0, 0])
             answers[row] = int(self.left[-1].argmax())
-        return Found(answers, hidden[0]), state
+        return Found(answers, hidden), state
 
 
 def greedy_differs(decoder: Decoder, reference: Reference) -> str:

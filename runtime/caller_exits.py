@@ -74,7 +74,7 @@ class CallerExits:
             return None, state
         if self.full is None:
             return self._among_hot(seen[0][: self.batch]), state
-        (logits,) = self.full(found.z[None, : self.batch])
+        (logits,) = self.full(found.z[:, : self.batch])
         answers = logits[0].argmax(-1)
         if not bool((answers[:, None] == state.drafts).any(-1).all()):
             # the hot vocabulary was sure, the whole one knows better

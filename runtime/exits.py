@@ -20,7 +20,7 @@ Choose = Callable[[Tensor], Tensor]
 
 
 class Found(NamedTuple):
-    """What an exit point says of R rows: the answers it knows by row, and all states [R, H]."""
+    """What an exit point says of R rows: the answers it knows by row, and states [1, >= R, H]."""
 
     answers: dict[int, int]
     z: Tensor
@@ -101,13 +101,19 @@ class Exits:
     ) -> tuple[Found, RowState]:
         """Ask some rows of hidden [1, R, H] after ``layer``; ``choose`` replaces the argmax."""
         began = perf_counter()
-        rows, hidden = hidden.shape[1], _padded(hidden, 1)
-        bound = self._for(hidden.shape[1])
-        given = (_padded(tensor, 0) for tensor in state)
-        chances, previous, z = bound.predict(layer)(hidden, *given)[:3]
-        previous = previous[:rows]
+        rows, (drafts, previous) = hidden.shape[1], state
+        # mostly one row: each operation on tensors that need not be is a tenth of the call
+        odd = rows not in ROW_COUNTS
+        if odd:
+            hidden, drafts, previous = (
+                _padded(hidden, 1), _padded(drafts, 0), _padded(previous, 0)
+            )  # fmt: skip
+        predict = self._for(hidden.shape[1]).predict(layer)
+        chances, previous, z, *_ = predict(hidden, drafts, previous)
+        if odd:
+            previous = previous[:rows]
         limit = self.thresholds[layer]
-        chance = chances.tolist()
+        chance = (chances.item(),) if rows == 1 else chances.tolist()
         wanted = [row for row in asked if chance[row] > limit]
         statistics.predictors_run += len(asked)
         ended = perf_counter()
@@ -122,7 +128,7 @@ class Exits:
             statistics.wanted += len(wanted)
             statistics.refused += len(wanted) - len(answers)
             statistics.verify_seconds += perf_counter() - ended
-        return Found(answers, z[0]), state
+        return Found(answers, z), state
 
     def _answers(self, layer: int, z: Tensor, state: RowState, choose: Choose | None) -> Tensor:
         if layer == self.plan.draft_layer and self.plan.verify == "hot" and choose is None:

@@ -291,7 +291,7 @@ class Verification:
         for index, answer in found.answers.items():
             at = self._rows[index]
             at.part.answers[at.node] = answer
-            at.part.z[at.node] = found.z[index]
+            at.part.z[at.node] = found.z[0, index]
         if found.answers:
             self._leave({self._rows[index].part for index in found.answers}, boundary)
 

@@ -146,7 +146,7 @@ class ForcedExits:
     ) -> tuple[Found, RowState]:
         wanted = self.turn < len(self.orders) and self.orders[self.turn] == layer
         answers = {asked[0]: self.answers[self.turn]} if wanted else {}
-        return Found(answers, hidden[0]), state
+        return Found(answers, hidden), state
 
 
 def tiny_tokenizer() -> Any:

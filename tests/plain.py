@@ -96,4 +96,4 @@ class RandomExits:
                     answers[row] = self.plain.next_token(rows[row])
                 else:
                     answers[row] = self.random.randint(3, VOCABULARY - 1)
-        return Found(answers, hidden[0]), state
+        return Found(answers, hidden), state
