@@ -37,9 +37,10 @@ FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
     ours.draft_topk.default, ours.fill_kv.default,
 }  # fmt: skip
+# what costs a fused graph nothing to speak of
 VIEWS = {
-    operator.getitem, aten.select.int, aten.unsqueeze.default, aten.squeeze.dim, aten.view.default,
-    aten.slice.Tensor, aten.reshape.default,
+    operator.getitem, aten.new_zeros.default, aten.select.int, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.view.default, aten.slice.Tensor, aten.reshape.default,
 }  # fmt: skip
 # rows whose logits the kernel takes in one reading of the head
 MOST_ROWS = 32

