@@ -31,18 +31,25 @@ def random(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     return torch.randn(shape, dtype=dtype) * (shape[-1] ** -0.5 if shape else 1)
 
 
-def exit_arguments(hidden: int, rank: int, vocabulary: int, k: int = 4) -> list[Any]:
-    translator = (None,) * 3
+def exit_arguments(hidden: int, rank: int, vocabulary: int, rows: int = 1) -> list[Any]:
+    k, translator = 4, (None,) * 3
     if rank:
         translator = (torch.ones_like(random(hidden)), random(rank, hidden), random(hidden, rank))
     floats = torch.float32
     return [
-        random(1, hidden) * hidden**0.5, *translator, random(hidden), None,
-        random(vocabulary, hidden), None, None, torch.randint(vocabulary, (1, k)),
-        torch.rand(1, k), random(512, 3 * k, dtype=floats),
-        random(512, dtype=floats), random(512, dtype=floats), random(1, dtype=floats),
-        torch.tensor([0.5]), "rms", 1e-5, 0.0, 1.0, 0.0,
+        random(rows, hidden) * hidden**0.5, *translator, random(hidden), None,
+        random(vocabulary, hidden), None, None, torch.randint(vocabulary, (rows, k)),
+        torch.rand(rows, k), random(512, 3 * k, dtype=floats), random(512, dtype=floats),
+        random(512, dtype=floats), random(1, dtype=floats), torch.tensor([0.5]), "rms", 1e-5, 0.0,
+        1.0, 0.0,
     ]  # fmt: skip
+
+
+def path_arguments(hidden: int, vocabulary: int) -> list[Any]:
+    """A tree of eight nodes, four paths from its root."""
+    arguments = exit_arguments(hidden, 0, vocabulary, rows=8)
+    paths = [[0, 1, 4, -1], [0, 1, 5, 7], [0, 2, 6, -1], [0, 3, -1, -1]]
+    return [*arguments[:16], torch.tensor(paths), *arguments[16:]]
 
 
 def verify_arguments(hidden: int, vocabulary: int) -> list[Any]:
@@ -80,7 +87,13 @@ def cases(
     hidden: int, vocabularies: Sequence[int]
 ) -> dict[str, tuple[Any, Callable[..., Any], Callable[[], list[Any]]]]:
     """Name -> kernel module, eager definition, arguments; ``vocabularies``: hot, whole, large."""
-    from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, verify_head
+    from eepass.codegen.kernels import (
+        draft_topk,
+        exit_predictor,
+        fill_kv,
+        path_predictor,
+        verify_head,
+    )
 
     hot, whole, large = vocabularies
     return {
@@ -89,6 +102,9 @@ def cases(
         ),
         "exit_predictor, rank 128": (
             exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 128, whole),
+        ),
+        "path_predictor, 8 nodes": (
+            path_predictor, fused_ops.path_predictor, lambda: path_arguments(hidden, whole),
         ),
         f"verify_head, {whole}": (
             verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, whole),
