@@ -64,10 +64,10 @@ def write_folder(
     that was there is replaced.
     Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
     """
-    target = Path(out).resolve()
-    sizes = _checked(loaded, target, rows)
     for gpu in gpus:
         capability_of(gpu, "--gpu")
+    target = Path(out).resolve()
+    sizes = _checked(loaded, target, rows)
     trained = None if artifact is None else load_artifact(Path(artifact))
     if trained is not None:
         refuse_other_model(trained, loaded.model, "artifact")

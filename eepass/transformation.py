@@ -110,15 +110,15 @@ class EarlyExitModel:
         head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
-        # what fused predictors read; the others count on the plan
-        device = tensors["hot.ids"].device
-        tensors |= {name: t.to(device) for name, t in plan.threshold_tensors().items()}
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
             return self.pieces_for(config, plan, every, rows)
 
         self.plan = plan
+        # what fused predictors read; the others count on the plan
+        device = tensors["hot.ids"].device
+        tensors |= {name: t.to(device) for name, t in plan.threshold_tensors().items()}
         return Exits(self.decoder, plan, pieces, tensors), tensors
 
     def _traced_pieces(
