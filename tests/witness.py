@@ -10,6 +10,8 @@ ROOT = Path(__file__).parents[1]
 # loads a folder and answers; prints what it said and what a mere loader may not have done
 WITNESS = """
 import json, os, sys
+# with bindings to CUDA there, its import asks ldconfig
+import torch
 events = []
 def watch(event, args):
     if event in ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork"):
