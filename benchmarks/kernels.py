@@ -180,7 +180,8 @@ def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
 def bytes_of(kernel: Any, arguments: list[Any]) -> int:
     from eepass.codegen.kernels.launch import Scratch
 
-    return sum(launch.bytes for launch in kernel.launches(*arguments, Scratch(arguments[0]))[0])
+    made, _ = kernel.launches(*arguments, scratch=Scratch(arguments[0]))
+    return sum(launch.bytes for launch in made)
 
 
 def check(name: str, kernel: Any, eager: Callable[..., Any], make: Any) -> dict[str, Any]:

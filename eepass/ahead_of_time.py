@@ -180,15 +180,15 @@ def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:
         form = read_kv_fill(split.kv_fills[-1], split.tensors)
     except PassError as error:
         return None, str(error)
-    outputs = [
+    keys, values = (
         split.tensors[name].shape[1 if form.transposed else 0]
         for name in (form.key_weight, form.value_weight)
-    ]
+    )
     layers, fill = max(len(split.layers) - first_exit, 1), split.kv_fills[-1]
     placeholders = fill.graph.graph.find_nodes(op="placeholder")
     dtypes = {r.name: n.meta["val"].dtype for n, r in zip(placeholders, fill.inputs, strict=True)}
     turns = dtypes.get(form.cos, torch.float32)
-    return KvSizes(layers, split.cache_length, form, *outputs, turns), ""
+    return KvSizes(layers, split.cache_length, form, keys, values, turns), ""
 
 
 def _refuse_without_triton() -> None:

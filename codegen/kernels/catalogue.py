@@ -113,9 +113,9 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
     forms = {"lens": lens, **({"translated": translator} if rank else {})}
     for name, to_state in forms.items():
         asked = (boundary, *to_state, *norms, *head(sizes.vocabulary), ids(rows, drafts), *mlp)
-        predictor = exit_predictor.launches(*asked, *form, *logit_form, scratch)
+        predictor = exit_predictor.launches(*asked, *form, *logit_form, scratch=scratch)
         yield f"exit_predictor.{name}", predictor[0]
-    paths = path_predictor.launches(*asked, ids(rows, 8), *form, *logit_form, scratch)
+    paths = path_predictor.launches(*asked, ids(rows, 8), *form, *logit_form, scratch=scratch)
     yield "path_predictor", paths[0][-1:]
 
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
@@ -126,19 +126,22 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
         norm_forms = {"": (*norms, *form), ".normed": (None, None, "none", 0.0, 0.0)}
         for suffix, (weight, bias, *norm) in norm_forms.items():
             told = (boundary, *lens, weight, bias, *asked, *norm, *logit_form)
-            yield f"verify_head.{name}{suffix}", verify_head.launches(*told, False, scratch)[0]
+            yield (
+                f"verify_head.{name}{suffix}",
+                verify_head.launches(*told, False, scratch=scratch)[0],
+            )
         if name == "full":
             # the model's own logits, as the compiler of its head has them: raw, for any draft
             told = (boundary, *lens, None, None, *head(size), None, ids(rows, 1))
-            told = (*told, "none", 0.0, 0.0, 1.0, 0.0, True, scratch)
-            yield "verify_head.logits", verify_head.launches(*told)[0]
+            told = (*told, "none", 0.0, 0.0, 1.0, 0.0, True)
+            yield "verify_head.logits", verify_head.launches(*told, scratch=scratch)[0]
     size = sizes.hot or sizes.vocabulary
     names = ids(size) if sizes.hot else None
     scored: tuple[Any, ...] = (boundary, *head(size), names, drafts, *logit_form)
-    yield "draft_topk", draft_topk.launches(*scored, scratch)[0]
+    yield "draft_topk", draft_topk.launches(*scored, scratch=scratch)[0]
 
     if (kv := sizes.kv) is not None:
-        yield "fill_kv", fill_kv.launches(*_fill_arguments(boundary, kv), scratch)[0]
+        yield "fill_kv", fill_kv.launches(*_fill_arguments(boundary, kv), scratch=scratch)[0]
 
 
 def _fill_arguments(boundary: Tensor, kv: KvSizes) -> tuple[Any, ...]:

@@ -103,8 +103,8 @@ def _merge_kernel(
 
 def launches(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
-    hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float, scratch: Scratch,
-    given: Mapping[str, Tensor] | None = None,
+    hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
+    *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``draft_topk`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary = len(z), lm_head.shape[0]
@@ -136,6 +136,6 @@ def launches(
 
 def draft_topk(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::draft_topk``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments, Scratch(arguments[0]))
+    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -208,7 +208,7 @@ def launches(
     draft_ids: Tensor, previous: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    scratch: Scratch, given: Mapping[str, Tensor] | None = None,
+    *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``exit_predictor`` launches, and its outputs (``given``, or new) once that has run."""
     flat = scratch.flat
@@ -262,6 +262,6 @@ def launches(
 
 def exit_predictor(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::exit_predictor``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments, Scratch(arguments[0]))
+    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

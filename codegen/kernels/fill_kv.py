@@ -225,7 +225,7 @@ def launches(
     keys: Sequence[Tensor], values: Sequence[Tensor],
     cos: Tensor | None, sin: Tensor | None, slots: Tensor,
     norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
-    scratch: Scratch, table: Tensor | None = None,
+    *, scratch: Scratch, table: Tensor | None = None,
 ) -> tuple[list[Launch], tuple[()]]:  # fmt: skip
     """What ``fill_kv`` launches; a ``table`` kept from ``pointer_table`` spares making it."""
     tensors = (
@@ -293,4 +293,4 @@ def _refuse_odd(
 
 def fill_kv(*arguments: Any) -> None:
     """``eepass::fill_kv``; see its definition in ``eepass.fused_ops``."""
-    run(launches(*arguments, Scratch(arguments[0]))[0])
+    run(launches(*arguments, scratch=Scratch(arguments[0]))[0])

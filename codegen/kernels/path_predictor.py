@@ -34,12 +34,11 @@ def _path_kernel(
 
 
 def launches(
-    *arguments: Any, given: Mapping[str, Tensor] | None = None
+    *arguments: Any, scratch: Scratch, given: Mapping[str, Tensor] | None = None
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:
-    """What ``path_predictor`` launches, and its outputs (``given``, or new) once that has run; the
-    last of ``arguments`` is the scratch memory."""
+    """What ``path_predictor`` launches, and its outputs (``given``, or new) once that has run."""
     *predictor, paths = arguments[:17]
-    scratch, (rows, hidden_size) = arguments[-1], predictor[0].shape
+    rows, hidden_size = predictor[0].shape
     path, node, probabilities, z, exits = outputs_of(
         predictor[0], given, path=((len(paths),), torch.float32), node=((rows,), torch.float32),
         probabilities=(tuple(predictor[9].shape), torch.float32),
@@ -49,7 +48,7 @@ def launches(
         "probability": node, "probabilities": probabilities, "z": z,
         "exits": scratch.empty(rows, dtype=torch.bool),
     }  # fmt: skip
-    made, _ = exit_predictor.launches(*predictor, *arguments[17:], given=nodes)
+    made, _ = exit_predictor.launches(*predictor, *arguments[17:], scratch=scratch, given=nodes)
     to_path = {
         "node_ptr": node, "paths_ptr": scratch.flat(paths), "threshold_ptr": predictor[15],
         "path_ptr": path, "exits_ptr": exits.view(torch.uint8), "depth": paths.shape[1],
@@ -61,6 +60,6 @@ def launches(
 
 def path_predictor(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::path_predictor``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments, Scratch(arguments[0]))
+    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -58,12 +58,12 @@ def unregister_kernels(key: str = "CUDA") -> None:
 def workspace_bytes(name: str, *arguments: Any) -> int:
     """Bytes of workspace that ``eepass::<name>.into`` wants for ``arguments``."""
     scratch = Scratch(arguments[0])
-    LAUNCHES[name](*arguments, scratch)
+    LAUNCHES[name](*arguments, scratch=scratch)
     return scratch.bytes
 
 
 def _call(launches: Callable[..., Any], ready: Ready | None, *arguments: Any) -> Any:
-    made, outputs = launches(*arguments, Scratch(arguments[0]))
+    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made, ready)
     return outputs or None
 
@@ -75,10 +75,11 @@ def _call_into(
     workspace: Tensor,
     **buffers: Tensor,
 ) -> None:
-    made, _ = launches(*arguments, Scratch(arguments[0], workspace), given=buffers)
+    made, _ = launches(*arguments, scratch=Scratch(arguments[0], workspace), given=buffers)
     run(made, ready)
 
 
 def _fill_from_table(ready: Ready | None, *arguments: Any) -> None:
     *given, table = arguments
-    run(fill_kv.launches(*given, Scratch(arguments[0]), table=table)[0], ready)
+    made, _ = fill_kv.launches(*given, scratch=Scratch(arguments[0]), table=table)
+    run(made, ready)

@@ -71,7 +71,7 @@ def launches(
     lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, draft_ids: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    want_logits: bool, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
+    want_logits: bool, *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``verify_head`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary, drafts = len(hidden), lm_head.shape[0], draft_ids.shape[1]
@@ -104,6 +104,6 @@ def launches(
 
 def verify_head(*arguments: Any) -> tuple[Tensor, ...]:
     """``eepass::verify_head``; see its definition in ``eepass.fused_ops``."""
-    made, outputs = launches(*arguments, Scratch(arguments[0]))
+    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -164,7 +164,7 @@ def test_compiled_kernels_say_what_the_just_compiled_ones_do(tmp_path):
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
-    made, _ = exit_predictor.launches(*arguments, Scratch(arguments[0]))
+    made, _ = exit_predictor.launches(*arguments, scratch=Scratch(arguments[0]))
     compiled = [compile_launch(launch, capability) for launch in made]
     write_kernels(tmp_path, capability, compiled, sources(), {})
     expected = [x.clone() for x in torch.ops.eepass.exit_predictor(*arguments)]
