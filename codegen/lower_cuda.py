@@ -19,7 +19,12 @@ from eepass.codegen.lower_linear import lower_logits
 
 # products of one row become kernels that read weights at full width; launches are captured by the
 # runtime, so no graphs here
-SETTINGS = {"coordinate_descent_tuning": True, "triton.cudagraphs": False}
+SETTINGS = {
+    "coordinate_descent_tuning": True,
+    "triton.cudagraphs": False,
+    # for graphs before ATen; ours are past that
+    "use_pre_grad_passes": False,
+}
 
 
 class CudaCompiler(ByStructure):

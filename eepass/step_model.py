@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
@@ -61,8 +61,8 @@ class StepModel:
         self.config: ExitConfig | None = None
         self.plan: ExitPlan | None = None
         self.engine: StepEngine | Engine = model.dense
-        self._report: Any = None
-        self._made: Any = None
+        self._report: Callable[[], LaunchReport] | None = None
+        self._made: StepEngine | None = None
         self._notes: tuple[str, ...] = ()
         self._dense: StepEngine | None = None
 
@@ -89,7 +89,7 @@ class StepModel:
             raise InputError(f"force={force}: from 1 to {layers}, and not dense")
         if not dense and force is None and _for_the_engine(config):
             return self._use_engine(config)
-        self.close()
+        self._drop()
         exits = None
         self._notes = ()
         options = self._options(config)
@@ -97,29 +97,22 @@ class StepModel:
             if self.artifact is None:
                 without_artifact(config, False)
             exits, options = self._exits(config, options)
-        with self.on_device():
-            self.engine, self._report = make_engine(
-                self.decoder,
-                exits,
-                replace(options, force=force),
-                self.launching,
-                getattr(self.model.compiler, "fuse", None),
-                self.debug,
-            )
-        self._made, self.config = self.engine, config
+        self._made, self._report = self._make(exits, replace(options, force=force))
+        self.engine, self.config = self._made, config
         return self.engine
 
     @property
     def dense(self) -> StepEngine:
         """The same steps without exits, over the same weights and cache."""
         if self._dense is None:
-            options = self._options(ExitConfig().approximate())
-            with self.on_device():
-                self._dense, _ = make_engine(
-                    self.decoder, None, options, self.launching,
-                    getattr(self.model.compiler, "fuse", None), self.debug,
-                )  # fmt: skip
+            self._dense, _ = self._make(None, self._options(ExitConfig().approximate()))
         return self._dense
+
+    def _make(
+        self, exits: ExitPoints | None, options: StepOptions
+    ) -> tuple[StepEngine, Callable[[], LaunchReport]]:
+        fuse = getattr(self.model.compiler, "fuse", None)
+        return make_engine(self.decoder, exits, options, self.launching, fuse, self.debug)
 
     @property
     def launch_report(self) -> LaunchReport:
@@ -127,7 +120,7 @@ class StepModel:
         if self._report is None:
             reason = "exact answers and several tokens a pass go layer by layer"
             return LaunchReport("engine", reason, (), self.decoder.buckets, 0, 0.0, ())
-        report: LaunchReport = self._report()
+        report = self._report()
         report.missing = (*report.missing, *self._notes)
         return report
 
@@ -142,7 +135,9 @@ class StepModel:
         engine, sampling = self.engine, sampling or Sampling()
         if isinstance(engine, StepEngine):
             if sampling != Sampling(seed=sampling.seed):
-                raise InputError("steps decode greedily: for sampling leave launch= and device= out")
+                raise InputError(
+                    "steps decode greedily: for sampling leave launch= and device= out"
+                )
             return engine.generate(list(ids), max_new_tokens)
         return self._through_engine(engine, list(ids), max_new_tokens, sampling)
 
@@ -166,7 +161,13 @@ class StepModel:
 
     def close(self) -> None:
         """Give back what was captured; ``configure`` makes it anew."""
-        if isinstance(self._made, StepEngine):
+        self._drop()
+        if self._dense is not None:
+            self._dense.close()
+            self._dense = None
+
+    def _drop(self) -> None:
+        if self._made is not None:
             self._made.close()
         self._made, self.engine, self._report = None, self.model.dense, None
 
@@ -221,7 +222,7 @@ class StepModel:
         return fused
 
     def _use_engine(self, config: ExitConfig) -> Engine:
-        self.close()
+        self._drop()
         with torch.no_grad(), self.on_device():
             engine = self.model.configure(config)
         self.engine, self.config, self.plan = engine, config, self.model.plan
@@ -263,10 +264,9 @@ def step_model(
             raise InputError(
                 f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
             )
-        with torch.no_grad():
-            early = EarlyExitModel(
-                splits, report, stop, artifact, compiler=_cuda_compiler() if cuda else None
-            )
+    compiler = _cuda_compiler() if cuda else None
+    with torch.no_grad():
+        early = EarlyExitModel(splits, report, stop, artifact, compiler=compiler)
     made = StepModel(early, launching, debug)
     made.configure(config)
     return made
@@ -292,4 +292,3 @@ def _cuda_compiler() -> Any:
     from eepass.codegen.lower_cuda import CudaCompiler
 
     return CudaCompiler()
-

@@ -254,8 +254,8 @@ def transform(
     artefact). ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without),
     "host" (segment by segment), "interpret" (on a CPU, mistrusting every launch), "auto" (the best
     there is). ``debug``: assert at each step that nothing has moved since it was captured.
-    Raises ``InputError`` for a model or artefact that does not fit, with the reason, ``EngineError``
-    for a device or launch mode that is not to be had.
+    Raises ``InputError`` for a model or artefact that does not fit, with the reason;
+    ``EngineError`` for a device or launch mode that is not to be had.
     """
     steps = device is not None or launch is not None
     if steps and (dump is not None or draft_model is not None):

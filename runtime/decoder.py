@@ -96,13 +96,16 @@ class Decoder:
         rows: Sequence[Row],
         end: int,
         on_layer: Callable[[int, Tensor], None] | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Run ``tokens`` through all layers where ``rows`` say; last boundary [1, n, H], n their
         number.
 
         ``end``: as for ``place``. ``on_layer(layer, hidden)`` sees each boundary [1, n, H].
+        ``size``: the bucket to run in, the smallest that fits by default.
         """
-        count, size = len(tokens), self.bucket(len(tokens))
+        count = len(tokens)
+        size = self.bucket(count) if size is None else size
         place = self.place(rows, size, end)
         last = rows[-1].position
         positions = [row.position for row in rows]

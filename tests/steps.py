@@ -18,8 +18,8 @@ BUCKETS = (1, 2, 4, 8)
 
 
 class OrderedExits:
-    """In step t the predictors at ``wanted[t]`` want to leave; verification says ``answers[t]``, and
-    that it is known where the layer is at least ``known[t]``."""
+    """In step t the predictors at ``wanted[t]`` want to leave; verification says ``answers[t]``,
+    and that it is known where the layer is at least ``known[t]``."""
 
     def __init__(self, layers, wanted, answers, known):
         self.plan = SimpleNamespace(draft_layer=1, draft_tokens=2)

@@ -5,8 +5,8 @@
     [go]  segment for so many rows,          after each; [fill] keys and values, if they do not wait
     [need] head, commit
 
-The window's rows stand newest first, so a segment over few rows takes the first ones of each buffer:
-one address whatever their number.
+The window's rows stand newest first, so a segment over few rows takes the first ones of each
+buffer: one address whatever their number.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ Fuse = Callable[[Callable[..., None]], Callable[..., None]]
 @dataclass(frozen=True, slots=True)
 class StepOptions:
     """How a step decodes. ``pending``: tokens that may wait; ``buckets``: row counts of segments
-    behind exits, rising; ``ranking`` with ``always``: as ``PredictorSchedule`` (empty: all exits are
-    always asked); ``force``: every token leaves after so many layers, saying what the whole head
+    behind exits, rising; ``ranking`` with ``always``: as ``PredictorSchedule`` (empty: all exits
+    are always asked); ``force``: every token leaves after so many layers, saying what the head
     says there; ``stop``: end tokens; ``verify``: always, or where a predictor wants to leave;
     ``one_size``: only the largest row count, masked."""
 
@@ -142,6 +142,8 @@ class _Builder:
         self._add(
             "fixed", self._tensor([n in fixed for n in range(layers + 1)], torch.bool), "kept"
         )
+        # a number of the host's would be sent to the device when it is used
+        self._add("scratch", self._zeros(1) + decoder.kv.scratch, "kept")
         self._add("starts", self._tensor(self.cuts[:-1]), "kept")
         self._add("buckets", self._tensor([[0, *self.buckets[:-1]], self.buckets]), "kept")
 
@@ -251,7 +253,7 @@ class _Builder:
         kept = [name for name in tables.tables if name in tables.by_token]
 
         def embed(b: Buffers) -> None:
-            slots = torch.where(b["run"], b["rows@1"], decoder.kv.scratch)
+            slots = torch.where(b["run"], b["rows@1"], b["scratch"])
             made = decoder.embed(b["token"][None], b["rows@1"][None], slots)
             hidden = b["hidden@1"]
             hidden.copy_(torch.where(b["run"], made, hidden))
@@ -262,7 +264,7 @@ class _Builder:
                 b[f"side {name}"].copy_(value)
 
         stored = tuple(f"table {name}" for name in kept)
-        reads = ("token", "rows@1", "run", "hidden@1", *stored)
+        reads = ("token", "rows@1", "run", "scratch", "hidden@1", *stored)
         names = tuple(f"side {name}" for name in tables.tables)
         return [
             Launch("embed", embed, reads, ("hidden@1", *stored)),
@@ -315,7 +317,7 @@ class _Builder:
         blank = self.options.kv == "drop"
 
         def run(b: Buffers) -> None:
-            slots = torch.where(b[f"fill.{index}"], b["rows@1"], decoder.kv.scratch)
+            slots = torch.where(b[f"fill.{index}"], b["rows@1"], b["scratch"])
             place = Place(slots, {name: b[f"side {name}@1"] for name in names})
             for layer in range(start, end):
                 if blank:
@@ -325,7 +327,7 @@ class _Builder:
 
         sides = tuple(f"side {name}@1" for name in names)
         cache = self._cache_names(start, end)
-        reads = ("hidden@1", "rows@1", f"fill.{index}", *sides, *cache)
+        reads = ("hidden@1", "rows@1", "scratch", f"fill.{index}", *sides, *cache)
         return Launch(f"fill {start}–{end}", run, reads, cache)
 
     def _cache_names(self, start: int, end: int) -> tuple[str, ...]:
@@ -371,9 +373,7 @@ class _Builder:
             accept(token, known, *(b[name] for name in (*where, *found)))
 
         reads = ("hidden@1", "drafts", "previous", ask, "counters")
-        check = Launch(
-            f"verify {layer}", verify, ("z", "drafts", *where, *found), found
-        )
+        check = Launch(f"verify {layer}", verify, ("z", "drafts", *where, *found), found)
         ask_it = Launch(f"predict {layer}", predict, reads, ("z", "previous", "want", "counters"))
         wanted = self.options.verify == "wanted"
         return Conditional(ask, (ask_it, Conditional("want", (check,)) if wanted else check))

@@ -75,9 +75,7 @@ class ConditionalGraph:
         self.root = checked("cuGraphCreate", self.driver.cuGraphCreate(0))
         self.chain = Chain(self, self.root)
         self._context = checked("cuCtxGetCurrent", self.driver.cuCtxGetCurrent())
-        module = checked(
-            "cuModuleLoadData", self.driver.cuModuleLoadData(SETTER.encode() + b"\0")
-        )
+        module = checked("cuModuleLoadData", self.driver.cuModuleLoadData(SETTER.encode() + b"\0"))
         self._setter = checked(
             "cuModuleGetFunction", self.driver.cuModuleGetFunction(module, ENTRY)
         )

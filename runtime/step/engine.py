@@ -36,15 +36,22 @@ class Executor(Protocol):
 class StepEngine:
     """Decodes one sequence at a time over ``step``; tokens that leave early are committed at once.
 
+    ``prompt_rows``: prompts go in passes of so many rows, padded (the fewest that fit if None).
     ``in_flight``: steps launched before the first of them is read. What was launched after a stop
     token is dropped; it takes waiting tokens through the deeper layers and does nothing else.
     """
 
     def __init__(
-        self, decoder: Decoder, step: Step, executor: Executor, outbox: Outbox, in_flight: int = 2
+        self,
+        decoder: Decoder,
+        step: Step,
+        executor: Executor,
+        outbox: Outbox,
+        in_flight: int = 2,
+        prompt_rows: int | None = None,
     ) -> None:
         self.decoder, self.step, self.executor, self.outbox = decoder, step, executor, outbox
-        self.in_flight = in_flight
+        self.in_flight, self.prompt_rows = in_flight, prompt_rows
         self.steps = 0
         self._seconds = 0.0
 
@@ -171,7 +178,7 @@ class StepEngine:
         for start in range(0, len(ids), largest):
             chunk = ids[start : start + largest]
             rows = [Row(0, at, at) for at in range(start, start + len(chunk))]
-            hidden = decoder.forward(chunk, rows, decoder.capacity)
+            hidden = decoder.forward(chunk, rows, decoder.capacity, size=self.prompt_rows)
         return hidden[:, -1:]
 
     def _launch(self) -> None:

@@ -15,8 +15,8 @@ from eepass.runtime.decoder import Decoder
 class ExitPoints:
     """What one row is asked where it may leave.
 
-    ``fused``: exit points as one operator each, in place of predictors and verification. ``tensors``
-    are the artefact's with ``hot.ids``, and the plan's thresholds where they are fused.
+    ``fused``: exit points as one operator each, in place of predictors and verification.
+    ``tensors`` are the artefact's with ``hot.ids``, and the plan's thresholds where they are fused.
     """
 
     def __init__(
@@ -39,8 +39,7 @@ class ExitPoints:
         asked = [hidden, drafts, previous]
         source: Any = fused if fused is not None else pieces
         self._predict = {
-            layer: decoder.bind(piece, tensors, asked)
-            for layer, piece in source.predictors.items()
+            layer: decoder.bind(piece, tensors, asked) for layer, piece in source.predictors.items()
         }
         told = asked[:2] if fused is not None else asked[:1]
         self._verify = decoder.bind(source.verify, tensors, told)

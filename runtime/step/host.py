@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, flag_writers

@@ -1,4 +1,4 @@
-"""Run a step on the CPU, mistrusting it: order, addresses, overlaps, undeclared reads and writes."""
+"""Run a step on the CPU, mistrusting it: order, addresses, overlaps, reads and writes."""
 
 from __future__ import annotations
 

@@ -33,6 +33,8 @@ class Launching:
     mode: Mode
     reason: str
     missing: tuple[str, ...] = ()
+    # nobody asked for this one: another will do
+    auto: bool = False
 
 
 @dataclass(slots=True)
@@ -103,7 +105,7 @@ def choose(launch: str, device: torch.device) -> Launching:
         return Launching(cast(Mode, launch), asked)
     if missing:
         return Launching("host", f"no conditional graph nodes: {missing}", (missing,))
-    return Launching("device", "conditional graph nodes are there")
+    return Launching("device", "conditional graph nodes are there", auto=True)
 
 
 def _missing(device: torch.device) -> str:
@@ -139,6 +141,10 @@ def make_engine(
         torch.cuda.empty_cache()
         raise EngineError(f"out of memory while capturing a step: {LOWER}") from error
     except CudaError as error:
+        if launching.auto:
+            why = f"a graph with IF nodes could not be made: {error}"
+            launching = Launching("host", why, (why,))
+            return make_engine(decoder, exits, options, launching, fuse, debug)
         raise EngineError(f"a step could not be captured ({error}): use launch='host'") from error
     taken = max(_reserved(decoder.device) - before, engine.step.nbytes)
 
@@ -189,6 +195,9 @@ def _engine(
         outbox = cuda.CudaOutbox(step["out"])
         # what warming up counted
         step["counters"].zero_()
+        # prompts of all lengths through one code, made now and not when the first one comes
+        decoder.prepare(decoder.buckets[-1])
+        return StepEngine(decoder, step, executor, outbox, prompt_rows=decoder.buckets[-1])
     return StepEngine(decoder, step, executor, outbox)
 
 

@@ -3,7 +3,9 @@
 The window holds the last R tokens, the newest in row 0; a row's ``depth`` is how many layers its
 token has been through. Tokens that left early are the rows after row 0 whose depth is not yet that
 of the model: a segment takes along every row whose depth is no more than where it starts, so the
-rows of a segment are always the first ones of the window. Slots that no token may write are scratch.
+rows of a segment are always the first ones of the window. Slots no token may write are scratch.
+
+Numbers come as tensors: in a captured launch nothing may be sent from the host.
 
 Shapes: R rows, S segments, B buckets of rows, L layers. All flags are bool.
 """
@@ -42,7 +44,7 @@ def begin(
     run.copy_(running)
     fresh = torch.cat([torch.zeros_like(depth[:1]), depth[:-1]])
     # without deferral nothing waits
-    now = torch.where(running, fresh, depth if pending >= 0 else layers)
+    now = torch.where(running, fresh, depth if pending >= 0 else torch.full_like(depth, layers))
     if count > 1:
         hidden.copy_(torch.where(running, hidden.roll(1, 1), hidden))
     depth.copy_(now)
@@ -79,7 +81,8 @@ def _place(slots: Tensor, rows: Tensor, alive: Tensor, scratch: int) -> None:
 def predicted(
     wants: Tensor, now: Tensor, ask: Tensor, previous: Tensor, want: Tensor, counters: Tensor
 ) -> None:
-    """Note what a predictor said where it was asked: ``wants`` [1], probabilities ``now`` [1, K]."""
+    """Note what a predictor said where it was asked: ``wants`` [1], probabilities ``now``
+    [1, K]."""
     want.copy_(ask & wants)
     previous.copy_(torch.where(ask, now, previous))
     _count(counters, "predictors_run", ask)
@@ -131,7 +134,7 @@ def _leave(
 
 def headed(token: Tensor, best: Tensor, need: Tensor, answer: Tensor, counters: Tensor) -> None:
     """The head's word, where it is needed: ``token`` [1] with logit ``best`` [1]."""
-    said = torch.where(torch.isfinite(best), token, NOT_FINITE)
+    said = torch.where(torch.isfinite(best), token, torch.full_like(token, NOT_FINITE))
     answer.copy_(torch.where(need, said, answer))
     _count(counters, "full_heads", need)
 
@@ -153,7 +156,8 @@ def commit(
     token.copy_(torch.where(run, answer.clamp_min(0), token))
     position.copy_(position + run.long())
     stopped.copy_(stopped | (run & (answer[:, None] == stop[None]).any(1)))
-    out.copy_(torch.cat([torch.where(run, answer, NOTHING), exit_layer]))
+    said = torch.where(run, answer, torch.full_like(answer, NOTHING))
+    out.copy_(torch.cat([said, exit_layer]))
 
 
 def _count(counters: Tensor, name: str, by: Tensor) -> None:

@@ -143,7 +143,10 @@ def test_a_weight_that_moves_is_found():
 def test_an_unsound_flag_is_read_in_the_order_of_the_step():
     """A flag set after its conditional is another step than one set before."""
     raise_flag = Launch("raise", write("flag", lambda b: b["x"][:1] > 0), ("x",), ("flag",))
-    for items, expected in (((raise_flag, DOUBLE, ADD, COPY), 3.0), ((DOUBLE, ADD, raise_flag, COPY), 2.0)):
+    for items, expected in (
+        ((raise_flag, DOUBLE, ADD, COPY), 3.0),
+        ((DOUBLE, ADD, raise_flag, COPY), 2.0),
+    ):
         step = small_step(items)
         step["x"].fill_(1.0)
         Interpreter(step).step()

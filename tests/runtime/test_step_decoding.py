@@ -79,7 +79,9 @@ def test_any_exits_are_those_of_plain_lists_and_the_cache_is_dense(decoder, plai
         plain, PROMPT, said[0].token, DEPTH, order["layers"], order["pending"], order["ranking"]
     )
     assert said[0].token == plain.next_token(PROMPT)
-    for step, *what in zip(said[1:], order["wanted"], order["answers"], order["known"], strict=True):
+    for step, *what in zip(
+        said[1:], order["wanted"], order["answers"], order["known"], strict=True
+    ):
         assert tuple(step) == expected.step(*what)
     statistics = engine.statistics
     assert {name: getattr(statistics, name) for name in expected.counts} == expected.counts
@@ -168,7 +170,9 @@ def test_deferral_is_what_keeps_the_cache_whole(decoder):
     caches = {}
     for kv in ("defer", "propagate", "drop"):
         exits = OrderedExits((1,), [{1}] * 6, [20, 21, 22, 23, 24, 25], [1] * 6)
-        ids = PROMPT + [step.token for step in engine_for(decoder, exits, kv=kv).generate(PROMPT, 7)]
+        ids = PROMPT + [
+            step.token for step in engine_for(decoder, exits, kv=kv).generate(PROMPT, 7)
+        ]
         caches[kv] = same_cache(decoder, ids[:-1])
     assert caches == {"defer": True, "propagate": False, "drop": False}
 

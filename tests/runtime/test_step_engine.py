@@ -186,7 +186,9 @@ def test_late_flags_are_waited_for_while_segments_run(decoder):
 
 
 def test_a_step_is_a_short_list(decoder):
-    step = build_step(decoder, OrderedExits((1, 2), [], [1], [1]), StepOptions(buckets=(1, 2, 4, 8)))
+    step = build_step(
+        decoder, OrderedExits((1, 2), [], [1], [1]), StepOptions(buckets=(1, 2, 4, 8))
+    )
     assert len(names(step)) == len(set(names(step)))
     assert names(step)[:6] == ["begin", "embed", "sides", "layers 0–1, 1 row", "draft", "predict 1"]
     assert names(step)[-2:] == ["head", "commit"]
