@@ -264,7 +264,7 @@ def step_model(
             raise InputError(
                 f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
             )
-    compiler = _cuda_compiler() if cuda else None
+    compiler = _step_compiler() if cuda else None
     with torch.no_grad():
         early = EarlyExitModel(splits, report, stop, artifact, compiler=compiler)
     made = StepModel(early, launching, debug)
@@ -288,7 +288,7 @@ def _bytes_needed(model: Any, length: int, device: torch.device) -> int:
     return int(cache) if here else int(cache) + sum(p.nbytes for p in model.parameters())
 
 
-def _cuda_compiler() -> Any:
-    from eepass.codegen.lower_cuda import CudaCompiler
+def _step_compiler() -> Any:
+    from eepass.codegen.lower_step import StepCompiler
 
-    return CudaCompiler()
+    return StepCompiler()

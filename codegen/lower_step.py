@@ -1,4 +1,4 @@
-"""Compile pieces of a decoder for a CUDA device, once per structure."""
+"""Compile what a decode step launches for a CUDA device: pieces of a decoder, and updates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SETTINGS = {
 }
 
 
-class CudaCompiler(ByStructure):
+class StepCompiler(ByStructure):
     """As ``CpuCompiler``, through inductor's code for GPUs."""
 
     def __init__(self) -> None:
