@@ -64,6 +64,9 @@ class StepModel:
         self._report: Callable[[], LaunchReport] | None = None
         self._made: StepEngine | None = None
         self._notes: tuple[str, ...] = ()
+        # what the engine was made for: a step that draws is another one
+        self._draws = False
+        self._asked: dict[str, Any] = {}
         self._dense: StepEngine | None = None
 
     def configure(
@@ -81,6 +84,7 @@ class StepModel:
         the artefact does not hold, ``EngineError`` for what does not fit the device.
         """
         dense = dense or (config is None and force is None and self.artifact is None)
+        self._asked = {"dense": dense, "force": force}
         config = ExitConfig().approximate() if config is None else config
         # without exits and drafts an exact answer is a dense one
         dense = dense or (not config.exits and config.speculate in ("off", "lens"))
@@ -97,7 +101,8 @@ class StepModel:
             if self.artifact is None:
                 without_artifact(config, False)
             exits, options = self._exits(config, options)
-        self._made, self._report = self._make(exits, replace(options, force=force))
+        options = replace(options, force=force, draws=self._draws)
+        self._made, self._report = self._make(exits, options)
         self.engine, self.config = self._made, config
         return self.engine
 
@@ -107,6 +112,16 @@ class StepModel:
         if self._dense is None:
             self._dense, _ = self._make(None, self._options(ExitConfig().approximate()))
         return self._dense
+
+    def _drawing(self) -> StepEngine:
+        """The engine made anew, to draw: greedy steps need not sort logits."""
+        self._draws = True
+        try:
+            engine = self.configure(self.config, **self._asked)
+        finally:
+            self._draws = False
+        assert isinstance(engine, StepEngine)
+        return engine
 
     def _make(
         self, exits: ExitPoints | None, options: StepOptions
@@ -134,11 +149,9 @@ class StepModel:
         """Tokens after ``ids``, each with the layers it took."""
         engine, sampling = self.engine, sampling or Sampling()
         if isinstance(engine, StepEngine):
-            if sampling != Sampling(seed=sampling.seed):
-                raise InputError(
-                    "steps decode greedily: for sampling leave launch= and device= out"
-                )
-            return engine.generate(list(ids), max_new_tokens)
+            if not sampling.greedy and not engine.draws:
+                engine = self._drawing()
+            return engine.generate(list(ids), max_new_tokens, sampling)
         return self._through_engine(engine, list(ids), max_new_tokens, sampling)
 
     def generate(
@@ -192,7 +205,9 @@ class StepModel:
         with torch.no_grad(), self.on_device():
             pieces = self.model.pieces_for(config, plan, every, 1)
             plain = ExitPoints(decoder, plan, pieces, tensors)
-            fused = self._fused(plan, every) if decoder.device.type == "cuda" else None
+            # kernels keep logits to themselves, and drawing needs them
+            kernels_too = decoder.device.type == "cuda" and not self._draws
+            fused = self._fused(plan, every) if kernels_too else None
             exits = plain
             if fused is not None:
                 kernels = ExitPoints(decoder, plan, pieces, tensors, fused)
@@ -250,7 +265,10 @@ def step_model(
     Raises ``EngineError`` for a device, dtype or launch mode that is not to be had here, or too
     little memory, ``InputError`` for a model that does not fit.
     """
-    target = torch.device(device)
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={str(device)!r}: must be cpu or cuda") from error
     parameter = next(model.parameters())
     require_device(target, parameter.dtype)
     launching = choose(launch, target)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.side_inputs import Place
-from eepass.runtime.step import updates
+from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffer, Buffers, Conditional, Item, Launch, Step
 from eepass.runtime.step.exit_points import ExitPoints
 
@@ -36,7 +36,7 @@ class StepOptions:
     behind exits, rising; ``ranking`` with ``always``: as ``PredictorSchedule`` (empty: all exits
     are always asked); ``force``: every token leaves after so many layers, saying what the head
     says there; ``stop``: end tokens; ``verify``: always, or where a predictor wants to leave;
-    ``one_size``: only the largest row count, masked."""
+    ``one_size``: only the largest row count, masked; ``draws``: tokens may be drawn."""
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
     pending: int = 7
@@ -47,6 +47,7 @@ class StepOptions:
     stop: tuple[int, ...] = ()
     verify: Literal["wanted", "always"] = "wanted"
     one_size: bool = False
+    draws: bool = False
 
 
 def build_step(
@@ -87,6 +88,9 @@ class _Builder:
         # one code for all exits
         leaving = {"scratch": decoder.kv.scratch, "fills": options.kv != "defer"}
         self.note = fuse(updates.predicted)
+        self.draw = fuse(drawing.draw)
+        self.drawing = (*drawing.OPTIONS, "position") if options.draws else ()
+        self.drawn = ("drawn",) if options.draws else ()
         self.accept = fuse(partial(updates.verified, **leaving))
         self.leave = fuse(partial(updates.forced, **leaving))
 
@@ -180,6 +184,13 @@ class _Builder:
             self._add(name, self._zeros(1))
         k = self.exits.plan.draft_tokens if self.exits is not None else 1
         self._add("previous", self._zeros(1, k, dtype=torch.float32))
+        if self.options.draws:
+            for name in drawing.OPTIONS:
+                whole = name in ("top_k", "seed")
+                dtype = torch.long if whole else torch.float64
+                self._add(name, self._zeros(1, dtype=dtype), "kept")
+            self._add("drawn", self._zeros(1))
+            self._add("layer.head", self._zeros(1), "kept")
         if self.exits is not None and self.options.force is None:
             self._add("drafts", self._zeros(1, k))
             size = self.decoder.hidden_size
@@ -369,11 +380,16 @@ class _Builder:
         found = (*changed, "need", "answer", "counters")
 
         def verify(b: Buffers) -> None:
-            token, known = exits.verify(b["z"], b["drafts"])
+            if self.options.draws:
+                self._draw(b, exits.logits(b["z"]), number)
+                token, known = exits.named(b["drawn"], b["drafts"])
+            else:
+                token, known = exits.verify(b["z"], b["drafts"])
             accept(token, known, *(b[name] for name in (*where, *found)))
 
         reads = ("hidden@1", "drafts", "previous", ask, "counters")
-        check = Launch(f"verify {layer}", verify, ("z", "drafts", *where, *found), found)
+        checks = ("z", "drafts", *where, *found, *self.drawing)
+        check = Launch(f"verify {layer}", verify, checks, (*found, *self.drawn))
         ask_it = Launch(f"predict {layer}", predict, reads, ("z", "previous", "want", "counters"))
         wanted = self.options.verify == "wanted"
         return Conditional(ask, (ask_it, Conditional("want", (check,)) if wanted else check))
@@ -383,11 +399,20 @@ class _Builder:
         note = self.fuse(updates.headed)
 
         def run(b: Buffers) -> None:
-            best, token = decoder.logits(b["hidden@1"])[0].max(-1)
+            logits = decoder.logits(b["hidden@1"])[0]
+            best, token = logits.max(-1)
+            if self.options.draws:
+                self._draw(b, logits, "layer.head")
+                token = b["drawn"]
             note(token, best, b["need"], b["answer"], b["counters"])
 
         changed = ("answer", "counters")
-        return Conditional("need", (Launch("head", run, ("hidden@1", "need", *changed), changed),))
+        number = ("layer.head",) if self.options.draws else ()
+        reads = ("hidden@1", "need", *changed, *self.drawing, *number)
+        return Conditional("need", (Launch("head", run, reads, (*changed, *self.drawn)),))
+
+    def _draw(self, b: Buffers, logits: Tensor, salt: str) -> None:
+        self.draw(logits, *(b[name] for name in (*self.drawing, salt, *self.drawn)))
 
     def _commit(self) -> Launch:
         reads = ("run", "answer", "exit_layer", "stop")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Protocol
@@ -12,12 +12,15 @@ from torch import Tensor
 
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
+from eepass.runtime.sampling import Sampling
 from eepass.runtime.sequence import Step as Token
 from eepass.runtime.side_inputs import Row
 from eepass.runtime.statistics import Statistics
-from eepass.runtime.step import updates
+from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Step, StepError
 from eepass.runtime.step.tokens import Outbox
+
+GREEDY = Sampling()
 
 
 class Executor(Protocol):
@@ -55,15 +58,19 @@ class StepEngine:
         self.steps = 0
         self._seconds = 0.0
 
-    def generate(self, ids: Sequence[int], max_new_tokens: int) -> Iterator[Token]:
+    def generate(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[Token]:
         """Tokens after ``ids``; an end token of the step is the last one given.
+
+        Not greedy only where the step was built to draw.
 
         Raises ``EngineError`` for what does not fit and where the device fails.
         """
         ends = frozenset(self.step["stop"].tolist())
         if max_new_tokens < 1:
             return
-        with self._sequence(ids) as first:
+        with self._sequence(ids, sampling) as first:
             began = perf_counter()
             yield Token(first, self.decoder.num_layers)
             most = min(max_new_tokens - 1, self.decoder.capacity - len(ids))
@@ -89,7 +96,7 @@ class StepEngine:
     def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[Token]:
         """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
         found = []
-        with self._sequence(ids):
+        with self._sequence(ids, GREEDY):
             if len(ids) + len(answer) - 1 > self.decoder.capacity:
                 raise EngineError("the answer does not fit into the cache: raise max_length")
             given = torch.tensor(list(answer), device=self.decoder.device)
@@ -121,6 +128,11 @@ class StepEngine:
         self.step["counters"].zero_()
         self._seconds = 0.0
 
+    @property
+    def draws(self) -> bool:
+        """Whether tokens may be drawn."""
+        return "drawn" in self.step.buffers
+
     def catch_up(self) -> None:
         """Take what waits through all layers; keys and values are the dense ones then."""
         self.step["stopped"].fill_(True)
@@ -132,7 +144,7 @@ class StepEngine:
         self.executor.close()
 
     @contextmanager
-    def _sequence(self, ids: Sequence[int]) -> Iterator[int]:
+    def _sequence(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
         kv, room = self.decoder.kv, self.decoder.capacity
         if not ids:
             raise EngineError("the prompt is empty: give at least one token")
@@ -141,23 +153,34 @@ class StepEngine:
                 f"the prompt has {len(ids)} tokens, the cache room for {room}: "
                 "shorten it or raise max_length"
             )
+        if not sampling.greedy and not self.draws:
+            raise EngineError("this step decodes greedily: build one that draws")
+        values = drawing.option_values(sampling)
         # rows stand at their positions, so the sequence begins at slot 0
         if kv.allocate(room) is None:
             raise EngineError("the cache holds another sequence: let it end first")
         try:
             with torch.no_grad():
-                yield self._start(list(ids))
+                yield self._start(list(ids), values)
                 self.catch_up()
         finally:
             self.outbox.clear()
             kv.release(0)
 
-    def _start(self, ids: list[int]) -> int:
+    def _start(self, ids: list[int], values: Mapping[str, float]) -> int:
         """Run a prompt; its first token, which the next step takes up."""
         decoder, step = self.decoder, self.step
         with _failing():
             hidden = self._prefill(ids)
-            best, token = decoder.logits(hidden)[0].max(-1)
+            logits = decoder.logits(hidden)[0]
+            best, token = logits.max(-1)
+            if self.draws:
+                for name, value in values.items():
+                    step[name].fill_(value)
+                # the place of the token before: no step draws there
+                position = torch.full_like(token, len(ids) - 1)
+                options = [step[name] for name in drawing.OPTIONS]
+                drawing.draw(logits, *options, position, step["layer.head"], token)
             if not torch.isfinite(best):
                 raise EngineError(_NOT_FINITE)
             first = int(token)

@@ -74,9 +74,17 @@ class ExitPoints:
         if self._fused:
             token, known = self._verify(z, drafts)
             return token, known
+        return self.named(self.logits(z).argmax(-1), drafts)
+
+    def logits(self, z: Tensor) -> Tensor:
+        """Logits [1, N] of z [1, 1, H], of the hot vocabulary or the whole; not of fused ones."""
         (logits,) = self._verify(z)
-        best = logits[0].argmax(-1)
-        token = self._hot[best] if self.plan.verify == "hot" else best
+        found: Tensor = logits[0]
+        return found
+
+    def named(self, place: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+        """The token [1] at a ``place`` [1] in these logits, and whether it is among ``drafts``."""
+        token = self._hot[place] if self.plan.verify == "hot" else place
         return token, (token[:, None] == drafts).any(-1)
 
     def differ_from(self, other: ExitPoints) -> str:

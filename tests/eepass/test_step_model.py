@@ -80,6 +80,20 @@ def test_dense_steps_and_forced_exits(transformed, steps):
             steps.configure(force=layer)
 
 
+def test_drawn_tokens_hang_on_the_seed_alone(steps):
+    """With exits in the way; greedy again afterwards."""
+    steps.configure(CONFIGS["eager to leave"])
+    greedy = said(steps, 20)
+
+    def drawn(**options):
+        return [tuple(step) for step in steps.stream(PROMPT, 20, Sampling(**options))]
+
+    one = drawn(temperature=1.0, top_p=0.9, seed=1)
+    assert one == drawn(temperature=1.0, top_p=0.9, seed=1) != greedy
+    assert one != drawn(temperature=1.0, top_p=0.9, seed=2)
+    assert drawn(temperature=1.0, top_k=1, seed=3) == greedy == said(steps, 20)
+
+
 def test_exact_answers_go_through_the_engine(transformed, steps):
     config = ExitConfig(speculate="off", adaptive=False)
     steps.configure(config)
@@ -105,7 +119,7 @@ def test_the_report_says_how_and_what_it_costs(steps):
 
 def test_a_model_is_transformed_for_steps(llama):
     """From the door: no artefact is dense, and nothing is compiled for more than is asked."""
-    model = eepass.transform(llama, max_length=96, launch="host", stop=frozenset({64}))
+    model = eepass.transform(llama, max_length=128, launch="host", stop=frozenset({64}))
     assert isinstance(model, StepModel)
     found = model.generate([PROMPT], max_new_tokens=30)
     with torch.no_grad():
@@ -114,8 +128,8 @@ def test_a_model_is_transformed_for_steps(llama):
     assert torch.equal(found, expected)
     with pytest.raises(InputError, match="one prompt at a time, not 2"):
         model.generate([PROMPT, PROMPT])
-    with pytest.raises(InputError, match="steps decode greedily"):
-        model.generate(PROMPT, 4, Sampling(temperature=1.0))
+    with pytest.raises(EngineError, match="no repetition_penalty"):
+        model.generate(PROMPT, 4, Sampling(temperature=1.0, repetition_penalty=1.1))
     with pytest.raises(InputError, match="needs an artefact"):
         model.configure(ExitConfig().approximate())
 
@@ -141,9 +155,9 @@ def test_a_gpu_that_is_not_there_is_named(llama, monkeypatch):
         eepass.transform(llama, device="cuda")
 
 
-@pytest.mark.parametrize("family", ("gemma3", "gpt_neox", "gpt2", "mixtral"))
+@pytest.mark.parametrize("family", ("gemma3", "gpt2"))
 def test_steps_of_other_families(family):
-    """Sliding windows, layer norms, learned positions, experts: early exits as the engine's."""
+    """Sliding windows, layer norms, learned positions: early exits as the engine's."""
     model = tiny_model(family)
     with torch.no_grad():
         splits, report = split_for_rows(model, 128, (1, 4, 8), 16)
