@@ -116,8 +116,9 @@ class StepModel:
     def _drawing(self) -> StepEngine:
         """The engine made anew, to draw: greedy steps need not sort logits."""
         self._draws = True
+        asked = {"dense": True} if self.engine is self._dense else self._asked
         try:
-            engine = self.configure(self.config, **self._asked)
+            engine = self.configure(self.config, **asked)
         finally:
             self._draws = False
         assert isinstance(engine, StepEngine)
