@@ -29,6 +29,7 @@ from eepass.runtime.step.launching import (
     make_engine,
     require_device,
     require_room,
+    running_out,
 )
 from eepass.transformation import (
     ALWAYS_ACTIVE,
@@ -247,8 +248,18 @@ class StepModel:
     def _through_engine(
         self, engine: Engine, ids: list[int], count: int, sampling: Sampling
     ) -> Iterator[Step]:
-        with torch.no_grad(), self.on_device():
-            yield from engine.generate(ids, count, self.stop, sampling)
+        stream = engine.generate(ids, count, self.stop, sampling)
+        try:
+            while True:
+                # no mode is held over a yield: it would be the caller's as well
+                with torch.no_grad(), self.on_device():
+                    step = next(stream, None)
+                if step is None:
+                    return
+                yield step
+        finally:
+            with torch.no_grad(), self.on_device():
+                stream.close()
 
 
 def step_model(
@@ -275,8 +286,18 @@ def step_model(
     launching = choose(launch, target)
     length = max_length or MAX_LENGTH
     require_room(target, _bytes_needed(model, length, target))
-    model.to(target)
     cuda = target.type == "cuda"
+    with running_out("moving the model and tracing it"):
+        model.to(target)
+        early = _on(model, artifact, length, stop, cuda)
+    made = StepModel(early, launching, debug)
+    made.configure(config)
+    return made
+
+
+def _on(
+    model: Any, artifact: Artifact | None, length: int, stop: frozenset[int], cuda: bool
+) -> EarlyExitModel:
     with torch.device(next(model.parameters()).device):
         splits, report = split_model(model, length, CUDA_ROWS if cuda else CPU_ROWS)
         if splits[1].stepwise:
@@ -285,10 +306,7 @@ def step_model(
             )
     compiler = _step_compiler() if cuda else None
     with torch.no_grad():
-        early = EarlyExitModel(splits, report, stop, artifact, compiler=compiler)
-    made = StepModel(early, launching, debug)
-    made.configure(config)
-    return made
+        return EarlyExitModel(splits, report, stop, artifact, compiler=compiler)
 
 
 def _for_the_engine(config: ExitConfig) -> bool:

@@ -160,9 +160,9 @@ class StepEngine:
         if kv.allocate(room) is None:
             raise EngineError("the cache holds another sequence: let it end first")
         try:
-            with torch.no_grad():
-                yield self._start(list(ids), values)
-                self.catch_up()
+            # no mode is held over a yield: it would be the caller's as well
+            yield self._start(list(ids), values)
+            self.catch_up()
         finally:
             self.outbox.clear()
             kv.release(0)
@@ -170,7 +170,7 @@ class StepEngine:
     def _start(self, ids: list[int], values: Mapping[str, float]) -> int:
         """Run a prompt; its first token, which the next step takes up."""
         decoder, step = self.decoder, self.step
-        with _failing():
+        with _failing(), torch.no_grad():
             hidden = self._prefill(ids)
             logits = decoder.logits(hidden)[0]
             best, token = logits.max(-1)
@@ -205,7 +205,7 @@ class StepEngine:
         return hidden[:, -1:]
 
     def _launch(self) -> None:
-        with _failing():
+        with _failing(), torch.no_grad():
             self.executor.step()
             self.outbox.post()
         self.steps += 1

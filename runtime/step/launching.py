@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
@@ -85,6 +86,20 @@ def require_room(device: torch.device, needed: int) -> None:
             )
 
 
+@contextmanager
+def running_out(when: str) -> Iterator[None]:
+    """Memory that runs out as an ``EngineError`` that says what to lower, the rest given back."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        failed = EngineError(f"out of memory while {when}: {LOWER}")
+        # a traceback holds what was allocated on the way
+        error.__traceback__ = None
+        gc.collect()
+        torch.cuda.empty_cache()
+        raise failed from error
+
+
 def choose(launch: str, device: torch.device) -> Launching:
     """The way ``launch`` asks for, or the best there is; ``EngineError`` where there is no such."""
     if launch not in MODES:
@@ -134,12 +149,8 @@ def make_engine(
         # asking costs the host's attention, more than the verification costs the device
         options = replace(options, verify="always")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), running_out("capturing a step"):
             engine = _engine(decoder, exits, options, launching.mode, fuse, debug)
-    except torch.OutOfMemoryError as error:
-        gc.collect()
-        torch.cuda.empty_cache()
-        raise EngineError(f"out of memory while capturing a step: {LOWER}") from error
     except CudaError as error:
         if launching.auto:
             why = f"a graph with IF nodes could not be made: {error}"

@@ -94,6 +94,18 @@ def test_drawn_tokens_hang_on_the_seed_alone(steps):
     assert drawn(temperature=1.0, top_k=1, seed=3) == greedy == said(steps, 20)
 
 
+def test_a_stream_that_waits_leaves_the_callers_modes_alone(steps):
+    for config in (CONFIGS["default"], ExitConfig(speculate="off", adaptive=False)):
+        steps.configure(config)
+        with torch.enable_grad():
+            stream = steps.stream(PROMPT, 5)
+            next(stream)
+            assert torch.is_grad_enabled() and not next(stream).token < 0
+            assert torch.is_grad_enabled()
+            stream.close()
+            assert torch.is_grad_enabled()
+
+
 def test_exact_answers_go_through_the_engine(transformed, steps):
     config = ExitConfig(speculate="off", adaptive=False)
     steps.configure(config)
