@@ -248,7 +248,7 @@ class StepModel:
     def _through_engine(
         self, engine: Engine, ids: list[int], count: int, sampling: Sampling
     ) -> Iterator[Step]:
-        stream = engine.generate(ids, count, self.stop, sampling)
+        stream: Any = engine.generate(ids, count, self.stop, sampling)
         try:
             while True:
                 # no mode is held over a yield: it would be the caller's as well

@@ -14,7 +14,7 @@ from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.step.build import Fuse, StepOptions, build_step
 from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_missing
-from eepass.runtime.step.data import launches
+from eepass.runtime.step.data import check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.host import HostDriven, PlainFlags, called
@@ -38,7 +38,7 @@ class Launching:
     auto: bool = False
 
 
-@dataclass(slots=True)
+@dataclass
 class LaunchReport:
     """How a model's steps are launched. ``rows``: row counts segments were made for; ``bytes``:
     memory beyond weights, cache and artefact; ``host_synchronisations``: how often a step waited
@@ -183,6 +183,7 @@ def _engine(
     debug: bool,
 ) -> StepEngine:
     step = build_step(decoder, exits, options, fuse)
+    check_step(step)
     executor: Executor
     outbox: Outbox = PlainOutbox(step["out"])
     if mode == "interpret":
