@@ -19,7 +19,6 @@ from eepass.runtime.engine import Engine
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
-from eepass.runtime.step.build import StepOptions
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
 from eepass.runtime.step.launching import (
@@ -31,6 +30,7 @@ from eepass.runtime.step.launching import (
     require_room,
     running_out,
 )
+from eepass.runtime.step.layout import StepOptions
 from eepass.transformation import (
     ALWAYS_ACTIVE,
     MAX_LENGTH,

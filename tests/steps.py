@@ -7,11 +7,12 @@ from types import SimpleNamespace
 
 import torch
 
-from eepass.runtime.step.build import StepOptions, build_step
+from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.host import HostDriven, PlainFlags, called
 from eepass.runtime.step.interpret import Interpreter
+from eepass.runtime.step.layout import StepOptions
 from eepass.runtime.step.tokens import PlainOutbox
 
 BUCKETS = (1, 2, 4, 8)

@@ -12,13 +12,14 @@ import torch
 
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.step.build import Fuse, StepOptions, build_step
+from eepass.runtime.step.build import Fuse, build_step
 from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_missing
 from eepass.runtime.step.data import check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.host import HostDriven, PlainFlags, called
 from eepass.runtime.step.interpret import Interpreter
+from eepass.runtime.step.layout import StepOptions
 from eepass.runtime.step.tokens import Outbox, PlainOutbox
 
 Mode = Literal["device", "predicated", "host", "interpret"]

@@ -6,9 +6,10 @@ from models import eager_compile
 from steps import BUCKETS, LateOutbox, OrderedExits, engine_for
 
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.step.build import StepOptions, build_step
+from eepass.runtime.step.build import build_step
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.interpret import Interpreter
+from eepass.runtime.step.layout import StepOptions
 
 PROMPT = [5, 9, 44, 7, 8]
 

@@ -11,9 +11,10 @@ from steps import LateFlags, OrderedExits, engine_for, names
 
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
-from eepass.runtime.step.build import StepOptions, build_step
+from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import StepError
 from eepass.runtime.step.host import HostDriven, called
+from eepass.runtime.step.layout import StepOptions
 
 PROMPT = [5, 9, 44, 7, 8]
 DEPTH = 4

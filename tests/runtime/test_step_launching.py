@@ -11,10 +11,10 @@ from steps import OrderedExits
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.step import conditional_graph, launching
-from eepass.runtime.step.build import StepOptions
 from eepass.runtime.step.conditional_graph import ConditionalGraph, CudaError
 from eepass.runtime.step.data import Conditional, blocks
 from eepass.runtime.step.launching import choose, make_engine, require_device, require_room
+from eepass.runtime.step.layout import StepOptions
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
