@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -30,6 +30,9 @@ from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.stepwise import StepwiseDecoder
+
+if TYPE_CHECKING:
+    from eepass.step_model import StepModel
 
 PREFILL_ROWS = 64
 MAX_LENGTH = 1024
@@ -206,6 +209,7 @@ class EarlyExitModel:
         raise InputError("the draft head needs the token embedding, and none was found")
 
 
+@overload
 def transform(
     model: Any,
     artifact: str | Path | Artifact | None = None,
@@ -214,7 +218,32 @@ def transform(
     stop: frozenset[int] = frozenset(),
     dump: Path | None = None,
     draft_model: EarlyExitModel | None = None,
-) -> EarlyExitModel:
+) -> EarlyExitModel: ...
+@overload
+def transform(
+    model: Any,
+    artifact: str | Path | Artifact | None = None,
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+    stop: frozenset[int] = frozenset(),
+    *,
+    device: str | torch.device = "cpu",
+    launch: str = "auto",
+    debug: bool = False,
+) -> StepModel: ...
+def transform(
+    model: Any,
+    artifact: str | Path | Artifact | None = None,
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+    stop: frozenset[int] = frozenset(),
+    dump: Path | None = None,
+    draft_model: EarlyExitModel | None = None,
+    *,
+    device: str | torch.device | None = None,
+    launch: str | None = None,
+    debug: bool = False,
+) -> EarlyExitModel | StepModel:
     """Transform a Hugging Face causal LM (on the CPU, fp32 or bf16, eval mode).
 
     One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
@@ -223,9 +252,20 @@ def transform(
     drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given.
     ``stop``: end tokens. ``dump``: folder for the graph before and after each pass.
     ``draft_model``: a small transformed model of the same vocabulary, for ``speculate="model"``.
-    Raises ``InputError`` for a model or artefact that does not fit, with the reason.
+    With ``device`` "cuda", or a ``launch`` mode on either device, decode steps run by themselves:
+    the result is a ``StepModel``, approximate unless ``config`` says otherwise (dense without an
+    artefact). ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without),
+    "host" (segment by segment), "interpret" (on a CPU, mistrusting every launch), "auto" (the best
+    there is). ``debug``: assert at each step that nothing has moved since it was captured.
+    Raises ``InputError`` for a model or artefact that does not fit, with the reason;
+    ``EngineError`` for a device or launch mode that is not to be had.
     """
+    steps = device is not None or launch is not None
+    if steps and (dump is not None or draft_model is not None):
+        raise InputError("dump and draft_model go with neither device= nor launch=")
     if isinstance(model, EarlyExitModel):
+        if steps:
+            raise InputError("device= and launch= want the original model, not a transformed one")
         if dump is not None:
             raise InputError(f"the passes are done in {model.folder}: give the original model")
         return _again(model, artifact, config, max_length, draft_model)
@@ -234,6 +274,12 @@ def transform(
     loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if loaded is not None:
         refuse_other_model(loaded, model, "artifact")
+    if steps:
+        from eepass.step_model import step_model
+
+        return step_model(
+            model, loaded, config, max_length, stop, device or "cpu", launch or "auto", debug
+        )
     splits, report = split_model(model, max_length or MAX_LENGTH, STEP_ROWS, dump)
     with torch.no_grad():
         transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
@@ -355,14 +401,15 @@ def exit_tensors(
     """The artefact's tensors under the names the passes use, and the hot rows of the LM head."""
     prefix = f"predictor.{preset}."
     tensors: dict[str, Tensor] = {}
-    dtype = model_tensors[lm_head].dtype
+    head = model_tensors[lm_head].detach()
+    dtype = head.dtype
     for name, tensor in artifact.tensors.items():
         if name.startswith("predictor."):
             if name.startswith(prefix):
-                tensors["predictor." + name[len(prefix) :]] = tensor
+                tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
         else:
-            tensors[name] = tensor.to(dtype) if tensor.is_floating_point() else tensor.long()
-    head = model_tensors[lm_head].detach()
+            kind = dtype if tensor.is_floating_point() else torch.long
+            tensors[name] = tensor.to(head.device, kind)
     tensors["hot.head"] = head[tensors["hot.ids"]].contiguous()
     if "eagle.hot.ids" in tensors:
         tensors["eagle.hot.head"] = head[tensors["eagle.hot.ids"]].contiguous()

@@ -58,7 +58,9 @@ def check_trace(model: Any, decoder: DecoderGraph) -> None:
                 inputs[role] = torch.tensor([position])
             elif role.kind == "mask":
                 window, dtype = decoder.windows[role.name], inputs[role].dtype
-                inputs[role] = causal_mask(1, decoder.cache_length, window, dtype, start=position)
+                inputs[role] = causal_mask(
+                    1, decoder.cache_length, window, dtype, inputs[role].device, position
+                )
         got.append(decoder.graph(*(inputs[role] for role in decoder.inputs))[0, -1])
     ids = torch.tensor([tokens])
     wanted = model(input_ids=ids, use_cache=False).logits[0]
@@ -90,7 +92,7 @@ def _inputs(decoder: DecoderGraph) -> dict[Input, Tensor]:
             found[role] = torch.arange(start, start + rows)[None]
         elif role.kind == "mask":
             window = decoder.windows[role.name]
-            found[role] = causal_mask(rows, slots, window, value.dtype, start=start)
+            found[role] = causal_mask(rows, slots, window, value.dtype, value.device, start)
         elif role.kind in MEMORY:
             found[role] = torch.zeros(value.shape, dtype=value.dtype)
         elif role.kind == "slots":

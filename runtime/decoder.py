@@ -36,6 +36,7 @@ class Decoder:
         self.dtype = first.boundary.dtype
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
+        self.device = next(iter(self.tensors.values())).device
         self.compile = compile
         # what padding rows write lies past the last token
         self.capacity = self.cache_length - self.buckets[-1]
@@ -95,25 +96,31 @@ class Decoder:
         rows: Sequence[Row],
         end: int,
         on_layer: Callable[[int, Tensor], None] | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Run ``tokens`` through all layers where ``rows`` say; last boundary [1, n, H], n their
         number.
 
         ``end``: as for ``place``. ``on_layer(layer, hidden)`` sees each boundary [1, n, H].
+        ``size``: the bucket to run in, the smallest that fits by default.
         """
-        count, size = len(tokens), self.bucket(len(tokens))
+        count = len(tokens)
+        size = self.bucket(count) if size is None else size
         place = self.place(rows, size, end)
         last = rows[-1].position
         positions = [row.position for row in rows]
         positions += [min(last + 1 + i, self.cache_length - 1) for i in range(size - count)]
         ids = [*tokens, *[tokens[-1]] * (size - count)]
-        hidden = self.embed(torch.tensor([ids]), torch.tensor([positions]), place.slots)
+        hidden = self.embed(self._ids(ids), self._ids(positions), place.slots)
         for layer in range(self.num_layers + 1):
             if layer:
                 hidden = self.run_layer(layer - 1, hidden, place)
             if on_layer is not None:
                 on_layer(layer, hidden[:, :count])
         return hidden[:, :count]
+
+    def _ids(self, values: Sequence[int]) -> Tensor:
+        return torch.tensor([values], device=self.device)
 
     def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
         """Boundary ``layer`` -> ``layer + 1`` for hidden [1, R, H], R a bucket.
@@ -150,7 +157,7 @@ class Decoder:
 
     def _bind(self, piece: Piece, rows: int, logits: bool = False) -> _Bound:
         bound = _Bound(piece, self.tensors, self.kv)
-        hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype)
+        hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
         bound.compiled = self.compile(piece.graph, piece.structure, examples, logits=logits)
         return bound

@@ -69,16 +69,17 @@ class KvCache:
     def release(self, first: int) -> None:
         self._regions = [region for region in self._regions if region[0] != first]
 
-    def blank(self, layer: int, slot: int) -> None:
-        """Leave a hole: zeros, which later tokens attend to as the paper's code has them do."""
-        self.keys[layer][:, :, slot] = 0
-        self.values[layer][:, :, slot] = 0
+    def blank(self, layer: int, slots: Tensor) -> None:
+        """Leave holes at ``slots`` [R]: zeros, which later tokens attend to as the paper's code has
+        them do."""
+        self.keys[layer].index_fill_(2, slots, 0)
+        self.values[layer].index_fill_(2, slots, 0)
 
     def move(self, sources: Sequence[int], first: int, depth: int) -> None:
         """Copy the slots ``sources`` to ``first`` onwards, in the first ``depth`` layers."""
         if list(sources) == list(range(first, first + len(sources))):
             return
-        index = torch.tensor(sources)
+        index = torch.tensor(sources, device=self.keys[0].device)
         for layers, stack in self._stacks:
             count = sum(layer < depth for layer in layers)
             part = stack[:count]

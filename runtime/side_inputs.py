@@ -52,7 +52,8 @@ class SideInputs:
         self.row_dim: dict[str, int] = {}
         self.masks = _mask_sides(one)
         self.by_token: set[str] = set(one.embed_outputs[1:])
-        self._all_slots = torch.arange(self.slots)
+        self.device = next(iter(tensors.values())).device
+        self._all_slots = torch.arange(self.slots, device=self.device)
         self._spans: dict[tuple[int, int], Place] = {}
         for names, small, large in (
             (one.side_outputs, one.positional, many.positional),
@@ -79,8 +80,8 @@ class SideInputs:
         """Any rows, padded to ``size``; padding rows see and write a slot of scratch each."""
         padding = size - len(rows)
         spare = range(self.scratch, self.scratch + padding)
-        slots = torch.tensor([row.slot for row in rows] + list(spare))
-        positions = torch.tensor([row.position for row in rows] + [0] * padding)
+        slots = self._tensor([row.slot for row in rows] + list(spare))
+        positions = self._tensor([row.position for row in rows] + [0] * padding)
         sides = {}
         for name, table in self.tables.items():
             dim = self.row_dim[name]
@@ -111,7 +112,7 @@ class SideInputs:
         for index, row in enumerate(rows):
             lines.setdefault((row.first, row.position + 1 - len(row.over)), []).append(index)
         for (first, seen), members in lines.items():
-            positions = torch.tensor([rows[index].position for index in members])
+            positions = self._tensor([rows[index].position for index in members])
             made[members, ..., first : first + seen] = by_row[positions, ..., :seen]
         # what a row sees in a slot goes by the position of the token there (biases, windows)
         over = [
@@ -121,10 +122,13 @@ class SideInputs:
         ]
         over += [(index, slot, 0, 0) for index, slot in enumerate(spare, len(rows))]
         if over:
-            made_rows, slots, positions, seen_positions = torch.tensor(over).unbind(1)
+            made_rows, slots, positions, seen_positions = self._tensor(over).unbind(1)
             # advanced indices in front and behind: what lies between comes last
             made[made_rows, ..., slots] = by_row[positions, ..., seen_positions]
         return made.movedim(0, dim).contiguous()
+
+    def _tensor(self, values: Sequence[int | tuple[int, ...]]) -> Tensor:
+        return torch.tensor(values, device=self.device)
 
     def _fill(self, split: SplitDecoder, tensors: Mapping[str, Tensor]) -> None:
         dtype = split.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"].dtype
@@ -135,9 +139,10 @@ class SideInputs:
             for role in split.positional.inputs:
                 if role.kind == "mask":
                     window = split.windows[role.name]
-                    arguments.append(causal_mask(rows, slots, window, dtype, start=start))
+                    arguments.append(causal_mask(rows, slots, window, dtype, self.device, start))
                 elif role.kind == "positions":
-                    arguments.append(torch.arange(start, start + rows)[None])
+                    at = torch.arange(start, start + rows, device=self.device)
+                    arguments.append(at[None])
                 else:
                     arguments.append(tensors[role.name])
             made = split.positional.graph(*arguments)

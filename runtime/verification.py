@@ -325,7 +325,7 @@ class Verification:
                 if self.kv_policy == "propagate":
                     self.decoder.fill_kv(layer, self._hidden, self._place)
                 else:
-                    self.decoder.kv.blank(layer, int(self._place.slots[0]))
+                    self.decoder.kv.blank(layer, self._place.slots)
             return
         mine = [
             index

@@ -1,0 +1,251 @@
+"""Build the decode step of a decoder with exits: which launches, over which buffers.
+
+    begin, embed, sides, segment 0, draft,
+    [ask] predict, [want] verify,            at each exit point
+    [go]  segment for so many rows,          after each; [fill] keys and values, if they do not wait
+    [need] head, commit
+
+In brackets: the flag of a conditional.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.decoder import Decoder
+from eepass.runtime.side_inputs import Place
+from eepass.runtime.step import drawing, updates
+from eepass.runtime.step.data import Buffers, Conditional, Item, Launch, Step
+from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.layout import Layout, StepOptions
+
+# makes one function of tensors out of an update: itself, or compiled
+Fuse = Callable[[Callable[..., None]], Callable[..., None]]
+
+
+def build_step(
+    decoder: Decoder,
+    exits: ExitPoints | None,
+    options: StepOptions,
+    fuse: Fuse | None = None,
+) -> Step:
+    """The step of ``decoder``; dense without ``exits`` and ``options.force``."""
+    return _Builder(decoder, exits, options, fuse or (lambda update: update)).build()
+
+
+class _Builder(Layout):
+    def __init__(
+        self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions, fuse: Fuse
+    ) -> None:
+        super().__init__(decoder, exits, options)
+        self.fuse = fuse
+        # one code for all exits
+        leaving = {"scratch": decoder.kv.scratch, "fills": options.kv != "defer"}
+        self.note = fuse(updates.predicted)
+        self.draw = fuse(drawing.draw)
+        self.drawing = (*drawing.OPTIONS, "position") if options.draws else ()
+        self.drawn = ("drawn",) if options.draws else ()
+        self.accept = fuse(partial(updates.verified, **leaving))
+        self.leave = fuse(partial(updates.forced, **leaving))
+
+    def build(self) -> Step:
+        items: list[Item] = [self._begin(), *self._prelude()]
+        for index, (start, end) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
+            items += self._segment(index, start, end)
+            if end == self.draft_layer and self.exits is not None:
+                items.append(self._draft())
+            if end in self.points:
+                items.append(self._exit(end))
+        items += [self._head(), self._commit()]
+        return Step(self.buffers, tuple(items), self.flags, self.constants())
+
+    def _launch(
+        self,
+        name: str,
+        update: Callable[..., None],
+        reads: Sequence[str],
+        changes: Sequence[str],
+        writes: Sequence[str] = (),
+    ) -> Launch:
+        """``update`` over buffers: those it reads, those it changes, those it writes whole."""
+        names = (*reads, *changes, *writes)
+        fused = self.fuse(update)
+        return Launch(
+            name,
+            lambda b: fused(*(b[name] for name in names)),
+            (*reads, *changes),
+            (*changes, *writes),
+        )
+
+    def _begin(self) -> Launch:
+        update = partial(updates.begin, pending=self.pending, scratch=self.decoder.kv.scratch)
+        reads = ("stopped", "position", "ring", "exits", "fixed", "starts", "buckets")
+        writes = (
+            "run", "rows", "ask", "go", "more", "live", "slots", "fill", "need", "previous",
+            "answer", "exit_layer",
+        )  # fmt: skip
+        return self._launch("begin", update, reads, ("hidden", "depth"), writes)
+
+    def _prelude(self) -> list[Item]:
+        decoder, tables = self.decoder, self.decoder.side_inputs
+        kept = [name for name in tables.tables if name in tables.by_token]
+
+        def embed(b: Buffers) -> None:
+            slots = torch.where(b["run"], b["rows@1"], b["scratch"])
+            made = decoder.embed(b["token"][None], b["rows@1"][None], slots)
+            hidden = b["hidden@1"]
+            hidden.copy_(torch.where(b["run"], made, hidden))
+
+        def sides(b: Buffers) -> None:
+            for name, table in tables.tables.items():
+                value = table.index_select(tables.row_dim[name], b["rows"])
+                b[f"side {name}"].copy_(value)
+
+        stored = tuple(f"table {name}" for name in kept)
+        reads = ("token", "rows@1", "run", "scratch", "hidden@1", *stored)
+        names = tuple(f"side {name}" for name in tables.tables)
+        return [
+            Launch("embed", embed, reads, ("hidden@1", *stored)),
+            Launch("sides", sides, ("rows", *stored), names),
+        ]
+
+    def _segment(self, index: int, start: int, end: int) -> list[Item]:
+        if start < self.first:
+            # nothing waits here, and nothing has left
+            return [self._rows_through(index, start, end, 1)]
+        bodies = [
+            Conditional(
+                f"go.{index}@{count}", (self._rows_through(index, start, end, count),), ahead=True
+            )
+            for count in self.buckets
+        ]
+        items: list[Item] = [bodies[0]]
+        if len(bodies) > 2:
+            # few steps take more than one row: they alone look how many
+            items.append(Conditional(f"more.{index}", tuple(bodies[1:]), ahead=True))
+        else:
+            items += bodies[1:]
+        if self.options.kv != "defer":
+            items.append(Conditional(f"fill.{index}", (self._fill(index, start, end),)))
+        return items
+
+    def _rows_through(self, index: int, start: int, end: int, count: int) -> Launch:
+        decoder, names = self.decoder, list(self.decoder.side_inputs.tables)
+        decoder.prepare(count)
+        at = f"{index}@{count}"
+
+        def run(b: Buffers) -> None:
+            hidden = before = b[f"hidden@{count}"]
+            sides = {name: b[f"side {name}@{count}"] for name in names}
+            place = Place(b[f"slots.{at}"], sides)
+            for layer in range(start, end):
+                hidden = decoder.run_layer(layer, hidden, place)
+            before.copy_(torch.where(b[f"live.{at}"][None, :, None], hidden, before))
+
+        cache = self._cache_names(start, end)
+        sides = tuple(f"side {name}@{count}" for name in names)
+        reads = (f"hidden@{count}", f"slots.{at}", f"live.{at}", *sides, *cache)
+        rows = "1 row" if count == 1 else f"{count} rows"
+        name = f"layers {start}–{end}, {rows}"
+        return Launch(name, run, reads, (f"hidden@{count}", *cache))
+
+    def _fill(self, index: int, start: int, end: int) -> Launch:
+        """Keys and values a token that left does not make: projected from its exit, or blank."""
+        decoder, names = self.decoder, list(self.decoder.side_inputs.tables)
+        blank = self.options.kv == "drop"
+
+        def run(b: Buffers) -> None:
+            slots = torch.where(b[f"fill.{index}"], b["rows@1"], b["scratch"])
+            place = Place(slots, {name: b[f"side {name}@1"] for name in names})
+            for layer in range(start, end):
+                if blank:
+                    decoder.kv.blank(layer, slots)
+                else:
+                    decoder.fill_kv(layer, b["hidden@1"], place)
+
+        sides = tuple(f"side {name}@1" for name in names)
+        cache = self._cache_names(start, end)
+        reads = ("hidden@1", "rows@1", "scratch", f"fill.{index}", *sides, *cache)
+        return Launch(f"fill {start}–{end}", run, reads, cache)
+
+    def _cache_names(self, start: int, end: int) -> tuple[str, ...]:
+        return tuple(f"{k}.{layer}" for layer in range(start, end) for k in ("keys", "values"))
+
+    def _draft(self) -> Launch:
+        exits = self.exits
+        assert exits is not None
+
+        def run(b: Buffers) -> None:
+            b["drafts"].copy_(exits.draft(b["hidden@1"]))
+
+        return Launch("draft", run, ("hidden@1",), ("drafts",))
+
+    def _exit(self, layer: int) -> Conditional:
+        ask, number = f"ask.{layer}", f"layer.{layer}"
+        self.add(number, self.tensor([layer]), "kept")
+        where = ("want", number, "starts", "rows")
+        changed = ("ask", "go", "more", "live", "slots", "fill", "exit_layer")
+        if self.options.force is not None:
+
+            def mark(b: Buffers) -> None:
+                b["want"].copy_(b[ask])
+
+            def leave(b: Buffers) -> None:
+                self.leave(*(b[name] for name in (*where, *changed)))
+
+            left = Launch(f"leave {layer}", leave, (*where, *changed), changed)
+            return Conditional(ask, (Launch(f"ask {layer}", mark, (ask,), ("want",)), left))
+        exits = self.exits
+        assert exits is not None
+        note, accept = self.note, self.accept
+
+        def predict(b: Buffers) -> None:
+            wants, now, z = exits.predict(layer, b["hidden@1"], b["drafts"], b["previous"])
+            b["z"].copy_(z)
+            note(wants, now, b[ask], b["previous"], b["want"], b["counters"])
+
+        found = (*changed, "need", "answer", "counters")
+
+        def verify(b: Buffers) -> None:
+            if self.options.draws:
+                self._draw(b, exits.logits(b["z"]), number)
+                token, known = exits.named(b["drawn"], b["drafts"])
+            else:
+                token, known = exits.verify(b["z"], b["drafts"])
+            accept(token, known, *(b[name] for name in (*where, *found)))
+
+        reads = ("hidden@1", "drafts", "previous", ask, "counters")
+        checks = ("z", "drafts", *where, *found, *self.drawing)
+        check = Launch(f"verify {layer}", verify, checks, (*found, *self.drawn))
+        ask_it = Launch(f"predict {layer}", predict, reads, ("z", "previous", "want", "counters"))
+        wanted = self.options.verify == "wanted"
+        return Conditional(ask, (ask_it, Conditional("want", (check,)) if wanted else check))
+
+    def _head(self) -> Conditional:
+        decoder = self.decoder
+        note = self.fuse(updates.headed)
+
+        def run(b: Buffers) -> None:
+            logits = decoder.logits(b["hidden@1"])[0]
+            best, token = logits.max(-1)
+            if self.options.draws:
+                self._draw(b, logits, "layer.head")
+                token = b["drawn"]
+            note(token, best, b["need"], b["answer"], b["counters"])
+
+        changed = ("answer", "counters")
+        number = ("layer.head",) if self.options.draws else ()
+        reads = ("hidden@1", "need", *changed, *self.drawing, *number)
+        return Conditional("need", (Launch("head", run, reads, (*changed, *self.drawn)),))
+
+    def _draw(self, b: Buffers, logits: Tensor, salt: str) -> None:
+        self.draw(logits, *(b[name] for name in (*self.drawing, salt, *self.drawn)))
+
+    def _commit(self) -> Launch:
+        reads = ("run", "answer", "exit_layer", "stop")
+        changes = ("token", "position", "stopped", "depth", "ring", "counters")
+        return self._launch("commit", updates.commit, reads, changes, ("out",))

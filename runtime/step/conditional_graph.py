@@ -1,0 +1,178 @@
+"""CUDA graphs with IF nodes, put together node by node through cuda-bindings' driver interface.
+
+Each run of launches is a graph torch has captured; here they become child graphs, with a kernel
+before each IF node that sets its condition from a flag. Nothing is captured here, so this needs
+nothing of torch but the graphs' handles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+# cudaGraphSetConditional is known to the driver's own assembler; a page of PTX needs no compiler
+SETTER = """.version 6.3
+.target sm_75
+.address_size 64
+
+.extern .func cudaGraphSetConditional (.param .b64 handle, .param .b32 value);
+
+.visible .entry eepass_set_condition (.param .u64 p_handle, .param .u64 p_flag)
+{
+    .reg .b32 %value;
+    .reg .b64 %handle, %flag;
+    ld.param.u64 %handle, [p_handle];
+    ld.param.u64 %flag, [p_flag];
+    cvta.to.global.u64 %flag, %flag;
+    ld.global.u8 %value, [%flag];
+    {
+        .param .b64 a;
+        .param .b32 b;
+        st.param.b64 [a], %handle;
+        st.param.b32 [b], %value;
+        call.uni cudaGraphSetConditional, (a, b);
+    }
+    ret;
+}
+"""
+ENTRY = b"eepass_set_condition"
+# the first driver with conditional nodes
+DRIVER = 12030
+
+
+class CudaError(RuntimeError):
+    """A call of the driver failed; the message names call and error."""
+
+
+def conditional_nodes_missing(capability: tuple[int, int]) -> str:
+    """Why there are no conditional nodes here, or nothing; ``capability``: of the device."""
+    try:
+        driver = _driver()
+    except ImportError as error:
+        return f"cuda-bindings is missing ({error}): pip install cuda-bindings"
+    if not hasattr(driver, "cuGraphConditionalHandleCreate"):
+        return "cuda-bindings is too old for conditional nodes: pip install -U cuda-bindings"
+    try:
+        version = int(checked("cuDriverGetVersion", driver.cuDriverGetVersion()))
+    except RuntimeError as error:
+        return f"the CUDA driver does not answer: {error}"
+    if version < DRIVER:
+        return (
+            f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}; conditional nodes "
+            "came with 12.3"
+        )
+    if capability < (7, 5):
+        return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
+    return ""
+
+
+class ConditionalGraph:
+    """A chain of child graphs and IF nodes, in the current context of the calling thread."""
+
+    def __init__(self, driver: Any = None) -> None:
+        self.driver = driver or _driver()
+        self.root = checked("cuGraphCreate", self.driver.cuGraphCreate(0))
+        self.chain = Chain(self, self.root)
+        self._context = checked("cuCtxGetCurrent", self.driver.cuCtxGetCurrent())
+        module = checked("cuModuleLoadData", self.driver.cuModuleLoadData(SETTER.encode() + b"\0"))
+        self._setter = checked(
+            "cuModuleGetFunction", self.driver.cuModuleGetFunction(module, ENTRY)
+        )
+        self._module = module
+        self._executable: Any = None
+
+    def instantiate(self, stream: int) -> None:
+        """Make it ready to be launched, its code on the device already."""
+        driver = self.driver
+        self._executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(self.root, 0))
+        checked("cuGraphUpload", driver.cuGraphUpload(self._executable, driver.CUstream(stream)))
+
+    def launch(self, stream: int) -> None:
+        """Launch into ``stream``, a ``cudaStream_t``."""
+        driver = self.driver
+        checked("cuGraphLaunch", driver.cuGraphLaunch(self._executable, driver.CUstream(stream)))
+
+    def close(self) -> None:
+        """Destroy it; what failed before may fail again here, and nobody minds."""
+        driver = self.driver
+        if self._executable is not None:
+            driver.cuGraphExecDestroy(self._executable)
+        if self.root is not None:
+            driver.cuGraphDestroy(self.root)
+            driver.cuModuleUnload(self._module)
+        self._executable = self.root = None
+
+    def condition(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, Any]:
+        """A handle whose value is the byte at ``flag``, and the node that sets it."""
+        driver = self.driver
+        handle = checked(
+            "cuGraphConditionalHandleCreate",
+            driver.cuGraphConditionalHandleCreate(graph, self._context, 0, 0),
+        )
+        given = driver.CUDA_KERNEL_NODE_PARAMS()
+        given.func = self._setter
+        given.gridDimX = given.gridDimY = given.gridDimZ = 1
+        given.blockDimX = given.blockDimY = given.blockDimZ = 1
+        given.sharedMemBytes = 0
+        given.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
+        node = checked(
+            "cuGraphAddKernelNode",
+            driver.cuGraphAddKernelNode(graph, after, len(after), given),
+        )
+        return handle, node
+
+    def if_node(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
+        """An IF node on ``handle``, and its empty body."""
+        driver = self.driver
+        given = driver.CUgraphNodeParams()
+        given.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        given.conditional.handle = handle
+        given.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        given.conditional.size = 1
+        given.conditional.ctx = self._context
+        # with edge data; without the suffix from CUDA 13 on
+        add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
+        node = checked("cuGraphAddNode", add(graph, after, None, len(after), given))
+        return node, given.conditional.phGraph_out[0]
+
+
+class Chain:
+    """Nodes of one graph (the step's or a body), each after the one before it."""
+
+    def __init__(self, owner: ConditionalGraph, graph: Any) -> None:
+        self._owner, self._graph = owner, graph
+        self._last: list[Any] = []
+
+    def child(self, graph: int) -> None:
+        """Add a copy of ``graph``, a ``cudaGraph_t``; what it captured must stay in memory."""
+        driver = self._owner.driver
+        node = checked(
+            "cuGraphAddChildGraphNode",
+            driver.cuGraphAddChildGraphNode(
+                self._graph, self._last, len(self._last), driver.CUgraph(graph)
+            ),
+        )
+        self._last = [node]
+
+    def branch(self, flag: int) -> Chain:
+        """Add an IF node on the byte at device address ``flag``; the chain of its body."""
+        handle, setter = self._owner.condition(self._graph, self._last, flag)
+        node, body = self._owner.if_node(self._graph, [setter], handle)
+        self._last = [node]
+        return Chain(self._owner, body)
+
+
+def checked(what: str, answer: tuple[Any, ...]) -> Any:
+    """What a call of the driver gave besides its error code; ``CudaError`` where that is one."""
+    error, *values = answer
+    if int(error) != 0:
+        raise CudaError(f"{what}: {getattr(error, 'name', error)}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+@functools.cache
+def _driver() -> Any:
+    from cuda.bindings import driver
+
+    return driver

@@ -1,0 +1,219 @@
+"""A step on a CUDA device: captured by torch, run as one graph or block by block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.step.conditional_graph import Chain, ConditionalGraph
+from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, launches
+from eepass.runtime.step.host import Block, HostDriven
+
+# launches before capture: compilers tune, libraries allocate their workspaces
+WARM_UP = 2
+
+
+class Captures:
+    """Blocks of a step captured into CUDA graphs that share one pool and one stream."""
+
+    def __init__(self, step: Step, debug: bool = False) -> None:
+        """``debug``: assert at each replay that all buffers lie where they lay at capture."""
+        self.step_data, self.debug = step, debug
+        self.device = step.flags.device
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        self.addresses = step.addresses()
+        with torch.cuda.device(self.device):
+            self._pool = torch.cuda.graph_pool_handle()
+            self._stream = torch.cuda.Stream()
+        self._warm_up()
+
+    def capture(self, block: Sequence[Launch]) -> torch.cuda.CUDAGraph:
+        """``block`` as a graph, neither instantiated nor run."""
+        graph = torch.cuda.CUDAGraph(keep_graph=True)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                self._run(block)
+            except BaseException:
+                # the stream must leave capture mode, whatever became of what was captured
+                with suppress(RuntimeError):
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        self.graphs.append(graph)
+        return graph
+
+    def prepare(self, block: Block) -> Callable[[], None]:
+        """``block`` captured, as a call."""
+        graph = self.capture(block)
+        graph.instantiate()
+
+        def replay() -> None:
+            self.check()
+            graph.replay()
+
+        return replay
+
+    def check(self) -> None:
+        """In debug mode, raise ``StepError`` if anything has moved since capture."""
+        if self.debug:
+            self.step_data.require_addresses(self.addresses)
+
+    def close(self) -> None:
+        """Give the graphs' memory back, once nothing runs any more."""
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self.device)
+        for graph in self.graphs:
+            with suppress(RuntimeError):
+                graph.reset()
+        self.graphs.clear()
+
+    def _warm_up(self) -> None:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
+            for _ in range(WARM_UP):
+                self._run(list(launches(self.step_data.items)))
+        current.wait_stream(self._stream)
+        torch.cuda.synchronize(self.device)
+
+    def _run(self, block: Sequence[Launch]) -> None:
+        for launch in block:
+            launch.run(self.step_data.given(launch))
+
+
+class PredicatedGraph:
+    """The whole step as one captured graph without conditions: every launch runs, and masks keep
+    from writing what should not have run."""
+
+    synchronisations = 0
+
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+        self._replay = captures.prepare(tuple(launches(captures.step_data.items)))
+
+    def step(self) -> None:
+        self._replay()
+
+    def close(self) -> None:
+        self._captures.close()
+
+
+class HostSegments:
+    """Blocks as graphs of their own, launched by a host that hears of flags."""
+
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+        step = captures.step_data
+        self._host = HostDriven(step, CudaFlags(step.flags), captures.prepare)
+
+    @property
+    def synchronisations(self) -> int:
+        return self._host.synchronisations
+
+    def step(self) -> None:
+        self._host.step()
+
+    def close(self) -> None:
+        self._host.close()
+        self._captures.close()
+
+
+class DeviceGraph:
+    """The whole step as one graph whose conditionals are IF nodes: the host launches it and is
+    asked nothing."""
+
+    synchronisations = 0
+
+    def __init__(self, captures: Captures) -> None:
+        self._captures = captures
+        with torch.cuda.device(captures.device):
+            self._graph = ConditionalGraph()
+            try:
+                self._add(captures.step_data.items, self._graph.chain)
+                self._graph.instantiate(torch.cuda.current_stream().cuda_stream)
+            except BaseException:
+                self._graph.close()
+                raise
+
+    def step(self) -> None:
+        self._captures.check()
+        with torch.cuda.device(self._captures.device):
+            self._graph.launch(torch.cuda.current_stream().cuda_stream)
+
+    def close(self) -> None:
+        with suppress(RuntimeError):
+            torch.cuda.synchronize(self._captures.device)
+        self._graph.close()
+        self._captures.close()
+
+    def __del__(self) -> None:
+        # a graph of the driver's goes with nothing else
+        if hasattr(self, "_graph"):
+            with suppress(Exception):
+                self.close()
+
+    def _add(self, items: Sequence[Item], chain: Chain) -> None:
+        for entry in blocks(items):
+            if isinstance(entry, Conditional):
+                flag = self._captures.step_data[entry.flag]
+                self._add(entry.body, chain.branch(flag.data_ptr()))
+            else:
+                chain.child(self._captures.capture(entry).raw_cuda_graph())
+
+
+class CudaFlags:
+    """Flags sent to pinned memory of the host, an event after each sending."""
+
+    def __init__(self, flags: Tensor, slots: int = 16) -> None:
+        self._flags = flags
+        self._pinned = torch.zeros(slots, flags.numel(), dtype=torch.bool, pin_memory=True)
+        self._events = [torch.cuda.Event() for _ in range(slots)]
+        self._sent = 0
+        self._there = 0
+        self.synchronisations = 0
+
+    def post(self) -> int:
+        self._sent += 1
+        slot = self._sent % len(self._events)
+        self._pinned[slot].copy_(self._flags, non_blocking=True)
+        self._events[slot].record()
+        return self._sent
+
+    def wait(self, number: int) -> None:
+        self._events[number % len(self._events)].synchronize()
+        self._there = number
+        self.synchronisations += 1
+
+    def known(self, flag: Tensor) -> bool:
+        offset = flag.data_ptr() - self._flags.data_ptr()
+        return bool(self._pinned[self._there % len(self._events), offset])
+
+
+class CudaOutbox:
+    """Results sent to pinned memory of the host, an event after each."""
+
+    def __init__(self, out: Tensor, slots: int = 8) -> None:
+        self._out = out
+        self._pinned = torch.zeros(slots, out.numel(), dtype=out.dtype, pin_memory=True)
+        self._events = [torch.cuda.Event() for _ in range(slots)]
+        self._sent = self._taken = 0
+
+    def post(self) -> None:
+        slot = self._sent % len(self._events)
+        self._pinned[slot].copy_(self._out, non_blocking=True)
+        self._events[slot].record()
+        self._sent += 1
+
+    def take(self) -> tuple[int, int]:
+        slot = self._taken % len(self._events)
+        self._events[slot].synchronize()
+        self._taken += 1
+        token, layer = self._pinned[slot].tolist()
+        return token, layer
+
+    def clear(self) -> None:
+        self._taken = self._sent

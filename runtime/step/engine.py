@@ -1,0 +1,236 @@
+"""Decode with a step that runs by itself: several in flight, their tokens read a step behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.acceptance import EngineError
+from eepass.runtime.decoder import Decoder
+from eepass.runtime.sampling import Sampling
+from eepass.runtime.sequence import Step as Token
+from eepass.runtime.side_inputs import Row
+from eepass.runtime.statistics import Statistics
+from eepass.runtime.step import drawing, updates
+from eepass.runtime.step.data import Step, StepError
+from eepass.runtime.step.tokens import Outbox
+
+GREEDY = Sampling()
+
+
+class Executor(Protocol):
+    """Runs a step; ``synchronisations`` counts how often the host waited inside of one."""
+
+    @property
+    def synchronisations(self) -> int: ...
+
+    def step(self) -> None:
+        """Launch one step."""
+
+    def close(self) -> None:
+        """Give back what was captured."""
+
+
+class StepEngine:
+    """Decodes one sequence at a time over ``step``; tokens that leave early are committed at once.
+
+    ``prompt_rows``: prompts go in passes of so many rows, padded (the fewest that fit if None).
+    ``in_flight``: steps launched before the first of them is read. What was launched after a stop
+    token is dropped; it takes waiting tokens through the deeper layers and does nothing else.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        step: Step,
+        executor: Executor,
+        outbox: Outbox,
+        in_flight: int = 2,
+        prompt_rows: int | None = None,
+    ) -> None:
+        self.decoder, self.step, self.executor, self.outbox = decoder, step, executor, outbox
+        self.in_flight, self.prompt_rows = in_flight, prompt_rows
+        self.steps = 0
+        self._seconds = 0.0
+
+    def generate(
+        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
+    ) -> Iterator[Token]:
+        """Tokens after ``ids``; an end token of the step is the last one given.
+
+        Not greedy only where the step was built to draw.
+
+        Raises ``EngineError`` for what does not fit and where the device fails.
+        """
+        ends = frozenset(self.step["stop"].tolist())
+        if max_new_tokens < 1:
+            return
+        with self._sequence(ids, sampling) as first:
+            began = perf_counter()
+            yield Token(first, self.decoder.num_layers)
+            most = min(max_new_tokens - 1, self.decoder.capacity - len(ids))
+            if first in ends:
+                return
+            launched = taken = 0
+            while taken < most:
+                while launched < most and launched - taken < self.in_flight:
+                    self._launch()
+                    launched += 1
+                token = self._take()
+                taken += 1
+                self._seconds += perf_counter() - began
+                yield token
+                began = perf_counter()
+                if token.token in ends:
+                    return
+            if taken + 1 < max_new_tokens:
+                raise EngineError(
+                    f"the cache is full at {len(ids) + taken} tokens: raise max_length"
+                )
+
+    def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[Token]:
+        """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
+        found = []
+        with self._sequence(ids, GREEDY):
+            if len(ids) + len(answer) - 1 > self.decoder.capacity:
+                raise EngineError("the answer does not fit into the cache: raise max_length")
+            given = torch.tensor(list(answer), device=self.decoder.device)
+            for index in range(len(answer) - 1):
+                self.step["token"].copy_(given[index : index + 1])
+                self.step["stopped"].zero_()
+                began = perf_counter()
+                self._launch()
+                found.append(self._take())
+                self._seconds += perf_counter() - began
+        return found
+
+    @property
+    def statistics(self) -> Statistics:
+        """Counts since they were last set anew, read from the device; times of the host."""
+        layers, counted = updates.counts(self.step["counters"].tolist())
+        return Statistics(
+            self.decoder.num_layers,
+            tokens=sum(layers),
+            exit_layers=layers,
+            seconds=self._seconds,
+            **counted,
+        )
+
+    @statistics.setter
+    def statistics(self, fresh: Statistics) -> None:
+        if fresh.tokens or fresh.passes:
+            raise ValueError("counting starts at zero: give fresh statistics")
+        self.step["counters"].zero_()
+        self._seconds = 0.0
+
+    @property
+    def draws(self) -> bool:
+        """Whether tokens may be drawn."""
+        return "drawn" in self.step.buffers
+
+    def catch_up(self) -> None:
+        """Take what waits through all layers; keys and values are the dense ones then."""
+        self.step["stopped"].fill_(True)
+        self._launch()
+        self.outbox.clear()
+
+    def close(self) -> None:
+        """Give back what was captured; the engine is of no use afterwards."""
+        self.executor.close()
+
+    @contextmanager
+    def _sequence(self, ids: Sequence[int], sampling: Sampling) -> Iterator[int]:
+        kv, room = self.decoder.kv, self.decoder.capacity
+        if not ids:
+            raise EngineError("the prompt is empty: give at least one token")
+        if len(ids) > room:
+            raise EngineError(
+                f"the prompt has {len(ids)} tokens, the cache room for {room}: "
+                "shorten it or raise max_length"
+            )
+        if not sampling.greedy and not self.draws:
+            raise EngineError("this step decodes greedily: build one that draws")
+        values = drawing.option_values(sampling)
+        # rows stand at their positions, so the sequence begins at slot 0
+        if kv.allocate(room) is None:
+            raise EngineError("the cache holds another sequence: let it end first")
+        try:
+            # no mode is held over a yield: it would be the caller's as well
+            yield self._start(list(ids), values)
+            self.catch_up()
+        finally:
+            self.outbox.clear()
+            kv.release(0)
+
+    def _start(self, ids: list[int], values: Mapping[str, float]) -> int:
+        """Run a prompt; its first token, which the next step takes up."""
+        decoder, step = self.decoder, self.step
+        with _failing(), torch.no_grad():
+            hidden = self._prefill(ids)
+            logits = decoder.logits(hidden)[0]
+            best, token = logits.max(-1)
+            if self.draws:
+                for name, value in values.items():
+                    step[name].fill_(value)
+                # the place of the token before: no step draws there
+                position = torch.full_like(token, len(ids) - 1)
+                options = [step[name] for name in drawing.OPTIONS]
+                drawing.draw(logits, *options, position, step["layer.head"], token)
+            if not torch.isfinite(best):
+                raise EngineError(_NOT_FINITE)
+            first = int(token)
+        layers = decoder.num_layers
+        step["token"].fill_(first)
+        step["position"].fill_(len(ids))
+        step["stopped"].fill_(bool(torch.isin(token, step["stop"])))
+        step["depth"].fill_(layers)
+        step["ring"].fill_(updates.NEVER)
+        step["ring"][-1] = layers
+        # layers read the rows of old tokens too, and drop what comes of it
+        step["hidden"].zero_()
+        return first
+
+    def _prefill(self, ids: list[int]) -> Tensor:
+        decoder, largest = self.decoder, self.decoder.buckets[-1]
+        hidden = torch.zeros(0)
+        for start in range(0, len(ids), largest):
+            chunk = ids[start : start + largest]
+            rows = [Row(0, at, at) for at in range(start, start + len(chunk))]
+            hidden = decoder.forward(chunk, rows, decoder.capacity, size=self.prompt_rows)
+        return hidden[:, -1:]
+
+    def _launch(self) -> None:
+        with _failing(), torch.no_grad():
+            self.executor.step()
+            self.outbox.post()
+        self.steps += 1
+
+    def _take(self) -> Token:
+        with _failing():
+            token, layer = self.outbox.take()
+        if token == updates.NOT_FINITE:
+            raise EngineError(_NOT_FINITE)
+        return Token(token, layer)
+
+
+_NOT_FINITE = "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"
+
+
+@contextmanager
+def _failing() -> Iterator[None]:
+    """A device's fault as an ``EngineError``."""
+    try:
+        yield
+    except StepError:
+        raise
+    except RuntimeError as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise EngineError(
+            f"the device failed while decoding ({first}): this engine is of no use any more; "
+            "configure or transform anew"
+        ) from error

@@ -1,0 +1,97 @@
+"""Run a step on the CPU, mistrusting it: order, addresses, overlaps, reads and writes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.step.data import Buffer, Conditional, Item, Launch, Step, StepError, check_step
+
+# what a buffer holds that nobody has written: no token, no slot, no sum of them
+POISON = -(2**52) - 12345
+
+
+class Interpreter:
+    """Executes a step launch by launch and raises ``StepError`` where one breaks its word.
+
+    ``watch``: also compare every buffer a launch did not declare, before and after. ``always``:
+    bodies run whatever their flags say, as where there are no conditional nodes.
+    """
+
+    synchronisations = 0
+
+    def __init__(self, step: Step, watch: bool = True, always: bool = False) -> None:
+        check_step(step)
+        self.step_data, self.watch, self.always = step, watch, always
+        self.addresses = step.addresses()
+        self.ran: list[str] = []
+
+    def step(self) -> None:
+        """One step; ``ran`` names what was launched."""
+        self.step_data.require_addresses(self.addresses)
+        self.ran = []
+        for buffer in self.step_data.wholes:
+            if buffer.life == "step":
+                poison(buffer.tensor)
+        self._run(self.step_data.items)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _run(self, items: Sequence[Item]) -> None:
+        for item in items:
+            if isinstance(item, Launch):
+                self._launch(item)
+            elif self._flag(item) or self.always:
+                self._run(item.body)
+
+    def _flag(self, conditional: Conditional) -> bool:
+        return bool(self.step_data[conditional.flag])
+
+    def _launch(self, launch: Launch) -> None:
+        step = self.step_data
+        for name in launch.reads:
+            if poisoned(step[name]):
+                raise StepError(f"{launch.name} reads {name}, which this step has not written")
+        blind = [step.buffers[n] for n in launch.writes if n not in launch.reads]
+        for buffer in blind:
+            poison(buffer.tensor)
+        declared = {step.base(name) for name in launch.writes}
+        with self._unchanged([b for b in step.wholes if b.name not in declared], launch):
+            launch.run(step.given(launch))
+        self.ran.append(launch.name)
+        step.require_addresses(self.addresses)
+        for buffer in blind:
+            if poisoned(buffer.tensor):
+                raise StepError(f"{launch.name} leaves {buffer.name} unwritten, or reads it first")
+
+    @contextmanager
+    def _unchanged(self, buffers: Sequence[Buffer], launch: Launch):  # type: ignore[no-untyped-def]
+        before = [_bits(b.tensor).clone() for b in buffers] if self.watch else []
+        yield
+        for buffer, was in zip(buffers, before, strict=False):
+            if not torch.equal(_bits(buffer.tensor), was):
+                raise StepError(f"{launch.name} writes {buffer.name}, which it does not declare")
+
+
+def poison(tensor: Tensor) -> None:
+    """Fill with what nobody writes; flags, which know no such value, with true."""
+    if tensor.dtype == torch.bool:
+        tensor.fill_(True)
+    else:
+        tensor.fill_(torch.nan if tensor.is_floating_point() else POISON)
+
+
+def poisoned(tensor: Tensor) -> bool:
+    """Whether any element of numbers is as ``poison`` left it."""
+    if tensor.dtype == torch.bool:
+        return False
+    found = tensor.isnan() if tensor.is_floating_point() else tensor == POISON
+    return bool(found.any())
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor

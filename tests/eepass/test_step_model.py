@@ -1,0 +1,184 @@
+"""``transform(..., launch=)``: the same tokens as the engine that goes layer by layer."""
+
+import pytest
+import torch
+from models import eager_compile, random_artifact, tiny_model
+
+import eepass
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.acceptance import EngineError
+from eepass.runtime.sampling import Sampling
+from eepass.runtime.step.launching import choose
+from eepass.step_model import StepModel
+from eepass.transformation import EarlyExitModel
+
+PROMPT = [5, 9, 44, 7, 8]
+CPU = torch.device("cpu")
+# exits of the random artefact are at random; so are the answers
+CONFIGS = {
+    "default": ExitConfig().approximate(),
+    "eager to leave": ExitConfig(threshold=0.2).approximate(),
+    "whole head": ExitConfig(verify="full", threshold=0.3).approximate(),
+    "all predictors": ExitConfig(schedule=False).approximate(),
+    "few wait": ExitConfig(pending=2, threshold=0.2).approximate(),
+    "never": ExitConfig(threshold=1.0).approximate(),
+    "propagate": ExitConfig(
+        kv="propagate", guarantee="approximate", speculate="off", adaptive=False
+    ),
+    "drop": ExitConfig(kv="drop", guarantee="approximate", speculate="off", adaptive=False),
+}
+
+
+def said(model, count=40, prompt=PROMPT):
+    return [tuple(step) for step in model.stream(prompt, count)]
+
+
+@pytest.fixture(scope="module", params=("host", "interpret"))
+def steps(request, transformed):
+    """The compiled tiny llama, its steps run by themselves."""
+    return StepModel(transformed, choose(request.param, CPU))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_steps_say_what_the_engine_says(transformed, steps, name):
+    config = CONFIGS[name]
+    with torch.no_grad():
+        transformed.configure(config)
+    steps.configure(config)
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = said(transformed, prompt=prompt)
+        assert said(steps, prompt=prompt) == expected
+    engine, ours = transformed.statistics, steps.statistics
+    # the engine counts the token a prompt ends with, and no pass for it
+    assert ours.tokens == engine.tokens == 78
+    assert ours.exit_layers == engine.exit_layers
+    names = ("predictors_run", "wanted", "refused", "full_heads", "rows_caught_up")
+    for name_ in names:
+        assert getattr(ours, name_) == getattr(engine, name_), name_
+    if name == "never":
+        assert ours.exit_layers[-1] == 78 and ours.predictors_run
+    elif name == "eager to leave":
+        assert ours.exit_layers[-1] < 70 and ours.wanted > ours.refused
+
+
+def test_dense_steps_and_forced_exits(transformed, steps):
+    with torch.no_grad():
+        dense = [
+            t for t, _ in ((s.token, s.exit_layer) for s in transformed.dense.generate(PROMPT, 20))
+        ]
+    steps.configure(dense=True)
+    assert [token for token, _ in said(steps, 20)] == dense
+    steps.configure(CONFIGS["default"])
+    steps.engine = steps.dense
+    assert [token for token, _ in said(steps, 20)] == dense
+    steps.configure(CONFIGS["drop"], force=2)
+    assert [layer for _, layer in said(steps, 6)] == [4, 2, 2, 2, 2, 2]
+    for layer in (0, 5):
+        with pytest.raises(InputError, match="from 1 to 4"):
+            steps.configure(force=layer)
+
+
+def test_drawn_tokens_hang_on_the_seed_alone(steps):
+    """With exits in the way; greedy again afterwards."""
+    steps.configure(CONFIGS["eager to leave"])
+    greedy = said(steps, 20)
+
+    def drawn(**options):
+        return [tuple(step) for step in steps.stream(PROMPT, 20, Sampling(**options))]
+
+    one = drawn(temperature=1.0, top_p=0.9, seed=1)
+    assert one == drawn(temperature=1.0, top_p=0.9, seed=1) != greedy
+    assert one != drawn(temperature=1.0, top_p=0.9, seed=2)
+    assert drawn(temperature=1.0, top_k=1, seed=3) == greedy == said(steps, 20)
+
+
+def test_a_stream_that_waits_leaves_the_callers_modes_alone(steps):
+    for config in (CONFIGS["default"], ExitConfig(speculate="off", adaptive=False)):
+        steps.configure(config)
+        with torch.enable_grad():
+            stream = steps.stream(PROMPT, 5)
+            next(stream)
+            assert torch.is_grad_enabled() and not next(stream).token < 0
+            assert torch.is_grad_enabled()
+            stream.close()
+            assert torch.is_grad_enabled()
+
+
+def test_exact_answers_go_through_the_engine(transformed, steps):
+    config = ExitConfig(speculate="off", adaptive=False)
+    steps.configure(config)
+    report = steps.launch_report
+    assert report.mode == "engine" and "layer by layer" in report.reason
+    with torch.no_grad():
+        dense = [step.token for step in transformed.dense.generate(PROMPT, 20)]
+    assert [token for token, _ in said(steps, 20)] == dense
+    steps.configure()
+    assert steps.launch_report.mode == steps.launching.mode
+
+
+def test_the_report_says_how_and_what_it_costs(steps):
+    steps.configure()
+    list(steps.stream(PROMPT, 8))
+    report = steps.launch_report
+    assert report.mode == steps.launching.mode and report.reason
+    assert report.rows == (1, 4, 8)
+    assert 0 < report.bytes < 1e6
+    assert report.host_synchronisations == 0
+    assert "predict 2" in report.launches and "head" in report.launches
+
+
+def test_a_model_is_transformed_for_steps(llama):
+    """From the door: no artefact is dense, and nothing is compiled for more than is asked."""
+    model = eepass.transform(llama, max_length=128, launch="host", stop=frozenset({64}))
+    assert isinstance(model, StepModel)
+    found = model.generate([PROMPT], max_new_tokens=30)
+    with torch.no_grad():
+        expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False,
+                                  eos_token_id=64)  # fmt: skip
+    assert torch.equal(found, expected)
+    with pytest.raises(InputError, match="one prompt at a time, not 2"):
+        model.generate([PROMPT, PROMPT])
+    with pytest.raises(EngineError, match="no repetition_penalty"):
+        model.generate(PROMPT, 4, Sampling(temperature=1.0, repetition_penalty=1.1))
+    with pytest.raises(InputError, match="needs an artefact"):
+        model.configure(ExitConfig().approximate())
+
+
+@pytest.mark.parametrize(
+    "options, error, said_",
+    (
+        ({"launch": "device"}, EngineError, "needs a CUDA device; on a CPU use host"),
+        ({"launch": "quick"}, EngineError, "must be one of auto"),
+        ({"device": "tpu"}, InputError, "device='tpu'"),
+        ({"device": "xpu"}, EngineError, "must be cpu or cuda"),
+        ({"launch": "host", "dump": "x"}, InputError, "dump and draft_model go with neither"),
+    ),
+)
+def test_what_cannot_be_had_is_refused_before_anything_is_done(llama, options, error, said_):
+    with pytest.raises(error, match=said_):
+        eepass.transform(llama, **options)
+
+
+def test_a_gpu_that_is_not_there_is_named(llama, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(EngineError, match=r"device='cuda': torch .*use device='cpu'"):
+        eepass.transform(llama, device="cuda")
+
+
+@pytest.mark.parametrize("family", ("gemma3", "gpt2"))
+def test_steps_of_other_families(family):
+    """Sliding windows, layer norms, learned positions: early exits as the engine's."""
+    model = tiny_model(family)
+    with torch.no_grad():
+        splits, report = split_for_rows(model, 128, (1, 4, 8), 16)
+        early = EarlyExitModel(
+            splits, report, frozenset(), random_artifact(model), compiler=eager_compile
+        )
+        early.configure(CONFIGS["eager to leave"])
+    steps = StepModel(early, choose("interpret", CPU))
+    steps.configure(CONFIGS["eager to leave"])
+    expected = said(early, 30)
+    assert said(steps, 30) == expected
+    assert {layer for _, layer in expected} != {4}

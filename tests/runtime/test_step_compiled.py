@@ -1,0 +1,36 @@
+"""A step whose layers and updates are compiled as for a GPU, on the CPU."""
+
+import pytest
+import torch
+from models import eager_compile
+from steps import BUCKETS, LateOutbox, OrderedExits, engine_for
+
+from eepass.runtime.decoder import Decoder
+from eepass.runtime.step.build import build_step
+from eepass.runtime.step.engine import StepEngine
+from eepass.runtime.step.interpret import Interpreter
+from eepass.runtime.step.layout import StepOptions
+
+PROMPT = [5, 9, 44, 7, 8]
+
+
+def exits():
+    wanted = [{1}, {2}, set(), {1}, {1, 2}, {2}, set(), {1}] * 3
+    return OrderedExits((1, 2), wanted, list(range(20, 44)), [1, 1, 1, 2] * 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kv", ("defer", "propagate"))
+def test_compiled_steps_are_the_eager_ones(llama_splits, kv):
+    from eepass.codegen.lower_step import StepCompiler
+
+    compiler = StepCompiler()
+    decoder = Decoder(llama_splits, compiler)
+    step = build_step(decoder, exits(), StepOptions(kv=kv, buckets=BUCKETS), compiler.fuse)
+    engine = StepEngine(decoder, step, Interpreter(step), LateOutbox(step["out"]), prompt_rows=16)
+    found = [tuple(token) for token in engine.generate(PROMPT, 25)]
+    other = engine_for(Decoder(llama_splits, eager_compile), exits(), kv=kv)
+    assert found == [tuple(token) for token in other.generate(PROMPT, 25)]
+    assert engine.step["counters"].tolist() == other.step["counters"].tolist()
+    for ours, theirs in zip(decoder.kv.keys, other.decoder.kv.keys, strict=True):
+        assert torch.allclose(ours[:, :, :29], theirs[:, :, :29], atol=2e-5)
