@@ -21,6 +21,7 @@ from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
+from eepass.codegen.lower_quantized import lower_quantized, lower_quantized_logits
 
 SETTINGS: dict[str, Any] = {
     # for graphs before ATen; ours are past that
@@ -68,7 +69,9 @@ def ready_to_compile(
     lowered = copy.deepcopy(graph)
     if logits:
         lower_logits(lowered)
+        lower_quantized_logits(lowered)
     lower_linear(lowered)
+    lower_quantized(lowered)
     lower_attention(lowered)
     return_a_tuple(lowered)
     lowered.graph.eliminate_dead_code(is_impure_node=_writes)

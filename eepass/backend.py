@@ -158,7 +158,7 @@ class _Shape:
         watched = [step.caches[0], step.caches[-1], *lengths[:1], *lengths[-1:]]
         self._written = itemgetter(*dict.fromkeys(watched))
         head = step.split.head
-        bound = {head.weight, head.bias, *(r.name for r in (head.norm or head.whole).inputs)}
+        bound = {*head.parts.values(), head.bias, *(r.name for r in (head.norm or head.whole).inputs)}
         self._bound = [p for role, p in step.places.items() if role.name in bound]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}
@@ -223,7 +223,7 @@ class _Shape:
             raise PassError(f"early exits need single rows of the LM head: {head.reason}")
         plan = make_plan(config, artifact, self.decoder.num_layers)
         weights = Weights(step, tensors, self._compile)
-        made = exit_tensors(config.name, artifact, weights.tensors, head.weight)
+        made = exit_tensors(config.name, artifact, weights.tensors, step.split)
         every = {**weights.tensors, **made}
 
         def pieces(rows: int) -> ExitPieces:

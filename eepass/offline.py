@@ -48,21 +48,21 @@ Notify = Callable[[str], None]
 def write_folder(
     loaded: LoadedModel,
     out: str | Path,
-    artifact: str | Path | None = None,
+    artifact: str | Path | Artifact | None = None,
     rows: Sequence[int] = STEP_ROWS,
     max_length: int = MAX_LENGTH,
     notify: Notify = lambda stage: None,
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
 
-    ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
+    ``artifact``: one that ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
     row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
     ``notify(stage)`` says what is being done. A transformed folder that was there is replaced.
     Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
     """
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
-    trained = None if artifact is None else load_artifact(Path(artifact))
+    trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if trained is not None:
         refuse_other_model(trained, loaded.model, "artifact")
     scratch = target.with_name(f".{target.name}.part")
@@ -144,8 +144,7 @@ class _Writer:
 
     def _exit_tensors(self, ready: EarlyExitModel, preset: str) -> dict[str, Tensor]:
         assert ready.artifact is not None
-        weight = ready.splits[1].head.weight
-        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, weight)
+        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, ready.splits[1])
 
     def _write_text(self) -> None:
         tokenizer = self.loaded.tokenizer
