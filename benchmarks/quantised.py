@@ -4,9 +4,9 @@
 
 For each format the model is quantised, its thresholds are found anew, and dense decoding is
 measured beside exact speculation and early exit over the same quantised model, question by
-question (benchmarks/questions.jsonl), all systems of a format in turns. "gain" is dense time over the system's; "kept" what of
-the gain at bf16 remains; "agreement" the share of tokens equal to that same dense model's, along
-its answers. A quiet machine, two threads: about five minutes.
+question (benchmarks/questions.jsonl), all systems of a format in turns. "gain" is dense time over
+the system's; "kept" what of the gain at bf16 remains; "agreement" the share of tokens equal to that
+same dense model's, along its answers. A quiet machine, two threads: about five minutes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -82,7 +83,10 @@ def ready_to_compile(
     # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     settings = torch._inductor.config.patch(SETTINGS)
-    with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)):
+    quiet = warnings.catch_warnings()
+    with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)), quiet:
+        # scales in one beside states in the other: said of code that does all in float32
+        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
         if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
             # here and not in inductor, whose cache takes no decompositions of others
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)

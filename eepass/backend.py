@@ -158,7 +158,11 @@ class _Shape:
         watched = [step.caches[0], step.caches[-1], *lengths[:1], *lengths[-1:]]
         self._written = itemgetter(*dict.fromkeys(watched))
         head = step.split.head
-        bound = {*head.parts.values(), head.bias, *(r.name for r in (head.norm or head.whole).inputs)}
+        bound = {
+            *head.parts.values(),
+            head.bias,
+            *(r.name for r in (head.norm or head.whole).inputs),
+        }
         self._bound = [p for role, p in step.places.items() if role.name in bound]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}

@@ -287,9 +287,7 @@ def _trace(examples: Sequence[Tensor], source: str, parts: int) -> GraphModule:
             logits = torch.ops.eepass.logits_rows(states[scored], *head, None)
         else:
             lows = head[2] if parts > 2 else None
-            logits = torch.ops.eepass.quantized_logits(
-                states[scored], *head[:2], lows, None, False
-            )
+            logits = torch.ops.eepass.quantized_logits(states[scored], *head[:2], lows, None, False)
         return states, logits.log_softmax(-1)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

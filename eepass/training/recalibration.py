@@ -43,8 +43,8 @@ def calibrate(
     For a model that was quantised after it was trained for: translators, predictors and the draft
     head stay as they are, in bf16, and take minutes less. ``prompts``: JSONL as for
     ``eepass.train``; those no training was fitted on are answered, densely, each up to ``longest``
-    tokens, greedily and then, until there are ``tokens``, sampled. Raises ``InputError`` where the artefact is of
-    a model of another shape.
+    tokens, greedily and then, until there are ``tokens``, sampled. Raises ``InputError`` where
+    the artefact is of a model of another shape.
     """
     began = perf_counter()
     progress = progress or Silent()
@@ -95,7 +95,7 @@ def _answered(
     longest: int,
     progress: Progress,
 ) -> list[Example]:
-    """Dense answers of the compiled model, which is far faster than eager over quantised weights."""
+    """Dense answers of the compiled model: eager over quantised weights is far slower."""
     progress.begin("answering densely", tokens)
     engine = trainer.engine
     fitting = [p for p in prompts if len(p) + longest < engine.decoder.capacity]

@@ -172,9 +172,7 @@ def test_hot_rows_and_drafts_read_the_quantised_head(quantised):
     assert exits is not None
     every = model.decoder.logits
     assert every is not None
-    pieces = model.pieces_for(
-        ExitConfig(), model.plan, {**model.decoder.tensors, **tensors}, 1
-    )
+    pieces = model.pieces_for(ExitConfig(), model.plan, {**model.decoder.tensors, **tensors}, 1)
     (logits,) = model.decoder.bind(pieces.verify, tensors, [z])(z)
     whole = torch.ops.eepass.quantized_logits(
         z[0], layer.codes, layer.scales, layer.mins, None, layer.dynamic
@@ -303,3 +301,24 @@ def test_thresholds_found_anew(quantised, tmp_path):
     deeper = random_artifact(tiny_model("llama", num_hidden_layers=2), k=8)
     with pytest.raises(InputError, match="layers"):
         calibrate(loaded, deeper)
+
+
+@pytest.mark.parametrize("method", ("gptq", "awq", "compressed-tensors"))
+def test_formats_of_other_libraries_are_refused_by_name(tmp_path, method):
+    model = small()
+    configs = {
+        "gptq": {"bits": 4, "group_size": 32, "quant_method": "gptq"},
+        "awq": {"bits": 4, "group_size": 32, "quant_method": "awq"},
+        "compressed-tensors": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {
+                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
+            },
+        },
+    }
+    model.config.quantization_config = configs[method]
+    model.config.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=f"(?i){method.partition('-')[0]}"):
+        eepass.load(str(tmp_path))
