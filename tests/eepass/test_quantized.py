@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from models import ForcedExits, random_artifact, tiny_model, tiny_tokenizer
+from models import VOCABULARY, ForcedExits, random_artifact, tiny_model, tiny_tokenizer
+from safetensors.torch import load_file
 
 import eepass
 from eepass.artifact import fingerprint
@@ -20,7 +21,17 @@ from eepass.transformation import transform
 ao = pytest.importorskip("torchao.quantization")
 gguf = pytest.importorskip("gguf")
 PROMPT = [5, 9, 44, 7, 8]
-KINDS = ("int8", "int4", "int8-dynamic")
+
+
+def words_tokenizer():
+    """One whose fast form says all there is."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
+    tokenizer = Tokenizer(models.WordLevel(words, "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2", unk_token="<unk>")
 
 
 def small():
@@ -117,7 +128,7 @@ def _by_hand(model, ids, count):
     return answer
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=("int8", "int4"))
 def quantised(request):
     model = small()
     quantize(model, request.param)
@@ -322,3 +333,29 @@ def test_formats_of_other_libraries_are_refused_by_name(tmp_path, method):
     tiny_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(InputError, match=f"(?i){method.partition('-')[0]}"):
         eepass.load(str(tmp_path))
+
+
+def test_a_transformed_folder_holds_codes_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    torch.use_deterministic_algorithms(False)
+    model = small()
+    model.save_pretrained(tmp_path / "model")
+    words_tokenizer().save_pretrained(tmp_path / "model")
+    loaded = eepass.load(str(tmp_path / "model"), quantize="int4")
+    expected = transform(loaded.model, max_length=64).dense
+    eepass.write_folder(loaded, tmp_path / "folder", rows=(1,), max_length=64)
+    stored = load_file(tmp_path / "folder" / "model.safetensors")
+    codes = [tensor for name, tensor in stored.items() if name.endswith(".codes")]
+    assert len(codes) == 4 * 7 + 1 and all(tensor.dtype == torch.uint8 for tensor in codes)
+    again = eepass.load(str(tmp_path / "folder"))
+    said = [[s.token for s in e.generate(PROMPT, 12)] for e in (again.model.dense, expected)]
+    assert said[0] == said[1]
+
+
+def test_where_no_kernel_reads_codes_they_are_not_kept(monkeypatch):
+    from eepass import models
+
+    assert models._no_kernels(small()) == ""
+    assert "bf16" in models._no_kernels(small().float())
+    monkeypatch.setattr(models, "cpu_flags", lambda: ["avx512_bf16"])
+    assert "avx512_vnni" in models._no_kernels(small())
