@@ -31,9 +31,9 @@ class QuantizedWeight:
         return made
 
     def to(self, device: torch.device) -> QuantizedWeight:
-        parts = (self.codes, self.scales, self.mins)
-        moved = [None if part is None else part.contiguous().to(device) for part in parts]
-        return QuantizedWeight(*moved, self.dynamic)  # type: ignore[arg-type]
+        mins = None if self.mins is None else self.mins.contiguous().to(device)
+        codes, scales = (part.contiguous().to(device) for part in (self.codes, self.scales))
+        return QuantizedWeight(codes, scales, mins, self.dynamic)
 
 
 def four_bit(codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> QuantizedWeight:

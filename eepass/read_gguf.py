@@ -61,7 +61,11 @@ def _read(file: Path) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:
             name, _, part = key.rpartition(".")
             parts.setdefault(name, {})[part] = stored.get_tensor(key)
         left = json.loads(stored.metadata()["left"])
-    return {name: QuantizedWeight(**made) for name, made in parts.items()}, left
+    weights = {
+        name: QuantizedWeight(made["codes"], made["scales"], made.get("mins"))
+        for name, made in parts.items()
+    }
+    return weights, left
 
 
 def kept_weights(model: Any, file: Path) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:

@@ -16,29 +16,31 @@ from eepass.quantized_weights import QuantizedWeight, four_bit, replace_linears
 KINDS = ("int8", "int4", "int8-dynamic")
 # what --quantize int4 rounds together
 GROUP = 32
+INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
 def read_quantized(model: Any) -> bool:
     """Turn torchao's weights in ``model``, in place, into layers that can be traced and compiled;
     whether there were any. Raises ``InputError`` for a form that is not known, naming it."""
     weights: dict[str, QuantizedWeight] = {}
-    others: list[tuple[torch.nn.Module, str, Tensor]] = []
+    others: list[tuple[torch.nn.Module, str, Any]] = []
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
-            if parameter is None or not is_traceable_wrapper_subclass(parameter):
+            held: Any = parameter
+            if held is None or not is_traceable_wrapper_subclass(held):
                 continue
             if isinstance(module, torch.nn.Linear) and attribute == "weight":
-                weights[name] = _read(name, parameter)
+                weights[name] = _read(name, held)
             elif isinstance(module, torch.nn.Embedding):
-                others.append((module, attribute, parameter))
+                others.append((module, attribute, held))
             else:
                 raise InputError(
-                    f"{name}.{attribute} is a {type(parameter).__name__}: of quantised weights "
+                    f"{name}.{attribute} is a {type(held).__name__}: of quantised weights "
                     "those of linear layers and embeddings can be used"
                 )
-    for module, attribute, parameter in others:
+    for module, attribute, held in others:
         # only rows of it are read
-        plain = torch.nn.Parameter(parameter.dequantize(), requires_grad=False)
+        plain = torch.nn.Parameter(held.dequantize(), requires_grad=False)
         module._parameters[attribute] = plain
     replace_linears(model, weights)
     return bool(weights)
@@ -60,7 +62,7 @@ def quantize(model: Any, kind: str) -> None:
     dynamic = ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
     configs: dict[str, Callable[[], Any]] = {
         "int8": lambda: ao.Int8WeightOnlyConfig(set_inductor_config=False),
-        "int4": lambda: ao.IntxWeightOnlyConfig(torch.int4, ao.PerGroup(GROUP)),
+        "int4": lambda: ao.IntxWeightOnlyConfig(INT4, ao.PerGroup(GROUP)),
         "int8-dynamic": lambda: dynamic,
     }
 
@@ -112,7 +114,7 @@ def _intx(weight: Any) -> QuantizedWeight:
     mins = None
     if zero.any():
         mins = -zero.float() * scales.float()
-    if weight.target_dtype is not torch.int4:
+    if weight.target_dtype is not INT4:
         return QuantizedWeight(weight.qdata, scales, mins)
     if mins is not None:
         mins = mins - 8 * scales.float()

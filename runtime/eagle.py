@@ -126,9 +126,9 @@ class EagleDraft:
         self._layer = [tensors[f"eagle.{name}"].to(dtype) for name in LAYER]
         heads = self._layer[LAYER.index("q")].shape[0] // HEAD_WIDTH
         keys = torch.zeros(1, heads, TREE + RING, HEAD_WIDTH, dtype=dtype)
-        heads = [tensors.get(f"{own}hot.head{end}") for end in ("", ".scales", ".mins")]
+        hot = [tensors.get(f"{own}hot.head{end}") for end in ("", ".scales", ".mins")]
         self._state = [self._unseen(), keys, torch.zeros_like(keys)]
-        self._state += [part for part in heads if part is not None]
+        self._state += [part for part in hot if part is not None]
         self._steps: dict[tuple[str, int], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         # of the last confirmed token, then of the drafts in order of growth
         self._states = torch.zeros(TREE, hidden, dtype=dtype)
