@@ -346,14 +346,18 @@ def test_a_transformed_folder_holds_codes_once(tmp_path, monkeypatch):
     model.save_pretrained(tmp_path / "model")
     words_tokenizer().save_pretrained(tmp_path / "model")
     loaded = eepass.load(str(tmp_path / "model"), quantize="int4")
-    expected = transform(loaded.model, max_length=64).dense
-    eepass.write_folder(loaded, tmp_path / "folder", rows=(1,), max_length=64)
+    artifact = random_artifact(loaded.model)
+    original = transform(loaded.model, artifact, max_length=64)
+    eepass.write_folder(loaded, tmp_path / "folder", artifact, rows=(1, 4), max_length=64)
     stored = load_file(tmp_path / "folder" / "model.safetensors")
     codes = [tensor for name, tensor in stored.items() if name.endswith(".codes")]
     assert len(codes) == 4 * 7 + 1 and all(tensor.dtype == torch.uint8 for tensor in codes)
     again = eepass.load(str(tmp_path / "folder"))
-    said = [[s.token for s in e.generate(PROMPT, 12)] for e in (again.model.dense, expected)]
-    assert said[0] == said[1]
+    for config in (None, ExitConfig(), ExitConfig().approximate()):
+        engines = [m.dense if config is None else m.configure(config) for m in
+                   (again.model, original)]  # fmt: skip
+        said = [[step.token for step in engine.generate(PROMPT, 12)] for engine in engines]
+        assert said[0] == said[1]
 
 
 def test_where_no_kernel_reads_codes_they_are_not_kept(monkeypatch):
