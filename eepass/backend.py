@@ -35,6 +35,7 @@ from eepass.passes.caller_step import split_caller_step
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import CallerStep, ExitPieces
+from eepass.quantized_weights import weights_to_read
 from eepass.runtime.cache_states import CacheState, CacheStates
 from eepass.runtime.caller_decoder import CallerDecoder
 from eepass.runtime.caller_exits import CallerExits, Weights
@@ -86,7 +87,7 @@ def specee(
         return _whole(graph, examples, mode, wanted.inner_backend)
     # before exits note where the weights lie
     with torch.no_grad():
-        settle_weights(owner.parameters())
+        settle_weights(weights_to_read(owner))
     step = _Step(caller, owner, wanted)
     try:
         step.prepare(examples)

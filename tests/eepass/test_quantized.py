@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from caller import Seen, compiled, said
 from models import VOCABULARY, ForcedExits, random_artifact, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
@@ -367,3 +368,18 @@ def test_where_no_kernel_reads_codes_they_are_not_kept(monkeypatch):
     assert "bf16" in models._no_kernels(small().float())
     monkeypatch.setattr(models, "cpu_flags", lambda: ["avx512_bf16"])
     assert "avx512_vnni" in models._no_kernels(small())
+
+
+def test_through_the_backend(tmp_path):
+    """A caller's compiled step over a quantised model: its eager answers, and exits."""
+    torch._dynamo.reset()
+    model = small().float()
+    quantize(model, "int8")
+    random_artifact(model, k=80).save(tmp_path / "a")
+    ids = torch.tensor([PROMPT])
+    expected = said(model, model, ids, 8)
+    assert said(model, compiled(model, tmp_path / "a", threshold=1.0), ids, 8) == expected
+    torch._dynamo.reset()
+    seen = Seen()
+    left = said(model, compiled(model, tmp_path / "a", threshold=0.4, stats=seen), ids, 8)
+    assert len(left[0]) == 8 and min(seen.layers) < 4
