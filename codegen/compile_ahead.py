@@ -37,6 +37,16 @@ SHIMS = {
         "AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle, AtenTensorHandle,"
         " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
+    _operators.quantized_rows.default: [
+        "AOTITorchError aoti_torch_cpu_quantized_rows(AtenTensorHandle, const AtenTensorHandle*,"
+        " int64_t, const AtenTensorHandle*, int64_t, const AtenTensorHandle**, int64_t,"
+        " const AtenTensorHandle**, int64_t, int32_t, ...)"
+    ],
+    _operators.quantized_logits.default: [
+        "AOTITorchError aoti_torch_cpu_quantized_logits(AtenTensorHandle, AtenTensorHandle,"
+        " AtenTensorHandle, const AtenTensorHandle*, const AtenTensorHandle*, int32_t,"
+        " AtenTensorHandle*)"
+    ],
     _operators.attend_rows.default: [
         "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"
         " AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"

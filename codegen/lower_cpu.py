@@ -1,6 +1,7 @@
 """Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,7 @@ from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
+from eepass.codegen.lower_quantized import lower_quantized, lower_quantized_logits
 
 SETTINGS: dict[str, Any] = {
     # for graphs before ATen; ours are past that
@@ -73,7 +75,9 @@ def ready_to_compile(
     lowered = copy.deepcopy(graph)
     if logits:
         lower_logits(lowered)
+        lower_quantized_logits(lowered)
     lower_linear(lowered)
+    lower_quantized(lowered)
     lower_attention(lowered)
     with for_inductor(lowered, examples) as ready:
         yield ready
@@ -93,7 +97,10 @@ def for_inductor(
     # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     settings = torch._inductor.config.patch(SETTINGS)
-    with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)):
+    quiet = warnings.catch_warnings()
+    with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)), quiet:
+        # scales in one beside states in the other: said of code that does all in float32
+        warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
         if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
             # here and not in inductor, whose cache takes no decompositions of others
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)

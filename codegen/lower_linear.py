@@ -23,7 +23,7 @@ def lower_linear(gm: GraphModule) -> int:
     by_input: dict[Node, list[Node]] = {}
     for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
         x: Any = node.args[0]
-        if _rows(x) <= MOST_ROWS and _placeholder_operands(node):
+        if row_count(x) <= MOST_ROWS and _placeholder_operands(node):
             by_input.setdefault(x, []).append(node)
     for x, linears in by_input.items():
         _rewrite(gm, x, linears)
@@ -40,7 +40,7 @@ def lower_logits(gm: GraphModule) -> int:
         value: Tensor = x.meta["val"]
         with gm.graph.inserting_before(node):
             call = gm.graph.call_function
-            flat = call(aten.reshape.default, (x, [_rows(x), value.shape[-1]]))
+            flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
             logits = call(torch.ops.eepass.logits_rows.default, (flat, weight, bias))
             new = call(aten.reshape.default, (logits, list(node.meta["val"].shape)))
         new.meta = dict(node.meta)
@@ -49,7 +49,7 @@ def lower_logits(gm: GraphModule) -> int:
     return len(linears)
 
 
-def _rows(x: Node) -> int:
+def row_count(x: Node) -> int:
     value = x.meta["val"]
     return int(value.numel() // value.shape[-1])
 
@@ -66,7 +66,7 @@ def _rewrite(gm: GraphModule, x: Node, linears: list[Node]) -> None:
     weights = [linear.args[1] for linear in linears]
     biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
     with gm.graph.inserting_before(linears[0]):
-        flat = call(aten.reshape.default, (x, [_rows(x), value.shape[-1]]))
+        flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
         products = call(torch.ops.eepass.linear_rows.default, (flat, weights, biases))
         for index, linear in enumerate(linears):
             product = call(operator.getitem, (products, index))

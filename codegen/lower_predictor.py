@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass import ops
+from eepass import ops, quantized_ops
 
 
 def _rows_by(x: Tensor, weight: Tensor) -> Tensor:
@@ -44,5 +44,6 @@ def predict_exit(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.eepass.translate.default: translate,
     torch.ops.eepass.draft_logits.default: ops.draft_logits,
+    torch.ops.eepass.quantized_draft_logits.default: quantized_ops.quantized_draft_logits,
     torch.ops.eepass.predict_exit.default: predict_exit,
 }

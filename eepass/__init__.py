@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from eepass.probing import probe
     from eepass.serving import serve
     from eepass.training.door import train
+    from eepass.training.recalibration import calibrate
     from eepass.transformation import transform
 
 _HOMES = {
     "ExitConfig": "eepass.config",
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
+    "calibrate": "eepass.training.recalibration",
     "generate": "eepass.generation",
     "load": "eepass.models",
     "load_artifact": "eepass.artifact",
@@ -37,6 +39,7 @@ __all__ = [
     "ExitConfig",
     "InputError",
     "bench",
+    "calibrate",
     "generate",
     "load",
     "load_artifact",

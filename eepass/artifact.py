@@ -17,11 +17,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from eepass.errors import InputError
+from eepass.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.training.calibration import Calibration
 
 SCHEMA = 2
 MANIFEST = "eepass.json"
 FILES = ("predictors.safetensors", "draft.safetensors")
+# of each weight, for the fingerprint
+SAMPLE = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,10 +137,14 @@ def fingerprint(model: Any) -> dict[str, Any]:
     The sample is read as bf16, so that it does not depend on the dtype the model was loaded in.
     """
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.named_parameters()):
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(flat.numel() // 1024, 1)][:1024].to("cpu", torch.bfloat16)
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+    samples = {n: (tuple(t.shape), _sample(t)) for n, t in model.named_parameters()}
+    for name, layer in quantized_layers(model):
+        # what is tied counts once, with the embedding
+        if not layer.tied:
+            shape = (layer.out_features, layer.in_features)
+            samples[f"{name}.weight"] = (shape, _sample_of_codes(layer.quantized, shape))
+    for name, (shape, sample) in sorted(samples.items()):
+        digest.update(f"{name}{shape}".encode())
         digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
     config = model.config.get_text_config(decoder=True)
     return {
@@ -149,14 +156,29 @@ def fingerprint(model: Any) -> dict[str, Any]:
     }
 
 
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16)
+
+
+def _sample_of_codes(weight: QuantizedWeight, shape: tuple[int, int]) -> Tensor:
+    """``_sample`` of the values a quantised weight stands for."""
+    size = shape[0] * shape[1]
+    at = torch.arange(0, size, max(size // SAMPLE, 1))[:SAMPLE]
+    values = weight.values(torch.bfloat16, at // shape[1])
+    return values[torch.arange(len(at)), at % shape[1]].cpu()
+
+
 def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> None:
     """Raise ``InputError`` naming the first field in which the artefact is of another model."""
     found = fingerprint(model)
     for name, value in found.items():
         if artifact.fingerprint.get(name) != value:
+            quantized = name == "weights" and any(quantized_layers(model))
             raise InputError(
                 f"{where}: trained for another model ({name} is "
-                f"{artifact.fingerprint.get(name)!r} there, {value!r} here); run eepass train"
+                f"{artifact.fingerprint.get(name)!r} there, {value!r} here); run eepass "
+                + ("calibrate, if it is the same model quantised" if quantized else "train")
             )
 
 

@@ -35,6 +35,7 @@ from eepass.passes.caller_step import split_caller_step
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import CallerStep, ExitPieces
+from eepass.quantized_weights import weights_to_read
 from eepass.runtime.cache_states import CacheState, CacheStates
 from eepass.runtime.caller_decoder import CallerDecoder
 from eepass.runtime.caller_exits import CallerExits, Weights
@@ -86,7 +87,7 @@ def specee(
         return _whole(graph, examples, mode, wanted.inner_backend)
     # before exits note where the weights lie
     with torch.no_grad():
-        settle_weights(owner.parameters())
+        settle_weights(weights_to_read(owner))
     step = _Step(caller, owner, wanted)
     try:
         step.prepare(examples)
@@ -158,7 +159,11 @@ class _Shape:
         watched = [step.caches[0], step.caches[-1], *lengths[:1], *lengths[-1:]]
         self._written = itemgetter(*dict.fromkeys(watched))
         head = step.split.head
-        bound = {head.weight, head.bias, *(r.name for r in (head.norm or head.whole).inputs)}
+        bound = {
+            *head.parts.values(),
+            head.bias,
+            *(r.name for r in (head.norm or head.whole).inputs),
+        }
         self._bound = [p for role, p in step.places.items() if role.name in bound]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}
@@ -223,7 +228,7 @@ class _Shape:
             raise PassError(f"early exits need single rows of the LM head: {head.reason}")
         plan = make_plan(config, artifact, self.decoder.num_layers)
         weights = Weights(step, tensors, self._compile)
-        made = exit_tensors(config.name, artifact, weights.tensors, head.weight)
+        made = exit_tensors(config.name, artifact, weights.tensors, step.split)
         every = {**weights.tensors, **made}
 
         def pieces(rows: int) -> ExitPieces:

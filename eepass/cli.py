@@ -52,6 +52,13 @@ Guarantee = Annotated[str, typer.Option(help="exact: the dense answer; approxima
 Speculate = Annotated[
     str, typer.Option(help="Who drafts tokens ahead: cascade, eagle, ngram, lens or off.")
 ]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="keep: a GGUF file's own, where there are kernels for it; none: bf16 or fp32; "
+        "int8, int4 or int8-dynamic: with torchao."
+    ),
+]
 Exits = Annotated[bool, typer.Option(help="Let tokens leave early.")]
 
 
@@ -163,10 +170,39 @@ def train(
 
 
 @app.command()
+def calibrate(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
+    artifact: ArtifactDir = None,
+    quantize: Quantize = "keep",
+    prompts: Prompts = None,
+    tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
+    raw: Raw = False,
+    json_file: Json = None,
+    device: Device = "cpu",
+    dtype: Dtype = None,
+    threads: Threads = 0,
+    debug: Debug = False,
+) -> None:
+    """Find an artefact's thresholds anew for MODEL quantised; trains nothing, takes minutes."""
+
+    def work() -> None:
+        from eepass.console import console
+
+        loaded = _load(model, dtype, device, threads, quantize=quantize)
+        made = _calibrated(loaded, artifact, out, prompts, tokens, raw)
+        console.print(f"artefact: {out}", highlight=False)
+        _write_json(json_file, dict(made.report))
+
+    _run(work, debug)
+
+
+@app.command()
 def transform(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write; a transformed one is replaced.")],
     artifact: ArtifactDir = None,
+    quantize: Quantize = "keep",
     rows: Annotated[
         str, typer.Option(help="Row counts to compile for: 1, and how many tokens go in a pass.")
     ] = "1,4,8,16",
@@ -190,8 +226,10 @@ def transform(
         from eepass.offline import write_folder
 
         sizes = numbers(rows, "--rows")
-        loaded = _load(model, dtype, device, threads)
+        loaded = _load(model, dtype, device, threads, quantize=quantize)
         folder = None if dense else artifact or loaded.artifact
+        if not dense and loaded.before is not None and artifact is None:
+            folder = _calibrated(loaded, None)
         with console.status("transforming") as status:
             report = write_folder(loaded, out, folder, sizes, max_length, status.update, gpu or ())
         size = sum(report["compiled"].values()) / 1e6
@@ -209,6 +247,7 @@ def generate(
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     artifact: ArtifactDir = None,
+    quantize: Quantize = "keep",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every layer for every token.")
@@ -251,7 +290,7 @@ def generate(
             preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
             target_agreement=target_agreement, kv=kv,
         )  # fmt: skip
-        loaded = _load(model, dtype, device, threads, trust_native)
+        loaded = _load(model, dtype, device, threads, trust_native, quantize)
         ids = loaded.encode(prompt, raw)
         length = len(ids) + max_new_tokens + 1
         ready = _transform(loaded, None if dense else artifact, dense, config, length, dump)
@@ -332,6 +371,7 @@ def bench(
 def inspect(
     model: Model,
     artifact: ArtifactDir = None,
+    quantize: Quantize = "keep",
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG of the exit graph.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the exit graph as code.")] = False,
     preset: Preset = "default",
@@ -351,7 +391,7 @@ def inspect(
         from eepass.console import console
 
         config = config_of(preset).approximate(target_agreement)
-        loaded = _load(model, dtype, device, threads, trust_native)
+        loaded = _load(model, dtype, device, threads, trust_native, quantize)
         length = None if loaded.transformed else 192
         ready = _transform(loaded, artifact, False, config, length, dump, exits_optional=True)
         found = inspecting.describe(ready)
@@ -442,18 +482,45 @@ def _draft(name: str) -> Any:
 
 
 def _load(
-    model: str, dtype: str | None, device: str, threads: int, trust_native: bool = False
+    model: str,
+    dtype: str | None,
+    device: str,
+    threads: int,
+    trust_native: bool = False,
+    quantize: str = "none",
 ) -> Any:
     import torch
 
     from eepass import models
-    from eepass.console import console
+    from eepass.console import console, errors
 
     models.check_device(device)
     if threads:
         torch.set_num_threads(threads)
     with console.status(f"loading {model}"):
-        return models.load(model, dtype, device, trust_native)
+        wanted = None if quantize == "none" else quantize
+        loaded = models.load(model, dtype, device, trust_native, wanted)
+    if "dequantised" in loaded.form:
+        errors.print(f"{model}: {loaded.form}", highlight=False, markup=False)
+    return loaded
+
+
+def _calibrated(
+    loaded: Any,
+    artifact: Path | None,
+    out: Path | None = None,
+    prompts: Path | None = None,
+    tokens: int = 4000,
+    raw: bool = False,
+) -> Any:
+    from eepass.console import progress_bars
+    from eepass.training.recalibration import calibrate
+
+    source = artifact or loaded.before or loaded.artifact
+    if source is None:
+        raise InputError(f"{loaded.name} has no artefact to calibrate: give --artifact DIR")
+    with progress_bars() as bars:
+        return calibrate(loaded, source, out, prompts, tokens, raw, progress=bars)
 
 
 def _transform(

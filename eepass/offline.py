@@ -49,7 +49,7 @@ Notify = Callable[[str], None]
 def write_folder(
     loaded: LoadedModel,
     out: str | Path,
-    artifact: str | Path | None = None,
+    artifact: str | Path | Artifact | None = None,
     rows: Sequence[int] = STEP_ROWS,
     max_length: int = MAX_LENGTH,
     notify: Notify = lambda stage: None,
@@ -57,7 +57,7 @@ def write_folder(
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
 
-    ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
+    ``artifact``: one that ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
     row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
     ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
     folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder
@@ -68,7 +68,7 @@ def write_folder(
         capability_of(gpu, "--gpu")
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
-    trained = None if artifact is None else load_artifact(Path(artifact))
+    trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if trained is not None:
         refuse_other_model(trained, loaded.model, "artifact")
     scratch = target.with_name(f".{target.name}.part")
@@ -158,8 +158,7 @@ class _Writer:
 
     def _exit_tensors(self, ready: EarlyExitModel, preset: str) -> dict[str, Tensor]:
         assert ready.artifact is not None
-        weight = ready.splits[1].head.weight
-        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, weight)
+        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, ready.splits[1])
 
     def _compile_for(self, gpu: str, ready: EarlyExitModel) -> dict[str, Any]:
         self.notify(f"compiling kernels for {gpu}")

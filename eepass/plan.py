@@ -70,7 +70,8 @@ class Head:
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
     ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
     tensors, ``transform`` is what follows on the logits (a scale, a soft cap); else ``reason``
-    says what stands in the way.
+    says what stands in the way. Where it is quantised ``weight`` names its codes, beside
+    ``scales`` and, if it has any, ``mins``; ``dynamic`` as in ``eepass.quantized_ops``.
     """
 
     whole: Piece
@@ -79,6 +80,23 @@ class Head:
     bias: str = ""
     transform: Piece | None = None
     reason: str = ""
+    scales: str = ""
+    mins: str = ""
+    dynamic: bool = False
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of what its weight is made of, by how such parts' names end."""
+        named = {"": self.weight, ".scales": self.scales, ".mins": self.mins}
+        return {end: name for end, name in named.items() if name}
+
+    def values(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Its weight [V, H]; where that is quantised, the values its codes stand for."""
+        if not self.scales:
+            return tensors[self.weight]
+        parts = [tensors[name] if name else None for name in (self.weight, self.scales, self.mins)]
+        values: Tensor = torch.ops.eepass.dequantize(*parts, dtype)
+        return values
 
     def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """The normed state z [1, n, H] of boundaries [1, n, H]: ``norm``, whatever rows it was

@@ -17,6 +17,7 @@ import torch
 from eepass.artifact import Artifact, found_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.read_torchao import read_quantized
 from eepass.transformation import PREFILL_ROWS, EarlyExitModel, transform
 
 # tokens, prompt and answer together, where nobody asked for more
@@ -135,6 +136,7 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         current = None
     if current is None:
         prepared.transformed = None
+        read_quantized(model)
         if limit is None:
             limit = max(USUAL_LENGTH, 1 << (length - 1).bit_length())
         artifact = prepared.artifact

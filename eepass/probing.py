@@ -72,7 +72,7 @@ class _Lens:
     def __init__(self, model: EarlyExitModel) -> None:
         head = model.splits[1].head
         self.head, self.tensors = head, model.decoder.tensors
-        self.lm_head = self.tensors[head.weight]
+        self.lm_head = head.values(self.tensors, model.decoder.dtype)
 
     def norm(self, hidden: Tensor) -> Tensor:
         return self.head.normed(hidden, self.tensors)
@@ -100,10 +100,10 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     stable = torch.where(wrong_below.any(0), depth - wrong_below.argmax(0) + 1.0, 1.0)
     layer = model.splits[1].layers[depth - 1]
     tensors = model.decoder.tensors
-    layer_size = sum(tensors[r.name].numel() for r in layer.inputs if r.kind == "parameter")
-    lm_head = tensors[model.splits[1].head.weight]
-    head = lm_head.numel() / layer_size
-    hot = min(HOT_TOKENS, len(lm_head)) * lm_head.shape[1] / layer_size
+    layer_size = sum(tensors[r.name].nbytes for r in layer.inputs if r.kind == "parameter")
+    parts = [tensors[name] for name in model.splits[1].head.parts.values()]
+    head = sum(part.nbytes for part in parts) / layer_size
+    hot = head * min(HOT_TOKENS, len(parts[0])) / len(parts[0])
     mean = float(first.mean())
     return {
         "layers": depth,

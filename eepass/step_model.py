@@ -201,7 +201,7 @@ class StepModel:
         assert self.artifact is not None
         decoder, head = self.decoder, self.splits[1].head
         plan = make_plan(config, self.artifact, decoder.num_layers)
-        tensors = exit_tensors(config.name, self.artifact, decoder.tensors, head.weight)
+        tensors = exit_tensors(config.name, self.artifact, decoder.tensors, self.splits[1])
         tensors = with_thresholds(tensors, plan)
         every = {**decoder.tensors, **tensors}
         with torch.no_grad(), self.on_device():

@@ -17,6 +17,8 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import ExitPieces, ExitPlan, ExitPoint, SplitDecoder
+from eepass.quantized_weights import weights_to_read
+from eepass.read_torchao import read_quantized
 from eepass.runtime.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.drafts import Cascade, Draft, EagleTree, NgramDraft
@@ -110,9 +112,8 @@ class EarlyExitModel:
 
     def _exits(self, config: ExitConfig) -> tuple[Exits, dict[str, Tensor]]:
         assert self.artifact is not None
-        head = self.splits[1].head
         plan = make_plan(config, self.artifact, self.decoder.num_layers)
-        tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, head.weight)
+        tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, self.splits[1])
         every = {**self.decoder.tensors, **tensors}
 
         def pieces(rows: int) -> ExitPieces:
@@ -246,6 +247,9 @@ def transform(
 ) -> EarlyExitModel | StepModel:
     """Transform a Hugging Face causal LM (on the CPU, fp32 or bf16, eval mode).
 
+    Layers that torchao quantised are replaced in ``model`` by ones that say the same and can be
+    compiled; exact then means: as the quantised model says it.
+
     One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
     configured anew over the same code, weights and cache; it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
@@ -271,6 +275,7 @@ def transform(
         return _again(model, artifact, config, max_length, draft_model)
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
+    read_quantized(model)
     loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if loaded is not None:
         refuse_other_model(loaded, model, "artifact")
@@ -296,7 +301,7 @@ def split_model(
 
     slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
     with torch.no_grad():
-        settle_weights(model.parameters())
+        settle_weights(weights_to_read(model))
         try:
             return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
         except PassError as error:
@@ -396,21 +401,24 @@ def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPl
 
 
 def exit_tensors(
-    preset: str, artifact: Artifact, model_tensors: Mapping[str, Tensor], lm_head: str
+    preset: str, artifact: Artifact, model_tensors: Mapping[str, Tensor], split: SplitDecoder
 ) -> dict[str, Tensor]:
-    """The artefact's tensors under the names the passes use, and the hot rows of the LM head."""
+    """The artefact's tensors under the names the passes use, and the hot rows of the LM head:
+    of a quantised one, its codes' and scales' rows."""
     prefix = f"predictor.{preset}."
     tensors: dict[str, Tensor] = {}
-    head = model_tensors[lm_head].detach()
-    dtype = head.dtype
+    dtype = split.boundary.dtype
+    device = next(model_tensors[part] for part in split.head.parts.values()).device
     for name, tensor in artifact.tensors.items():
         if name.startswith("predictor."):
             if name.startswith(prefix):
-                tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
+                tensors["predictor." + name[len(prefix) :]] = tensor.to(device)
         else:
             kind = dtype if tensor.is_floating_point() else torch.long
-            tensors[name] = tensor.to(head.device, kind)
-    tensors["hot.head"] = head[tensors["hot.ids"]].contiguous()
-    if "eagle.hot.ids" in tensors:
-        tensors["eagle.hot.head"] = head[tensors["eagle.hot.ids"]].contiguous()
+            tensors[name] = tensor.to(device, kind)
+    for end, part in split.head.parts.items():
+        rows = model_tensors[part].detach()
+        for own in ("", "eagle."):
+            if f"{own}hot.ids" in tensors:
+                tensors[f"{own}hot.head{end}"] = rows[tensors[f"{own}hot.ids"]].contiguous()
     return tensors

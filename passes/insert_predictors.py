@@ -9,7 +9,9 @@
 
 Also made here: the verification (z -> logits of the hot or the whole vocabulary)
 and the draft from a boundary. Names of the tensors an artefact brings: ``translator.<layer>.*``,
-``predictor.<layer>.*``, ``hot.head``, ``hot.bias``.
+``predictor.<layer>.*``, ``hot.head``, ``hot.bias``. Of a quantised head the operators are
+``quantized_draft_logits`` and ``quantized_logits``, over rows of its parts: ``hot.head``,
+``hot.head.scales`` and ``hot.head.mins``.
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from eepass.plan import ExitPieces, ExitPlan, Input, Piece, SplitDecoder
 
 TRANSLATOR = ("scale", "down", "up")
 PREDICTOR = ("w1", "b1", "w2", "b2")
+# how the names of a quantised head's parts end
+PARTS = ("", ".scales", ".mins")
 
 
 def insert_predictors(
@@ -78,7 +82,7 @@ class _Builder:
     def predictor(self, layer: int, translated: bool) -> Piece:
         names = [f"translator.{layer}.{part}" for part in TRANSLATOR] if translated else []
         norm_names = self._norm_names()
-        head_names = [self.head.weight, *([self.head.bias] if self.head.bias else [])]
+        head_names = [*self.head.parts.values(), *([self.head.bias] if self.head.bias else [])]
         names += [*norm_names, *head_names]
         names += [f"predictor.{layer}.{part}" for part in PREDICTOR]
         k = self.draft_tokens
@@ -86,9 +90,7 @@ class _Builder:
         def run(hidden: Tensor, draft: Tensor, previous: Tensor, *parameters: Tensor) -> Any:
             by_name = dict(zip(names, parameters, strict=True))
             z = self._normed(hidden, by_name, layer, translated)
-            logits = torch.ops.eepass.draft_logits(
-                z[0], by_name[self.head.weight], by_name.get(self.head.bias), draft
-            )
+            logits = self._draft_logits(z[0], by_name, draft)
             logits = self._transformed(logits, by_name)
             mlp = [by_name[f"predictor.{layer}.{part}"] for part in PREDICTOR]
             probability, probabilities = torch.ops.eepass.predict_exit(logits, previous, *mlp)
@@ -110,12 +112,21 @@ class _Builder:
         return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
 
     def logits(self, hot: bool) -> Piece:
-        weight, bias = ("hot.head", "hot.bias") if hot else (self.head.weight, self.head.bias)
-        names = [weight, *([bias] if bias and bias in self.tensors else [])]
+        parts = self.head.parts
+        if hot:
+            parts = {end: f"hot.head{end}" for end in parts}
+        bias = "hot.bias" if hot else self.head.bias
+        names = [*parts.values(), *([bias] if bias and bias in self.tensors else [])]
 
         def run(z: Tensor, *parameters: Tensor) -> Tensor:
             by_name = dict(zip(names, parameters, strict=True))
-            logits = torch.ops.eepass.logits_rows(z[0], by_name[weight], by_name.get(bias))
+            given = [by_name.get(parts.get(end, "")) for end in PARTS]
+            if self.head.scales:
+                logits = torch.ops.eepass.quantized_logits(
+                    z[0], *given, by_name.get(bias), self.head.dynamic
+                )
+            else:
+                logits = torch.ops.eepass.logits_rows(z[0], given[0], by_name.get(bias))
             return self._transformed(logits, by_name)[None]
 
         return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
@@ -127,6 +138,13 @@ class _Builder:
             parts = [by_name[f"translator.{layer}.{part}"] for part in TRANSLATOR]
             hidden = torch.ops.eepass.translate(hidden[0], *parts)[None]
         return self.head.normed(hidden, by_name)
+
+    def _draft_logits(self, z: Tensor, by_name: Mapping[str, Tensor], draft: Tensor) -> Tensor:
+        head, bias = self.head, by_name.get(self.head.bias)
+        if not head.scales:
+            return torch.ops.eepass.draft_logits(z, by_name[head.weight], bias, draft)
+        given = [by_name.get(head.parts.get(end, "")) for end in PARTS]
+        return torch.ops.eepass.quantized_draft_logits(z, *given, bias, draft)
 
     def _transformed(self, logits: Tensor, by_name: Mapping[str, Tensor]) -> Tensor:
         if self.head.transform is None:

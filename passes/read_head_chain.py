@@ -74,6 +74,8 @@ def read_head_chain(head: Head) -> HeadChain:
     """``head`` as data; raises ``PassError`` with the node that does not fit."""
     if head.norm is None:
         raise PassError(head.reason or "the head could not be taken apart")
+    if head.scales:
+        raise PassError("the LM head is quantised, and its kernels read plain rows")
     found = _follow(head.norm, State(), _norm_step)
     if isinstance(found, State) and not found.centred:
         found = Normed("none", 0.0)

@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+import eepass.quantized_ops  # noqa: F401  the operator must be defined before it is looked for
 from eepass.passes.graph_walk import ancestors, descendants
 from eepass.plan import Head, Input, Piece
 
 aten = torch.ops.aten
+QUANTIZED = torch.ops.eepass.quantized_linear.default
 
 BuildPiece = Callable[[Sequence[Node], Sequence[Node], dict[Node, Input]], Piece]
 
@@ -39,14 +41,16 @@ def split_head(
     nodes: Sequence[Node], logits: Node, role: dict[Node, Input], build_piece: BuildPiece
 ) -> Head:
     head = Head(build_piece(nodes, [logits], role))
-    linears = [node for node in nodes if node.target is aten.linear.default]
+    linears = [node for node in nodes if node.target in (aten.linear.default, QUANTIZED)]
     if len(linears) != 1:
         head.reason = f"the head has {len(linears)} linear layers, expected one"
         return head
     linear = linears[0]
     args: tuple[Any, ...] = linear.args
-    weight, bias = args[1], args[2] if len(args) > 2 else None
-    for operand in (weight, bias):
+    weight, bias, scales, mins = args[1], args[2] if len(args) > 2 else None, None, None
+    if linear.target is QUANTIZED:
+        _, weight, scales, mins, bias, head.dynamic = args
+    for operand in (weight, bias, scales, mins):
         if operand is not None and (operand not in role or role[operand].kind != "parameter"):
             head.reason = "the LM head's weight is computed, not a parameter"
             return head
@@ -59,7 +63,9 @@ def split_head(
     needed = ancestors([hidden])
     head.norm = build_piece([node for node in nodes if node in needed], [hidden], role)
     head.weight = role[weight].name
-    head.bias = role[bias].name if isinstance(bias, Node) else ""
+    head.bias, head.scales, head.mins = (
+        role[operand].name if isinstance(operand, Node) else "" for operand in (bias, scales, mins)
+    )
     if after:
         head.transform = build_piece(after, [logits], {**role, linear: Input("hidden", "logits")})
     return head

@@ -97,8 +97,9 @@ def eagle_layer(
 class EagleDraft:
     """The draft head at work on one sequence: a line of confirmed tokens, a tree of drafts on top.
 
-    ``tensors``: ``eagle.*``, and ``hot.ids`` with ``hot.head``, the rows of the LM head, or
-    ``eagle.hot.ids`` and ``eagle.hot.head`` where drafts have a hot vocabulary of their own.
+    ``tensors``: ``eagle.*``, and ``hot.ids`` with ``hot.head``, the rows of the LM head (of a
+    quantised one with ``hot.head.scales`` and perhaps ``hot.head.mins``), or ``eagle.hot.ids`` and
+    so on where drafts have a hot vocabulary of their own.
     ``compile`` turns a graph into a function from the list of its inputs to its outputs; that is
     done for each number of rows in ``rows`` when it is first needed; one that has compiled already
     wants no graph (``trace`` is false).
@@ -125,7 +126,9 @@ class EagleDraft:
         self._layer = [tensors[f"eagle.{name}"].to(dtype) for name in LAYER]
         heads = self._layer[LAYER.index("q")].shape[0] // HEAD_WIDTH
         keys = torch.zeros(1, heads, TREE + RING, HEAD_WIDTH, dtype=dtype)
-        self._state = [self._unseen(), keys, torch.zeros_like(keys), tensors[f"{own}hot.head"]]
+        hot = [tensors.get(f"{own}hot.head{end}") for end in ("", ".scales", ".mins")]
+        self._state = [self._unseen(), keys, torch.zeros_like(keys)]
+        self._state += [part for part in hot if part is not None]
         self._steps: dict[tuple[str, int], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         # of the last confirmed token, then of the drafts in order of growth
         self._states = torch.zeros(TREE, hidden, dtype=dtype)
@@ -211,7 +214,7 @@ class EagleDraft:
         """The same head for another sequence; what is compiled is shared."""
         other = copy(self)
         other._state = [self._unseen(), *(torch.zeros_like(x) for x in self._state[1:3])]
-        other._state.append(self._state[3])
+        other._state += self._state[3:]
         other._states, other._sees = torch.zeros_like(self._states), torch.zeros_like(self._sees)
         other._depths = [0] * TREE
         other.length = other._grown = 0
@@ -248,20 +251,25 @@ class EagleDraft:
         if (source, size) not in self._steps:
             # a trace takes one tensor given twice for one input
             examples = [x.clone() for x in arguments[: -len(fixed)]] + fixed
-            name = f"eagle.{source}.{[tuple(x.shape) for x in examples]}.{embedded.dtype}"
-            graph = _trace(examples, source) if self._traces else None
+            shapes = [tuple(x.shape) for x in examples]
+            kinds = [str(x.dtype) for x in self._state[3:]] if len(self._state) > 4 else ""
+            name = f"eagle.{source}.{shapes}.{embedded.dtype}{kinds}"
+            parts = len(self._state) - 3
+            graph = _trace(examples, source, parts) if self._traces else None
             self._steps[source, size] = self._compile(graph, name, examples, logits=False)
         states, scores = self._steps[source, size](arguments)
         return states, scores
 
 
-def _trace(examples: Sequence[Tensor], source: str) -> GraphModule:
+def _trace(examples: Sequence[Tensor], source: str, parts: int) -> GraphModule:
+    """``parts``: how many tensors the hot rows of the LM head are; more than one are quantised."""
+
     def step(
         embedded: Tensor, feature: Tensor, known: Tensor, position: Tensor, slot: Tensor,
-        tree: Tensor, scored: Tensor, held: Tensor, keys: Tensor, values: Tensor, head: Tensor,
-        weight: Tensor, *layer: Tensor,
+        tree: Tensor, scored: Tensor, held: Tensor, keys: Tensor, values: Tensor, *given: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Rows [R]; each sees the confirmed tokens up to ``known`` [R] and ``tree`` [R, TREE]."""
+        head, weight, layer = given[:parts], given[parts], given[parts + 1 :]
         ring = held.index_copy_(0, slot, position)[TREE:]
         line = (ring <= known[:, None]) & (ring > known[:, None] - WINDOW)
         seen = torch.cat([tree, line], 1)  # [R, TREE + RING]
@@ -275,7 +283,11 @@ def _trace(examples: Sequence[Tensor], source: str) -> GraphModule:
         begun = mixed(feature, weight) if source == "mix" else F.linear(feature, weight)
         by_name = dict(zip(LAYER, layer, strict=True))
         states = eagle_layer(embedded[None], begun[None], cos, sin, attend, by_name)[0]
-        logits = torch.ops.eepass.logits_rows(states[scored], head, None)
+        if parts == 1:
+            logits = torch.ops.eepass.logits_rows(states[scored], *head, None)
+        else:
+            lows = head[2] if parts > 2 else None
+            logits = torch.ops.eepass.quantized_logits(states[scored], *head[:2], lows, None, False)
         return states, logits.log_softmax(-1)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

@@ -167,8 +167,7 @@ class _BoundPieces:
         rows: int,
         k: int,
     ) -> None:
-        dtype = next(iter(decoder.tensors.values())).dtype
-        self._hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=dtype)
+        self._hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype)
         self._examples = [
             self._hidden, torch.zeros(rows, k, dtype=torch.long), torch.zeros(rows, k),
         ]  # fmt: skip

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-VOCABULARY = {"eepass.config", "eepass.fused_ops", "eepass.into_ops", "eepass.ops", "eepass.plan"}
+VOCABULARY = {
+    "eepass.config",
+    "eepass.fused_ops",
+    "eepass.into_ops",
+    "eepass.ops",
+    "eepass.plan",
+    "eepass.quantized_ops",
+}
 
 
 def imported_modules(source: Path) -> set[str]:

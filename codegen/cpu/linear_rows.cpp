@@ -9,99 +9,39 @@
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <vector>
 
-#include "lanes.h"
+#include "tiles.h"
 
 namespace eepass {
 namespace {
 
 #if defined(__AVX512BF16__)
 
-// Weight rows of a task: their sums for one row of x fill a vector.
-constexpr int64_t BLOCK = 16;
-// How far ahead weights are asked for: what arrives while the memory answers, several times over.
-constexpr int64_t AHEAD_BYTES = 8192;
-
-// One linear layer: weight [N, K], its bias [N] in float32 or null, its output [R, N].
-template <typename T, typename O>
-struct Linear {
-  const T* weight;
-  const float* bias;
-  O* out;
-  int64_t N, blocks;
+// Weights as they are: [N, K] in the dtype of the rows.
+template <typename Lanes>
+struct Plain {
+  using L = Lanes;
+  static constexpr int64_t width = L::width;
+  static constexpr bool any_width = true;
+  struct Row {
+    const typename L::T* p;
+    const char* at(int64_t k) const { return reinterpret_cast<const char*>(p + k); }
+    void load(int64_t k, typename L::V* v) const { v[0] = L::load(p + k); }
+    typename L::V load_rest(int64_t k, int64_t n) const { return L::load(p + k, n); }
+  };
+  const typename L::T* weight;
+  int64_t K;
+  Row row(int64_t n) const { return {weight + n * K}; }
 };
 
-// Sums of R rows (a power of two) of x with 16 / R weight rows from n on -> sums[r * BLOCK + t].
-//
-// For few rows the weights go by one after another, as the hardware foresees best; with more, time
-// between loads grows and they are asked for ahead, into L2: L1 has too few requests in flight.
-template <typename L, int R, bool FETCH>
-inline void tile_sums(const typename L::T* x, const typename L::T* weight, int64_t n, int64_t N,
-                      int64_t K, float* sums) {
-  constexpr int T = 16 / R, S = R == 8 ? 2 : 1;
-  const int64_t whole = K / L::width * L::width, rest = K - whole;
-  __m512 acc[16];
-  for (auto& a : acc) a = _mm512_setzero_ps();
-#pragma GCC unroll 16
-  for (int first = 0; first < T; first += S) {
-    const typename L::T* rows[S];
-    // a tile past the end reads the last row again and its result is dropped
-    for (int s = 0; s < S; s++) rows[s] = weight + std::min<int64_t>(n + first + s, N - 1) * K;
-    for (int64_t k = 0; k < whole; k += L::width) {
-      typename L::V weights[S];
-      for (int s = 0; s < S; s++) {
-        weights[s] = L::load(rows[s] + k);
-        if (FETCH)
-          _mm_prefetch(reinterpret_cast<const char*>(rows[s] + k) + AHEAD_BYTES, _MM_HINT_T1);
-      }
-      for (int r = 0; r < R; r++) {
-        const auto value = L::load(x + r * K + k);
-        for (int s = 0; s < S; s++) {
-          __m512& sum = acc[r * T + first + s];
-          sum = L::fma(sum, weights[s], value);
-        }
-      }
-    }
-    for (int r = 0; rest && r < R; r++) {
-      const auto value = L::load(x + r * K + whole, rest);
-      for (int s = 0; s < S; s++) {
-        __m512& sum = acc[r * T + first + s];
-        sum = L::fma(sum, L::load(rows[s] + whole, rest), value);
-      }
-    }
-  }
-  alignas(64) float found[16];
-  _mm512_store_ps(found, sum16(acc));
-  for (int r = 0; r < R; r++) std::memcpy(sums + r * BLOCK, found + r * T, T * sizeof(float));
-}
-
-// R rows from `row` on, times the weight rows from n on, up to BLOCK of them.
-template <typename L, typename O, int R, bool FETCH>
-void block_rows(const typename L::T* x, const Linear<typename L::T, O>& linear, int64_t row,
-                int64_t n, int64_t K) {
-  const int64_t count = std::min(BLOCK, linear.N - n);
-  alignas(64) float sums[R * BLOCK];
-  for (int64_t t = 0; t < BLOCK; t += 16 / R)
-    tile_sums<L, R, FETCH>(x + row * K, linear.weight, n + t, linear.N, K, sums + t);
-  const __m512 bias = linear.bias ? load_floats(linear.bias + n, count) : _mm512_setzero_ps();
-  for (int r = 0; r < R; r++)
-    store(linear.out + (row + r) * linear.N + n,
-          _mm512_add_ps(_mm512_load_ps(sums + r * BLOCK), bias), count);
-}
-
-// All rows, 8 at a time, while the weights of the block are in the cache.
+// One linear layer, cut into blocks of weight rows.
 template <typename L, typename O>
-void block(const typename L::T* x, const Linear<typename L::T, O>& linear, int64_t R, int64_t n,
-           int64_t K) {
-  int64_t row = 0;
-  if (R >= 8) block_rows<L, O, 8, true>(x, linear, 0, n, K), row = 8;
-  for (; row + 8 <= R; row += 8) block_rows<L, O, 8, false>(x, linear, row, n, K);
-  if (R - row >= 4) block_rows<L, O, 4, true>(x, linear, row, n, K), row += 4;
-  if (R - row >= 2) block_rows<L, O, 2, true>(x, linear, row, n, K), row += 2;
-  if (R - row >= 1) block_rows<L, O, 1, true>(x, linear, row, n, K);
-}
+struct Linear {
+  Plain<L> weights;
+  Output<O> output;
+  int64_t blocks;
+};
 
 template <typename L, typename O>
 std::vector<at::Tensor> linears_of(const at::Tensor& x, at::TensorList weights,
@@ -109,7 +49,7 @@ std::vector<at::Tensor> linears_of(const at::Tensor& x, at::TensorList weights,
   using T = typename L::T;
   const int64_t R = x.size(0), K = x.size(1);
   std::vector<at::Tensor> outs, kept;
-  std::vector<Linear<T, O>> linears;
+  std::vector<Linear<L, O>> linears;
   int64_t total = 0;
   for (size_t i = 0; i < weights.size(); i++) {
     const int64_t N = weights[i].size(0), blocks = (N + BLOCK - 1) / BLOCK;
@@ -120,7 +60,7 @@ std::vector<at::Tensor> linears_of(const at::Tensor& x, at::TensorList weights,
       bias = kept.back().const_data_ptr<float>();
     }
     linears.push_back(
-        {weights[i].const_data_ptr<T>(), bias, outs.back().mutable_data_ptr<O>(), N, blocks});
+        {{weights[i].const_data_ptr<T>(), K}, {bias, outs.back().mutable_data_ptr<O>(), N}, blocks});
     total += blocks;
   }
   const T* rows = x.const_data_ptr<T>();
@@ -128,7 +68,7 @@ std::vector<at::Tensor> linears_of(const at::Tensor& x, at::TensorList weights,
   for (int64_t task = 0; task < total; task++) {
     int64_t index = task, which = 0;
     while (index >= linears[which].blocks) index -= linears[which++].blocks;
-    block<L, O>(rows, linears[which], R, index * BLOCK, K);
+    block(rows, linears[which].weights, linears[which].output, R, index * BLOCK, K);
   }
   return outs;
 }

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import torch
 
-import eepass.fused_ops  # noqa: F401  the operators must be defined before kernels are added to them
+# the operators must be defined before kernels are added to them
+import eepass.fused_ops
+import eepass.quantized_ops  # noqa: F401
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))

@@ -29,6 +29,20 @@ c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
 }
 
+std::vector<at::Tensor> tensors(const AtenTensorHandle* handles, int64_t count) {
+  std::vector<at::Tensor> given;
+  given.reserve(count);
+  for (int64_t i = 0; i < count; i++) given.push_back(tensor(handles[i]));
+  return given;
+}
+
+c10::List<std::optional<at::Tensor>> optionals(const AtenTensorHandle** handles, int64_t count) {
+  c10::List<std::optional<at::Tensor>> given;
+  given.reserve(count);
+  for (int64_t i = 0; i < count; i++) given.push_back(optional(handles[i]));
+  return given;
+}
+
 AOTITorchError linear_rows(AtenTensorHandle x, const AtenTensorHandle* weights, int64_t count,
                            const AtenTensorHandle** biases, va_list outs) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
@@ -36,15 +50,23 @@ AOTITorchError linear_rows(AtenTensorHandle x, const AtenTensorHandle* weights, 
         operator_named<std::vector<at::Tensor>(const at::Tensor&, at::TensorList,
                                                const c10::List<std::optional<at::Tensor>>&)>(
             "eepass::linear_rows");
-    std::vector<at::Tensor> given;
-    c10::List<std::optional<at::Tensor>> added;
-    given.reserve(count);
-    added.reserve(count);
-    for (int64_t i = 0; i < count; i++) {
-      given.push_back(tensor(weights[i]));
-      added.push_back(optional(biases[i]));
-    }
-    for (auto& out : op.call(tensor(x), given, added))
+    for (auto& out : op.call(tensor(x), tensors(weights, count), optionals(biases, count)))
+      *va_arg(outs, AtenTensorHandle*) = new_tensor_handle(std::move(out));
+  });
+}
+
+AOTITorchError quantized_rows(AtenTensorHandle x, const AtenTensorHandle* codes,
+                              const AtenTensorHandle* scales, const AtenTensorHandle** mins,
+                              const AtenTensorHandle** biases, int64_t count, bool dynamic,
+                              va_list outs) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    using Optionals = c10::List<std::optional<at::Tensor>>;
+    static const auto op =
+        operator_named<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList,
+                                               const Optionals&, const Optionals&, bool)>(
+            "eepass::quantized_rows");
+    for (auto& out : op.call(tensor(x), tensors(codes, count), tensors(scales, count),
+                             optionals(mins, count), optionals(biases, count), dynamic))
       *va_arg(outs, AtenTensorHandle*) = new_tensor_handle(std::move(out));
   });
 }
@@ -61,6 +83,31 @@ AOTITorchError aoti_torch_cpu_linear_rows(AtenTensorHandle x, const AtenTensorHa
   const AOTITorchError error = linear_rows(x, weights, count, biases, outs);
   va_end(outs);
   return error;
+}
+
+AOTITorchError aoti_torch_cpu_quantized_rows(
+    AtenTensorHandle x, const AtenTensorHandle* codes, int64_t count,
+    const AtenTensorHandle* scales, int64_t scale_count, const AtenTensorHandle** mins,
+    int64_t min_count, const AtenTensorHandle** biases, int64_t bias_count, int32_t dynamic, ...) {
+  va_list outs;
+  va_start(outs, dynamic);
+  const AOTITorchError error = quantized_rows(x, codes, scales, mins, biases, count, dynamic, outs);
+  va_end(outs);
+  return error;
+}
+
+AOTITorchError aoti_torch_cpu_quantized_logits(AtenTensorHandle x, AtenTensorHandle codes,
+                                               AtenTensorHandle scales,
+                                               const AtenTensorHandle* mins,
+                                               const AtenTensorHandle* bias, int32_t dynamic,
+                                               AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    static const auto op = operator_named<at::Tensor(
+        const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+        const std::optional<at::Tensor>&, bool)>("eepass::quantized_logits");
+    *out = new_tensor_handle(op.call(tensor(x), tensor(codes), tensor(scales), optional(mins),
+                                     optional(bias), dynamic));
+  });
 }
 
 AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle x, AtenTensorHandle weight,

@@ -38,9 +38,11 @@ from eepass.training.translators import fit_translator
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
 PAPER_TOKENS = 12_000
-# in layers of smollm2 on two cores: calling a small compiled piece, and the ranking of a draft
+# in layers of smollm2 in bf16 on two cores: calling a small compiled piece, the ranking of a draft,
+# and a row more in a layer
 CALL = 0.2
 TOPK = 0.2
+ROW = 0.1
 # thirty-two rows tell a predictor nearly what the whole hot vocabulary would
 DRAFT_TOKENS = {"default": 32, "paper": 4}
 
@@ -71,18 +73,19 @@ class Trainer:
             raise InputError(f"early exit is not possible here: {head.reason}")
         if head.bias:
             raise InputError("training for an LM head with a bias is not supported yet")
-        self._engine = Engine(Decoder(splits, CpuCompiler()))
-        tensors = self._engine.decoder.tensors
-        self.lm_head = tensors[head.weight]
+        self.engine = Engine(Decoder(splits, CpuCompiler()))
+        tensors = self.engine.decoder.tensors
+        self.lm_head = head.values(tensors, self._split.boundary.dtype)
         self.embedding = self.model.get_input_embeddings().weight.detach()
-        self.layout = Layout(self._engine.decoder.num_layers)
+        self.draft_tokens = dict(DRAFT_TOKENS)
+        self.layout = Layout(self.engine.decoder.num_layers)
         self.store = BoundaryStore(
             self.checkpoint / "shards", self.layout.kept, self.layout.features
         )
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The model's final norm on [1, n, H], differentiable."""
-        return self._split.head.normed(hidden, self._engine.decoder.tensors)
+        return self._split.head.normed(hidden, self.engine.decoder.tensors)
 
     def transform(self, logits: Tensor) -> Tensor:
         piece = self._split.head.transform
@@ -135,9 +138,45 @@ class Trainer:
                                 "predictor": costs.predictor, "row": costs.row}  # fmt: skip
         return Artifact(fingerprint(self.model), presets, tensors, report)
 
+    def recalibrated(
+        self, artifact: Artifact, examples: Sequence[Example]
+    ) -> tuple[dict[str, PresetPart], dict[str, dict[str, float]]]:
+        """The presets of ``artifact`` with thresholds for this model's answers ``examples``, and by
+        preset how often each exit is right there."""
+        # the draft head is run as the engine runs it
+        dtype = self._split.boundary.dtype
+        tensors = {
+            name: tensor.to(dtype)
+            if name.startswith("eagle.") and tensor.is_floating_point()
+            else tensor
+            for name, tensor in artifact.tensors.items()
+        }
+        asked = {int(n.split(".")[2]) for n in tensors if n.startswith("predictor.")}
+        asked |= {part.draft_layer for part in artifact.presets.values()}
+        features = tensors.get("eagle.features", torch.zeros(0)).tolist()
+        kept = sorted(asked - {0, self.layout.num_layers})
+        self.store = BoundaryStore(self.store.folder, kept, features)
+        tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
+        self.draft_tokens = {n: part.draft_tokens for n, part in artifact.presets.items()}
+        self._collected(examples)
+        costs = self.measured_costs()
+        presets: dict[str, PresetPart] = {}
+        agreement: dict[str, dict[str, float]] = {}
+        for name, part in artifact.presets.items():
+            prefix = f"predictor.{name}."
+            fitted: dict[int, dict[str, Tensor]] = {}
+            for key, tensor in tensors.items():
+                if key.startswith(prefix):
+                    layer, _, which = key.removeprefix(prefix).partition(".")
+                    fitted.setdefault(int(layer), {})[which] = tensor
+            presets[name], agreement[name] = self.calibrated(
+                part.draft_layer, sorted(fitted), fitted, tensors, costs
+            )
+        return presets, agreement
+
     def measured_costs(self) -> Costs:
         """Costs in layers: the head as timed here, the rest by the rows of it that they read."""
-        decoder = self._engine.decoder
+        decoder = self.engine.decoder
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=self.lm_head.dtype)
         place = decoder.side_inputs.span(0, 1)
         layers: list[float] = []
@@ -155,20 +194,24 @@ class Trainer:
         return Costs(
             num_layers=self.layout.num_layers,
             head=head,
-            draft=hot + CALL + TOPK,
-            predictor=CALL,
-            verify=hot + CALL / 2,
+            draft=hot + self._calls(CALL + TOPK),
+            predictor=self._calls(CALL),
+            verify=hot + self._calls(CALL / 2),
+            row=self._calls(ROW),
         )
 
     def _collect(self, examples: Sequence[Example]) -> None:
+        self._collected(examples)
+        if min(len(self._label(s)) for s in ("fit", "predict", "calibrate")) == 0:
+            raise InputError("too few answers to train on: give more prompts or raise --tokens")
+
+    def _collected(self, examples: Sequence[Example]) -> None:
         self.progress.begin(
             "collecting boundaries", sum(len(e.prompt) + len(e.answer) for e in examples)
         )
         for example in examples[: self.store.examples_done]:
             self.progress.advance(len(example.prompt) + len(example.answer))
-        collect(self._engine, self.norm, self.lm_head, examples, self.store, self.progress.advance)
-        if min(len(self._label(s)) for s in ("fit", "predict", "calibrate")) == 0:
-            raise InputError("too few answers to train on: give more prompts or raise --tokens")
+        collect(self.engine, self.norm, self.lm_head, examples, self.store, self.progress.advance)
 
     def _label(self, split: str) -> Tensor:
         if not list(self.store.folder.glob(f"{split}-*.safetensors")):
@@ -207,7 +250,7 @@ class Trainer:
         self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs
     ) -> tuple[dict[str, Tensor], PresetPart, dict[str, Any]]:
         """Predictors and thresholds with the draft taken at a layer; 0 is the preset ``paper``."""
-        preset = "default" if draft_layer else "paper"
+        preset = _preset_of(draft_layer)
         layers = self.layout.exits(draft_layer) if draft_layer else self.layout.paper_exits
         path = self.checkpoint / f"predictors-{draft_layer}.safetensors"
         self.progress.begin(
@@ -224,30 +267,54 @@ class Trainer:
             views = self._views(draft_layer, "predict", layers, tensors)
             fitted = fit_predictors(views, self.progress.advance)
             write_tensors(path, {f"{e}.{n}": t for e, p in fitted.items() for n, t in p.items()})
+        part, agreement = self.calibrated(draft_layer, layers, fitted, tensors, costs)
+        report = {
+            "agreement_by_exit": agreement,
+            "dense_in_draft": self._draft_hit(draft_layer, tensors),
+            "targets": [c.to_json() for c in part.calibrations],
+        }
+        names = {f"predictor.{preset}.{e}.{n}": t for e, p in fitted.items() for n, t in p.items()}
+        return names, part, report
+
+    def calibrated(
+        self,
+        draft_layer: int,
+        layers: Sequence[int],
+        fitted: Mapping[int, Mapping[str, Tensor]],
+        tensors: Mapping[str, Tensor],
+        costs: Costs,
+    ) -> tuple[PresetPart, dict[str, float]]:
+        """Thresholds of the predictors ``fitted`` on the answers held out, and how often each exit
+        is right there."""
         held_out = self._views(draft_layer, "calibrate", layers, tensors)
         if draft_layer:
             costs = replace(costs, draft_layer=draft_layer)
         else:
             eagle = sum(tensor.numel() for tensor in eagle_weights(tensors).values())
+            eagle *= self._split.boundary.element_size()
             hot = costs.head * len(tensors["eagle.hot.ids"]) / len(self.lm_head)
-            drafting = hot + CALL + TOPK + eagle / self._layer_size()
+            drafting = hot + self._calls(CALL + TOPK) + eagle / self._layer_bytes()
             costs = replace(costs, draft=drafting, verify=costs.head)
         verified = torch.stack([held_out.verified[layer] for layer in layers])
         right = torch.stack([held_out.right[layer] for layer in layers])
-        calibrations = calibrate(layers, scores(held_out, fitted), verified, right, costs)
-        part = PresetPart(draft_layer, DRAFT_TOKENS[preset], tuple(calibrations))
-        report = {
-            "agreement_by_exit": {str(e): float(held_out.right[e].float().mean()) for e in layers},
-            "dense_in_draft": self._draft_hit(draft_layer, tensors),
-            "targets": [c.to_json() for c in calibrations],
-        }
-        names = {f"predictor.{preset}.{e}.{n}": t for e, p in fitted.items() for n, t in p.items()}
-        return names, part, report
+        found = calibrate(layers, scores(held_out, fitted), verified, right, costs)
+        count = self.draft_tokens[_preset_of(draft_layer)]
+        part = PresetPart(draft_layer, count, tuple(found))
+        return part, {str(e): float(held_out.right[e].float().mean()) for e in layers}
 
-    def _layer_size(self) -> int:
-        tensors = self._engine.decoder.tensors
+    def _layer_bytes(self) -> int:
+        tensors = self.engine.decoder.tensors
         last = self._split.layers[-1]
-        return sum(tensors[r.name].numel() for r in last.inputs if r.kind == "parameter")
+        return sum(tensors[r.name].nbytes for r in last.inputs if r.kind == "parameter")
+
+    def _calls(self, layers: float) -> float:
+        """What takes the time of so many plain layers, in layers as they are: quantised ones take
+        less time, and calls of small pieces do not."""
+        tensors, size = self.engine.decoder.tensors, self._split.boundary.element_size()
+        inputs = self._split.layers[-1].inputs
+        weights = [tensors[role.name] for role in inputs if role.kind == "parameter"]
+        plain = sum(w.numel() * size * (2 if w.dtype == torch.uint8 else 1) for w in weights)
+        return layers * plain / self._layer_bytes()
 
     def _views(
         self, draft_layer: int, split: str, layers: Sequence[int], tensors: Mapping[str, Tensor]
@@ -283,7 +350,7 @@ class Trainer:
             hot = tensors["eagle.hot.ids"].long()
             states = answer_states(tensors, self.store, split, self.embedding)
         hot_head = self.lm_head[hot]
-        k = DRAFT_TOKENS["default" if draft_layer else "paper"]
+        k = self.draft_tokens[_preset_of(draft_layer)]
         return torch.cat([hot[(s @ hot_head.T).topk(k, -1).indices] for s in states.split(2048)])
 
     def _draft_hit(self, draft_layer: int, tensors: Mapping[str, Tensor]) -> dict[str, float]:
@@ -297,3 +364,7 @@ class Trainer:
         result = work()
         self.seconds[stage] = time.perf_counter() - began
         return result
+
+
+def _preset_of(draft_layer: int) -> Literal["default", "paper"]:
+    return "default" if draft_layer else "paper"

@@ -94,7 +94,7 @@ class Noting:
 ready = Noting()
 register_kernels(ready, key="CPU")
 plan = make_plan(ExitConfig().approximate(0.98), artifact, 3)
-tensors = exit_tensors("default", artifact, split.tensors, split.head.weight)
+tensors = exit_tensors("default", artifact, split.tensors, split)
 tensors = {**split.tensors, **tensors, **plan.threshold_tensors()}
 def call(piece, *given):
     values = iter(given)

@@ -92,7 +92,7 @@ def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels,
 
 def test_fused_pieces_decide_verify_and_draft_as_the_eager_ones(splits, artifact, kernels):
     split, plan = splits[1], make_plan(APPROXIMATE, artifact, 4)
-    tensors = exit_tensors("default", artifact, split.tensors, split.head.weight)
+    tensors = exit_tensors("default", artifact, split.tensors, split)
     tensors = {**split.tensors, **tensors, **plan.threshold_tensors()}
     fused = fuse_exit_predictor(split, plan, tensors, PassReport(), 3)
     compiler, decided = CudaCompiler(), []

@@ -34,7 +34,7 @@ def plain_loop(model, transformed, first, count):
     """Early exit as one would write it down: no cache, no graph, no compiled code."""
     plan, head = transformed.plan, transformed.splits[1].head
     tensors = exit_tensors(
-        "default", transformed.artifact, transformed.decoder.tensors, head.weight
+        "default", transformed.artifact, transformed.decoder.tensors, transformed.splits[1]
     )
     every = {**transformed.decoder.tensors, **tensors}
 

@@ -18,7 +18,7 @@ STEPS = 16
 def graph_steps(model, piece, sequence, run):
     """Decode with the exit graph itself over the runtime's cache."""
     cache, split, plan = model.decoder.kv, model.splits[1], model.plan
-    tensors = exit_tensors("default", model.artifact, model.decoder.tensors, split.head.weight)
+    tensors = exit_tensors("default", model.artifact, model.decoder.tensors, split)
     tensors = {**model.decoder.tensors, **tensors}
     thresholds, active = torch.full((plan.num_layers + 1,), 2.0), torch.zeros(5, dtype=torch.bool)
     for point in plan.exits:

@@ -63,7 +63,7 @@ def exit_points(llama, llama_splits):
     """A plan, its tensors, its pieces as they are and as kernels, made where there are values."""
     artifact, split = random_artifact(llama), llama_splits[1]
     plan = make_plan(ExitConfig().approximate(), artifact, 4)
-    tensors = exit_tensors("default", artifact, split.tensors, split.head.weight)
+    tensors = exit_tensors("default", artifact, split.tensors, split)
     tensors = with_thresholds(tensors, plan)
     every = {**split.tensors, **tensors}
     pieces = insert_predictors(split, plan, every, PassReport())
