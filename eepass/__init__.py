@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eepass.generation import generate
     from eepass.models import load
     from eepass.offline import write_folder
+    from eepass.onnx_export import export_onnx
     from eepass.preparing import prepare
     from eepass.probing import probe
     from eepass.serving import serve
@@ -22,6 +23,7 @@ _HOMES = {
     "ExitConfig": "eepass.config",
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
+    "export_onnx": "eepass.onnx_export",
     "generate": "eepass.generation",
     "load": "eepass.models",
     "load_artifact": "eepass.artifact",
@@ -37,6 +39,7 @@ __all__ = [
     "ExitConfig",
     "InputError",
     "bench",
+    "export_onnx",
     "generate",
     "load",
     "load_artifact",

