@@ -222,6 +222,10 @@ class _Writer:
         examples: Sequence[Tensor],
         outputs: Sequence[str],
     ) -> Any:
+        import onnx_ir
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+        from onnxscript.optimizer import optimize
+
         rows = [f"new_{role.name}" for role in step.caches]
         caches = [role.name for role in step.caches]
         inputs = (*examples, *step.examples())
@@ -231,13 +235,9 @@ class _Writer:
                 program, input_names=[*names, *caches], output_names=[*outputs, *rows],
                 opset_version=OPSET, dynamo=True, optimize=False, verbose=False,
             )  # fmt: skip
-        assert exported is not None
-        model = exported.model
-        import onnx_ir
-        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-        from onnxscript.optimizer import optimize
-
-        optimize(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
+            assert exported is not None
+            model = exported.model
+            optimize(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
         # says where on this machine each operator came from
         ClearMetadataAndDocStringPass()(model)
         # fed only by those who want others than the calibrated ones
@@ -297,12 +297,14 @@ def _prompt_inputs(step: PromptStep) -> tuple[list[str], list[Tensor], list[str]
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """The exporters' progress and advice are not for our users."""
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

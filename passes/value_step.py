@@ -78,11 +78,9 @@ class _ValueStep(torch.nn.Module):
         found: dict[Any, Tensor] = {
             ("ids", "ids"): ids,
             ("positions", "positions"): positions[None],
-            **{
-                (role.kind, role.name): cache
-                for role, cache in zip(self.caches, caches, strict=True)
-            },
+            ("slots", ""): positions,
         }
+        found |= {(r.kind, r.name): cache for r, cache in zip(self.caches, caches, strict=True)}
         dtype = split.boundary.dtype
         for name, window in split.windows.items():
             found["mask", name] = causal_mask_at(positions, split.cache_length, window, dtype)
