@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -20,7 +16,8 @@ from eepass.artifact import Artifact, fingerprint, load_artifact, refuse_other_m
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.models import LoadedModel
-from eepass.onnx_files import DECODE, ENTRY, PROMPT, WEIGHTS, OnnxMetadata, needed
+from eepass.onnx_files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
+from eepass.onnx_graph import OnnxBuilder, OnnxValue
 from eepass.passes.report import PassError
 from eepass.passes.value_step import DecodeStep, PromptStep
 from eepass.plan import SplitDecoder
@@ -36,10 +33,8 @@ from eepass.transformation import (
 )
 from eepass.whole_folder import take_place
 
-# what ONNX Runtime's CPU build has run for years; attention and norms are spelled out
-OPSET = 20
-# larger tensors stay the weights they are: folding would store them again
-FOLDED = 32
+# weights are mapped into memory
+ALIGNMENT = 4096
 Notify = Callable[[str], None]
 
 
@@ -71,16 +66,17 @@ def export_onnx(
     try:
         with torch.no_grad():
             model, split, prompt = _configured(loaded, artifact, config, max_length)
-            decode = _decode_step(model, split, config)
+            decode, tensors = _decode_step(model, split, config)
             prefill = PromptStep(prompt, split)
     except PassError as error:
         raise InputError(f"{loaded.name} cannot be exported to ONNX: {error}") from error
+    described = _metadata(loaded, model, config, split, prompt)
     scratch = target.with_name(f".{target.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
         write_text(loaded, scratch)
-        writer = _Writer(scratch, _metadata(loaded, model, config, split, prompt), notify)
+        writer = _Writer(scratch, described, tensors, notify)
         found = writer.write(decode, prefill)
         take_place(scratch, target)
     finally:
@@ -145,12 +141,15 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
     raise RuntimeError("an exported model is not compiled")
 
 
-def _decode_step(model: EarlyExitModel, split: SplitDecoder, config: ExitConfig) -> DecodeStep:
+def _decode_step(
+    model: EarlyExitModel, split: SplitDecoder, config: ExitConfig
+) -> tuple[DecodeStep, dict[str, Tensor]]:
+    """The step, and all tensors there are."""
     assert model.plan is not None and model.artifact is not None
     own = model.decoder.tensors
     tensors = {**own, **exit_tensors(config.name, model.artifact, own, split.head.weight)}
     pieces = model.pieces_for(config, model.plan, tensors, 1)
-    return DecodeStep(split, pieces, model.plan, tensors, _radius(config, split), ALWAYS_ACTIVE)
+    return DecodeStep(split, pieces, model.plan, _radius(config, split), ALWAYS_ACTIVE), tensors
 
 
 def _radius(config: ExitConfig, split: SplitDecoder) -> int:
@@ -191,120 +190,92 @@ def _metadata(
 
 
 class _Writer:
-    """Two graphs, their weights in one file, in ``folder``."""
+    """Two graphs, their weights in one file, in ``folder``; ``tensors``: all there are, by name."""
 
-    def __init__(self, folder: Path, metadata: dict[str, Any], notify: Notify) -> None:
-        self.folder, self.metadata, self.notify = folder, metadata, notify
+    def __init__(
+        self,
+        folder: Path,
+        metadata: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        notify: Notify,
+    ) -> None:
+        self.folder, self.metadata, self.tensors = folder, metadata, tensors
+        self.notify = notify
 
     def write(self, decode: DecodeStep, prefill: PromptStep) -> dict[str, Any]:
         import onnx
+        import onnx_ir
 
         self.notify("exporting the decode step")
-        models = {DECODE: self._exported(decode, *_decode_inputs(decode, self.metadata))}
+        models = {DECODE: self._decode(decode)}
         self.notify("exporting the prompt step")
-        models[PROMPT] = self._exported(prefill, *_prompt_inputs(prefill))
+        models[PROMPT] = self._prompt(prefill)
         self.notify("writing and checking")
-        self._store_weights(models, (decode, prefill))
-        from onnx_ir import save
-
+        self._store_weights(models.values())
         for name, model in models.items():
-            save(model, self.folder / name)
+            onnx_ir.save(model, self.folder / name)
             onnx.checker.check_model(str(self.folder / name), full_check=True)
         return {
             "files": {p.name: p.stat().st_size for p in sorted(self.folder.iterdir())},
             **self.metadata,
         }
 
-    def _exported(
-        self,
-        step: DecodeStep | PromptStep,
-        names: Sequence[str],
-        examples: Sequence[Tensor],
-        outputs: Sequence[str],
-    ) -> Any:
-        import onnx_ir
-        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
-        from onnxscript.optimizer import optimize
+    def _decode(self, step: DecodeStep) -> Any:
+        build = OnnxBuilder("decode", self.tensors)
+        limits = torch.full((step.plan.num_layers + 1,), NEVER)
+        for point in step.plan.exits:
+            limits[point.layer] = point.threshold
+        ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
+        position = build.input("position", torch.zeros(1, dtype=torch.long))
+        recent = build.input("recent", torch.zeros(WINDOW, dtype=torch.long))
+        threshold = build.input("threshold", limits)
+        build.default(threshold, limits)
+        caches = _caches(build, step)
+        outputs = step.build(build, ids, position, recent, threshold, caches)
+        return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
 
-        rows = [f"new_{role.name}" for role in step.caches]
-        caches = [role.name for role in step.caches]
-        inputs = (*examples, *step.examples())
-        with torch.no_grad(), _quiet():
-            program = torch.export.export(step, inputs, strict=False)
-            exported = torch.onnx.export(
-                program, input_names=[*names, *caches], output_names=[*outputs, *rows],
-                opset_version=OPSET, dynamo=True, optimize=False, verbose=False,
-            )  # fmt: skip
-            assert exported is not None
-            model = exported.model
-            optimize(model, input_size_limit=FOLDED, output_size_limit=FOLDED)
-        # says where on this machine each operator came from
-        ClearMetadataAndDocStringPass()(model)
-        # fed only by those who want others than the calibrated ones
-        for value, example in zip(model.graph.inputs, inputs, strict=True):
-            if value.name == "threshold":
-                value.const_value = onnx_ir.Tensor(example.numpy(), name=value.name)
-                model.graph.register_initializer(value)
-        for buffer, name in step.names.items():
-            if buffer in model.graph.initializers:
-                model.graph.initializers[buffer].name = name
-        return model
+    def _prompt(self, step: PromptStep) -> Any:
+        build = OnnxBuilder("prefill", self.tensors)
+        ids = build.input("ids", torch.zeros(1, step.split.rows, dtype=torch.long))
+        start = build.input("start", torch.zeros(1, dtype=torch.long))
+        last = build.input("last", torch.zeros(1, dtype=torch.long))
+        outputs = step.build(build, ids, start, last, _caches(build, step))
+        return _finished(build, step, ("token",), outputs)
 
-    def _store_weights(
-        self, models: Mapping[str, Any], steps: Sequence[DecodeStep | PromptStep]
-    ) -> None:
+    def _store_weights(self, models: Collection[Any]) -> None:
         import onnx_ir
 
-        tensors: dict[str, Tensor] = {}
-        for step in steps:
-            tensors |= {name: step.tensor(name) for name in step.names.values()}
-        used = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if any(name in model.graph.initializers for model in models.values())
-        }
-        arrays = [onnx_ir.Tensor(t.contiguous().numpy(), name=n) for n, t in used.items()]
-        stored = onnx_ir.external_data.convert_tensors_to_external(
-            arrays, self.folder, WEIGHTS, alignment=4096
+        stored = [
+            name
+            for name in self.tensors
+            if any(name in model.graph.initializers for model in models)
+        ]
+        arrays = [
+            onnx_ir.Tensor(self.tensors[name].detach().contiguous().numpy(), name=name)
+            for name in stored
+        ]
+        written = onnx_ir.external_data.convert_tensors_to_external(
+            arrays, self.folder, WEIGHTS, alignment=ALIGNMENT
         )
         self.metadata["weights"] = (self.folder / WEIGHTS).stat().st_size
         described = OnnxMetadata(**self.metadata).to_json()
-        for model in models.values():
+        for model in models:
             model.metadata_props[ENTRY] = described
-            for name, tensor in zip(used, stored, strict=True):
+            for name, tensor in zip(stored, written, strict=True):
                 if name in model.graph.initializers:
                     model.graph.initializers[name].const_value = tensor
 
 
-def _decode_inputs(
-    step: DecodeStep, metadata: Mapping[str, Any]
-) -> tuple[list[str], list[Tensor], list[str]]:
-    threshold = torch.full((step.plan.num_layers + 1,), 2.0)
-    for point in step.plan.exits:
-        threshold[point.layer] = point.threshold
-    recent = torch.zeros(metadata["window"], dtype=torch.long)
-    one = torch.zeros(1, dtype=torch.long)
-    names = ["ids", "position", "recent", "threshold"]
-    return names, [one[None], one, recent, threshold], ["token", "exit_layer", "new_recent"]
+def _caches(build: OnnxBuilder, step: DecodeStep | PromptStep) -> list[OnnxValue]:
+    empty = step.empty_caches()
+    return [build.input(r.name, like) for r, like in zip(step.caches, empty, strict=True)]
 
 
-def _prompt_inputs(step: PromptStep) -> tuple[list[str], list[Tensor], list[str]]:
-    ids = torch.zeros(1, step.split.rows, dtype=torch.long)
-    one = torch.zeros(1, dtype=torch.long)
-    return ["ids", "start", "last"], [ids, one, one.clone()], ["token"]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporters' progress and advice are not for our users."""
-    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
-    levels = [log.level for log in logs]
-    for log in logs:
-        log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)
+def _finished(
+    build: OnnxBuilder,
+    step: DecodeStep | PromptStep,
+    names: Sequence[str],
+    outputs: Sequence[OnnxValue],
+) -> Any:
+    rows = [f"new_{role.name}" for role in step.caches]
+    return build.finish(dict(zip([*names, *rows], outputs, strict=True)))

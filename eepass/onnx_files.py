@@ -12,8 +12,10 @@ from eepass.errors import InputError
 
 SCHEMA = 1
 DECODE, PROMPT, WEIGHTS = "decode.onnx", "prefill.onnx", "weights.bin"
-# the entry of a model's metadata, and of each model's role in it
+# the entry of a model's metadata that says what they are
 ENTRY = "eepass"
+# a threshold no probability exceeds
+NEVER = 2.0
 AGAIN = "run eepass export-onnx again"
 
 

@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from eepass.errors import InputError
-from eepass.onnx_files import AGAIN, ENTRY, PROMPT, WEIGHTS, OnnxMetadata, needed
-
-# more than any probability: nothing leaves early
-NEVER = 2.0
+from eepass.onnx_files import AGAIN, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 
 
 class Step(NamedTuple):

@@ -1,21 +1,21 @@
-"""A decode step and a prompt step in which the cache is a value: what formats without memory need.
+"""Decode and prompt steps in which the cache is a value: what formats without memory need.
 
     before   state = cond(done, pass_through, layer_and_predictor, state, ...)       layer by layer
-    after    hidden, k, v = cond(done, fill, layer, ...)
-             wanted, z    = cond(active & ~done, predict, pass_through, ...)      at exit points
-             token, done  = cond(wanted, verify, pass_through, ...)
+    after    hidden, k, v = branch(done, fill, layer, ...)
+             wanted, z    = branch(active & ~done, predict, pass_through, ...)    at exit points
+             token, done  = branch(wanted, verify, pass_through, ...)
              return token, exit layer, every layer's k and v
 
-The conditions stand in a flat chain, so a predictor that is not active costs nothing, and neither
+The branches stand in a flat chain, so a predictor that is not active costs nothing, and neither
 does verification that nobody asked for. New keys and values are written by whoever runs the step;
 where a token has left, they are projected from the boundary it left at (``propagate``) or zero
-(``drop``).
+(``drop``). A step is said to a ``Builder``, function by function; equal ones have equal keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,31 +24,53 @@ from eepass.passes.report import PassError
 from eepass.passes.return_kv_rows import return_kv_rows, row_inputs, standard
 from eepass.plan import ExitPieces, ExitPlan, Input, Piece, SplitDecoder, causal_mask_at
 
-cond = torch.ops.higher_order.cond
-Values = Mapping[tuple[str, str], Tensor]
+# what stands for a tensor while a step is built
+Value = Any
+Function = Callable[..., Sequence[Tensor]]
 
 
-class _ValueStep(torch.nn.Module):
-    """``split`` and its tensors, as buffers; ``names``: what each buffer is called outside.
+class Call(NamedTuple):
+    """``function`` of ``operands``; those with one key are one function."""
 
-    ``caches``: the roles of the keys and values the step takes, in order; it returns their rows in
-    the same order.
+    key: Hashable
+    function: Function
+    operands: Sequence[Value]
+
+
+class Builder(Protocol):
+    """Takes a step down: functions of tensors, and the values that go in and come out."""
+
+    def weight(self, name: str) -> Value:
+        """A tensor of the model or the artefact."""
+
+    def constant(self, tensor: Tensor) -> Value:
+        """A small tensor that is always the same."""
+
+    def call(self, call: Call) -> list[Value]:
+        """The results of a call."""
+
+    def branch(
+        self, condition: Value, then: Call | Sequence[Value], otherwise: Call | Sequence[Value]
+    ) -> list[Value]:
+        """The results of one of two calls, or values handed through; the other is not run."""
+
+
+class ValueStep:
+    """What both steps share; ``caches``: the roles of the keys and values they take, in order.
+
+    Rows of keys and values come out in the same order.
     """
 
     def __init__(self, split: SplitDecoder) -> None:
-        super().__init__()
         if split.stepwise:
             raise PassError("its recurrent states are overwritten in place, token by token")
         self.split = return_kv_rows(split)
-        self.names: dict[str, str] = {}
-        self._buffer_of: dict[str, str] = {}
         self.caches = [role for layer in self.split.layers for role in row_inputs(layer)]
         kept = [role for fill in self.split.kv_fills for role in row_inputs(fill)]
         if kept != self.caches or len(set(kept)) != len(kept):
             raise PassError("its layers share keys and values, or write them in several places")
 
-    def examples(self) -> list[Tensor]:
-        """Empty caches."""
+    def empty_caches(self) -> list[Tensor]:
         shapes = {}
         for layer in self.split.layers:
             placeholders = layer.graph.graph.find_nodes(op="placeholder")
@@ -56,90 +78,91 @@ class _ValueStep(torch.nn.Module):
                 shapes[role] = node.meta["val"]
         return [torch.zeros(shapes[c].shape, dtype=shapes[c].dtype) for c in self.caches]
 
-    def keep(self, pieces: Sequence[Piece], tensors: Mapping[str, Tensor]) -> None:
-        for piece in pieces:
-            for role in piece.inputs:
-                if role.kind == "parameter":
-                    self.keep_tensor(role.name, tensors[role.name])
-
-    def keep_tensor(self, name: str, tensor: Tensor) -> None:
-        if name not in self._buffer_of:
-            buffer = f"tensor_{len(self._buffer_of)}"
-            self.register_buffer(buffer, tensor.detach())
-            self._buffer_of[name] = buffer
-            self.names[buffer] = name
-
-    def tensor(self, name: str) -> Tensor:
-        return getattr(self, self._buffer_of[name])
-
-    def begin(self, ids: Tensor, positions: Tensor, caches: Sequence[Tensor]) -> dict[Any, Tensor]:
-        """All values but hidden, draft and previous, by kind and name; and boundary 0."""
+    def _begin(
+        self, build: Builder, ids: Value, first: Value, caches: Sequence[Value]
+    ) -> tuple[Value, dict[tuple[str, str], Value]]:
+        """Boundary 0 of rows from position ``first`` on, and what layers read besides it."""
         split = self.split
-        found: dict[Any, Tensor] = {
-            ("ids", "ids"): ids,
-            ("positions", "positions"): positions[None],
-            ("slots", ""): positions,
-        }
-        found |= {(r.kind, r.name): cache for r, cache in zip(self.caches, caches, strict=True)}
+        names = _parameters(split.embed, split.positional)
         dtype = split.boundary.dtype
-        for name, window in split.windows.items():
-            found["mask", name] = causal_mask_at(positions, split.cache_length, window, dtype)
-        embedded = _outputs(split.embed.graph(*self.arguments(split.embed, found)))
-        sides = _outputs(split.positional.graph(*self.arguments(split.positional, found)))
-        found["hidden", "hidden"] = embedded[0]
-        names = (*split.embed_outputs[1:], *split.side_outputs)
-        found |= {("side", n): v for n, v in zip(names, [*embedded[1:], *sides], strict=True)}
-        return found
 
-    def arguments(self, piece: Piece, values: Mapping[Any, Tensor]) -> list[Tensor]:
-        return [self._argument(role, values) for role in piece.inputs]
+        def begin(ids: Tensor, first: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            positions = first + torch.arange(split.rows)
+            values = {("parameter", n): tensor for n, tensor in zip(names, given, strict=True)}
+            values |= {("ids", "ids"): ids, ("positions", "positions"): positions[None]}
+            for name, window in split.windows.items():
+                mask = causal_mask_at(positions, split.cache_length, window, dtype)
+                values["mask", name] = mask
+            made = [positions]
+            for piece in (split.embed, split.positional):
+                made += _outputs(piece.graph(*(values[r.kind, r.name] for r in piece.inputs)))
+            return made
 
-    def _argument(self, role: Input, values: Mapping[Any, Tensor]) -> Tensor:
-        if role.kind == "parameter":
-            return self.tensor(role.name)
-        return values[role.kind, "" if role.kind == "slots" else role.name]
+        weights = [build.weight(name) for name in names]
+        slots, hidden, *sides = build.call(Call("begin", begin, [ids, first, *weights]))
+        names = [*split.embed_outputs[1:], *split.side_outputs]
+        found = {("side", name): side for name, side in zip(names, sides, strict=True)}
+        found |= {(r.kind, r.name): cache for r, cache in zip(self.caches, caches, strict=True)}
+        return hidden, {**found, ("slots", ""): slots}
+
+    def _operands(
+        self, build: Builder, index: int, values: Mapping[tuple[str, str], Value]
+    ) -> list[Value]:
+        """What layer ``index`` reads besides its boundary."""
+        operands = []
+        for role in _others(self.split.layers[index]):
+            if role.kind == "parameter":
+                operands.append(build.weight(role.name))
+            else:
+                operands.append(values[role.kind, "" if role.kind == "slots" else role.name])
+        return operands
+
+    def _run(self, index: int, hidden: Value, operands: Sequence[Value]) -> Call:
+        layer = self.split.layers[index]
+        places = _places(layer, _others(layer))
+
+        def run(hidden: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            return _outputs(layer.graph(*(hidden if p < 0 else given[p] for p in places)))
+
+        return Call(("layer", layer.structure), run, [hidden, *operands])
 
 
-class PromptStep(_ValueStep):
-    """ids [1, R], start [1], last [1], caches -> the token after row ``last`` [1], rows of keys and
-    values. The rows stand at ``start`` and after; what follows ``last`` is padding."""
+class PromptStep(ValueStep):
+    """R tokens of a prompt; ``one`` is the decoder split for one row."""
 
     def __init__(self, split: SplitDecoder, one: SplitDecoder) -> None:
         super().__init__(split)
         self.head = one.head.whole
-        self.keep(
-            [self.split.embed, self.split.positional, *self.split.layers, self.head], split.tensors
-        )
 
-    def forward(self, ids: Tensor, start: Tensor, last: Tensor, *caches: Tensor) -> Any:
-        values = self.begin(ids, start + torch.arange(self.split.rows), caches)
-        hidden, rows = values["hidden", "hidden"], []
-        for layer in self.split.layers:
-            values["hidden", "hidden"] = hidden
-            hidden, *written = _outputs(layer.graph(*self.arguments(layer, values)))
+    def build(
+        self, build: Builder, ids: Value, start: Value, last: Value, caches: Sequence[Value]
+    ) -> list[Value]:
+        """ids [1, R], start [1], last [1], caches -> the token after row ``last`` [1], rows of
+        keys and values. Rows stand at ``start`` and after; what follows ``last`` is padding."""
+        hidden, values = self._begin(build, ids, start, caches)
+        rows: list[Value] = []
+        for index in range(len(self.split.layers)):
+            operands = self._operands(build, index, values)
+            hidden, *written = build.call(self._run(index, hidden, operands))
             rows += written
-        values["hidden", "hidden"] = hidden.index_select(1, last)
-        logits = self.head.graph(*self.arguments(self.head, values))
-        return (logits[0].float().argmax(-1), *(row.contiguous() for row in rows))
+        names = _parameters(self.head)
+
+        def head(hidden: Tensor, last: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            return [_likeliest(self.head, hidden.index_select(1, last), names, given)]
+
+        weights = [build.weight(name) for name in names]
+        return [*build.call(Call("head", head, [hidden, last, *weights])), *rows]
 
 
-class DecodeStep(_ValueStep):
-    """One token: ids [1, 1], position [1], recent [W], threshold [L + 1], caches -> token [1],
-    exit layer [1], recent [W], rows of keys and values.
+class DecodeStep(ValueStep):
+    """One token through a decoder with exits.
 
-    ``recent``: the layers the last W tokens left after, 0 where there was none yet; exits within
-    ``radius`` of one of them are active, besides the first ``always`` of the plan's ranking; all
-    are before the first token. Thresholds of 1 and more at every layer mean the dense model.
+    Exits within ``radius`` of one of the last tokens' are active, besides the first ``always`` of
+    the plan's ranking; all are before the first token.
     """
 
     def __init__(
-        self,
-        split: SplitDecoder,
-        pieces: ExitPieces,
-        plan: ExitPlan,
-        tensors: Mapping[str, Tensor],
-        radius: int,
-        always: int,
+        self, split: SplitDecoder, pieces: ExitPieces, plan: ExitPlan, radius: int, always: int
     ) -> None:
         super().__init__(split)
         if plan.kv_policy == "defer":
@@ -151,172 +174,188 @@ class DecodeStep(_ValueStep):
         self.verify, self.draft = standard(pieces.verify), standard(pieces.draft)
         self.normed, self.head = standard(pieces.normed), split.head.whole
         self.fixed = frozenset(plan.ranking[:always])
-        used = [
-            self.split.embed, self.split.positional, *self.split.layers, *self.split.kv_fills,
-            self.head, self.verify, self.draft, self.normed, *self.predictors.values(),
-        ]  # fmt: skip
-        self.keep(used, tensors)
-        self.keep_tensor("hot.ids", tensors["hot.ids"])
 
-    def forward(
-        self, ids: Tensor, position: Tensor, recent: Tensor, threshold: Tensor, *caches: Tensor
-    ) -> Any:
+    def build(
+        self, build: Builder, ids: Value, position: Value, recent: Value, threshold: Value,
+        caches: Sequence[Value],
+    ) -> list[Value]:  # fmt: skip
+        """ids [1, 1], position [1], recent [W], threshold [L + 1], caches -> token [1], exit layer
+        [1], recent [W], rows of keys and values.
+
+        ``recent``: the layers the last W tokens left after, 0 where there was none yet. Thresholds
+        of 1 and more at every layer mean the dense model; no predictor runs then.
+        """
         plan = self.plan
-        values = self.begin(ids, position, caches)
-        active = self._active(recent, threshold)
-        hidden = values["hidden", "hidden"]
-        done, rows = torch.zeros((), dtype=torch.bool), []
-        token, exit_layer = torch.full((1,), -1), torch.full((1,), plan.num_layers)
-        draft = torch.zeros(1, plan.draft_tokens, dtype=torch.long)
-        previous = torch.zeros(1, plan.draft_tokens)
+        hidden, values = self._begin(build, ids, position, caches)
+        active, wanted = self._active(build, recent, threshold)
+        done = build.constant(torch.tensor(False))
+        token = build.constant(torch.full((1,), -1))
+        exit_layer = build.constant(torch.full((1,), plan.num_layers))
+        draft = build.constant(torch.zeros(1, plan.draft_tokens, dtype=torch.long))
+        previous = build.constant(torch.zeros(1, plan.draft_tokens))
+        rows: list[Value] = []
         for index in range(plan.num_layers):
             boundary = index + 1
-            hidden, *written = self._layer(index, hidden, done, values)
+            operands = self._operands(build, index, values)
+            skipped = self._fill(build, index, hidden, operands)
+            hidden, *written = build.branch(done, skipped, self._run(index, hidden, operands))
             rows += written
             if boundary == plan.draft_layer:
-                draft = self._drafted(hidden, active, draft)
+                draft = self._drafted(build, wanted, hidden, draft)
             if boundary in self.predictors:
-                ask = active[boundary] & ~done
-                limit = threshold[boundary : boundary + 1]
-                wanted, previous, z = self._predicted(boundary, ask, hidden, draft, previous, limit)
-                done, token, exit_layer = self._verified(
-                    boundary, wanted, z, draft, done, token, exit_layer
+                number = build.constant(torch.full((1,), boundary))
+                answer, previous, z = self._predicted(
+                    build, boundary, number, active, done, hidden, draft, previous, threshold
                 )
-        token = self._head(hidden, done, token)
-        recent = torch.cat([recent[1:], exit_layer])
-        return token, exit_layer, recent, *rows
+                done, token, exit_layer = self._verified(
+                    build, number, answer, z, draft, done, token, exit_layer
+                )
+        token = self._head(build, done, hidden, token)
+        (after,) = build.call(Call("remember", _remember, [recent, exit_layer]))
+        return [token, exit_layer, after, *rows]
 
-    def _active(self, recent: Tensor, threshold: Tensor) -> Tensor:
-        layers = torch.arange(self.plan.num_layers + 1)
-        exits = torch.tensor([n in self.predictors for n in range(self.plan.num_layers + 1)])
-        on = (threshold < 1).any()
-        fixed = torch.tensor([n in self.fixed for n in range(self.plan.num_layers + 1)])
-        past = recent > 0
-        near = ((layers[:, None] - recent).abs() <= self.radius) & past
-        chosen = fixed | near.any(-1) | ~past.any()
-        return exits & chosen & on
+    def _active(self, build: Builder, recent: Value, threshold: Value) -> list[Value]:
+        """Which predictors run, bool [L + 1], and whether any does."""
+        numbers = range(self.plan.num_layers + 1)
+        exits = build.constant(torch.tensor([n in self.predictors for n in numbers]))
+        fixed = build.constant(torch.tensor([n in self.fixed for n in numbers]))
 
-    def _layer(
-        self, index: int, hidden: Tensor, done: Tensor, values: dict[Any, Tensor]
-    ) -> tuple[Tensor, ...]:
+        def active(
+            recent: Tensor, threshold: Tensor, exits: Tensor, fixed: Tensor
+        ) -> Sequence[Tensor]:
+            past = recent > 0
+            near = (torch.arange(len(numbers))[:, None] - recent).abs() <= self.radius
+            chosen = exits & (fixed | (near & past).any(-1) | ~past.any())
+            chosen = chosen & (threshold < 1).any()
+            return chosen, chosen.any()
+
+        return build.call(Call("active", active, [recent, threshold, exits, fixed]))
+
+    def _fill(
+        self, build: Builder, index: int, hidden: Value, operands: Sequence[Value]
+    ) -> Call | Sequence[Value]:
+        """What a layer leaves behind for a token that left before it."""
         layer, fill = self.split.layers[index], self.split.kv_fills[index]
-        roles = [role for role in layer.inputs if role.kind != "hidden"]
-        shapes = [
-            node.meta["val"] for node in layer.graph.graph.output_node().all_input_nodes[1:]
-        ]  # fmt: skip
+        if self.plan.kv_policy == "drop":
+            rows = [n.meta["val"] for n in layer.graph.graph.output_node().all_input_nodes[1:]]
+            holes = (torch.zeros(row.shape, dtype=row.dtype) for row in rows)
+            return [hidden, *(build.constant(hole) for hole in holes)]
+        roles = _others(layer)
+        used = [role for role in roles if role in fill.inputs]
+        places = _places(fill, used)
 
-        def arguments(piece: Piece, hidden: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
-            return [hidden if r.kind == "hidden" else given[roles.index(r)] for r in piece.inputs]
+        def project(hidden: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            made = fill.graph(*(hidden if p < 0 else given[p] for p in places))
+            return [hidden, *_outputs(made)]
 
-        def run(hidden: Tensor, *given: Tensor) -> Any:
-            return _fresh(layer.graph(*arguments(layer, hidden, given)))
+        given = [operands[roles.index(role)] for role in used]
+        return Call(("fill", fill.structure, places), project, [hidden, *given])
 
-        def skip(hidden: Tensor, *given: Tensor) -> Any:
-            if self.plan.kv_policy == "propagate":
-                rows = _outputs(fill.graph(*arguments(fill, hidden, given)))
-            else:
-                rows = [torch.zeros(s.shape, dtype=s.dtype) for s in shapes]
-            return _fresh([hidden, *rows])
+    def _drafted(self, build: Builder, wanted: Value, hidden: Value, draft: Value) -> Value:
+        names = _parameters(self.normed, self.draft)
 
-        operands = [hidden, *(self._argument(role, values) for role in roles)]
-        return cond(done, skip, run, operands)
+        def run(hidden: Tensor, hot: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            z = _call(self.normed, names, given, hidden=hidden)[0]
+            ranked = _call(self.draft, names, given, hidden=z)[0]
+            return [hot[ranked[0].topk(self.plan.draft_tokens, -1).indices]]
 
-    def _drafted(self, hidden: Tensor, active: Tensor, draft: Tensor) -> Tensor:
-        roles = (*self.normed.inputs, *self.draft.inputs)
-        names = list(dict.fromkeys(r.name for r in roles if r.kind == "parameter"))
-
-        def run(hidden: Tensor, draft: Tensor, hot: Tensor, *given: Tensor) -> Any:
-            by_name = dict(zip(names, given, strict=True))
-            z = _call(self.normed, by_name, hidden=hidden)[0]
-            ranked = _call(self.draft, by_name, hidden=z)[0]
-            return _fresh([hot[ranked[0].topk(self.plan.draft_tokens, -1).indices]])
-
-        def skip(hidden: Tensor, draft: Tensor, *rest: Tensor) -> Any:
-            return _fresh([draft])
-
-        weights = [self.tensor(name) for name in names]
-        operands = [hidden, draft, self.tensor("hot.ids"), *weights]
-        return cond(active.any(), run, skip, operands)[0]
+        weights = [build.weight(name) for name in ("hot.ids", *names)]
+        return build.branch(wanted, Call("draft", run, [hidden, *weights]), [draft])[0]
 
     def _predicted(
-        self, boundary: int, ask: Tensor, hidden: Tensor, draft: Tensor, previous: Tensor,
-        limit: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        self, build: Builder, boundary: int, number: Value, active: Value, done: Value,
+        hidden: Value, draft: Value, previous: Value, threshold: Value,
+    ) -> list[Value]:  # fmt: skip
         piece = self.predictors[boundary]
-        names = [role.name for role in piece.inputs if role.kind == "parameter"]
+        names = _parameters(piece)
+
+        def ask(active: Tensor, number: Tensor, done: Tensor) -> Sequence[Tensor]:
+            return [active.index_select(0, number)[0] & ~done]
 
         def run(
-            hidden: Tensor, draft: Tensor, previous: Tensor, limit: Tensor, *given: Tensor
-        ) -> Any:
-            by_name = dict(zip(names, given, strict=True))
+            hidden: Tensor, draft: Tensor, previous: Tensor, threshold: Tensor, number: Tensor,
+            *given: Tensor,
+        ) -> Sequence[Tensor]:  # fmt: skip
             probability, now, z = _call(
-                piece, by_name, hidden=hidden, draft=draft, previous=previous
+                piece, names, given, hidden=hidden, draft=draft, previous=previous
             )[:3]
-            return _fresh([(probability > limit)[0], now, z])
+            return (probability > threshold.index_select(0, number))[0], now, z
 
-        def skip(hidden: Tensor, draft: Tensor, previous: Tensor, *rest: Tensor) -> Any:
-            return _fresh([torch.zeros((), dtype=torch.bool), previous, hidden])
-
-        weights = [self.tensor(name) for name in names]
-        return cond(ask, run, skip, [hidden, draft, previous, limit, *weights])
+        (asked,) = build.call(Call("ask", ask, [active, number, done]))
+        operands = [hidden, draft, previous, threshold, number]
+        operands += [build.weight(name) for name in names]
+        no = build.constant(torch.tensor(False))
+        call = Call(("predict", piece.structure), run, operands)
+        return build.branch(asked, call, [no, previous, hidden])
 
     def _verified(
-        self, boundary: int, wanted: Tensor, z: Tensor, draft: Tensor, done: Tensor, token: Tensor,
-        exit_layer: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        hot = self.plan.verify == "hot"
-        names = [role.name for role in self.verify.inputs if role.kind == "parameter"]
+        self, build: Builder, number: Value, wanted: Value, z: Value, draft: Value, done: Value,
+        token: Value, exit_layer: Value,
+    ) -> list[Value]:  # fmt: skip
+        hot, names = self.plan.verify == "hot", _parameters(self.verify)
 
         def run(
-            z: Tensor, draft: Tensor, done: Tensor, token: Tensor, exit_layer: Tensor,
+            token: Tensor, exit_layer: Tensor, z: Tensor, draft: Tensor, number: Tensor,
             hot_ids: Tensor, *given: Tensor,
-        ) -> Any:  # fmt: skip
-            by_name = dict(zip(names, given, strict=True))
-            best = _call(self.verify, by_name, hidden=z)[0][0].argmax(-1)
-            answer = hot_ids[best] if hot else best
+        ) -> Sequence[Tensor]:  # fmt: skip
+            answer = _likeliest(self.verify, z, names, given)
+            answer = hot_ids[answer] if hot else answer
             accepted = (answer[:, None] == draft).any(-1)
-            here = torch.full_like(exit_layer, boundary)
-            return _fresh(
-                [accepted[0], torch.where(accepted, answer, token),
-                 torch.where(accepted, here, exit_layer)]
-            )  # fmt: skip
+            return (
+                accepted[0],
+                torch.where(accepted, answer, token),
+                torch.where(accepted, number, exit_layer),
+            )
 
-        def skip(
-            z: Tensor, draft: Tensor, done: Tensor, token: Tensor, exit_layer: Tensor,
-            *rest: Tensor,
-        ) -> Any:  # fmt: skip
-            return _fresh([done, token, exit_layer])
+        weights = [build.weight(name) for name in ("hot.ids", *names)]
+        call = Call("verify", run, [token, exit_layer, z, draft, number, *weights])
+        return build.branch(wanted, call, [done, token, exit_layer])
 
-        weights = [self.tensor(name) for name in names]
-        operands = [z, draft, done, token, exit_layer, self.tensor("hot.ids"), *weights]
-        return cond(wanted, run, skip, operands)
+    def _head(self, build: Builder, done: Value, hidden: Value, token: Value) -> Value:
+        names = _parameters(self.head)
 
-    def _head(self, hidden: Tensor, done: Tensor, token: Tensor) -> Tensor:
-        names = [role.name for role in self.head.inputs if role.kind == "parameter"]
+        def run(hidden: Tensor, *given: Tensor) -> Sequence[Tensor]:
+            return [_likeliest(self.head, hidden, names, given)]
 
-        def run(hidden: Tensor, token: Tensor, *given: Tensor) -> Any:
-            logits = _call(self.head, dict(zip(names, given, strict=True)), hidden=hidden)[0]
-            return _fresh([logits[0].float().argmax(-1)])
-
-        def skip(hidden: Tensor, token: Tensor, *rest: Tensor) -> Any:
-            return _fresh([token])
-
-        weights = [self.tensor(name) for name in names]
-        return cond(done, skip, run, [hidden, token, *weights])[0]
+        call = Call("head", run, [hidden, *(build.weight(name) for name in names)])
+        return build.branch(done, [token], call)[0]
 
 
-def _call(piece: Piece, by_name: Mapping[str, Tensor], **given: Tensor) -> list[Tensor]:
+def _remember(recent: Tensor, exit_layer: Tensor) -> Sequence[Tensor]:
+    return [torch.cat([recent[1:], exit_layer])]
+
+
+def _likeliest(
+    piece: Piece, hidden: Tensor, names: Sequence[str], given: Sequence[Tensor]
+) -> Tensor:
+    """The place of the largest logit [1], of a piece from hidden [1, 1, H] to logits [1, 1, N]."""
+    return _call(piece, names, given, hidden=hidden)[0][0].float().argmax(-1)
+
+
+def _call(
+    piece: Piece, names: Sequence[str], given: Sequence[Tensor], **others: Tensor
+) -> list[Tensor]:
+    by_name = dict(zip(names, given, strict=True))
     values = [
-        by_name[role.name] if role.kind == "parameter" else given[role.kind]
+        by_name[role.name] if role.kind == "parameter" else others[role.kind]
         for role in piece.inputs
     ]
     return _outputs(piece.graph(*values))
 
 
+def _parameters(*pieces: Piece) -> list[str]:
+    roles = (role for piece in pieces for role in piece.inputs if role.kind == "parameter")
+    return list(dict.fromkeys(role.name for role in roles))
+
+
+def _others(layer: Piece) -> list[Input]:
+    return [role for role in layer.inputs if role.kind != "hidden"]
+
+
+def _places(piece: Piece, roles: Sequence[Input]) -> tuple[int, ...]:
+    """Where each input of ``piece`` stands in ``roles``; −1 for the boundary."""
+    return tuple(-1 if role.kind == "hidden" else roles.index(role) for role in piece.inputs)
+
+
 def _outputs(result: Any) -> list[Tensor]:
     return list(result) if isinstance(result, (tuple, list)) else [result]
-
-
-def _fresh(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Results of a branch: alike in layout, and none an operand itself."""
-    return tuple(value.clone(memory_format=torch.contiguous_format) for value in results)
