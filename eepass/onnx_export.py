@@ -110,15 +110,19 @@ def _configured(
             )
         trained = chosen if isinstance(chosen, Artifact) else load_artifact(Path(chosen))
         refuse_other_model(trained, model, "artifact")
+        _refuse_dtype(loaded, next(model.parameters()).dtype)
         splits, report = split_model(model, max_length or MAX_LENGTH, (1,))
         if PREFILL_ROWS not in splits:
             raise PassError("its recurrent states are overwritten in place, token by token")
         ready = EarlyExitModel(splits, report, loaded.stop, trained, compiler=_no_compiler)
-    dtype = ready.splits[1].boundary.dtype
-    if dtype is not torch.float32:
-        raise InputError(f"{loaded.name} is in {dtype}: ONNX is written in fp32, give it in fp32")
+    _refuse_dtype(loaded, ready.splits[1].boundary.dtype)
     ready.configure(config)
     return ready, ready.splits[1], ready.splits[max(ready.splits)]
+
+
+def _refuse_dtype(loaded: LoadedModel, dtype: torch.dtype) -> None:
+    if dtype is not torch.float32:
+        raise InputError(f"{loaded.name} is in {dtype}: ONNX is written in fp32, give it in fp32")
 
 
 def _transformed(

@@ -130,7 +130,7 @@ class OnnxDecoder:
                 str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no type of their own
-            said = str(error).strip().splitlines()[-1][:300]
+            said = " ".join(str(error).split())[:300]
             raise InputError(f"{file}: ONNX Runtime cannot load it ({said})") from error
 
     @staticmethod
