@@ -130,8 +130,10 @@ class OnnxDecoder:
                 str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no type of their own
-            said = " ".join(str(error).split())[:300]
-            raise InputError(f"{file}: ONNX Runtime cannot load it ({said})") from error
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{file}: ONNX Runtime cannot load it, or {WEIGHTS} beside it; {AGAIN} ({said})"
+            ) from error
 
     @staticmethod
     def _metadata(file: Path, session: Any) -> OnnxMetadata:
