@@ -19,7 +19,8 @@ from eepass.models import LoadedModel
 from eepass.onnx_files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 from eepass.onnx_graph import OnnxBuilder, OnnxValue
 from eepass.passes.report import PassError
-from eepass.passes.value_step import DecodeStep, PromptStep
+from eepass.passes.value_exits import DecodeStep
+from eepass.passes.value_step import PromptStep
 from eepass.plan import SplitDecoder
 from eepass.runtime.scheduler import RADIUS, WINDOW
 from eepass.text import write_text

@@ -9,7 +9,8 @@ from models import eager_compile, random_artifact, tiny_model
 from eepass.config import ExitConfig
 from eepass.passes import return_kv_rows
 from eepass.passes.report import PassError
-from eepass.passes.value_step import Call, DecodeStep, PromptStep
+from eepass.passes.value_exits import DecodeStep
+from eepass.passes.value_step import Call, PromptStep
 from eepass.runtime.scheduler import RADIUS, WINDOW
 from eepass.transformation import ALWAYS_ACTIVE, EarlyExitModel, exit_tensors, split_model
 
