@@ -96,8 +96,8 @@ class ValueStep:
 
         weights = [build.weight(name) for name in names]
         slots, hidden, *sides = build.call(Call("begin", begin, [ids, first, *weights]))
-        names = [*split.embed_outputs[1:], *split.side_outputs]
-        found = {("side", name): side for name, side in zip(names, sides, strict=True)}
+        made = [*split.embed_outputs[1:], *split.side_outputs]
+        found = {("side", name): side for name, side in zip(made, sides, strict=True)}
         found |= {(r.kind, r.name): cache for r, cache in zip(self.caches, caches, strict=True)}
         return hidden, {**found, ("slots", ""): slots}
 
