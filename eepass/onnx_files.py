@@ -1,0 +1,93 @@
+"""The files ``eepass export-onnx`` writes, and what they say of themselves."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from eepass.errors import InputError
+
+SCHEMA = 1
+DECODE, PROMPT, WEIGHTS = "decode.onnx", "prefill.onnx", "weights.bin"
+# the entry of a model's metadata that says what they are
+ENTRY = "eepass"
+# a threshold no probability exceeds
+NEVER = 2.0
+AGAIN = "run eepass export-onnx again"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxMetadata:
+    """What both graphs of a folder carry: JSON in the metadata entry ``eepass``.
+
+    ``exits``: threshold by layer; ``window``, ``radius``, ``always``: the schedule of predictors;
+    ``prompt_rows``: tokens ``prefill.onnx`` takes at once; ``slots``: length of
+    the caches; ``weights``: bytes of ``weights.bin``.
+    """
+
+    name: str
+    eepass: str
+    fingerprint: dict[str, Any]
+    layers: int
+    max_length: int
+    slots: int
+    prompt_rows: int
+    stop: list[int]
+    kv_policy: str
+    verify: str
+    preset: str
+    target_agreement: float
+    draft_layer: int
+    draft_tokens: int
+    exits: dict[str, float]
+    window: int
+    radius: int
+    always: int
+    weights: int
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def read(cls, text: str | None, file: Path) -> OnnxMetadata:
+        """From the metadata entry of ``file``; raises ``InputError`` where it is not ours."""
+        if text is None:
+            raise InputError(f"{file}: not written by eepass export-onnx")
+        try:
+            found = json.loads(text)
+            if found["schema"] != SCHEMA:
+                raise InputError(
+                    f"{file}: schema {found['schema']!r}, this eepass reads {SCHEMA}; {AGAIN}"
+                )
+            return cls(**{field.name: found[field.name] for field in fields(cls)})
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise InputError(f"{file}: its metadata are damaged ({error}); {AGAIN}") from error
+
+
+def is_onnx(spec: str) -> bool:
+    """Whether MODEL names an ONNX file, or a folder that holds ours."""
+    path = Path(spec)
+    return path.suffix == ".onnx" or (path / DECODE).is_file()
+
+
+def decode_file(spec: str) -> Path:
+    """The decode graph MODEL names; raises ``InputError`` if it is not there."""
+    path = Path(spec)
+    file = path if path.suffix == ".onnx" else path / DECODE
+    if file.name == PROMPT:
+        raise InputError(f"{file}: this graph takes the prompt; give {DECODE} beside it")
+    if not file.is_file():
+        raise InputError(f"{file}: no such file; eepass export-onnx MODEL --out DIR writes it")
+    return file
+
+
+def needed(module: str) -> Any:
+    """Import one of the extra's packages; raises ``InputError`` saying how to install it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"ONNX needs {module}: pip install 'eepass[onnx]'") from error
