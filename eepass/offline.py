@@ -31,7 +31,6 @@ from eepass.runtime.side_inputs import Row
 from eepass.stored_graphs import GraphWriter, NotStorable
 from eepass.transformation import (
     ARTIFACT,
-    MAX_LENGTH,
     STEP_ROWS,
     EarlyExitModel,
     exit_tensors,
@@ -50,13 +49,14 @@ def write_folder(
     out: str | Path,
     artifact: str | Path | None = None,
     rows: Sequence[int] = STEP_ROWS,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     notify: Notify = lambda stage: None,
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
 
     ``artifact``: a folder ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
-    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
+    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together,
+    1024 if not given.
     ``notify(stage)`` says what is being done. A transformed folder that was there is replaced.
     Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
     """
@@ -85,7 +85,7 @@ class _Writer:
     ) -> None:
         self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
 
-    def write(self, rows: Sequence[int], max_length: int) -> dict[str, Any]:
+    def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
         began = perf_counter()
         model = self.loaded.model
         self._write_text()
@@ -218,7 +218,7 @@ class _Writer:
             threads=torch.get_num_threads(),
             fingerprint=fingerprint(loaded.model),
             dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            max_length=decoder.capacity,
+            max_length=decoder.longest,
             rows=list(decoder.buckets),
             stop=sorted(loaded.stop),
             artifact=self.artifact is not None,

@@ -68,7 +68,9 @@ def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     step = decode_step(model, cache_length)
     inputs = _example_inputs(step, rows, cache_length)
     with step.masks_given():
-        return capture(step, *inputs, named_tensors(model), step.slots, step.windows)
+        return capture(
+            step, *inputs, named_tensors(model), step.slots, step.windows, known_positions(model)
+        )
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
@@ -152,6 +154,23 @@ def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[
         return {"attention": sizes[attention[0]]}, ()
     use = getattr(config, "use_sliding_window", True)
     return {"attention": window if use else None}, ()
+
+
+def known_positions(model: Any) -> int | None:
+    """How many positions ``model`` knows, so how long a text may be; None where nothing bounds it.
+
+    LongRoPE turns all of a text by other frequencies once it is longer than what the model was
+    first trained on: keys written before would have to be made anew, so that is the bound there.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # by kind of layer, or one for all
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if each.get("rope_type") == "longrope":
+            found.append(each.get("original_max_position_embeddings"))
+            found.append(getattr(config, "original_max_position_embeddings", None))
+    return min((count for count in found if isinstance(count, int) and count > 0), default=None)
 
 
 def named_tensors(model: Any) -> Mapping[str, Tensor]:
