@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from eepass.artifact import load_artifact
     from eepass.benchmarking import bench
     from eepass.config import ExitConfig
+    from eepass.doctoring import doctor
     from eepass.errors import InputError
     from eepass.generation import generate
     from eepass.models import load
@@ -22,6 +23,7 @@ _HOMES = {
     "ExitConfig": "eepass.config",
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
+    "doctor": "eepass.doctoring",
     "generate": "eepass.generation",
     "load": "eepass.models",
     "load_artifact": "eepass.artifact",
@@ -37,6 +39,7 @@ __all__ = [
     "ExitConfig",
     "InputError",
     "bench",
+    "doctor",
     "generate",
     "load",
     "load_artifact",

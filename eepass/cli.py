@@ -443,6 +443,20 @@ def families(
     _run(work, debug)
 
 
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Say it as JSON.")] = False,
+) -> None:
+    """Say what is installed here, what eepass will use of it and why, and what is missing."""
+    from eepass import doctoring
+
+    found = doctoring.doctor()
+    text = json.dumps(found, indent=1) if as_json else doctoring.as_text(found)
+    sys.stdout.write(text + "\n")
+    if not found["ready"]:
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point of the ``eepass`` command."""
     app()

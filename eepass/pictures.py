@@ -45,7 +45,7 @@ def agreement(report: Mapping[str, Any], file: Path, title: str) -> None:
 def by_position(
     stretches: Sequence[Mapping[str, Any]], layers: int, file: Path, title: str
 ) -> None:
-    """Agreement and mean exit layer by position in the answer, as ``eepass bench`` reports them."""
+    """Agreement and mean exit layer by position in the answer, as ``eepass bench`` reports."""
     plt = _pyplot()
     figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
     names = [f"{s['first']}–{s['last']}" for s in stretches]
@@ -109,6 +109,8 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    # the same drawing is the same file, and its letters are letters
+    matplotlib.rcParams.update({"svg.hashsalt": "eepass", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     return plt
@@ -116,5 +118,6 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    undated = {"Date": None} if file.suffix == ".svg" else None
+    figure.savefig(file, dpi=130, metadata=undated)
     _pyplot().close(figure)
