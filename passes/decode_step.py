@@ -67,10 +67,25 @@ def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
     inputs = _example_inputs(step, rows, cache_length)
-    with step.masks_given():
+    with step.masks_given(), _fixed_frequencies(model):
         return capture(
             step, *inputs, named_tensors(model), step.slots, step.windows, known_positions(model)
         )
+
+
+@contextmanager
+def _fixed_frequencies(model: Any) -> Iterator[None]:
+    """Within, LongRoPE's frequencies are those of short texts, which is as far as it knows
+    positions: choosing them anew in each step would write to a buffer of the model."""
+    changing = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+    for module in changing:
+        module.rope_type = "default"
+        module.inv_freq.copy_(module.original_inv_freq)
+    try:
+        yield
+    finally:
+        for module in changing:
+            module.rope_type = "longrope"
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
