@@ -19,8 +19,8 @@ from eepass.family_table import FAMILIES, tiny_model
 HERE = Path(__file__).parent / "pictures"
 REPORT = HERE / "smollm2-by-position.json"
 MEASURE = (
-    "bench", "smollm2", "--no-baselines", "--no-frontier", "--limit", "6", "--new-tokens", "320",
-    "--max-length", "512",
+    "bench", "smollm2", "--no-baselines", "--no-frontier", "--limit", "4", "--new-tokens", "256",
+    "--max-length", "448",
 )  # fmt: skip
 
 

@@ -63,24 +63,27 @@ def test_the_python_of_a_page_runs(page, folder, monkeypatch, capsys):
 
         # who waits for a server ends it
         monkeypatch.setattr(Server, "wait", Server.kill_server)
-    # as a file: what is compiled looks for its source
-    file = folder / (Path(page).stem.replace("-", "_") + "_page.py")
-    code = "\n\n".join(blocks).replace('"smollm2"', '"my-model"').replace("port=8000", "port=0")
-    file.write_text(code, encoding="utf-8")
     monkeypatch.chdir(folder)
     monkeypatch.setattr("eepass.transformation._cpu_compiler", AsTraced)
     torch.use_deterministic_algorithms(False)
-    with torch.enable_grad():
-        runpy.run_path(str(file), given() if page == "README.md" else None)
+    # the blocks of a page go on from one another, those of the README are by themselves
+    pieces = blocks if page == "README.md" else ["\n\n".join(blocks)]
+    for number, code in enumerate(pieces):
+        # as a file: what is compiled looks for its source
+        file = folder / f"{Path(page).stem.replace('-', '_')}_{number}.py"
+        file.write_text(code.replace('"smollm2"', '"my-model"').replace("port=8000", "port=0"))
+        with torch.enable_grad():
+            runpy.run_path(str(file), given() if page == "README.md" else None)
 
 
 def given():
-    """What the README's second and third block are written in the midst of."""
+    """What blocks of the README are written in the midst of."""
     from transformers import CompileConfig
 
     loaded = eepass.load("my-model")
     inputs = loaded.tokenizer("hello", return_tensors="pt")
-    return {"model": loaded.model, "inputs": inputs, "CompileConfig": CompileConfig}
+    given = {"eepass": eepass, "CompileConfig": CompileConfig}
+    return {**given, "model": loaded.model, "inputs": inputs}
 
 
 def test_pages_of_code_are_not_overlooked():
