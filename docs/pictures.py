@@ -39,7 +39,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "probe.json"
         command(
-            "probe", "smollm2", "--translate", "--picture", str(HERE / "agreement.svg"),
+            "probe", "smollm2", "--limit", "8", "--translate", "--picture", str(HERE / "agreement.svg"),
             "--json", str(file),
         )  # fmt: skip
 

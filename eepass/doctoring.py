@@ -40,7 +40,7 @@ def doctor() -> dict[str, Any]:
     command that supplies it; ``ready``: whether everything eepass cannot do without is there. A
     part that cannot be found out is ``{"error": why}``.
     """
-    found = {
+    found: dict[str, Any] = {
         "eepass": eepass.__version__,
         "versions": _guarded(_versions),
         "extras": _guarded(_extras),
@@ -78,7 +78,8 @@ def _said(state: Any, value: str, why: str) -> str:
     # of a part that could not be found out there is the reason alone
     if not isinstance(state, dict):
         return str(state)
-    said = {True: "works", False: "no"}.get(state[value], state[value])
+    answer = state[value]
+    said = ("works" if answer else "no") if isinstance(answer, bool) else str(answer)
     return f"{said} ({state[why]})" if state[why] else said
 
 
@@ -205,7 +206,8 @@ def _cuda() -> dict[str, Any]:
         return {"built": None, "devices": [], "why": "this torch is built without CUDA"}
     if not torch.cuda.is_available():
         return {"built": built, "devices": [], "why": "torch finds no CUDA device"}
-    driver = int(torch._C._cuda_getDriverVersion())
+    # there in builds with CUDA alone
+    driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
     devices = []
     for index in range(torch.cuda.device_count()):
         device = torch.cuda.get_device_properties(index)
