@@ -163,25 +163,31 @@ def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
     assert len(sides._mask_chunks) == 3
 
 
-def test_up_to_the_last_position_the_model_knows():
-    """Its table of positions ends there: padding rows may not read beyond it either."""
-    model = tiny_model("gpt2", n_positions=40)
+@pytest.mark.parametrize("family", ("gpt2", "gptj"))
+def test_up_to_the_last_position_the_model_knows(family):
+    """A table of positions ends there, of embeddings or of rotary values: padding rows, of prompts
+    and of trees of drafts, may not read beyond it either."""
+    entry = FAMILIES[family]
+    options = {**entry.options, "n_positions": 44, "vocab_size": VOCABULARY}
+    model = family_model(replace(entry, options=options))
     decoder = decoder_of(model)
-    assert decoder.capacity > 40 == decoder.longest
-    plain, ids = PlainEngine(model), text(30)
-    for draft in (None, RandomDraft(plain, 1, right=0.8)):
-        engine = Engine(decoder, draft=draft, options=None if draft is None else SPECULATION)
-        said = []
-        with pytest.raises(EngineError, match=r"full at 40 tokens: the model knows 40 positions"):
-            for step in engine.generate(ids, 100):
-                said.append(step.token)
-        assert said == plain.answer(ids, 11)
-    with pytest.raises(EngineError, match=r"41 tokens.*knows 40 positions"):
-        Engine(decoder).start(text(41))
+    assert decoder.capacity > 44 == decoder.longest
+    plain = PlainEngine(model)
+    # the longer one's last chunk is padded past the end
+    for ids in (text(30), text(43)):
+        for draft in (None, RandomDraft(plain, 1, right=0.8)):
+            engine = Engine(decoder, draft=draft, options=None if draft is None else SPECULATION)
+            said = []
+            with pytest.raises(EngineError, match="full at 44 tokens: the model knows 44 posi"):
+                for step in engine.generate(ids, 100):
+                    said.append(step.token)
+            assert said == plain.answer(ids, 45 - len(ids))
+    with pytest.raises(EngineError, match=r"45 tokens.*knows 44 positions"):
+        Engine(decoder).start(text(45))
     with pytest.raises(EngineError, match="room for 50 tokens is wanted"):
-        Engine(decoder).start(ids, room=50)
+        Engine(decoder).start(text(30), room=50)
     # two of that length fit the cache all the same
-    engine = Engine(decoder)
+    engine, ids = Engine(decoder), text(30)
     pair = [engine.start(ids, 5), engine.start(ids, 5)]
     for _ in range(4):
         engine.step()
