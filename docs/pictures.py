@@ -39,8 +39,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "probe.json"
         command(
-            "probe", "smollm2", "--limit", "8", "--translate", "--picture", str(HERE / "agreement.svg"),
-            "--json", str(file),
+            "probe", "smollm2", "--limit", "8", "--translate",
+            "--picture", str(HERE / "agreement.svg"), "--json", str(file),
         )  # fmt: skip
 
 
