@@ -325,6 +325,6 @@ def test_ten_thousand_tokens_in_flat_memory():
         if count in (3_000, 10_000):
             gc.collect()
             sizes[count] = resident()
-    assert transformed.statistics.tokens == 10_000
+    assert set(sizes) == {3_000, 10_000}
     # of 7,000 tokens their ids stay, and nothing of the size of a state: 256 bytes each
     assert sizes[10_000] - sizes[3_000] < 7_000 * 3 * 256, sizes
