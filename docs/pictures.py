@@ -1,4 +1,4 @@
-"""Draw the pictures of the documentation from real models: ``make pictures`` (some minutes).
+"""Draw the pictures of the documentation from real models: ``make pictures`` (a minute).
 
 The raw report that ``by_position`` is drawn from is measured anew only with ``--measure``.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import eepass
@@ -27,7 +26,8 @@ MEASURE = (
 def main() -> None:
     HERE.mkdir(exist_ok=True)
     if "--measure" in sys.argv[1:]:
-        command(*MEASURE, "--json", str(REPORT))
+        command = [sys.executable, "-m", "eepass", *MEASURE, "--json", str(REPORT)]
+        subprocess.run(command, check=True)
     draw_positions()
     loaded = eepass.load("smollm2")
     model = eepass.transform(loaded.model, loaded.artifact, ExitConfig().approximate(), 128)
@@ -36,12 +36,6 @@ def main() -> None:
     (HERE / "smollm2.txt").write_text("\n".join(excerpt(chain)) + "\n", encoding="utf-8")
     gemma = eepass.transform(tiny_model(FAMILIES["gemma3"]), max_length=64)
     pictures.exit_graph(gemma.splits[1], None, HERE / "gemma3.svg", "a small Gemma 3")
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "probe.json"
-        command(
-            "probe", "smollm2", "--limit", "8", "--translate",
-            "--picture", str(HERE / "agreement.svg"), "--json", str(file),
-        )  # fmt: skip
 
 
 def draw_positions() -> None:
@@ -65,10 +59,6 @@ def excerpt(code: list[str], shown: int = 14) -> list[str]:
     """The beginning and the end of a long listing, each line cut to a page's width."""
     cut = [line if len(line) < 110 else line[:106] + " ..." for line in code]
     return cut if len(cut) <= 2 * shown else [*cut[:shown], "    ...", *cut[-shown:]]
-
-
-def command(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "eepass", *arguments], check=True)
 
 
 if __name__ == "__main__":
