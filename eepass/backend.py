@@ -97,6 +97,19 @@ def specee(
     return step
 
 
+def _room(step: CallerStep, tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:
+    """Places of lengths, and the slots their layers have: one for each number of slots."""
+    grown = dict(step.advance)
+    found: dict[int, int] = {}
+    for layer in step.split.layers:
+        for role in layer.inputs:
+            place = step.places.get(role)
+            if role.kind == "slots" and place in grown:
+                keys = next(step.places[r] for r in layer.inputs if r.kind == "keys")
+                found.setdefault(int(tensors[keys].shape[2]), place)
+    return tuple((place, slots) for slots, place in found.items())
+
+
 def _no_exits(owner: Any, wanted: BackendOptions) -> str:
     if owner is None:
         return "no Hugging Face model that is alive has these parameters"
@@ -154,6 +167,7 @@ class _Shape:
         self.decoder = CallerDecoder(step, tensors, self._compile)
         parameters = [p for role, p in step.places.items() if role.kind == "parameter"]
         self._parameters = itemgetter(*parameters)
+        self._room = _room(step, tensors)
         # tensors of the deepest and the first layer tell of all: looking at more costs time
         lengths = [place for place, _ in step.advance]
         watched = [step.caches[0], step.caches[-1], *lengths[:1], *lengths[-1:]]
@@ -171,6 +185,13 @@ class _Shape:
         self._exits_for(tensors)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
+        for length, slots in self._room:
+            # beyond the end there is other memory
+            if tensors[length] >= slots:
+                raise InputError(
+                    f"the static cache is full at {slots} tokens: make it longer (max_cache_len), "
+                    "or ask for fewer new tokens"
+                )
         exits, cache = self._exits_for(tensors), self._written(tensors)
         state = self._states.take(cache, partial(self._fresh, exits))
         waiting = None if not self.step.stacked or cache[0].is_inference() else state.waiting

@@ -26,6 +26,8 @@ from eepass.runtime.engine import Engine
 from eepass.runtime.statistics import Statistics
 from eepass.transformation import EarlyExitModel
 
+# prompt and answer together, where nobody asked for more
+MAX_LENGTH = 448
 # what approximate speculation is asked for
 T3_TARGET = 0.99
 SHOWN = (
@@ -79,7 +81,7 @@ def bench(
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
-    encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.capacity]
+    encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.longest]
     if not encoded:
         raise InputError("no prompt fits the cache together with its answer: raise max_length")
     answers = _dense_answers(model, encoded, new_tokens, notify)
@@ -119,7 +121,7 @@ def bench(
             model, replace(ExitConfig.preset(preset), kv=config.kv), pairs, notify
         )
     ]
-    _follow(model, config, pairs, systems["eepass-approximate"], notify)
+    result["by_position"] = _follow(model, config, pairs, systems["eepass-approximate"], notify)
     model.configure(config)
     return result
 
@@ -253,8 +255,9 @@ def _follow(
     pairs: Sequence[tuple[list[int], list[int]]],
     figures: dict[str, Any],
     notify: Notify,
-) -> None:
-    """Teacher-forced figures of plain early exit, in place of the free-running ones."""
+) -> list[dict[str, Any]]:
+    """Teacher-forced figures of plain early exit, in place of the free-running ones; returns them
+    by position in the answer."""
     engine = model.configure(config.approximate())
     followed = follow_pairs(model, {"approximate": engine}, pairs, notify)["approximate"]
     figures["teacher_forced_ratio_to_dense"] = followed["ratio_to_dense"]
@@ -266,6 +269,8 @@ def _follow(
             "predictor_share", "draft_share", "verify_share", "full_head_rate", "exit_layers",
         )
     }  # fmt: skip
+    by_position: list[dict[str, Any]] = followed["by_position"]
+    return by_position
 
 
 def _weight_bytes(model: EarlyExitModel) -> int:

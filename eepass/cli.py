@@ -44,7 +44,13 @@ ArtifactDir = Annotated[Path | None, typer.Option("--artifact", help="Folder eep
 Prompts = Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
-MaxLength = Annotated[int, typer.Option(help="Prompt and answer together, in tokens.", min=64)]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompt and answer together, in tokens; bounded by the positions the model knows.",
+        min=64,
+    ),
+]
 Preset = Annotated[str, typer.Option(help="default, or paper: the method as published.")]
 Target = Annotated[
     float, typer.Option(help="Agreement with the dense answer to keep, where that is approximate.")
@@ -135,7 +141,9 @@ def train(
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
     raw: Raw = False,
-    max_length: MaxLength = 512,
+    max_length: Annotated[
+        int, typer.Option(help="What is longer is cut here, in tokens.", min=64)
+    ] = 512,
     json_file: Json = None,
     device: Device = "cpu",
     dtype: Dtype = None,
@@ -207,7 +215,7 @@ def transform(
     rows: Annotated[
         str, typer.Option(help="Row counts to compile for: 1, and how many tokens go in a pass.")
     ] = "1,4,8,16",
-    max_length: MaxLength = 1024,
+    max_length: MaxLength = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Leave the artefact out: no token leaves early.")
     ] = False,
@@ -292,6 +300,7 @@ def generate(
             )
             return _write_json(json_file, answer)
         from eepass.console import LiveAnswer, console, table
+        from eepass.lengths import refuse_longer
         from eepass.runtime.sampling import Sampling
 
         sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -301,7 +310,9 @@ def generate(
         )  # fmt: skip
         loaded = _load(model, dtype, device, threads, trust_native, quantize)
         ids = loaded.encode(prompt, raw)
-        length = len(ids) + max_new_tokens + 1
+        length = len(ids) + max_new_tokens
+        if not loaded.transformed:
+            refuse_longer(loaded.model, length, "prompt and answer together")
         ready = _transform(loaded, None if dense else artifact, dense, config, length, dump)
         engine = ready.dense if dense else ready.engine
         steps = []
@@ -343,7 +354,7 @@ def bench(
     beside: Annotated[
         list[str] | None, typer.Option("--with", help="Another system: llama.cpp.")
     ] = None,
-    max_length: MaxLength = 448,
+    max_length: MaxLength = None,
     raw: Raw = False,
     json_file: Json = None,
     device: Device = "cpu",
@@ -357,14 +368,18 @@ def bench(
     def work() -> None:
         from eepass import benchmarking
         from eepass.console import progress_bars, show_bench
+        from eepass.lengths import usual_length
         from eepass.training.corpus import read_prompts
         from eepass.training.door import DEFAULT_PROMPTS
 
         texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
         config = config_of(preset, target_agreement=target_agreement)
         loaded = _load(model, dtype, device, threads, trust_native)
-        ready = _transform(loaded, artifact, False, config, max_length)
-        others = other_systems(beside or [], model, threads, max_length)
+        length = max_length
+        if length is None and not loaded.transformed:
+            length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
+        ready = _transform(loaded, artifact, False, config, length)
+        others = other_systems(beside or [], model, threads, ready.decoder.longest)
         with progress_bars() as bars:
             result = benchmarking.bench(
                 loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others,
@@ -403,10 +418,11 @@ def inspect(
             return _write_json(json_file, onnx_commands.inspect(context, model))
         from eepass import inspecting, pictures
         from eepass.console import console
+        from eepass.lengths import usual_length
 
         config = config_of(preset).approximate(target_agreement)
         loaded = _load(model, dtype, device, threads, trust_native, quantize)
-        length = None if loaded.transformed else 192
+        length = None if loaded.transformed else usual_length(loaded.model, 192)
         ready = _transform(loaded, artifact, False, config, length, dump, exits_optional=True)
         found = inspecting.describe(ready)
         for name, value in found.items():
@@ -520,6 +536,20 @@ def export_onnx(
         _write_json(json_file, report)
 
     _run(work, debug)
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Say it as JSON.")] = False,
+) -> None:
+    """Say what is installed here, what eepass will use of it and why, and what is missing."""
+    from eepass import doctoring
+
+    found = doctoring.doctor()
+    text = json.dumps(found, indent=1) if as_json else doctoring.as_text(found)
+    sys.stdout.write(text + "\n")
+    if not found["ready"]:
+        raise typer.Exit(1)
 
 
 def main() -> None:

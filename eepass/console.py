@@ -76,7 +76,8 @@ class LiveAnswer:
         self.decode, self.depth, self.title = decode, depth, title
         self.ids: list[int] = []
         self.text = Text()
-        self.shown = ""
+        # tokens whose text stands before what is decoded next, and tokens shown
+        self.context = self.shown = 0
         self.began = self.last = 0.0
         self.layers = self.passes = 0
 
@@ -96,12 +97,13 @@ class LiveAnswer:
         self.passes += not along
         self.ids.append(token)
         self.layers += layer
-        # decoding all of it: a token may be part of a character
-        whole = self.decode(self.ids)
+        # a token may be part of a character, and reads as what stands before it has it
+        known = self.decode(self.ids[self.context : self.shown])
+        whole = self.decode(self.ids[self.context :])
         if not whole.endswith("�"):
             style = "green" if along else tint(layer, self.depth)
-            self.text.append(whole[len(self.shown) :], style=style)
-            self.shown = whole
+            self.text.append(whole[len(known) :], style=style)
+            self.context, self.shown = self.shown, len(self.ids)
         self.live.update(self._render())
         # drawing is not decoding
         self.last = perf_counter()
@@ -166,6 +168,15 @@ def show_bench(result: Mapping[str, Any]) -> None:
         columns,
         rows,
     )
+    table(
+        "leaving early, along the dense answer, by position in the answer",
+        ("tokens", "count", "agreement", "exit layer"),
+        [
+            (f"{s['first']} to {s['last']}", str(s["tokens"]), f"{s['agreement']:.4f}",
+             f"{s['mean_exit_layer']:.1f}")
+            for s in result["by_position"]
+        ],
+    )  # fmt: skip
     if result["frontier"]:
         table(
             "teacher-forced frontier",

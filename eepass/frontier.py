@@ -8,7 +8,9 @@ from dataclasses import replace
 from typing import Any
 
 from eepass.config import ExitConfig
+from eepass.quality import by_position
 from eepass.runtime.engine import Engine
+from eepass.runtime.sequence import Step
 from eepass.transformation import EarlyExitModel
 
 TARGETS = (0.90, 0.94, 0.975, 0.99)
@@ -51,25 +53,28 @@ def follow_pairs(
         engine.follow(*pairs[0])  # warm-up, compiles what is missing
         engine.statistics = type(engine.statistics)(model.decoder.num_layers)
     ratios: dict[str, list[float]] = {name: [] for name in engines}
-    equal: dict[str, int] = dict.fromkeys(engines, 0)
-    total = 0
+    followed: dict[str, list[tuple[list[Step], list[int]]]] = {name: [] for name in engines}
     for done, (ids, answer) in enumerate(pairs):
         notify("teacher forcing", done, len(pairs))
         seconds: dict[str, float] = {}
         dense: list[int] = []
         for name, engine in everything.items():
             before = engine.statistics.seconds
-            tokens = [step.token for step in engine.follow(ids, answer)]
+            steps = engine.follow(ids, answer)
             seconds[name] = engine.statistics.seconds - before
             if name == "dense":
-                dense, total = tokens, total + len(tokens)
+                dense = [step.token for step in steps]
             else:
-                equal[name] += sum(a == b for a, b in zip(tokens, dense, strict=True))
+                followed[name].append((steps, dense))
                 ratios[name].append(seconds["dense"] / seconds[name])
     found = {}
     for name, engine in engines.items():
         found[name] = engine.statistics.summary()
-        found[name]["agreement"] = equal[name] / total
+        stretches = by_position(followed[name])
+        total = sum(stretch["tokens"] for stretch in stretches)
+        agreeing = sum(stretch["tokens"] * stretch["agreement"] for stretch in stretches)
+        found[name]["agreement"] = agreeing / total
+        found[name]["by_position"] = stretches
         found[name]["ratio_to_dense"] = model.dense.statistics.seconds / engine.statistics.seconds
         found[name]["median_ratio_to_dense"] = statistics.median(ratios[name])
     return found

@@ -32,7 +32,6 @@ from eepass.stored_graphs import GraphWriter, NotStorable
 from eepass.text import write_text
 from eepass.transformation import (
     ARTIFACT,
-    MAX_LENGTH,
     STEP_ROWS,
     EarlyExitModel,
     exit_tensors,
@@ -52,14 +51,15 @@ def write_folder(
     out: str | Path,
     artifact: str | Path | Artifact | None = None,
     rows: Sequence[int] = STEP_ROWS,
-    max_length: int = MAX_LENGTH,
+    max_length: int | None = None,
     notify: Notify = lambda stage: None,
     gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
 
     ``artifact``: one that ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
-    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together.
+    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together,
+    1024 if not given.
     ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
     folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder
     that was there is replaced.
@@ -98,7 +98,7 @@ class _Writer:
         self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
         self.gpus = gpus
 
-    def write(self, rows: Sequence[int], max_length: int) -> dict[str, Any]:
+    def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
         began = perf_counter()
         model = self.loaded.model
         write_text(self.loaded, self.folder)
@@ -220,7 +220,7 @@ class _Writer:
             threads=torch.get_num_threads(),
             fingerprint=fingerprint(loaded.model),
             dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            max_length=decoder.capacity,
+            max_length=decoder.longest,
             rows=list(decoder.buckets),
             stop=sorted(loaded.stop),
             artifact=self.artifact is not None,

@@ -42,6 +42,25 @@ def agreement(report: Mapping[str, Any], file: Path, title: str) -> None:
     _save(figure, file)
 
 
+def by_position(
+    stretches: Sequence[Mapping[str, Any]], layers: int, file: Path, title: str
+) -> None:
+    """Agreement and mean exit layer by position in the answer, as ``eepass bench`` reports."""
+    plt = _pyplot()
+    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    names = [f"{s['first']}–{s['last']}" for s in stretches]
+    axes.plot(names, [s["agreement"] for s in stretches], marker="o", color=COLOURS["head"])
+    axes.set(xlabel="token of the answer", ylabel="agreement", title=title, ylim=(0, 1.02))
+    other = axes.twinx()
+    means = [s["mean_exit_layer"] for s in stretches]
+    other.bar(names, means, color=COLOURS["exit"], alpha=0.5, width=0.5)
+    other.set(ylabel="mean exit layer", ylim=(0, layers))
+    # bars behind the line
+    axes.set_zorder(other.get_zorder() + 1)
+    axes.patch.set_visible(False)
+    _save(figure, file)
+
+
 def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: str) -> None:
     """The chain of segments with its exits, drawn left to right in rows."""
     import networkx as nx
@@ -90,6 +109,8 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
+    # the same drawing is the same file, and its letters are letters
+    matplotlib.rcParams.update({"svg.hashsalt": "eepass", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
     return plt
@@ -97,5 +118,6 @@ def _pyplot() -> Any:
 
 def _save(figure: Any, file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=130)
+    undated = {"Date": None} if file.suffix == ".svg" else None
+    figure.savefig(file, dpi=130, metadata=undated)
     _pyplot().close(figure)

@@ -52,7 +52,8 @@ class Piece:
 class DecoderGraph:
     """One traced decode step of ``rows`` tokens over a static KV cache of ``cache_length`` slots.
 
-    ``tensors`` holds the parameters and buffers by name.
+    ``tensors`` holds the parameters and buffers by name. ``positions``: how many the model knows,
+    None where it counts on without end.
     """
 
     graph: GraphModule
@@ -61,6 +62,7 @@ class DecoderGraph:
     cache_length: int
     tensors: Mapping[str, Tensor]
     windows: Mapping[str, int | None]
+    positions: int | None = None
 
 
 @dataclass(slots=True)
@@ -195,7 +197,8 @@ class SplitDecoder:
     ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
     the side inputs that depend on positions and mask alone. Their outputs are named in
     ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
-    of layer i that writes its keys, values and states, nothing else.
+    of layer i that writes its keys, values and states, nothing else. ``positions``: how many the
+    model knows, None where it counts on without end.
     """
 
     rows: int
@@ -212,6 +215,7 @@ class SplitDecoder:
     how: str = ""
     # layers make biases or masks of slot numbers, so that a tree's tokens would stand wrongly
     counts_slots: bool = False
+    positions: int | None = None
 
     @property
     def distinct_layers(self) -> int:

@@ -17,6 +17,7 @@ import torch
 from eepass.artifact import Artifact, found_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.lengths import refuse_longer, usual_length
 from eepass.read_torchao import read_quantized
 from eepass.transformation import PREFILL_ROWS, EarlyExitModel, transform
 
@@ -67,7 +68,7 @@ def prepare(
         prepared.artifact, prepared.max_length = artifact, max_length
         prepared.config = config or ExitConfig()
         prepared.transformed = None
-        transformed = _transformed(prepared, model, max_length or USUAL_LENGTH)
+        transformed = _transformed(prepared, model, max_length or usual_length(model, USUAL_LENGTH))
     model.generate = functools.partial(type(model).generate, model, custom_generate=generate)
     return transformed
 
@@ -82,7 +83,7 @@ def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
     """The transformed ``model``, with room for ``length`` tokens, for this thread alone.
 
     Made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was asked
-    for.
+    for, or the model knows positions for.
     """
     with _kept_lock:
         prepared = _kept.setdefault(model, Prepared())
@@ -94,26 +95,27 @@ def compile_now(model: Any) -> None:
     """Compile what a first ``generate`` would, and measure what passes cost."""
     with in_use(model, 1) as transformed, torch.no_grad():
         few = 4
-        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.capacity - few)
+        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.longest - few)
         for _ in transformed.engine.generate(prompt, few):
             pass
 
 
 def refuse_length(model: Any, length: int) -> None:
-    """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for; waits for
-    nobody."""
+    """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for, or the model
+    knows positions for; waits for nobody."""
     with _kept_lock:
         prepared = _kept.get(model)
     if prepared is not None:
-        _refuse_length(prepared, length)
+        _refuse_length(prepared, model, length)
 
 
-def _refuse_length(prepared: Prepared, length: int) -> None:
+def _refuse_length(prepared: Prepared, model: Any, length: int) -> None:
     if prepared.max_length is not None and length > prepared.max_length:
         raise InputError(
             f"prompt and answer need up to {length} tokens, and the model is prepared for "
             f"{prepared.max_length}: ask for fewer new tokens, or prepare(model, max_length=...)"
         )
+    refuse_longer(model, length, "prompt and answer together")
 
 
 def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
@@ -121,24 +123,24 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         raise InputError(f"{type(model).__name__}: encoder and decoder; eepass wants a decoder")
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    _refuse_length(prepared, length)
+    _refuse_length(prepared, model, length)
     limit, current = prepared.max_length, prepared.transformed
     if current is not None and prepared.stamp != _stamp(model):
         logger.warning("the model's weights have changed: transforming it again")
         current = None
-    if current is not None and current.decoder.capacity < length:
+    if current is not None and current.decoder.longest < length:
         logger.warning(
             "%d tokens, and room for %d: transforming the model again; "
             "prepare(model, max_length=...) says beforehand how long texts get",
             length,
-            current.decoder.capacity,
+            current.decoder.longest,
         )
         current = None
     if current is None:
         prepared.transformed = None
         read_quantized(model)
         if limit is None:
-            limit = max(USUAL_LENGTH, 1 << (length - 1).bit_length())
+            limit = usual_length(model, max(USUAL_LENGTH, 1 << (length - 1).bit_length()))
         artifact = prepared.artifact
         if artifact == "auto":
             artifact = found_artifact(model)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eepass import ops
 from eepass.errors import InputError
+from eepass.lengths import usual_length
 from eepass.models import LoadedModel
 from eepass.runtime.engine import Engine
 from eepass.training.boundaries import dense_argmax
@@ -40,7 +41,9 @@ def probe(
     """
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     if loaded.transformed:
-        max_length = min(max_length, loaded.model.decoder.capacity)
+        max_length = min(max_length, loaded.model.decoder.longest)
+    else:
+        max_length = usual_length(loaded.model, max_length)
     longest = max_length - new_tokens
     fitting = [ids for ids in encoded if len(ids) <= longest]
     if not fitting:

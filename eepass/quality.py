@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from eepass.runtime.sequence import Step
 from eepass.transformation import EarlyExitModel
+
+# the first stretch of ``by_position`` ends before this token
+SHORTEST = 16
 
 
 class Judged(NamedTuple):
@@ -28,6 +32,32 @@ def repetition_4gram(answers: Sequence[Sequence[int]]) -> float:
         repeated += sum(count - 1 for count in grams.values())
         total += sum(grams.values())
     return repeated / max(total, 1)
+
+
+def by_position(
+    answers: Sequence[tuple[Sequence[Step], Sequence[int]]],
+) -> list[dict[str, Any]]:
+    """Agreement and mean exit layer by the place of a token in its answer.
+
+    ``answers``: what was said after each token of an answer, and the dense argmax there. Each
+    stretch is as long as all before it; ``first`` and ``last`` count tokens from 1, and the
+    first token, which is the prompt's, is in none.
+    """
+    stretches: dict[int, list[tuple[int, bool]]] = {}
+    for steps, dense in answers:
+        for place, (step, wanted) in enumerate(zip(steps, dense, strict=True), 2):
+            stretch = max(place.bit_length(), SHORTEST.bit_length() - 1)
+            stretches.setdefault(stretch, []).append((step.exit_layer, step.token == wanted))
+    return [
+        {
+            "first": 2 if 1 << stretch <= SHORTEST else 1 << (stretch - 1),
+            "last": (1 << stretch) - 1,
+            "tokens": len(found),
+            "agreement": sum(same for _, same in found) / len(found),
+            "mean_exit_layer": sum(layer for layer, _ in found) / len(found),
+        }
+        for stretch, found in sorted(stretches.items())
+    ]
 
 
 def judge(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> Judged:

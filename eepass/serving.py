@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eepass.errors import InputError
+from eepass.lengths import usual_length
 from eepass.models import LoadedModel
 from eepass.preparing import compile_now, is_prepared, prepare, refuse_length
 
@@ -69,7 +70,8 @@ class Server(Serve):
     def __init__(self, loaded: LoadedModel, host: str, port: int, log_level: str) -> None:
         self._loaded = loaded
         if not is_prepared(loaded.model):
-            prepare(loaded.model, loaded.artifact, max_length=USUAL_TEXT)
+            longest = usual_length(loaded.model, USUAL_TEXT)
+            prepare(loaded.model, loaded.artifact, max_length=longest)
         super().__init__(host=host, port=port, log_level=log_level, non_blocking=True)
 
     @property

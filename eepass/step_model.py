@@ -13,6 +13,7 @@ from torch import Tensor
 from eepass.artifact import Artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.lengths import usual_length
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
 from eepass.runtime.engine import Engine
@@ -199,7 +200,7 @@ class StepModel:
 
     def _exits(self, config: ExitConfig, options: StepOptions) -> tuple[ExitPoints, StepOptions]:
         assert self.artifact is not None
-        decoder, head = self.decoder, self.splits[1].head
+        decoder = self.decoder
         plan = make_plan(config, self.artifact, decoder.num_layers)
         tensors = exit_tensors(config.name, self.artifact, decoder.tensors, self.splits[1])
         tensors = with_thresholds(tensors, plan)
@@ -284,7 +285,7 @@ def step_model(
     parameter = next(model.parameters())
     require_device(target, parameter.dtype)
     launching = choose(launch, target)
-    length = max_length or MAX_LENGTH
+    length = max_length or usual_length(model, MAX_LENGTH)
     require_room(target, _bytes_needed(model, length, target))
     cuda = target.type == "cuda"
     with running_out("moving the model and tracing it"):

@@ -60,6 +60,7 @@ class GraphWriter:
             "windows": dict(split.windows),
             "how": split.how,
             "counts_slots": split.counts_slots,
+            "positions": split.positions,
         }
 
     def exits(self, pieces: ExitPieces) -> dict[str, Any]:
@@ -110,6 +111,7 @@ class GraphReader:
             windows=stored["windows"],
             how=stored["how"],
             counts_slots=stored["counts_slots"],
+            positions=stored["positions"],
         )
 
     def exits(self, stored: Mapping[str, Any]) -> ExitPieces:

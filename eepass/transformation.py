@@ -15,6 +15,7 @@ from torch import Tensor
 from eepass.artifact import Artifact, load_artifact, refuse_other_model
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import ExitPieces, ExitPlan, ExitPoint, SplitDecoder
 from eepass.quantized_weights import weights_to_read
@@ -185,12 +186,19 @@ class EarlyExitModel:
 
         Greedy without ``sampling``.
 
-        Raises ``InputError`` for several prompts at once, ``EngineError`` for what does not fit.
+        Raises ``InputError`` for several prompts at once, and for a prompt and an answer that do
+        not fit together.
         """
         ids = torch.as_tensor(input_ids)
         if ids.ndim == 2 and ids.shape[0] != 1:
             raise InputError(f"one prompt at a time, not {ids.shape[0]}")
         prompt = ids.reshape(-1).tolist()
+        if len(prompt) + max_new_tokens > self.decoder.longest:
+            raise InputError(
+                f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer, and room "
+                f"for {self.decoder.longest} together: {self.decoder.remedy}, or ask for fewer "
+                "new tokens"
+            )
         with torch.no_grad():
             new = [step.token for step in self.stream(prompt, max_new_tokens, sampling)]
         return torch.tensor([[*prompt, *new]])
@@ -253,7 +261,8 @@ def transform(
     One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
     configured anew over the same code, weights and cache; it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
-    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given.
+    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given, and
+    no more than the model knows positions for.
     ``stop``: end tokens. ``dump``: folder for the graph before and after each pass.
     ``draft_model``: a small transformed model of the same vocabulary, for ``speculate="model"``.
     With ``device`` "cuda", or a ``launch`` mode on either device, decode steps run by themselves:
@@ -285,7 +294,7 @@ def transform(
         return step_model(
             model, loaded, config, max_length, stop, device or "cpu", launch or "auto", debug
         )
-    splits, report = split_model(model, max_length or MAX_LENGTH, STEP_ROWS, dump)
+    splits, report = split_model(model, max_length, STEP_ROWS, dump)
     with torch.no_grad():
         transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
         transformed.configure(config or ExitConfig())
@@ -293,13 +302,15 @@ def transform(
 
 
 def split_model(
-    model: Any, max_length: int, rows: Sequence[int], dump: Path | None = None
+    model: Any, max_length: int | None, rows: Sequence[int], dump: Path | None = None
 ) -> tuple[dict[int, SplitDecoder], PassReport]:
     """``model`` split for passes of ``rows`` and for prompts, its weights laid out to be read."""
     from eepass.passes.pipeline import split_for_rows
     from eepass.runtime.weight_memory import settle_weights
 
-    slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
+    length = max_length or usual_length(model, MAX_LENGTH)
+    refuse_longer(model, length, f"max_length={length}")
+    slots = -(-(length + PREFILL_ROWS) // 64) * 64
     with torch.no_grad():
         settle_weights(weights_to_read(model))
         try:
@@ -315,9 +326,12 @@ def _again(
     max_length: int | None,
     draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
-    room = model.decoder.capacity
+    room = model.decoder.longest
     if max_length is not None and max_length > room:
-        raise InputError(f"max_length={max_length}: this was transformed for {room} tokens")
+        raise InputError(
+            f"max_length={max_length}: this was transformed for texts of {room} tokens; shorten "
+            "the prompt, ask for fewer new tokens, or transform the original for longer ones"
+        )
     own: Any = model.artifact
     if isinstance(artifact, (str, Path)):
         own = artifact if Path(artifact).resolve() == model.artifact_folder else None

@@ -50,6 +50,7 @@ def capture(
     tensors: Mapping[str, Tensor],
     cache: Sequence[KvSlots],
     windows: Mapping[str, int | None],
+    positions_known: int | None = None,
 ) -> DecoderGraph:
     """Trace ``step(ids, positions, masks)``; raises ``PassError`` where Dynamo cannot."""
     roles = {id(ids): Input("ids", "ids"), id(positions): Input("positions", "positions")}
@@ -86,6 +87,7 @@ def capture(
         cache_length=slots,
         tensors={**tensors, **extra},
         windows=windows,
+        positions=positions_known,
     )
 
 

@@ -67,8 +67,25 @@ def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
     inputs = _example_inputs(step, rows, cache_length)
-    with step.masks_given():
-        return capture(step, *inputs, named_tensors(model), step.slots, step.windows)
+    with step.masks_given(), _fixed_frequencies(model):
+        return capture(
+            step, *inputs, named_tensors(model), step.slots, step.windows, known_positions(model)
+        )
+
+
+@contextmanager
+def _fixed_frequencies(model: Any) -> Iterator[None]:
+    """Within, LongRoPE's frequencies are those of short texts, which is as far as it knows
+    positions: choosing them anew in each step would write to a buffer of the model."""
+    changing = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+    for module in changing:
+        module.rope_type = "default"
+        module.inv_freq.copy_(module.original_inv_freq)
+    try:
+        yield
+    finally:
+        for module in changing:
+            module.rope_type = "longrope"
 
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
@@ -152,6 +169,23 @@ def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[
         return {"attention": sizes[attention[0]]}, ()
     use = getattr(config, "use_sliding_window", True)
     return {"attention": window if use else None}, ()
+
+
+def known_positions(model: Any) -> int | None:
+    """How many positions ``model`` knows, so how long a text may be; None where nothing bounds it.
+
+    LongRoPE turns all of a text by other frequencies once it is longer than what the model was
+    first trained on: keys written before would have to be made anew, so that is the bound there.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # by kind of layer, or one for all
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if each.get("rope_type") == "longrope":
+            found.append(each.get("original_max_position_embeddings"))
+            found.append(getattr(config, "original_max_position_embeddings", None))
+    return min((count for count in found if isinstance(count, int) and count > 0), default=None)
 
 
 def named_tensors(model: Any) -> Mapping[str, Tensor]:

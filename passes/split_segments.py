@@ -83,6 +83,7 @@ def split_segments(
         windows=decoder.windows,
         how="; ".join(report.notes),
         counts_slots=any(counts_slots(layer, decoder.cache_length) for layer in layers),
+        positions=decoder.positions,
     )
     report.rewritten = num_layers
     report.note(f"{num_layers} layers, {split.distinct_layers} distinct")

@@ -47,7 +47,7 @@ def decode_batch(
             while waiting and (not running or engine.decoder.kv.fits(waiting[0].room)):
                 request = waiting.popleft()
                 # alone it takes the whole cache: neighbours in front are the cheapest to place
-                alone = engine.decoder.capacity if len(requests) == 1 else 0
+                alone = engine.decoder.longest if len(requests) == 1 else 0
                 room = max(request.room, alone)
                 sequence = engine.start(
                     request.ids, request.limit, request.stop, request.sampling, room

@@ -40,11 +40,22 @@ class Decoder:
         self.compile = compile
         # what padding rows write lies past the last token
         self.capacity = self.cache_length - self.buckets[-1]
+        # positions the model knows, and so the longest sequence
+        self.known = first.positions
+        self.positions = min(self.cache_length, self.known or self.cache_length)
+        self.longest = min(self.capacity, self.positions)
         self.kv = self._new_cache(_kv_examples(first), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
         self._layers: dict[int, list[_Bound]] = {}
         self._fills: list[_Bound] = []
         self._heads: dict[int, _Bound] = {}
+
+    @property
+    def remedy(self) -> str:
+        """What to do where ``longest`` is too short."""
+        if self.longest < self.capacity or self.longest == self.known:
+            return f"the model knows {self.known} positions: shorten it"
+        return "shorten it or raise max_length"
 
     def _new_cache(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> KvCache:
         return KvCache(like, scratch)
@@ -109,7 +120,7 @@ class Decoder:
         place = self.place(rows, size, end)
         last = rows[-1].position
         positions = [row.position for row in rows]
-        positions += [min(last + 1 + i, self.cache_length - 1) for i in range(size - count)]
+        positions += [min(last + 1 + i, self.positions - 1) for i in range(size - count)]
         ids = [*tokens, *[tokens[-1]] * (size - count)]
         hidden = self.embed(self._ids(ids), self._ids(positions), place.slots)
         for layer in range(self.num_layers + 1):

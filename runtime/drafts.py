@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.costs import seconds_of
-from eepass.runtime.eagle import EagleDraft
+from eepass.runtime.eagle import WINDOW, EagleDraft
 from eepass.runtime.planner import Budget
 from eepass.runtime.tree import Tree
 
@@ -58,16 +58,21 @@ class Draft(Protocol):
 
 
 class NgramDraft:
-    """Prompt look-up: what followed the last few tokens when they stood here before."""
+    """Prompt look-up: what followed the last few tokens when they stood here before.
+
+    What it remembers is bounded: of a long text the last ``REACH`` to 2 · ``REACH`` tokens.
+    """
 
     feature_layers: tuple[int, ...] | None = None
     expected: float = 1.2
     LONGEST = 4
+    REACH = 8192
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
-        # where the n tokens before a place stood last
+        # where the n tokens before a place stood last; the older half is forgotten as a whole
         self._seen: dict[tuple[int, ...], int] = {}
+        self._seen_before: dict[tuple[int, ...], int] = {}
 
     def follow(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         for token in tokens:
@@ -75,6 +80,8 @@ class NgramDraft:
             for n in range(1, min(self.LONGEST, end) + 1):
                 self._seen[tuple(self.tokens[end - n :])] = end
             self.tokens.append(token)
+            if len(self._seen) >= self.LONGEST * self.REACH:
+                self._seen_before, self._seen = self._seen, {}
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
@@ -99,7 +106,8 @@ class NgramDraft:
         these matched there."""
         last = [*self.tokens[-self.LONGEST :], *path][-self.LONGEST :]
         for n in range(len(last), 0, -1):
-            place = self._seen.get(tuple(last[-n:]))
+            key = tuple(last[-n:])
+            place = self._seen.get(key, self._seen_before.get(key))
             # an entry may be of tokens that were taken back since
             if place is not None and place < len(self.tokens):
                 return self.tokens[place : place + most], n
@@ -126,12 +134,20 @@ class EagleTree:
         # told to the head only when it is asked: what is taken back by then costs nothing
         self._tokens: list[int] = []
         self._features: list[Tensor] = []
+        # tokens after those the head was told, and before the ones that wait to be
+        self._skipped = 0
         self._scores: Tensor | None = None
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         assert features is not None
         self._tokens += tokens
         self._features.append(features)
+        if len(self._tokens) > 2 * WINDOW:
+            # what nobody will see again need not be told
+            old = len(self._tokens) - WINDOW
+            self._skipped += old
+            del self._tokens[:old]
+            self._features = [torch.cat(self._features)[old:]]
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
@@ -163,8 +179,9 @@ class EagleTree:
     def first(self) -> Tensor:
         """Log-probabilities [N] of what follows the last token."""
         if self._tokens or self._scores is None:
+            self.head.skip(self._skipped)
             self._scores = self.head.extend(self._tokens, torch.cat(self._features))
-            self._tokens, self._features = [], []
+            self._tokens, self._features, self._skipped = [], [], 0
         return self._scores
 
     def _offer(self, tree: Tree, nodes: list[int], scores: Tensor, budget: Budget) -> None:
@@ -177,10 +194,10 @@ class EagleTree:
                 tree.add(token, node, budget.chance(bin, prior=chance), bin)
 
     def truncate(self, length: int) -> None:
-        told = self.head.length
+        told = self.head.length + self._skipped
         if length < told:
-            self.head.truncate(length)
-            self._scores = None
+            self.head.truncate(min(length, self.head.length))
+            self._scores, self._skipped = None, max(length - self.head.length, 0)
             self._tokens, self._features = [], []
         elif self._features:
             kept = torch.cat(self._features)[: length - told]

@@ -167,6 +167,12 @@ class EagleDraft:
         self._grown, self._confirmed = 0, True
         return scores[0]
 
+    def skip(self, count: int) -> None:
+        """Count ``count`` confirmed tokens without running them: a window of others follows, and
+        no row will see them."""
+        self.length += count
+        self._confirmed &= not count
+
     def grow(self, tokens: Sequence[int], parents: Sequence[int]) -> Tensor:
         """Add drafts; log-probabilities float32 [n, N_hot] of what follows each.
 

@@ -100,17 +100,22 @@ class Engine:
     ) -> Sequence:
         """Take a sequence in: run its prompt and find its first token.
 
-        ``room``: slots to reserve, all that are free by default. Raises ``EngineError`` for an
-        empty prompt, one that does not fit, or when no room is left.
+        ``room``: slots to reserve, as many as a sequence may have by default. Raises
+        ``EngineError`` for an empty prompt, one that does not fit, or when no room is left.
         """
-        kv = self.decoder.kv
-        wanted = self.decoder.capacity if room is None else room
+        kv, longest = self.decoder.kv, self.decoder.longest
+        wanted = longest if room is None else room
         if not ids:
             raise EngineError("the prompt is empty: give at least one token")
         if len(ids) > wanted:
             raise EngineError(
                 f"the prompt has {len(ids)} tokens, the cache room for {wanted}: "
-                "shorten it or raise max_length"
+                f"{self.decoder.remedy}"
+            )
+        if wanted > longest:
+            raise EngineError(
+                f"room for {wanted} tokens is wanted, and a sequence may have {longest}: "
+                f"{self.decoder.remedy}"
             )
         if not self.judge.exact and self.exits is not None and sampling.repetition_penalty != 1:
             raise EngineError(
@@ -216,7 +221,7 @@ class Engine:
                     self.catch_up([sequence])
                 elif sequence.position >= sequence.room:
                     raise EngineError(
-                        f"the cache is full at {sequence.position} tokens: raise max_length"
+                        f"the cache is full at {sequence.position} tokens: {self.decoder.remedy}"
                     )
                 else:
                     self.step([sequence])
@@ -350,7 +355,7 @@ class Engine:
         """Run a prompt through all layers; returns its last token's last boundary [1, 1, H]."""
         decoder, largest = self.decoder, self.decoder.buckets[-1]
         wanted = sequence.draft.feature_layers if sequence.draft is not None else None
-        hidden, states = torch.zeros(0), []
+        hidden, before = torch.zeros(0), None
         kept: dict[int, Tensor] = {}
 
         def keep(layer: int, boundary: Tensor) -> None:
@@ -366,16 +371,17 @@ class Engine:
                 for at in range(start, start + len(chunk))
             ]
             hidden = decoder.forward(chunk, rows, sequence.first + sequence.room, keep)
+            told = None
             if wanted is not None:
                 assert self.exits is not None
                 z = self.exits.final(hidden)[0]
-                states.append(torch.cat([z, *(kept[n] for n in wanted)], -1))
-        if sequence.draft is not None:
-            told = None
-            if wanted is not None:
-                seen = torch.cat(states)
-                sequence.states[len(ids) - 1] = seen[-1]
+                seen = torch.cat([z, *(kept[n] for n in wanted)], -1)
                 # nothing comes before the first token
-                told = torch.cat([torch.zeros_like(seen[:1]), seen[:-1]])
-            sequence.draft.follow(ids, told)
+                before = torch.zeros_like(seen[:1]) if before is None else before
+                told, before = torch.cat([before, seen[:-1]]), seen[-1:].clone()
+            if sequence.draft is not None:
+                # chunk by chunk, so that states of the whole prompt never lie there at once
+                sequence.draft.follow(chunk, told)
+        if before is not None:
+            sequence.states[len(ids) - 1] = before[0]
         return hidden[:, -1:]

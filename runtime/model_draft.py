@@ -41,7 +41,7 @@ class ModelDraft:
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
         held = self.ngram.tokens
-        most = min(budget.most, self.decoder.capacity - len(held) - GUESSES)
+        most = min(budget.most, self.decoder.longest - len(held) - GUESSES)
         node, joint = 0, 1.0
         drafted: list[int] = []
         while len(drafted) < most:

@@ -189,7 +189,7 @@ class Verification:
         ids = [at.part.tree.tokens[at.node] for at in self._rows if at.part.tree is not None]
         positions = [at.position for at in self._rows]
         last = positions[-1]
-        positions += [min(last + 1 + i, self.decoder.cache_length - 1) for i in range(len(padding))]
+        positions += [min(last + 1 + i, self.decoder.positions - 1) for i in range(len(padding))]
         self._hidden = self.decoder.embed(
             torch.tensor([ids + [ids[-1]] * len(padding)]),
             torch.tensor([positions]),

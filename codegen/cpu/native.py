@@ -62,17 +62,27 @@ def open_kernels(library: Path) -> None:
         _opened.append(digest)
 
 
-def build_kernels() -> Path:
-    """The library of kernels for this machine; raises ``KernelsMissing`` if it does not build."""
+def find_compiler() -> str:
+    """The C++ compiler that kernels are built with; raises ``KernelsMissing`` if there is none."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise KernelsMissing("no C++ compiler was found (install g++ or set CXX)")
-    torch_root = Path(torch.__file__).parent
+    return compiler
+
+
+def library_of(compiler: str) -> Path:
+    """Where the kernels built by ``compiler`` for this machine lie, if they are built."""
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     fingerprint = hashlib.sha256(
         "\0".join([*texts, torch.__version__, compiler, *FLAGS, *cpu_flags()]).encode()
     ).hexdigest()[:16]
-    library = cache_dir() / f"rows-{fingerprint}.so"
+    return cache_dir() / f"rows-{fingerprint}.so"
+
+
+def build_kernels() -> Path:
+    """The library of kernels for this machine; raises ``KernelsMissing`` if it does not build."""
+    compiler = find_compiler()
+    library, torch_root = library_of(compiler), Path(torch.__file__).parent
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from eepass.errors import InputError
+from eepass.lengths import refuse_longer, usual_length
 
 
 class Example(NamedTuple):
@@ -128,7 +129,8 @@ def generate_answers(
 ) -> None:
     """Answers of the model itself, greedy or sampled at a ``temperature``, in batches of prompts.
 
-    ``on_batch`` gets each batch as it is done; ends after about ``tokens`` answer tokens.
+    ``on_batch`` gets each batch as it is done; ends after about ``tokens`` answer tokens. Raises
+    ``InputError`` for a prompt that leaves its answer none of the positions the model knows.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     pad = min(stop) if stop else 0
@@ -141,6 +143,7 @@ def generate_answers(
             return
         batch = [prompts[i] for i in order[begin : begin + batch_size]]
         width = max(map(len, batch))
+        refuse_longer(model, width + 1, "a prompt and its answer")
         ids = torch.full((len(batch), width), pad)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(batch):
@@ -151,7 +154,7 @@ def generate_answers(
                 input_ids=ids,
                 attention_mask=mask,
                 **(sampling if temperature else {"do_sample": False}),
-                max_new_tokens=longest,
+                max_new_tokens=usual_length(model, width + longest) - width,
                 eos_token_id=sorted(stop) or None,
                 pad_token_id=pad,
             )

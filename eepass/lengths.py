@@ -1,0 +1,33 @@
+"""How long a text may be: no longer than the model knows positions for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eepass.errors import InputError
+
+
+def usual_length(model: Any, tokens: int) -> int:
+    """``tokens``, or as many as ``model`` knows positions for if those are fewer."""
+    return min(tokens, _known(model) or tokens)
+
+
+def refuse_longer(model: Any, tokens: int, what: str) -> None:
+    """Raise ``InputError`` where ``what``, of ``tokens`` tokens, is longer than ``model`` allows.
+
+    Beyond its positions a model with a table of them has nothing to look up, and one that computes
+    them says what it was never trained to say; neither is to be found out from the answer.
+    """
+    known = _known(model)
+    if known is not None and tokens > known:
+        raise InputError(
+            f"{what}: {tokens} tokens, and {type(model).__name__} knows {known} positions; "
+            "shorten the prompt or ask for fewer new tokens"
+        )
+
+
+def _known(model: Any) -> int | None:
+    # what traces is imported only where there is something to trace
+    from eepass.passes.decode_step import known_positions
+
+    return known_positions(model)

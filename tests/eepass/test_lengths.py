@@ -1,0 +1,89 @@
+"""Texts longer than there is room or positions for are refused, at every door, before decoding."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import tiny_model
+
+import eepass
+from eepass.console import LiveAnswer
+from eepass.errors import InputError
+from eepass.passes.decode_step import known_positions
+from eepass.preparing import refuse_length
+from eepass.quality import by_position
+from eepass.runtime.batch import Request, decode_batch
+from eepass.runtime.sampling import Sampling
+from eepass.runtime.sequence import Step
+
+
+def test_what_a_model_knows():
+    assert known_positions(tiny_model("llama")) == 512
+    assert known_positions(tiny_model("gpt2", n_positions=48)) == 48
+    for config, known in (
+        ({}, None),
+        ({"max_seq_len": 64}, 64),
+        ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "yarn"}}, 64),
+        (
+            {
+                "max_position_embeddings": 64,
+                "rope_parameters": {
+                    "full": {"rope_type": "longrope", "original_max_position_embeddings": 32}
+                },
+            },
+            32,
+        ),
+    ):
+        text = SimpleNamespace(**config)
+        text.get_text_config = lambda decoder, text=text: text
+        assert known_positions(SimpleNamespace(config=text)) == known
+
+
+def test_more_than_the_model_knows(llama):
+    with pytest.raises(InputError, match=r"max_length=600.*knows 512 positions"):
+        eepass.transform(llama, max_length=600)
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = None
+    ids = torch.tensor([[5, 9, 44]])
+    with pytest.raises(InputError, match=r"513 tokens.*knows 512 positions"):
+        model.generate(ids, custom_generate=eepass.generate, max_new_tokens=510)
+    with pytest.raises(InputError, match="knows 512 positions"):
+        eepass.prepare(model, max_length=600)
+    with pytest.raises(InputError, match="knows 512 positions"):
+        refuse_length(model, 513)
+
+
+def test_more_than_the_cache_was_made_for(transformed):
+    prompt = [5] * 120
+    with pytest.raises(InputError, match=r"120 tokens of prompt and up to 9 of answer.*128"):
+        transformed.generate([prompt], max_new_tokens=9)
+    assert transformed.generate([prompt], max_new_tokens=8).shape == (1, 128)
+    with pytest.raises(ValueError, match="room for 140 tokens is wanted, and a sequence may have"):
+        list(decode_batch(transformed.dense, [Request(prompt, 20, frozenset(), Sampling())]))
+
+
+def test_agreement_by_position():
+    steps = [Step(7, 10) for _ in range(40)]
+    dense = [7] * 20 + [8] * 20
+    found = by_position([(steps, dense), ([Step(7, 4)] * 3, [7] * 3)])
+    assert [(s["first"], s["last"], s["tokens"]) for s in found] == [
+        (2, 15, 17), (16, 31, 16), (32, 63, 10),
+    ]  # fmt: skip
+    assert [s["agreement"] for s in found] == [1.0, 6 / 16, 0.0]
+    assert found[0]["mean_exit_layer"] == pytest.approx((14 * 10 + 3 * 4) / 17)
+
+
+def test_text_is_shown_as_it_comes_without_decoding_all_of_it_again():
+    asked = []
+
+    def decode(ids):
+        asked.append(len(ids))
+        return bytes(ids).decode("utf-8", errors="replace")
+
+    show = LiveAnswer(decode, 30, "title")
+    show.live = SimpleNamespace(update=lambda text: None)
+    said = "naïve «Ελλάδα» 你好 " * 20
+    for byte in said.encode():
+        show.add(byte, 30)
+    assert show.text.plain == said
+    assert max(asked) < 8

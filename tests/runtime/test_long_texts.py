@@ -1,0 +1,330 @@
+"""Long texts: chunks of a prompt, windows, the last position, the end of the cache, flat memory."""
+
+import gc
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from models import VOCABULARY, eager_compile, random_artifact, tiny_model
+from plain import PlainEngine, RandomDraft
+
+from eepass.config import ExitConfig
+from eepass.family_table import FAMILIES
+from eepass.family_table import tiny_model as family_model
+from eepass.passes.pipeline import split_for_rows
+from eepass.passes.report import PassReport
+from eepass.plan import causal_mask
+from eepass.runtime import drafts, side_inputs
+from eepass.runtime.acceptance import EngineError
+from eepass.runtime.decoder import Decoder
+from eepass.runtime.drafts import Cascade, EagleTree, NgramDraft
+from eepass.runtime.eagle import EagleDraft
+from eepass.runtime.engine import Engine, Options
+from eepass.runtime.side_inputs import Row
+from eepass.transformation import EarlyExitModel, split_model, transform
+
+SPECULATION = Options("exact", modes=("speculation",))
+
+
+def decoder_of(model, slots=192, rows=(1, 8), prefill=16):
+    return Decoder(split_for_rows(model, slots, rows, prefill)[0], eager_compile)
+
+
+def text(count, most=VOCABULARY):
+    return [5 + 7 * i * i % (most - 5) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A transformed model with room for long answers, its pieces run as they were traced."""
+    original = tiny_model("llama", num_hidden_layers=3, max_position_embeddings=1024)
+    splits, _ = split_model(original, 700, (1, 8))
+    artifact = random_artifact(original)
+    return EarlyExitModel(splits, PassReport(), frozenset(), artifact, compiler=eager_compile)
+
+
+def test_a_prompt_in_chunks_is_the_prompt_at_once(llama):
+    ids = text(100)
+    chunks, once = decoder_of(llama), decoder_of(llama, slots=256, rows=(1,), prefill=112)
+    seen = []
+    for decoder in (chunks, once):
+        engine, calls = Engine(decoder), []
+        forward = decoder.forward
+        decoder.forward = lambda *a, f=forward, c=calls: c.append(len(a[0])) or f(*a)
+        sequence = engine.start(ids)
+        cache = [k[:, :, :100].clone() for k in (*decoder.kv.keys, *decoder.kv.values)]
+        seen.append((calls, sequence.tokens[-1], cache))
+        engine.reset()
+    (many, token, ours), (one, other, theirs) = seen
+    assert many == [16] * 6 + [4] and one == [100]
+    assert token == other == PlainEngine(llama).next_token(ids)
+    for mine, wanted in zip(ours, theirs, strict=True):
+        assert torch.allclose(mine, wanted, atol=2e-5)
+
+
+def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
+    """What a draft head wants of a prompt is handed over chunk by chunk, none of it kept twice."""
+    engine = model.configure(ExitConfig(speculate="eagle", adaptive=False))
+    given = []
+    follow = EagleTree.follow
+
+    def watched(self, tokens, features):
+        given.append((list(tokens), features.clone()))
+        follow(self, tokens, features)
+
+    monkeypatch.setattr(EagleTree, "follow", watched)
+    ids = text(200)
+    engine.end(engine.start(ids))
+    assert [len(tokens) for tokens, _ in given] == [64, 64, 64, 8, 1]
+    assert [token for tokens, _ in given[:-1] for token in tokens] == ids
+    # each token comes with what the model thought before it, across chunks too
+    states = []
+    layers = engine.draft.feature_layers
+
+    def keep(layer, hidden):
+        states.append((layer, hidden[0].clone()))
+
+    model.dense.prefill(ids, keep)
+    z = engine.exits.final(torch.cat([h for n, h in states if n == 3])[None])[0]
+    wanted = torch.cat([z, *(torch.cat([h for n, h in states if n == at]) for at in layers)], -1)
+    found = torch.cat([features for _, features in given])
+    assert not found[0].any()
+    torch.testing.assert_close(found[1:], wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module", params=("gemma3", "llama4"))
+def windowed(request):
+    """A model some of whose layers see a window of eight tokens, sliding or in chunks."""
+    entry = FAMILIES[request.param]
+    options = {**entry.options, "vocab_size": VOCABULARY}
+    model = family_model(replace(entry, options=options))
+    decoder = decoder_of(model, slots=512)
+    assert {abs(w) for w in decoder.splits[1].windows.values() if w} == {8}
+    return model, decoder
+
+
+def test_past_the_window_it_is_the_eager_model(windowed):
+    """Prompts longer than the window, in chunks, decoding and trees of drafts further past it."""
+    model, decoder = windowed
+    plain, ids = PlainEngine(model), text(45)
+    wanted = plain.answer(ids, 24)
+    assert [step.token for step in Engine(decoder).generate(ids, 24)] == wanted
+    for seed in range(3):
+        draft = RandomDraft(plain, seed, right=0.6)
+        engine = Engine(decoder, draft=draft, options=SPECULATION)
+        assert [step.token for step in engine.generate(ids, 24)] == wanted
+        assert engine.statistics.passes < 24, "nothing was drafted, nothing tested"
+    # the second of two sequences stands elsewhere in the cache
+    engine = Engine(decoder)
+    first, second = engine.start(ids, 8, room=60), engine.start(ids[:30], 8, room=60)
+    for _ in range(7):
+        engine.step()
+    assert first.tokens[45:] == wanted[:8]
+    assert second.tokens[30:] == plain.answer(ids[:30], 8)
+    engine.reset()
+
+
+def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
+    """The same rows as of one mask over all slots, which is never made."""
+    monkeypatch.setattr(side_inputs, "KEPT", 3)
+    decoder = windowed[1]
+    sides = decoder.side_inputs
+    slots = decoder.cache_length
+    biggest = max((table.numel() for table in sides.tables.values()), default=0)
+    assert biggest <= slots * 64
+    whole = {
+        name: causal_mask(slots, slots, decoder.splits[1].windows[name], torch.float32)
+        for name in decoder.splits[1].windows
+    }
+    seen = {name: mask[0, 0, 45].count_nonzero() for name, mask in whole.items()}
+    at = sides.span(45, 1).sides
+    names = {
+        mask: next(n for n in sides.masks if at[n].count_nonzero() == count)
+        for mask, count in seen.items()
+    }
+    assert len(set(names.values())) == 2
+    for start, rows in ((0, 1), (15, 1), (12, 8), (250, 8), (31, 16), (480, 8)):
+        place = sides.span(start, rows)
+        for mask, name in names.items():
+            assert torch.equal(place.sides[name], whole[mask][:, :, start : start + rows])
+    # a path of drafts with gaps, after a line of its own
+    over = (100, 103, 104)
+    rows = [Row(64, 36 + i, slot, over[: i + 1]) for i, slot in enumerate(over)]
+    place = sides.gather(rows, 8)
+    for mask, name in names.items():
+        for index, row in enumerate(rows):
+            seen = (place.sides[name][0, 0, index] == 0).nonzero().flatten().tolist()
+            line = [*range(64, 100), *row.over]
+            allowed = whole[mask][0, 0, row.position, : row.position + 1] == 0
+            wanted = [slot for slot, yes in zip(line, allowed.tolist(), strict=True) if yes]
+            assert seen == wanted
+    assert len(sides._mask_chunks) == 3
+
+
+@pytest.mark.parametrize("family", ("gpt2", "gptj"))
+def test_up_to_the_last_position_the_model_knows(family):
+    """A table of positions ends there, of embeddings or of rotary values: padding rows, of prompts
+    and of trees of drafts, may not read beyond it either."""
+    entry = FAMILIES[family]
+    options = {**entry.options, "n_positions": 44, "vocab_size": VOCABULARY}
+    model = family_model(replace(entry, options=options))
+    decoder = decoder_of(model)
+    assert decoder.capacity > 44 == decoder.longest
+    plain = PlainEngine(model)
+    # the longer one's last chunk is padded past the end
+    for ids in (text(30), text(43)):
+        for draft in (None, RandomDraft(plain, 1, right=0.8)):
+            engine = Engine(decoder, draft=draft, options=None if draft is None else SPECULATION)
+            said = []
+            with pytest.raises(EngineError, match="full at 44 tokens: the model knows 44 posi"):
+                for step in engine.generate(ids, 100):
+                    said.append(step.token)
+            assert said == plain.answer(ids, 45 - len(ids))
+    with pytest.raises(EngineError, match=r"45 tokens.*knows 44 positions"):
+        Engine(decoder).start(text(45))
+    with pytest.raises(EngineError, match="room for 50 tokens is wanted"):
+        Engine(decoder).start(text(30), room=50)
+    # two of that length fit the cache all the same
+    engine, ids = Engine(decoder), text(30)
+    pair = [engine.start(ids, 5), engine.start(ids, 5)]
+    for _ in range(4):
+        engine.step()
+    assert pair[0].tokens == pair[1].tokens == [*ids, *plain.answer(ids, 5)]
+    engine.reset()
+
+
+def test_frequencies_that_change_with_the_length_bound_the_text():
+    entry = FAMILIES["phi3"]
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0, 5.0, 7.0, 9.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    options = {"original_max_position_embeddings": 24, "rope_parameters": rope}
+    model = family_model(replace(entry, options={**entry.options, **options}))
+    decoder = decoder_of(model, slots=128)
+    assert decoder.longest == 24
+    ids, plain = text(14, 96), PlainEngine(model)
+    assert [s.token for s in Engine(decoder).generate(ids, 10)] == plain.answer(ids, 10)
+    # there is something to get wrong: one more token turns all of them otherwise
+    short = model(torch.tensor([text(24, 96)])).logits[0, :24]
+    assert not torch.allclose(short, model(torch.tensor([text(25, 96)])).logits[0, :24], atol=1e-2)
+
+
+def test_look_up_remembers_no_more_than_it_reaches(monkeypatch):
+    monkeypatch.setattr(NgramDraft, "REACH", 16)
+    draft = NgramDraft()
+    for token in range(5000):
+        draft.follow([token % 997])
+    assert len(draft._seen) + len(draft._seen_before) <= 2 * 16 * NgramDraft.LONGEST
+    last = draft.tokens[-20:]
+    draft.follow(last[:4])
+    assert draft.continuation([], 8)[0] == [*last[4:], *last[:4]][:8]
+
+
+def test_a_head_that_was_not_asked_for_long_says_the_same(monkeypatch):
+    monkeypatch.setattr(drafts, "WINDOW", 512)
+    tokens, features, head = text(1400), None, eagle_head()
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(1400, head.feature_size, generator=generator)
+    wanted = head.fresh().extend(tokens, features)
+    tree = EagleTree(head)
+    for begin in range(0, 1400, 7):
+        tree.follow(tokens[begin : begin + 7], features[begin : begin + 7])
+        assert sum(map(len, tree._features)) == len(tree._tokens) <= 2 * 512
+    torch.testing.assert_close(tree.first(), wanted, atol=1e-4, rtol=1e-4)
+    assert tree.head.length == 1400
+    # taken back into what it was never told, it goes on
+    tree.follow(tokens[:1100], features[:1100])
+    tree.truncate(1405)
+    tree.follow([7], features[:1])
+    assert tree.first().isfinite().all() and tree.head.length == 1406
+
+
+def eagle_head():
+    from eepass.runtime import eagle
+
+    torch.manual_seed(0)
+    tensors = {
+        f"eagle.{name}": torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
+        for name, shape in eagle.shapes(64, 3).items()
+    }
+    embedding = torch.randn(VOCABULARY, 64)
+    tensors |= {"eagle.features": torch.tensor([1, 2]), "hot.ids": torch.arange(0, VOCABULARY, 2)}
+    tensors["hot.head"] = embedding[tensors["hot.ids"]]
+    return EagleDraft(tensors, embedding, eager_compile)
+
+
+def held(root, spared=()):
+    """Entries of all containers, and bytes of all tensors, that ``root`` reaches."""
+    entries = nbytes = 0
+    seen, stack = {id(each) for each in spared}, [root]
+    while stack:
+        item = stack.pop()
+        if id(item) in seen or isinstance(item, type | torch.nn.Module | torch.fx.Graph):
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            nbytes += item.untyped_storage().nbytes()
+            continue
+        if isinstance(item, list | dict | set | tuple) or type(item).__name__ == "deque":
+            entries += len(item)
+        if (
+            type(item).__module__.startswith("eepass.")
+            or isinstance(item, list | dict | set | tuple | frozenset)
+            or type(item).__name__ == "deque"
+        ):
+            stack += gc.get_referents(item)
+    return entries, nbytes
+
+
+@pytest.mark.parametrize("way", ("unasked", "speculation", "exits"))
+def test_nothing_grows_with_the_answer(way, monkeypatch, model):
+    """Of each token its id and exit layer stay, and nothing else."""
+    monkeypatch.setattr(NgramDraft, "REACH", 16)
+    monkeypatch.setattr(drafts, "WINDOW", 32)
+    if way == "exits":
+        engine = model.configure(ExitConfig(adaptive=False, speculate="off"))
+    else:
+        engine = model.configure(ExitConfig(adaptive=False, exits=False))
+        assert isinstance(engine.draft, Cascade)
+    if way == "unasked":
+        # what is said is followed, in case drafts pay again, and nobody asks for them
+        options = Options("exact", modes=("dense",))
+        engine = Engine(model.decoder, engine.exits, None, engine.draft, options)
+    sequence = engine.start(text(40))
+    sizes = []
+    for count in (200, 400, 600):
+        while len(sequence.tokens) < count:
+            engine.step()
+            sequence.take()
+        spared = [sequence.tokens, sequence.exit_layers, model.decoder]
+        if isinstance(sequence.draft, Cascade):
+            spared.append(sequence.draft.ngram.tokens)
+        sizes.append(held([engine, sequence], spared))
+    (entries, nbytes), (more, larger) = sizes[0], sizes[-1]
+    # bounded things fill up; what is kept of each of 400 tokens would be more
+    assert more - entries < 300 and larger - nbytes < 40_000, sizes
+    used = engine.statistics
+    if way == "exits":
+        assert used.mean_exit_layer < 3 and used.rollbacks
+    engine.reset()
+
+
+def resident():
+    """Bytes of this process that lie in memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+@pytest.mark.slow
+def test_ten_thousand_tokens_in_flat_memory():
+    model = tiny_model("llama", num_hidden_layers=2, max_position_embeddings=10_240)
+    transformed = transform(model, random_artifact(model), max_length=10_240)
+    sizes = {}
+    for count, _ in enumerate(transformed.stream(text(40), 10_000), 1):
+        if count in (3_000, 10_000):
+            gc.collect()
+            sizes[count] = resident()
+    assert set(sizes) == {3_000, 10_000}
+    # of 7,000 tokens their ids stay, and nothing of the size of a state: 256 bytes each
+    assert sizes[10_000] - sizes[3_000] < 7_000 * 3 * 256, sizes
