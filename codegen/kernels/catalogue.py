@@ -125,11 +125,9 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launc
         # from a boundary, and from the state a predictor has normed
         norm_forms = {"": (*norms, *form), ".normed": (None, None, "none", 0.0, 0.0)}
         for suffix, (weight, bias, *norm) in norm_forms.items():
-            told = (boundary, *lens, weight, bias, *asked, *norm, *logit_form)
-            yield (
-                f"verify_head.{name}{suffix}",
-                verify_head.launches(*told, False, scratch=scratch)[0],
-            )
+            told = (boundary, *lens, weight, bias, *asked, *norm, *logit_form, False)
+            made, _ = verify_head.launches(*told, scratch=scratch)
+            yield f"verify_head.{name}{suffix}", made
         if name == "full":
             # the model's own logits, as the compiler of its head has them: raw, for any draft
             told = (boundary, *lens, None, None, *head(size), None, ids(rows, 1))

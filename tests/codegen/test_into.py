@@ -86,6 +86,21 @@ def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch
     same(buffers.values(), values)
 
 
+def test_counters_are_ready_each_time(kernels, monkeypatch):
+    """Where a row is shared out without a translator, no kernel before sets them to 0."""
+    from eepass.codegen.kernels import final_state
+
+    monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
+    arguments = exit_case(rows=2, hidden=100)
+    buffers, values = buffers_of("exit_predictor", arguments)
+    workspace = workspace_for("exit_predictor", arguments).fill_(255)
+    for _ in range(2):
+        for buffer in buffers.values():
+            buffer.zero_()
+        operator("exit_predictor")(*arguments, **buffers, workspace=workspace)
+        same(buffers.values(), values)
+
+
 def test_rows_that_do_not_lie_in_one_piece_go_through_the_workspace(kernels):
     arguments = exit_case(rows=3, hidden=40)
     arguments[0] = arguments[0].t().contiguous().t()
