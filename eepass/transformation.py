@@ -236,8 +236,19 @@ def transform(
     max_length: int | None = None,
     stop: frozenset[int] = frozenset(),
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device,
     launch: str = "auto",
+    debug: bool = False,
+) -> StepModel: ...
+@overload
+def transform(
+    model: Any,
+    artifact: str | Path | Artifact | None = None,
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+    stop: frozenset[int] = frozenset(),
+    *,
+    launch: str,
     debug: bool = False,
 ) -> StepModel: ...
 def transform(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,9 @@ class _Builder(Layout):
         super().__init__(decoder, exits, options)
         self.fuse = fuse
         # one code for all exits
-        leaving = {"scratch": decoder.kv.scratch, "fills": options.kv != "defer"}
+        leaving: dict[str, Any] = {
+            "scratch": decoder.kv.scratch, "fills": options.kv != "defer",
+        }  # fmt: skip
         self.note = fuse(updates.predicted)
         self.draw = fuse(drawing.draw)
         self.drawing = (*drawing.OPTIONS, "position") if options.draws else ()

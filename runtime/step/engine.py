@@ -179,8 +179,9 @@ class StepEngine:
                     step[name].fill_(value)
                 # the place of the token before: no step draws there
                 position = torch.full_like(token, len(ids) - 1)
-                options = [step[name] for name in drawing.OPTIONS]
-                drawing.draw(logits, *options, position, step["layer.head"], token)
+                options = {name: step[name] for name in drawing.OPTIONS}
+                salt = step["layer.head"]
+                drawing.draw(logits, position=position, salt=salt, drawn=token, **options)
             if not torch.isfinite(best):
                 raise EngineError(_NOT_FINITE)
             first = int(token)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -69,7 +69,7 @@ class Interpreter:
                 raise StepError(f"{launch.name} leaves {buffer.name} unwritten, or reads it first")
 
     @contextmanager
-    def _unchanged(self, buffers: Sequence[Buffer], launch: Launch):  # type: ignore[no-untyped-def]
+    def _unchanged(self, buffers: Sequence[Buffer], launch: Launch) -> Iterator[None]:
         before = [_bits(b.tensor).clone() for b in buffers] if self.watch else []
         yield
         for buffer, was in zip(buffers, before, strict=False):

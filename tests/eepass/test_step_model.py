@@ -167,7 +167,10 @@ def test_a_gpu_that_is_not_there_is_named(llama, monkeypatch):
         eepass.transform(llama, device="cuda")
 
 
-@pytest.mark.parametrize("family", ("gemma3", "gpt2"))
+@pytest.mark.parametrize(
+    "family",
+    ("gemma3", *(pytest.param(f, marks=pytest.mark.slow) for f in ("gpt2", "gpt_neox", "mixtral"))),
+)
 def test_steps_of_other_families(family):
     """Sliding windows, layer norms, learned positions: early exits as the engine's."""
     model = tiny_model(family)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from steps import LateFlags
 
 from eepass.runtime.step.data import (
     Buffer,
@@ -15,6 +16,7 @@ from eepass.runtime.step.data import (
     check_step,
     flag_writers,
 )
+from eepass.runtime.step.host import HostDriven, called
 from eepass.runtime.step.interpret import Interpreter
 
 
@@ -159,3 +161,19 @@ def test_blocks_hold_what_follows_one_another():
     assert blocks(step.items, {DOUBLE}) == [(DOUBLE,), (COPY,), ADD, (DOUBLE,), (COPY,)]
     writer = replace(DOUBLE, writes=("y", "flag"))
     assert flag_writers(small_step((writer, ADD, COPY))) == {writer}
+
+
+def test_a_flag_of_the_step_before_is_none_of_this_one():
+    """Launched ahead is only what this step has said; what it has not is waited for."""
+    flags = torch.zeros(1, dtype=torch.bool)
+    tell = Launch("tell", write("flag", lambda b: b["x"][:1] > 0), ("x",), ("flag",))
+    add = Launch("add", write("x", lambda b: b["x"] + 1), ("x",), ("x",))
+    step = small_step((tell, Conditional("flag", (add,), ahead=True)), flag=(flags, "step"))
+    step.flags = flags
+    late = LateFlags(flags)
+    executor = HostDriven(step, late, called(step))
+    for before, after in ((1.0, 2.0), (-5.0, -5.0), (3.0, 4.0)):
+        step["x"].fill_(before)
+        executor.step()
+        assert step["x"][0] == after
+    assert late.synchronisations == 3
