@@ -75,7 +75,7 @@ def quantize(model: Any, kind: str) -> None:
         raise InputError(f"{type(model).__name__} has no linear layers to quantise")
 
 
-def _read(name: str, weight: Tensor) -> QuantizedWeight:
+def _read(name: str, weight: Any) -> QuantizedWeight:
     read = READERS.get(type(weight).__name__)
     if read is None:
         raise InputError(

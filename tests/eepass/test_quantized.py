@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from caller import Seen, compiled, said
+from command_line import refused
 from models import VOCABULARY, ForcedExits, random_artifact, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
 
@@ -383,3 +384,16 @@ def test_through_the_backend(tmp_path):
     seen = Seen()
     left = said(model, compiled(model, tmp_path / "a", threshold=0.4, stats=seen), ids, 8)
     assert len(left[0]) == 8 and min(seen.layers) < 4
+
+
+def test_what_the_command_line_refuses(tmp_path):
+    small().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    said = refused("generate", tmp_path, "--prompt", "w5 ", "--raw", "--quantize", "int5")
+    assert "keep, int8, int4" in said
+    said = refused("calibrate", tmp_path, "--out", tmp_path / "a", "--quantize", "int8")
+    assert "no artefact to calibrate" in said
+    other = random_artifact(tiny_model("llama", num_hidden_layers=2), k=8)
+    other.save(tmp_path / "other")
+    command = ("calibrate", tmp_path, "--out", tmp_path / "a", "--artifact", tmp_path / "other")
+    assert "layers is 2 there, 4 here" in refused(*command)
