@@ -48,10 +48,13 @@ def rows_returned(piece: Piece) -> Piece:
     rows: dict[Input, Node] = {}
     for node in list(graph.nodes):
         for target in mutated_arguments(node):
+            written = role.get(_memory_of(target))
+            if written is None:
+                # of the piece's own making
+                continue
             kept = role.get(target)
             if kept is None or node.target is not aten.index_copy_.default:
-                what = kept.name if kept else target.name
-                raise PassError(f"{what} is overwritten in place by {node.target}")
+                raise PassError(f"{written.name} is overwritten in place by {node.target}")
             rows[kept] = _written(node)
             copies[_copy_instead(graph, node)] = target
     for node in graph.find_nodes(
@@ -102,6 +105,19 @@ def attend(
     share = torch.cat([past, fresh], -1).softmax(-1).flatten(1, 2)
     out = share[..., :length] @ values[0] + share[..., length:] @ v[0]
     return out.reshape(1, -1, rows, values.shape[3])
+
+
+def _memory_of(node: Node) -> Node:
+    """The node whose memory ``node`` is, or a view of."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        source = node.args[0] if node.args else None
+        if schema is None or not isinstance(source, Node) or not schema.returns:
+            break
+        if schema.returns[0].alias_info is None:
+            break
+        node = source
+    return node
 
 
 def _written(node: Node) -> Node:
