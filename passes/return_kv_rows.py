@@ -41,8 +41,8 @@ def return_kv_rows(split: SplitDecoder) -> SplitDecoder:
 
 def rows_returned(piece: Piece) -> Piece:
     """One piece; a KV fill returns its rows alone."""
-    graph, copied = Graph(), {}
-    result = graph.graph_copy(piece.graph.graph, copied)
+    graph = Graph()
+    result = graph.graph_copy(piece.graph.graph, {})
     role = dict(zip(graph.find_nodes(op="placeholder"), piece.inputs, strict=True))
     copies: dict[Node, Node] = {}
     rows: dict[Input, Node] = {}
@@ -165,7 +165,8 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
 
 def _before_repeat(node: Node) -> Node:
     """What ``node`` [1, Q, C, D] repeats for the query heads of each group, or ``node``."""
-    chain, source = [], node
+    chain: list[Node] = []
+    source = node
     while source.target in (*REPEATED, aten.clone.default):
         if source.target is not aten.clone.default:
             chain.insert(0, source)
