@@ -54,7 +54,7 @@ def export_onnx(
     one with KV policy ``propagate`` (the default) or ``drop``. ``max_length``: prompt and answer
     together. Returns a report. Raises ``InputError`` with the reason for what cannot be exported.
     """
-    for module in ("onnx", "onnxscript"):
+    for module in ("onnx", "onnx_ir", "onnxscript"):
         needed(module)
     began = perf_counter()
     target = Path(out).resolve()

@@ -82,7 +82,8 @@ class OnnxBuilder:
         then: Call | Sequence[OnnxValue],
         otherwise: Call | Sequence[OnnxValue],
     ) -> list[OnnxValue]:
-        ir, branches, results = self.ir, [], []
+        ir, branches = self.ir, []
+        results: list[Tensor] = []
         for name, case in (("then_branch", then), ("else_branch", otherwise)):
             if isinstance(case, Call):
                 node, results = self._call(case)

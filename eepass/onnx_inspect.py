@@ -16,8 +16,8 @@ def describe(file: Path) -> dict[str, Any]:
     try:
         model = onnx.load(str(file), load_external_data=False)
     except Exception as error:  # protobuf's and onnx's errors share no type
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{file}: not an ONNX model that can be read ({said[:200]})") from error
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise InputError(f"{file}: not an ONNX model that can be read ({reason})") from error
     entries = {entry.key: entry.value for entry in model.metadata_props}
     said = OnnxMetadata.read(entries.get(ENTRY), file)
     graph = model.graph

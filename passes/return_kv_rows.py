@@ -41,17 +41,20 @@ def return_kv_rows(split: SplitDecoder) -> SplitDecoder:
 
 def rows_returned(piece: Piece) -> Piece:
     """One piece; a KV fill returns its rows alone."""
-    graph, copied = Graph(), {}
-    result = graph.graph_copy(piece.graph.graph, copied)
+    graph = Graph()
+    result = graph.graph_copy(piece.graph.graph, {})
     role = dict(zip(graph.find_nodes(op="placeholder"), piece.inputs, strict=True))
     copies: dict[Node, Node] = {}
     rows: dict[Input, Node] = {}
     for node in list(graph.nodes):
         for target in mutated_arguments(node):
+            written = role.get(_memory_of(target))
+            if written is None:
+                # of the piece's own making
+                continue
             kept = role.get(target)
             if kept is None or node.target is not aten.index_copy_.default:
-                what = kept.name if kept else target.name
-                raise PassError(f"{what} is overwritten in place by {node.target}")
+                raise PassError(f"{written.name} is overwritten in place by {node.target}")
             rows[kept] = _written(node)
             copies[_copy_instead(graph, node)] = target
     for node in graph.find_nodes(
@@ -104,6 +107,19 @@ def attend(
     return out.reshape(1, -1, rows, values.shape[3])
 
 
+def _memory_of(node: Node) -> Node:
+    """The node whose memory ``node`` is, or a view of."""
+    while node.op == "call_function":
+        schema = getattr(node.target, "_schema", None)
+        source = node.args[0] if node.args else None
+        if schema is None or not isinstance(source, Node) or not schema.returns:
+            break
+        if schema.returns[0].alias_info is None:
+            break
+        node = source
+    return node
+
+
 def _written(node: Node) -> Node:
     rows: Any = node.args[3]
     return rows
@@ -149,7 +165,8 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
 
 def _before_repeat(node: Node) -> Node:
     """What ``node`` [1, Q, C, D] repeats for the query heads of each group, or ``node``."""
-    chain, source = [], node
+    chain: list[Node] = []
+    source = node
     while source.target in (*REPEATED, aten.clone.default):
         if source.target is not aten.clone.default:
             chain.insert(0, source)
