@@ -22,6 +22,7 @@ import torch._inductor.config
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import eepass.fused_ops  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
@@ -77,6 +78,24 @@ class CudaCompiler(ByStructure):
             return _as_traced(lowered)
         self.report["inductor"].append(_name(lowered))
         return compiled
+
+    def fuse(self, update: Callable[..., None]) -> Callable[..., None]:
+        """``update``, a function that only writes to tensors it is given, as one compiled function;
+        compiled when it is first called."""
+        found: list[Compiled] = []
+
+        def run(*tensors: Tensor) -> None:
+            if not found:
+                # memory of their own: parts of one whole would be compiled as such
+                examples = [
+                    torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+                    for t in tensors
+                ]
+                graph = make_fx(update, tracing_mode="fake")(*examples)
+                found.append(self.compile(graph, examples, logits=False))
+            found[0](list(tensors))
+
+        return run
 
 
 def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:

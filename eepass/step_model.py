@@ -305,7 +305,7 @@ def _on(
             raise InputError(
                 f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
             )
-    compiler = _step_compiler() if cuda else None
+    compiler = _cuda_compiler() if cuda else None
     with torch.no_grad():
         return EarlyExitModel(splits, report, stop, artifact, compiler=compiler)
 
@@ -326,7 +326,7 @@ def _bytes_needed(model: Any, length: int, device: torch.device) -> int:
     return int(cache) if here else int(cache) + sum(p.nbytes for p in model.parameters())
 
 
-def _step_compiler() -> Any:
-    from eepass.codegen.lower_step import StepCompiler
+def _cuda_compiler() -> Any:
+    from eepass.codegen.lower_cuda import CudaCompiler
 
-    return StepCompiler()
+    return CudaCompiler()

@@ -1,5 +1,7 @@
 """Pieces lowered for a GPU, on the CPU: the same path, the kernels in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import eager_compile, random_artifact, tiny_model
@@ -7,8 +9,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.codegen.lower_cuda import CudaCompiler, is_fused
 from eepass.config import ExitConfig
-from eepass.fusing import fused_pieces
 from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassReport
 from eepass.runtime.sampling import Sampling
@@ -45,6 +47,13 @@ def kernels(interpreter):
 
 def uncompiled(graph, examples):
     return eager_compile(graph, "", examples)
+
+
+def fused_pieces(split, plan, tensors, report, rows=1):
+    """``insert_predictors``' pieces, each predictor one kernel where it can be."""
+    pieces = insert_predictors(split, plan, tensors, PassReport(), rows)
+    fused = fuse_exit_predictor(split, plan, tensors, report, rows)
+    return pieces if fused is None else replace(pieces, predictors=fused.predictors)
 
 
 def early_exits(splits, artifact, compiler, pieces):

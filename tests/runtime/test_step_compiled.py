@@ -22,9 +22,9 @@ def exits():
 @pytest.mark.slow
 @pytest.mark.parametrize("kv", ("defer", "propagate"))
 def test_compiled_steps_are_the_eager_ones(llama_splits, kv):
-    from eepass.codegen.lower_step import StepCompiler
+    from eepass.codegen.lower_cuda import CudaCompiler
 
-    compiler = StepCompiler()
+    compiler = CudaCompiler()
     decoder = Decoder(llama_splits, compiler)
     step = build_step(decoder, exits(), StepOptions(kv=kv, buckets=BUCKETS), compiler.fuse)
     engine = StepEngine(decoder, step, Interpreter(step), LateOutbox(step["out"]), prompt_rows=16)

@@ -84,7 +84,7 @@ def test_prompts_that_do_not_fit(decoder, ids, said):
 
 def test_a_full_cache_is_said_after_what_fitted(decoder):
     engine, said = engine_for(decoder, None, "host"), []
-    with pytest.raises(EngineError, match="full at 112 tokens: .*raise max_length"):
+    with pytest.raises(EngineError, match=r"full at 112 tokens: .*raise max_length"):
         for step in engine.generate(list(range(3, 113)), 10):
             said.append(step)
     assert len(said) == 3
