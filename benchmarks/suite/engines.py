@@ -1,0 +1,252 @@
+"""eepass in each launch mode, all asked in one way.
+
+Tracing and compiling is done once; an engine of each kind stands over the same pieces, weights and
+cache, so that they can take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from time import perf_counter
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+import eepass
+from benchmarks.suite.bench import Bench
+from benchmarks.suite.parts import Missing
+from eepass.config import ExitConfig
+from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.acceptance import EngineError
+from eepass.runtime.exits import Found, RowState
+from eepass.runtime.step.launching import choose
+from eepass.step_model import StepModel
+from eepass.transformation import EarlyExitModel, make_plan
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """A way of decoding; ``layer``: of a forced exit."""
+
+    name: Literal["dense", "never", "real", "exact", "forced"]
+    layer: int = 0
+
+    def __str__(self) -> str:
+        return f"exit after {self.layer}" if self.layer else self.name
+
+
+# never: predictors are asked and no token leaves; real: the artefact's thresholds; exact: the dense
+# answer, with exits and drafts taken back where they were wrong
+DENSE, NEVER, REAL, EXACT = How("dense"), How("never"), How("real"), How("exact")
+TARGET = 0.98
+# of a pass of the tiny model: prompts, or a token and those that wait
+TINY_ROWS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Tokens, the layers each took, and the seconds all but the first took."""
+
+    tokens: list[int]
+    layers: list[int]
+    seconds: float
+
+
+class Engine:
+    """A transformed model in one launch mode; "engine": layer by layer, as without ``launch=``."""
+
+    def __init__(self, bench: Bench, mode: str, model: Any, transformed: EarlyExitModel) -> None:
+        """``model``: the Hugging Face model that ``transformed`` was made of."""
+        self.bench, self.mode, self.hf, self.early = bench, mode, model, transformed
+        plan = make_plan(_config(REAL, bench), bench.artifact, model.config.num_hidden_layers)
+        self.drafting, self.draft_tokens = plan.draft_layer, plan.draft_tokens
+        self._made: dict[How, Any] = {}
+        try:
+            self._launching = None if mode == "engine" else choose(mode, bench.device)
+        except EngineError as error:
+            raise Missing(str(error)) from error
+
+    def ready(self, how: How) -> Any:
+        """What decodes so: an engine, or a ``StepModel`` around one."""
+        if how.name == "exact" and self._launching is not None:
+            raise Missing("exact answers go layer by layer, in mode engine")
+        if how not in self._made:
+            for other in [other for other in self._made if other.name == "forced"]:
+                # one for each layer would fill the device
+                self._close(self._made.pop(other))
+            with self._on_device():
+                self._made[how] = self._make(how)
+        return self._made[how]
+
+    def answer(
+        self, ids: Sequence[int], count: int, how: How, after_first: Callable[[], Any] = int
+    ) -> Answer:
+        """``count`` tokens after ``ids``; end tokens do not end it. ``after_first`` is called when
+        the prompt is behind."""
+        made = self.ready(how)
+        engine = made if self._launching is None else made.engine
+        tokens, layers, began = [], [], 0.0
+        with self._on_device():
+            for step in engine.generate(list(ids), count):
+                if not tokens:
+                    after_first()
+                    began = perf_counter()
+                tokens.append(step.token)
+                layers.append(step.exit_layer)
+            self.bench.synchronize()
+        return Answer(tokens, layers, perf_counter() - began)
+
+    def counting(self, how: How) -> Any:
+        """The statistics' owner, its counts at zero."""
+        made = self.ready(how)
+        engine = made if self._launching is None else made.engine
+        engine.statistics = type(engine.statistics)(engine.statistics.num_layers)
+        return engine
+
+    def launch_report(self, how: How = REAL) -> dict[str, Any]:
+        if self._launching is None:
+            return {"mode": self.mode, "reason": "layer by layer, from the host"}
+        return asdict(self.ready(how).launch_report)
+
+    def exit_logits(self, layer: int, boundary: Tensor, forced: bool = False) -> Tensor:
+        """What the eager definitions say at a boundary [n, H], float32 [n, V]: at a forced exit the
+        head, at a trained one its hot rows over the translated state, others as low as can be."""
+        tensors = self.bench.artifact.tensors
+        names = [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
+        if not forced and names[0] in tensors:
+            parts = [tensors[name].to(boundary.device, boundary.dtype) for name in names]
+            boundary = torch.ops.eepass.translate(boundary, *parts)
+        z = self.hf.base_model.norm(boundary).float()
+        head = self.hf.get_output_embeddings().weight
+        if forced:
+            return z @ head.float().T
+        hot = tensors["hot.ids"].to(boundary.device).long()
+        logits = z.new_full((len(z), len(head)), torch.finfo(torch.float32).min)
+        logits[:, hot] = z @ head[hot].float().T
+        return logits
+
+    def close(self) -> None:
+        """Give back what was captured."""
+        for made in self._made.values():
+            self._close(made)
+        self._made.clear()
+
+    def _make(self, how: How) -> Any:
+        if self._launching is None:
+            return self._make_engine(how)
+        made = StepModel(self.early, self._launching)
+        if how.name == "dense":
+            made.configure(dense=True)
+        elif how.name == "forced":
+            made.configure(_config(how, self.bench), force=how.layer)
+        else:
+            made.configure(_config(how, self.bench))
+        return made
+
+    def _make_engine(self, how: How) -> Any:
+        if how.name == "dense":
+            return self.early.dense
+        engine = self.early.configure(_config(how, self.bench))
+        if how.name == "forced":
+            engine.schedule = None
+            engine.exits = _Forced(engine.exits, how.layer, self)
+        return engine
+
+    def _close(self, made: Any) -> None:
+        if isinstance(made, StepModel):
+            made.close()
+            self.bench.empty_cache()
+
+    def _on_device(self) -> ExitStack:
+        """Around all that runs; the engine makes its tensors where the context says."""
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        if self._launching is None:
+            stack.enter_context(self.bench.device)
+        return stack
+
+
+class _Forced:
+    """Stands in for an engine's exits: every row leaves after one layer with the head's word."""
+
+    def __init__(self, exits: Any, layer: int, engine: Engine) -> None:
+        self.thresholds, self.plan = {layer: 0.0}, exits.plan
+        self._exits, self._engine, self._layer = exits, engine, layer
+
+    def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
+        return self._exits.begin(rows, drafts)
+
+    def final(self, hidden: Tensor) -> Tensor:
+        return self._exits.final(hidden)
+
+    def draft_from(self, hidden: Tensor, state: RowState, statistics: Any) -> RowState:
+        return state
+
+    def check(
+        self, layer: int, hidden: Tensor, state: RowState, asked: Sequence[int], statistics: Any,
+        choose: Any = None,
+    ) -> tuple[Found, RowState]:  # fmt: skip
+        best = self._engine.exit_logits(layer, hidden[0], forced=True).argmax(-1).tolist()
+        return Found({row: best[row] for row in asked}, self.final(hidden)[0]), state
+
+
+def _config(how: How, bench: Bench) -> ExitConfig:
+    if how.name == "exact":
+        # as users have it; tiny: with exits alone, always on
+        return ExitConfig(speculate="off", adaptive=False) if bench.options.tiny else ExitConfig()
+    early = ExitConfig().approximate(TARGET)
+    if how.name == "never":
+        # no chance is above certainty
+        return replace(early, threshold=1.0)
+    # a model that has no more layers has nothing to catch up either
+    return replace(early, kv="drop") if how.name == "forced" else early
+
+
+def engine(bench: Bench, mode: str) -> Engine:
+    """The twin in launch mode ``mode``, made once; ``Missing`` where it is not to be had here."""
+    if mode not in bench.engines:
+        bench.engines[mode] = Engine(bench, mode, bench.twin, transformed(bench))
+    return bench.engines[mode]
+
+
+def transformed(bench: Bench) -> EarlyExitModel:
+    """The twin transformed, once for all launch modes."""
+    if bench.transformed is None:
+        bench.transformed = transform(bench, bench.twin, artifact=True)
+    return bench.transformed
+
+
+def transform(bench: Bench, model: Any, artifact: bool) -> EarlyExitModel:
+    """``model`` (the twin or a cut of it), traced and compiled for the device."""
+    bench.require_device()
+    given = bench.artifact if artifact else None
+    if bench.on_cuda:
+        made = eepass.transform(model, given, max_length=bench.max_length, device="cuda")
+        # each way of decoding captures a step of its own
+        made.close()
+        return made.model
+    if not bench.options.tiny:
+        return eepass.transform(model, given, max_length=bench.max_length)
+    # nobody times the tiny model: what compiling takes is spared
+    with torch.no_grad():
+        splits, report = split_for_rows(model, bench.max_length + 64, (1,), TINY_ROWS)
+    return EarlyExitModel(splits, report, frozenset(), given, compiler=_not_compiled)
+
+
+def _not_compiled(graph: Any, structure: str, examples: Any, *, logits: bool = False) -> Any:
+    def run(inputs: list[Tensor]) -> tuple[Tensor, ...]:
+        found = graph(*inputs)
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+    return run
+
+
+def or_missing(run: Callable[[], Any]) -> Any:
+    """What ``run`` finds, or what is missing for it; errors are the caller's."""
+    try:
+        return run()
+    except Missing as error:
+        return {"missing": str(error)}

@@ -1,0 +1,186 @@
+"""Parts that measure. What is wrong gets no time."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks.suite import engines, hugging_face, measuring, reference
+from benchmarks.suite.bench import Bench
+from benchmarks.suite.correctness import judge_exits, judge_forced
+from benchmarks.suite.parts import FORCED, Missing, Notify, Wrong, timed_modes
+from benchmarks.suite.wide_twin import cut_model
+
+Answers = Callable[[list[int]], engines.Answer]
+
+
+@dataclass(frozen=True, slots=True)
+class System:
+    """What answers prompts; ``exits``: the engine, where its tokens may leave early."""
+
+    answers: Answers
+    exits: engines.Engine | None = None
+
+
+def bandwidth(bench: Bench, notify: Notify) -> dict[str, Any]:
+    """Copy bandwidth and what it allows: the time a dense step needs for reading its weights."""
+    bench.require_device()
+    copied = measuring.copy_bandwidth(bench)
+    size = measuring.weight_bytes(bench.twin)
+    return {"copy_bytes_per_second": copied, "weight_bytes": size,
+            "roofline_ms": 1e3 * size / copied}  # fmt: skip
+
+
+def side_by_side(bench: Bench, notify: Notify) -> dict[str, Any]:
+    """Every system on the same prompts, in turns."""
+    found: dict[str, Any] = {"new_tokens": bench.new_tokens, "ms_per_token": {}, "quality": {},
+                             "missing": {}}  # fmt: skip
+    ready: dict[str, Answers] = {}
+    for name, prepare in _systems(bench).items():
+        if bench.seconds_left() < 20 and not bench.options.tiny:
+            found["missing"][name] = "no time was left to prepare it"
+            continue
+        skips = hugging_face.cudagraph_skips()
+        try:
+            system = prepare()
+            found["quality"][name] = _quality(bench, system)
+            ready[name] = system.answers
+        except (Missing, Wrong) as error:
+            found["missing"][name] = str(error)
+        except Exception as error:
+            # one system that fails leaves the others to be measured, unless the device is lost
+            if bench.device_is_lost():
+                raise
+            first = (str(error).strip().splitlines() or [""])[0][:200]
+            found["missing"][name] = f"{type(error).__name__}: {first}"
+        if name == "hf compiled":
+            found["cudagraph_skips"] = hugging_face.cudagraph_skips() - skips
+        notify(found)
+
+    def keep(times: dict[str, list[float]]) -> None:
+        found["ms_per_token"] = measuring.medians(times)
+        found["rounds"] = {name: list(taken) for name, taken in times.items()}
+        notify(found)
+
+    systems = {name: _ms(bench, answers) for name, answers in ready.items()}
+    measuring.in_turns(bench, systems, bench.rounds, keep)
+    return found
+
+
+def _systems(bench: Bench) -> dict[str, Callable[[], System]]:
+    found: dict[str, Callable[[], System]] = {
+        "hf eager": lambda: _hf(hugging_face.eager(bench), bench),
+        "hf compiled": lambda: _hf(hugging_face.compiled(bench), bench),
+    }
+    for mode in timed_modes(bench.options.device):
+        for how in (engines.DENSE, engines.REAL, engines.EXACT):
+            label = "exits" if how is engines.REAL else how.name
+            found[f"eepass {label}, {mode}"] = lambda mode=mode, how=how: System(
+                _eepass(bench, engines.engine(bench, mode), how),
+                engines.engine(bench, mode) if how is engines.REAL else None,
+            )
+    return found
+
+
+def _hf(system: hugging_face.HfGreedy, bench: Bench) -> System:
+    depth = bench.twin.config.num_hidden_layers
+
+    def answers(ids: list[int]) -> engines.Answer:
+        tokens, seconds = system.answer(ids, bench.new_tokens)
+        return engines.Answer(tokens, [depth] * len(tokens), seconds)
+
+    return System(answers)
+
+
+def _eepass(bench: Bench, engine: engines.Engine, how: engines.How) -> Answers:
+    return lambda ids: engine.answer(ids, bench.new_tokens, how)
+
+
+def _ms(bench: Bench, answers: Answers) -> Callable[[], float]:
+    """Milliseconds a token, the median over the prompts."""
+
+    def run() -> float:
+        found = [answers(ids) for ids in bench.prompts]
+        return statistics.median(1e3 * a.seconds / (len(a.tokens) - 1) for a in found)
+
+    return run
+
+
+def _quality(bench: Bench, system: System) -> dict[str, Any]:
+    """Agreement with the eager argmax along the answers; ``Wrong`` where nothing excuses less."""
+    verdict, agreeing = reference.Verdict(), 0
+    layers: list[int] = []
+    for ids in bench.prompts:
+        answer = system.answers(ids)
+        if len(answer.tokens) != bench.new_tokens:
+            raise Wrong(f"{len(answer.tokens)} tokens where {bench.new_tokens} were asked for")
+        if system.exits is not None:
+            agreeing += judge_exits(bench, system.exits, ids, answer, verdict)
+        else:
+            agreeing += _judge(bench, bench.twin, ids, answer, verdict)
+        layers += answer.layers[1:]
+    return {"agreement": agreeing / verdict.tokens, "mean_exit_layer": sum(layers) / len(layers),
+            "near_ties": verdict.found()["near_ties"]}  # fmt: skip
+
+
+def _judge(
+    bench: Bench, model: Any, ids: list[int], answer: engines.Answer,
+    verdict: reference.Verdict,
+) -> int:  # fmt: skip
+    """``answer`` by the eager ``model``; how many of its tokens are the argmax."""
+    _, logits = reference.follow(model, ids, answer.tokens)
+    limit = bench.limits[model.config.num_hidden_layers]
+    verdict.judge(logits, answer.tokens, limit, "its answer")
+    return int((logits.argmax(-1).cpu() == torch.tensor(answer.tokens)).sum())
+
+
+def never_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
+    """What asking all predictors costs when no token leaves."""
+    engine = engines.engine(bench, mode)
+    systems = {}
+    for how in (engines.DENSE, engines.NEVER):
+        answers = _eepass(bench, engine, how)
+        _quality(bench, System(answers))
+        systems[how.name] = _ms(bench, answers)
+    return _pair(bench, notify, systems, "never", "dense")
+
+
+def forced_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
+    """Leaving after layer e, beside a model that has only e layers."""
+    engine = engines.engine(bench, mode)
+    found: dict[str, Any] = {}
+    depth, ids = bench.twin.config.num_hidden_layers, bench.prompts[0]
+    for layer in FORCED if depth > max(FORCED) else (1, depth - 1):
+        cut = _cut(bench, mode, layer)
+        judge_forced(bench, engine, layer, bench.new_tokens, reference.Verdict())
+        short = _eepass(bench, cut, engines.DENSE)
+        _judge(bench, cut.hf, ids, short(ids), reference.Verdict())
+        forced = _eepass(bench, engine, engines.How("forced", layer))
+        systems = {"forced": _ms(bench, forced), "cut": _ms(bench, short)}
+        found[str(layer)] = _pair(bench, lambda _: None, systems, "forced", "cut")
+        notify(found)
+        cut.close()
+    return found
+
+
+def _cut(bench: Bench, mode: str, layer: int) -> engines.Engine:
+    """The twin's first layers as a model, transformed once for all launch modes."""
+    if layer not in bench.cuts:
+        short = cut_model(bench.twin, layer)
+        bench.cuts[layer] = short, engines.transform(bench, short, artifact=False)
+    return engines.Engine(bench, mode, *bench.cuts[layer])
+
+
+def _pair(
+    bench: Bench, notify: Notify, systems: dict[str, Callable[[], float]], above: str, below: str,
+) -> dict[str, Any]:  # fmt: skip
+    def found(times: dict[str, list[float]]) -> dict[str, Any]:
+        return {"ms_per_token": measuring.medians(times), "rounds": times,
+                "ratio": measuring.paired_ratio(times, above, below)}  # fmt: skip
+
+    times = measuring.in_turns(bench, systems, bench.rounds, lambda times: notify(found(times)))
+    return found(times)

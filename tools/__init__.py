@@ -1,0 +1,1 @@
+"""Helpers beside the package: weights in parts."""
