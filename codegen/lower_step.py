@@ -45,7 +45,7 @@ class StepCompiler(ByStructure):
         whole.recompile()
         # a caller may be compiling: this graph has no part in that
         with torch.no_grad(), tracing(None):
-            function = compile_fx(whole, list(examples), config_patches=SETTINGS)
+            function: Any = compile_fx(whole, list(examples), config_patches=SETTINGS)
         return lambda inputs: function(*inputs)
 
     def fuse(self, update: Callable[..., None]) -> Callable[..., None]:
