@@ -6,7 +6,7 @@
 
 A graph that holds nothing but fused operators and views runs as it stands: its kernels are ready,
 and inductor would add nothing. The rest goes through inductor, without CUDA graphs of its own
-(the runtime captures whole steps) and without autotuning. What inductor cannot compile runs as it
+(the runtime captures whole steps). What inductor cannot compile runs as it
 was traced; ``report`` says which, and why.
 """
 
@@ -32,7 +32,8 @@ aten, ours = torch.ops.aten, torch.ops.eepass
 SETTINGS: dict[str, Any] = {
     "triton.cudagraphs": False,
     "max_autotune": False,
-    "coordinate_descent_tuning": False,
+    # products of one row become kernels that read weights at full width
+    "coordinate_descent_tuning": True,
 }
 FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,

@@ -510,7 +510,7 @@ def export_onnx(
     kv: Annotated[
         str, typer.Option(help="Skipped layers' keys and values: propagate or drop.")
     ] = "propagate",
-    max_length: MaxLength = 1024,
+    max_length: MaxLength = None,
     json_file: Json = None,
     threads: Threads = 0,
     trust_native: Trust = False,

@@ -84,7 +84,7 @@ def generate(
 
 def export(
     loaded: Any, out: Path, artifact: Path | None, preset: str, target: float, kv: str,
-    max_length: int, notify: Callable[[str], None],
+    max_length: int | None, notify: Callable[[str], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Export to ONNX; returns the report."""
     from dataclasses import replace

@@ -26,7 +26,6 @@ from eepass.runtime.scheduler import RADIUS, WINDOW
 from eepass.text import write_text
 from eepass.transformation import (
     ALWAYS_ACTIVE,
-    MAX_LENGTH,
     PREFILL_ROWS,
     EarlyExitModel,
     exit_tensors,
@@ -112,7 +111,7 @@ def _configured(
         trained = chosen if isinstance(chosen, Artifact) else load_artifact(Path(chosen))
         refuse_other_model(trained, model, "artifact")
         _refuse_dtype(loaded, next(model.parameters()).dtype)
-        splits, report = split_model(model, max_length or MAX_LENGTH, (1,))
+        splits, report = split_model(model, max_length, (1,))
         if PREFILL_ROWS not in splits:
             raise PassError("its recurrent states are overwritten in place, token by token")
         ready = EarlyExitModel(splits, report, loaded.stop, trained, compiler=_no_compiler)

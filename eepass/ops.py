@@ -27,7 +27,9 @@ def define(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         name = schema.split("(")[0]
         _library.define(schema)
         _library.impl(name, meaning, "CompositeExplicitAutograd")
-        MEANINGS[getattr(torch.ops.eepass, name).default] = meaning
+        packet, _, overload = name.partition(".")
+        operator = getattr(getattr(torch.ops.eepass, packet), overload or "default")
+        MEANINGS[operator] = meaning
         return meaning
 
     return register

@@ -16,7 +16,7 @@ from eepass.errors import InputError
 from eepass.lengths import usual_length
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
-from eepass.runtime.engine import Engine
+from eepass.runtime.engine import Engine, EngineError
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
@@ -225,14 +225,8 @@ class StepModel:
 
     def _fused(self, plan: ExitPlan, tensors: dict[str, Tensor]) -> FusedExits | None:
         """Exit points as kernels, where the head is one that they know."""
-        try:
-            from eepass.codegen.kernels.register import register_kernels
-        except ImportError as error:
-            self._notes = (f"kernels of exit points: {error}",)
-            return None
         from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 
-        register_kernels()
         report = PassReport()
         fused = fuse_exit_predictor(self.splits[1], plan, tensors, report)
         if fused is None:
@@ -329,4 +323,10 @@ def _bytes_needed(model: Any, length: int, device: torch.device) -> int:
 def _cuda_compiler() -> Any:
     from eepass.codegen.lower_cuda import CudaCompiler
 
+    try:
+        from eepass.codegen.kernels.register import register_kernels
+    except ImportError as error:
+        raise EngineError(f"{error}: pip install 'eepass[gpu]'") from error
+    # logits and exit points are kernels
+    register_kernels()
     return CudaCompiler()
