@@ -1,0 +1,54 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        help="Hugging Face folder or id, a .gguf file, smollm2, or a folder eepass transform wrote."
+    ),
+]
+Device = Annotated[str, typer.Option(help="Where to run; this runtime is for the CPU.")]
+Dtype = Annotated[
+    str | None, typer.Option(help="bf16 (the default) or fp32; a transformed folder has its own.")
+]
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust-native", help="Run the native code of a transformed folder you did not make."
+    ),
+]
+Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", min=0)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
+ArtifactDir = Annotated[Path | None, typer.Option("--artifact", help="Folder eepass train wrote.")]
+Prompts = Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')]
+Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(
+        help="Prompt and answer together, in tokens; bounded by the positions the model knows.",
+        min=64,
+    ),
+]
+Preset = Annotated[str, typer.Option(help="default, or paper: the method as published.")]
+Target = Annotated[
+    float, typer.Option(help="Agreement with the dense answer to keep, where that is approximate.")
+]
+Guarantee = Annotated[str, typer.Option(help="exact: the dense answer; approximate: as published.")]
+Speculate = Annotated[
+    str, typer.Option(help="Who drafts tokens ahead: cascade, eagle, ngram, lens or off.")
+]
+Quantize = Annotated[
+    str,
+    typer.Option(
+        help="keep: a GGUF file's own, where there are kernels for it; none: bf16 or fp32; "
+        "int8, int4 or int8-dynamic: with torchao."
+    ),
+]
+Exits = Annotated[bool, typer.Option(help="Let tokens leave early.")]
