@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import typer
 
 from eepass.commands import answering, looking, making
@@ -22,4 +24,7 @@ for command in (
 
 def main() -> None:
     """Entry point of the ``eepass`` command."""
+    # transformers imports torchao wherever it is installed, and that is said to nobody's use here
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     app()

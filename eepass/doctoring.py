@@ -24,11 +24,11 @@ APT = "apt-get install g++"
 EXTRAS = {
     "serve": "eepass.serve, an OpenAI-compatible server",
     "ray": "replicas of the server on Ray Serve",
-    "gpu": "eepass codegen: the GPU kernels, compiled without a GPU",
+    "gpu": "decoding on a GPU, and eepass codegen, which compiles for one without it",
+    "onnx": "eepass export-onnx, and ONNX Runtime to run what it writes",
+    "quant": "torchao's quantised checkpoints, and --quantize",
     "docs": "make docs: the documentation as web pages",
 }
-# device-side conditional nodes of CUDA graphs
-CONDITIONAL_DRIVER = 12040
 
 
 def doctor() -> dict[str, Any]:
@@ -201,6 +201,8 @@ def _compiler() -> dict[str, Any]:
 def _cuda() -> dict[str, Any]:
     import torch
 
+    from eepass.runtime.step.conditional_graph import conditional_nodes_missing
+
     built = torch.version.cuda
     if built is None:
         return {"built": None, "devices": [], "why": "this torch is built without CUDA"}
@@ -218,13 +220,13 @@ def _cuda() -> dict[str, Any]:
                 "memory_gb": round(device.total_memory / 1e9, 1),
             }
         )
-    bindings = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
+    why = conditional_nodes_missing(torch.cuda.get_device_capability(0))
     return {
         "built": built,
         "devices": devices,
         "driver": f"{driver // 1000}.{driver % 1000 // 10}",
-        "conditional_nodes": driver >= CONDITIONAL_DRIVER and bindings,
-        "why": "" if bindings else "cuda-bindings is not installed",
+        "conditional_nodes": not why,
+        "why": why,
     }
 
 
@@ -258,10 +260,7 @@ def _uses(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "device": _device(found["cuda"]),
         "operators": _operators(found["compiler"], found["cpu"]),
-        "launch": {
-            "use": "pieces, called one by one",
-            "why": "on a CPU a call costs microseconds: there is nothing to capture",
-        },
+        "launch": _launch(found["cuda"]),
         "drafts": _drafts(found["smollm2"]),
     }
 
@@ -278,6 +277,18 @@ def _device(cuda: dict[str, Any]) -> dict[str, str]:
     except InputError as error:
         return {"use": "cpu", "why": str(error)}
     return {"use": "cuda", "why": f"{cuda['devices'][0]['name']}; --device cpu for the CPU"}
+
+
+def _launch(cuda: dict[str, Any]) -> dict[str, str]:
+    if not cuda.get("devices"):
+        why = "on a CPU a call costs microseconds: there is nothing to capture"
+        return {"use": "pieces, called one by one", "why": why}
+    import torch
+
+    from eepass.runtime.step.launching import choose
+
+    chosen = choose("auto", torch.device("cuda"))
+    return {"use": chosen.mode, "why": chosen.reason}
 
 
 def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:

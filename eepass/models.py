@@ -184,7 +184,10 @@ def check_device(device: str) -> None:
             f"--device {device}: eepass runs on one device; for several, use vLLM or SGLang"
         )
     if device != "cpu":
-        raise InputError(f"--device {device}: this runtime is for the CPU; use --device cpu")
+        raise InputError(
+            f"--device {device}: commands run on the CPU; on a GPU call "
+            "eepass.transform(model, artifact=..., device='cuda'), or use --device cpu"
+        )
 
 
 def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:

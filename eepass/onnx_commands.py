@@ -42,7 +42,7 @@ def generate(
 
     refuse_others(context, GENERATE)
     if device != "cpu":
-        raise InputError(f"--device {device}: this runtime is for the CPU; use --device cpu")
+        raise InputError(f"--device {device}: an ONNX file runs on the CPU; use --device cpu")
     file = decode_file(model)
     tokenizer = FolderTokenizer(file.parent)
     ids = encode(tokenizer, prompt, raw)

@@ -13,7 +13,7 @@ Model = Annotated[
         help="Hugging Face folder or id, a .gguf file, smollm2, or a folder eepass transform wrote."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to run; this runtime is for the CPU.")]
+Device = Annotated[str, typer.Option(help="Where to run; commands run on the CPU.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bf16 (the default) or fp32; a transformed folder has its own.")
 ]
