@@ -35,6 +35,7 @@ from eepass.passes.caller_step import split_caller_step
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import CallerStep, ExitPieces
+from eepass.planning import exit_tensors, make_plan
 from eepass.quantized_weights import weights_to_read
 from eepass.runtime.cache_states import CacheState, CacheStates
 from eepass.runtime.caller_decoder import CallerDecoder
@@ -43,7 +44,7 @@ from eepass.runtime.exits import Exits
 from eepass.runtime.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.weight_memory import settle_weights
-from eepass.transformation import ALWAYS_ACTIVE, exit_tensors, make_plan
+from eepass.transformation import ALWAYS_ACTIVE
 
 log = logging.getLogger("eepass")
 # rows of one sequence that layers are compiled for: two cost what four do

@@ -9,7 +9,8 @@ from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.read_head_chain import read_head_chain
 from eepass.passes.report import PassError, PassReport
 from eepass.plan import Piece, SplitDecoder
-from eepass.transformation import EarlyExitModel, exit_tensors
+from eepass.planning import exit_tensors
+from eepass.transformation import EarlyExitModel
 
 
 def describe(model: EarlyExitModel) -> dict[str, Any]:

@@ -26,17 +26,12 @@ from eepass.folder import CODE, WEIGHTS
 from eepass.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.models import LoadedModel
 from eepass.plan import causal_mask
+from eepass.planning import exit_tensors
 from eepass.runtime.exits import ROW_COUNTS
 from eepass.runtime.side_inputs import Row
 from eepass.stored_graphs import GraphWriter, NotStorable
 from eepass.text import write_text
-from eepass.transformation import (
-    ARTIFACT,
-    STEP_ROWS,
-    EarlyExitModel,
-    exit_tensors,
-    split_model,
-)
+from eepass.transformation import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
 from eepass.whole_folder import take_place
 
 EXIT_GRAPH = "exit_graph.pt2"

@@ -22,15 +22,10 @@ from eepass.passes.report import PassError
 from eepass.passes.value_exits import DecodeStep
 from eepass.passes.value_step import PromptStep
 from eepass.plan import SplitDecoder
+from eepass.planning import exit_tensors
 from eepass.runtime.scheduler import RADIUS, WINDOW
 from eepass.text import write_text
-from eepass.transformation import (
-    ALWAYS_ACTIVE,
-    PREFILL_ROWS,
-    EarlyExitModel,
-    exit_tensors,
-    split_model,
-)
+from eepass.transformation import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.whole_folder import take_place
 
 # weights are mapped into memory

@@ -16,6 +16,7 @@ from eepass.errors import InputError
 from eepass.lengths import usual_length
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
+from eepass.planning import exit_tensors, make_plan, without_artifact
 from eepass.runtime.engine import Engine, EngineError
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.sequence import Step
@@ -32,15 +33,7 @@ from eepass.runtime.step.launching import (
     running_out,
 )
 from eepass.runtime.step.layout import StepOptions
-from eepass.transformation import (
-    ALWAYS_ACTIVE,
-    MAX_LENGTH,
-    EarlyExitModel,
-    exit_tensors,
-    make_plan,
-    split_model,
-    without_artifact,
-)
+from eepass.transformation import ALWAYS_ACTIVE, MAX_LENGTH, EarlyExitModel, split_model
 
 # what segments behind exits are made for on a CPU, where each count is compiled in seconds
 CPU_ROWS = (1, 4, 8, 16)

@@ -20,11 +20,12 @@ from benchmarks.suite.bench import Bench
 from benchmarks.suite.parts import Missing
 from eepass.config import ExitConfig
 from eepass.passes.pipeline import split_for_rows
+from eepass.planning import make_plan
 from eepass.runtime.acceptance import EngineError
 from eepass.runtime.exits import Found, RowState
 from eepass.runtime.step.launching import choose
 from eepass.step_model import StepModel
-from eepass.transformation import EarlyExitModel, make_plan
+from eepass.transformation import EarlyExitModel
 
 
 @dataclass(frozen=True, slots=True)

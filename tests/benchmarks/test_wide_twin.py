@@ -13,8 +13,9 @@ from eepass.artifact import load_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.passes.pipeline import split_for_rows
+from eepass.planning import exit_tensors
 from eepass.runtime.eagle import EagleDraft
-from eepass.transformation import EarlyExitModel, exit_tensors
+from eepass.transformation import EarlyExitModel
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
 CHANGES = {

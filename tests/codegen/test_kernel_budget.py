@@ -71,7 +71,7 @@ from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.pipeline import split_decoder
 from eepass.passes.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassReport
-from eepass.transformation import exit_tensors, make_plan
+from eepass.planning import exit_tensors, make_plan
 
 out = Path(sys.argv[1])
 model = tiny_model("qwen3", num_hidden_layers=3)

@@ -13,8 +13,9 @@ from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassReport
+from eepass.planning import exit_tensors, make_plan
 from eepass.runtime.sampling import Sampling
-from eepass.transformation import EarlyExitModel, exit_tensors, make_plan
+from eepass.transformation import EarlyExitModel
 
 APPROXIMATE = ExitConfig(speculate="off").approximate(0.98)
 PROMPT = [5, 9, 40, 5, 9, 77]

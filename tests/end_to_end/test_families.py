@@ -8,7 +8,8 @@ from models import FAMILIES, VOCABULARY, random_artifact, tiny_model
 
 from eepass import ops
 from eepass.config import ExitConfig
-from eepass.transformation import exit_tensors, transform
+from eepass.planning import exit_tensors
+from eepass.transformation import transform
 
 PROMPT = [7, 30, 99, 12, 55, 140, 8, 23, 61, 77, 101, 4]
 STEPS = 24

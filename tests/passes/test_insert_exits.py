@@ -9,7 +9,7 @@ from models import random_artifact
 from eepass.config import ExitConfig
 from eepass.inspecting import exit_graph_of
 from eepass.plan import causal_mask
-from eepass.transformation import exit_tensors
+from eepass.planning import exit_tensors
 
 PROMPT = list(range(5, 17))
 STEPS = 16

@@ -11,8 +11,9 @@ from eepass.passes import return_kv_rows
 from eepass.passes.report import PassError
 from eepass.passes.value_exits import DecodeStep
 from eepass.passes.value_step import Call, PromptStep
+from eepass.planning import exit_tensors
 from eepass.runtime.scheduler import RADIUS, WINDOW
-from eepass.transformation import ALWAYS_ACTIVE, EarlyExitModel, exit_tensors, split_model
+from eepass.transformation import ALWAYS_ACTIVE, EarlyExitModel, split_model
 
 PROMPT = [5 + (7 * i) % 120 for i in range(21)]
 STEPS = 24

@@ -14,13 +14,13 @@ from eepass.config import ExitConfig
 from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
+from eepass.planning import exit_tensors, make_plan
 from eepass.runtime.decoder import Decoder
 from eepass.runtime.side_inputs import Row
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
 from eepass.runtime.step.layout import StepOptions
-from eepass.transformation import exit_tensors, make_plan
 
 # FakeTensors of a CPU build can be on no CUDA device; on this one they have no values either
 DEVICE = torch.device("meta")
