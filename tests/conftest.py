@@ -3,10 +3,13 @@
 import os
 import warnings
 
+# before torch counts the cores: tests run beside one another, and so do processes they start
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 import pytest
 import torch
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if not torch.cuda.is_available():
     # read when triton is imported; with a GPU, tests/gpu runs the kernels on it
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -2,6 +2,7 @@
 
 import importlib.util
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,7 +134,9 @@ def test_the_draft_head_says_what_the_small_ones_says(name):
         (wide, widen_artifact(artifact, small, wide), tiled),
     ):
         weights = dict(model.named_parameters(remove_duplicate=False))
-        tensors = exit_tensors("default", own, weights, "lm_head.weight")
+        head = SimpleNamespace(parts={"": "lm_head.weight"})
+        split = SimpleNamespace(boundary=model.lm_head.weight, head=head)
+        tensors = exit_tensors("default", own, weights, split)
         head = EagleDraft(tensors, model.get_input_embeddings().weight, eager_compile)
         scores = [head.extend(PROMPT[:6], given.flatten(1)), head.grow([5, 9], [-1, -1])]
         heads.append([*scores, head.grow([7], [1])])

@@ -46,7 +46,7 @@ class Stepper:
     def __init__(self, ready):
         plan, splits = ready.plan, ready.splits
         own = ready.decoder.tensors
-        tensors = {**own, **exit_tensors("default", ready.artifact, own, splits[1].head.weight)}
+        tensors = {**own, **exit_tensors("default", ready.artifact, own, splits[1])}
         pieces = ready.pieces_for(ready.config, plan, tensors, 1)
         self.build, self.plan = Eager(tensors), plan
         self.prompt = PromptStep(splits[max(splits)], splits[1])
