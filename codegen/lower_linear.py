@@ -8,6 +8,7 @@ tie compiled code to one layer's weights; this form takes them as inputs, so all
 """
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -61,13 +62,20 @@ def _placeholder_operands(linear: Node) -> bool:
 
 
 def _rewrite(gm: GraphModule, x: Node, linears: list[Node]) -> None:
-    call = gm.graph.call_function
-    value: Tensor = x.meta["val"]
     weights = [linear.args[1] for linear in linears]
     biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
+    make_together(gm, x, linears, torch.ops.eepass.linear_rows.default, (weights, biases))
+
+
+def make_together(
+    gm: GraphModule, x: Node, linears: list[Node], operator_of_rows: Any, operands: Sequence[Any]
+) -> None:
+    """One call of ``operator_of_rows`` over rows of ``x`` and ``operands`` for all ``linears``."""
+    call = gm.graph.call_function
+    value: Tensor = x.meta["val"]
     with gm.graph.inserting_before(linears[0]):
         flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
-        products = call(torch.ops.eepass.linear_rows.default, (flat, weights, biases))
+        products = call(operator_of_rows, (flat, *operands))
         for index, linear in enumerate(linears):
             product = call(operator.getitem, (products, index))
             shape = [*value.shape[:-1], linear.meta["val"].shape[-1]]

@@ -6,14 +6,12 @@
 As ``lower_linear``; with more rows the weights' values are made and multiplied as a matrix.
 """
 
-import operator
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from eepass.codegen.lower_linear import MOST_ROWS, row_count
+from eepass.codegen.lower_linear import MOST_ROWS, make_together, row_count
 
 aten = torch.ops.aten
 LINEAR = torch.ops.eepass.quantized_linear.default
@@ -49,17 +47,5 @@ def lower_quantized_logits(gm: GraphModule) -> int:
 
 
 def _rewrite(gm: GraphModule, x: Node, linears: list[Node], dynamic: bool) -> None:
-    call = gm.graph.call_function
-    value: Tensor = x.meta["val"]
     parts = [list(part) for part in zip(*(linear.args[1:5] for linear in linears), strict=True)]
-    with gm.graph.inserting_before(linears[0]):
-        flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
-        products = call(torch.ops.eepass.quantized_rows.default, (flat, *parts, dynamic))
-        for index, linear in enumerate(linears):
-            product = call(operator.getitem, (products, index))
-            shape = [*value.shape[:-1], linear.meta["val"].shape[-1]]
-            new = call(aten.reshape.default, (product, shape))
-            new.meta = dict(linear.meta)
-            linear.replace_all_uses_with(new)
-    for linear in linears:
-        gm.graph.erase_node(linear)
+    make_together(gm, x, linears, torch.ops.eepass.quantized_rows.default, (*parts, dynamic))

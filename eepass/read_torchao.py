@@ -67,8 +67,10 @@ def quantize(model: Any, kind: str) -> None:
     }
 
     def chosen(module: torch.nn.Module, name: str) -> bool:
-        whole = isinstance(module, torch.nn.Linear) and type(module.weight) is torch.nn.Parameter
-        return whole and (kind != "int4" or module.weight.shape[1] % GROUP == 0)  # type: ignore
+        if not isinstance(module, torch.nn.Linear):
+            return False
+        whole = type(module.weight) is torch.nn.Parameter
+        return whole and (kind != "int4" or module.weight.shape[1] % GROUP == 0)
 
     ao.quantize_(model, configs[kind](), filter_fn=chosen)
     if not read_quantized(model):

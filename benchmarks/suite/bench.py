@@ -83,6 +83,7 @@ class Bench:
         try:
             torch.cuda.synchronize()
         except Exception:
+            # whatever it raises: a device that cannot even be waited for is lost
             return True
         return False
 

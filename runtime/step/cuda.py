@@ -136,6 +136,7 @@ class DeviceGraph:
                 self._add(captures.step_data.items, self._graph.chain)
                 self._graph.instantiate(torch.cuda.current_stream().cuda_stream)
             except BaseException:
+                # half a graph of the driver's would stay for good, Ctrl-C included
                 self._graph.close()
                 raise
 

@@ -203,6 +203,7 @@ def _engine(
             else:
                 executor = cuda.HostSegments(captures)
         except BaseException:
+            # the memory of what was captured goes back, whatever ended it
             captures.close()
             raise
         outbox = cuda.CudaOutbox(step["out"])
