@@ -26,13 +26,13 @@ bench: .venv/ready
 	$(BIN)/eepass bench smollm2 --json out/bench.json
 
 families: .venv/ready
-	$(BIN)/eepass families --compiler inductor --json out/families.json --docs docs/families.md
+	$(BIN)/python tests/families/run.py --compiler inductor --json out/families.json --docs docs/families.md
 
 docs: .venv/ready
 	$(BIN)/mkdocs build --strict
 
 pictures: .venv/ready
-	$(BIN)/python docs/pictures.py
+	PYTHONPATH=tests $(BIN)/python docs/pictures.py
 
 # torch first and pinned: left to choose, pip takes a build with gigabytes of CUDA
 .venv/ready: constraints.txt pyproject.toml setup.py

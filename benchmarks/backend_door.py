@@ -21,10 +21,10 @@ import torch
 from transformers import StaticCache
 
 import eepass
-from eepass.backend import specee
+from eepass.cli.console import table
 from eepass.config import ExitConfig
-from eepass.console import table
-from eepass.runtime.engine import Engine
+from eepass.runtime.engine.engine import Engine
+from eepass.torch_compile.backend import specee
 
 SLOTS, ROUNDS = 256, 4
 PROMPT = "Give a step-by-step plan for a beginner in gardening."

@@ -18,8 +18,8 @@ from torch._inductor.utils import fresh_cache
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import eepass
+from eepass.cli.console import table
 from eepass.config import ExitConfig
-from eepass.console import table
 
 
 def seconds(layers: int, hidden: int) -> dict[str, float]:

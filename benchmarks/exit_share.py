@@ -1,4 +1,4 @@
-"""What asking an exit costs on the CPU: its pieces through inductor, beside one eager operator.
+"""What asking an exit costs on the CPU: its segments through inductor, beside one eager operator.
 
     python benchmarks/exit_share.py [--rounds N] [--threads T]
 
@@ -18,11 +18,11 @@ import torch
 
 import eepass
 from eepass.config import ExitConfig
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
-from eepass.passes.insert_predictors import insert_predictors
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
-from eepass.plan import ExitPieces
-from eepass.runtime.exits import Exits
+from eepass.plan import ExitSegments
+from eepass.runtime.exits.exits import Exits
 from eepass.runtime.statistics import Statistics
 
 # exits asked per token at target agreement 0.98, as eepass generate --stats counts them
@@ -47,17 +47,17 @@ def main() -> None:
     model = eepass.transform(loaded.model, loaded.artifact, config, 448)
     decoder, plan = model.decoder, model.plan
     assert plan is not None
-    pieces, tensors = model._exits(config)
+    segments, tensors = model._exits(config)
     tensors |= plan.threshold_tensors()
     every = {**decoder.tensors, **tensors}
 
-    def fused_pieces(rows: int) -> ExitPieces:
+    def fused_segments(rows: int) -> ExitSegments:
         made = insert_predictors(model.splits[1], plan, every, PassReport(), rows)
         fused = fuse_exit_predictor(model.splits[1], plan, every, PassReport(), rows)
         assert fused is not None
         return replace(made, predictors=fused.predictors)
 
-    fused = Exits(decoder, plan, fused_pieces, tensors)
+    fused = Exits(decoder, plan, fused_segments, tensors)
     counted, layer = Statistics(decoder.num_layers), plan.exits[1].layer
     torch.manual_seed(0)
     hidden = torch.randn(1, 1, decoder.hidden_size).bfloat16() * 3
@@ -69,8 +69,8 @@ def main() -> None:
             boundary = decoder.run_layer(index, boundary, place)
         decoder.logits(boundary)
 
-    forms = {"pieces": pieces, "fused": fused}
-    times: dict[str, list[float]] = {"pieces": [], "fused": [], "step": []}
+    forms = {"segments": segments, "fused": fused}
+    times: dict[str, list[float]] = {"segments": [], "fused": [], "step": []}
     with torch.no_grad():
         for exits in forms.values():
             exits.prepare(1)

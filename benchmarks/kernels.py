@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 L2_BYTES = 160 * 2**20
 ROUNDS = 9
@@ -98,27 +98,27 @@ def cases(
     hot, whole, large = vocabularies
     return {
         "exit_predictor": (
-            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 0, whole),
+            exit_predictor, fused.exit_predictor, lambda: exit_arguments(hidden, 0, whole),
         ),
         "exit_predictor, rank 128": (
-            exit_predictor, fused_ops.exit_predictor, lambda: exit_arguments(hidden, 128, whole),
+            exit_predictor, fused.exit_predictor, lambda: exit_arguments(hidden, 128, whole),
         ),
         "path_predictor, 8 nodes": (
-            path_predictor, fused_ops.path_predictor, lambda: path_arguments(hidden, whole),
+            path_predictor, fused.path_predictor, lambda: path_arguments(hidden, whole),
         ),
         f"verify_head, {whole}": (
-            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, whole),
+            verify_head, fused.verify_head, lambda: verify_arguments(hidden, whole),
         ),
         f"verify_head, {large}": (
-            verify_head, fused_ops.verify_head, lambda: verify_arguments(hidden, large),
+            verify_head, fused.verify_head, lambda: verify_arguments(hidden, large),
         ),
         f"draft_topk, {hot}": (
-            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, hot),
+            draft_topk, fused.draft_topk, lambda: draft_arguments(hidden, hot),
         ),
         f"draft_topk, {whole}": (
-            draft_topk, fused_ops.draft_topk, lambda: draft_arguments(hidden, whole),
+            draft_topk, fused.draft_topk, lambda: draft_arguments(hidden, whole),
         ),
-        "fill_kv, 8 layers": (fill_kv, fused_ops.fill_kv, lambda: fill_arguments(hidden)),
+        "fill_kv, 8 layers": (fill_kv, fused.fill_kv, lambda: fill_arguments(hidden)),
     }  # fmt: skip
 
 

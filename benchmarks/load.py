@@ -14,11 +14,11 @@ from time import perf_counter
 import torch
 
 import eepass
+from eepass.cli.console import table
 from eepass.config import ExitConfig
-from eepass.console import table
-from eepass.runtime.engine import Engine
+from eepass.runtime.engine.engine import Engine
 from eepass.training.corpus import read_prompts
-from eepass.training.door import DEFAULT_PROMPTS
+from eepass.training.train import DEFAULT_PROMPTS
 
 ROOM = 320
 

@@ -22,9 +22,8 @@ import numpy as np
 import torch
 
 import eepass
-from eepass.artifact import Artifact, PresetPart, fingerprint
-from eepass.onnx_runtime import OnnxDecoder
-from eepass.training.calibration import Calibration
+from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
+from eepass.onnx.runtime import OnnxDecoder
 from eepass.training.predictors import WIDTH
 
 HOT = 32

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 
 import eepass
-from eepass.baselines import LlamaCpp
+from eepass.benchmark.baselines import LlamaCpp
+from eepass.benchmark.frontier import follow_pairs
+from eepass.checkpoints.models import gguf_of
 from eepass.config import ExitConfig
-from eepass.frontier import follow_pairs
-from eepass.models import gguf_of
 from eepass.training.corpus import read_prompts
 
 FORMATS = {

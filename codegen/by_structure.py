@@ -1,4 +1,4 @@
-"""What compilers of pieces share: isomorphic pieces compile once."""
+"""What compilers of segments share: isomorphic segments compile once."""
 
 from __future__ import annotations
 

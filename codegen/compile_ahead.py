@@ -1,6 +1,6 @@
-"""Compile pieces of a decoder ahead of time: lowered as for ``CpuCompiler``, then AOTInductor.
+"""Compile segments of a decoder ahead of time: lowered as for ``CpuCompiler``, then AOTInductor.
 
-Weights are inputs, so a piece's code is the same for all layers and holds none of them. The
+Weights are inputs, so a segment's code is the same for all layers and holds none of them. The
 operators with C++ kernels are called through C functions (``cpu/shims.cpp``), without a dispatcher
 in between; a layer's call takes less time than the same code called from Python.
 """
@@ -108,7 +108,7 @@ def _kept(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
     if not home.exists():
         home.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent) as scratch:
-            built = Path(scratch) / "build" / "piece.so"
+            built = Path(scratch) / "build" / "segment.so"
             patches = {name: value for name, value in SETTINGS.items() if _is_setting(name)}
             patches["aot_inductor.output_path"] = str(built)
             compile_fx_aot(lowered, fakes, config_patches=patches)

@@ -1,4 +1,4 @@
-"""Compile pieces of a decoder for the CPU: lowered, then through inductor, once per structure."""
+"""Compile segments of a decoder for the CPU: lowered, then through inductor, once per structure."""
 
 import copy
 import warnings

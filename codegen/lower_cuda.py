@@ -1,4 +1,4 @@
-"""Compile pieces of a decoder for a GPU, once per structure.
+"""Compile segments of a decoder for a GPU, once per structure.
 
     before   logits = linear(z, lm_head)           where the model's own logits are asked for,
              eepass.logits_rows(z, head, bias)     or an exit's
@@ -24,7 +24,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-import eepass.fused_ops  # noqa: F401  the operators must be defined before they are looked for
+import eepass.ops.fused  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
 

@@ -1,4 +1,4 @@
-"""Compile pieces of a decoder with any of Dynamo's backends, once per structure."""
+"""Compile segments of a decoder with any of Dynamo's backends, once per structure."""
 
 import copy
 from collections.abc import Callable, Sequence

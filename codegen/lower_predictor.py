@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass import ops, quantized_ops
+from eepass.ops import exits as exit_ops
+from eepass.ops import quantized
 
 
 def _rows_by(x: Tensor, weight: Tensor) -> Tensor:
@@ -22,7 +23,7 @@ def _rows_by(x: Tensor, weight: Tensor) -> Tensor:
 
 def translate(hidden: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     if hidden.shape[0] != 1:
-        return ops.translate(hidden, scale, down, up)
+        return exit_ops.translate(hidden, scale, down, up)
     h = hidden.float()
     length = h.pow(2).sum(-1, keepdim=True).sqrt()
     unit = h * (h.shape[-1] ** 0.5 / length.clamp_min(1e-6))
@@ -34,7 +35,7 @@ def predict_exit(
     logits: Tensor, previous: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
     if logits.shape[0] != 1:
-        return ops.predict_exit(logits, previous, w1, b1, w2, b2)
+        return exit_ops.predict_exit(logits, previous, w1, b1, w2, b2)
     probabilities = logits.softmax(-1)
     features = torch.cat([logits, probabilities, probabilities - previous], -1)
     inner = torch.relu(_rows_by(features, w1) + b1.float())
@@ -43,7 +44,7 @@ def predict_exit(
 
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.eepass.translate.default: translate,
-    torch.ops.eepass.draft_logits.default: ops.draft_logits,
-    torch.ops.eepass.quantized_draft_logits.default: quantized_ops.quantized_draft_logits,
+    torch.ops.eepass.draft_logits.default: exit_ops.draft_logits,
+    torch.ops.eepass.quantized_draft_logits.default: quantized.quantized_draft_logits,
     torch.ops.eepass.predict_exit.default: predict_exit,
 }

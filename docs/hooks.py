@@ -8,7 +8,7 @@ import typer.main
 from mkdocs.structure.files import File
 from typer.cli import get_docs_for_click
 
-from eepass.cli import app
+from eepass.cli.main import app
 
 
 def on_files(files: Any, config: Any) -> Any:

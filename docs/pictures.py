@@ -10,10 +10,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from families.table import FAMILIES, tiny_model
+
 import eepass
 from eepass import inspecting, pictures
 from eepass.config import ExitConfig
-from eepass.family_table import FAMILIES, tiny_model
 
 HERE = Path(__file__).parent / "pictures"
 REPORT = HERE / "smollm2-by-position.json"

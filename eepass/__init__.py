@@ -5,38 +5,38 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from eepass.artifact import load_artifact
-    from eepass.benchmarking import bench
+    from eepass.benchmark.bench import bench
+    from eepass.benchmark.probe import probe
+    from eepass.bundle.write import write_folder
+    from eepass.checkpoints.artifact import load_artifact
     from eepass.config import ExitConfig
     from eepass.doctoring import doctor
     from eepass.errors import InputError
-    from eepass.generation import generate
-    from eepass.models import load
-    from eepass.offline import write_folder
-    from eepass.onnx_export import export_onnx
-    from eepass.preparing import prepare
-    from eepass.probing import probe
-    from eepass.serving import serve
-    from eepass.training.door import train
-    from eepass.training.recalibration import calibrate
-    from eepass.transformation import transform
+    from eepass.hf.generation import generate
+    from eepass.hf.preparing import prepare
+    from eepass.hf.serving import serve
+    from eepass.loading import load
+    from eepass.model import transform
+    from eepass.onnx.export import export_onnx
+    from eepass.training.recalibrate import calibrate
+    from eepass.training.train import train
 
 _HOMES = {
     "ExitConfig": "eepass.config",
     "InputError": "eepass.errors",
-    "bench": "eepass.benchmarking",
-    "calibrate": "eepass.training.recalibration",
+    "bench": "eepass.benchmark.bench",
+    "calibrate": "eepass.training.recalibrate",
     "doctor": "eepass.doctoring",
-    "export_onnx": "eepass.onnx_export",
-    "generate": "eepass.generation",
-    "load": "eepass.models",
-    "load_artifact": "eepass.artifact",
-    "prepare": "eepass.preparing",
-    "probe": "eepass.probing",
-    "serve": "eepass.serving",
-    "train": "eepass.training.door",
-    "transform": "eepass.transformation",
-    "write_folder": "eepass.offline",
+    "export_onnx": "eepass.onnx.export",
+    "generate": "eepass.hf.generation",
+    "load": "eepass.loading",
+    "load_artifact": "eepass.checkpoints.artifact",
+    "prepare": "eepass.hf.preparing",
+    "probe": "eepass.benchmark.probe",
+    "serve": "eepass.hf.serving",
+    "train": "eepass.training.train",
+    "transform": "eepass.model",
+    "write_folder": "eepass.bundle.write",
 }
 
 __all__ = [

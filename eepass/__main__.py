@@ -1,3 +1,3 @@
-from eepass.cli import main
+from eepass.cli.main import main
 
 main()

@@ -244,10 +244,11 @@ def _caches() -> dict[str, Any]:
 
 
 def _smollm2() -> dict[str, Any]:
+    from eepass.checkpoints.artifact import SHIPPED
+    from eepass.checkpoints.models import SMOLLM2_PACKAGE, gguf_of
     from eepass.errors import InputError
-    from eepass.models import SMOLLM2_PACKAGE, gguf_of
 
-    artifact = Path(__file__).parent / "data" / "smollm2" / "eepass.json"
+    artifact = SHIPPED / "eepass.json"
     found: dict[str, Any] = {"artifact": artifact.is_file(), "package": SMOLLM2_PACKAGE}
     try:
         return found | {"weights": str(gguf_of("smollm2"))}
@@ -266,8 +267,8 @@ def _uses(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device(cuda: dict[str, Any]) -> dict[str, str]:
+    from eepass.checkpoints.models import check_device
     from eepass.errors import InputError
-    from eepass.models import check_device
 
     why = cuda.get("error") or cuda.get("why")
     if not cuda.get("devices"):
@@ -282,7 +283,7 @@ def _device(cuda: dict[str, Any]) -> dict[str, str]:
 def _launch(cuda: dict[str, Any]) -> dict[str, str]:
     if not cuda.get("devices"):
         why = "on a CPU a call costs microseconds: there is nothing to capture"
-        return {"use": "pieces, called one by one", "why": why}
+        return {"use": "segments, called one by one", "why": why}
     import torch
 
     from eepass.runtime.step.launching import choose

@@ -3,3 +3,11 @@
 
 class InputError(ValueError):
     """Bad input from outside: what it is, where, and what to do about it, in one line."""
+
+
+class PassError(ValueError):
+    """A decoder that a pass cannot take apart; the message says what stands in the way."""
+
+
+class EngineError(ValueError):
+    """A request the engine cannot serve; the message says what to change."""

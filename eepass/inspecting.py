@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from eepass.passes.insert_exits import insert_exits
-from eepass.passes.insert_predictors import insert_predictors
-from eepass.passes.read_head_chain import read_head_chain
-from eepass.passes.report import PassError, PassReport
-from eepass.plan import Piece, SplitDecoder
+from eepass.errors import PassError
+from eepass.model import EarlyExitModel
+from eepass.passes.exits.insert_exits import insert_exits
+from eepass.passes.exits.insert_predictors import insert_predictors
+from eepass.passes.exits.read_head_chain import read_head_chain
+from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors
-from eepass.transformation import EarlyExitModel
+from eepass.segments import Segment, SplitDecoder
 
 
 def describe(model: EarlyExitModel) -> dict[str, Any]:
@@ -58,8 +59,10 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def _weight_forms(model: EarlyExitModel) -> dict[str, int]:
     """Bytes a dense pass reads, by dtype."""
     split, tensors = model.splits[1], model.decoder.tensors
-    pieces = (*split.layers, split.head.whole)
-    read = {role.name for piece in pieces for role in piece.inputs if role.kind == "parameter"}
+    segments = (*split.layers, split.head.whole)
+    read = {
+        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
+    }
     found: dict[str, int] = {}
     for name in sorted(read):
         kind = str(tensors[name].dtype).removeprefix("torch.")
@@ -74,7 +77,7 @@ def _fused(split: SplitDecoder) -> str:
         return f"eager: {error}"
 
 
-def exit_graph_of(model: EarlyExitModel) -> Piece | None:
+def exit_graph_of(model: EarlyExitModel) -> Segment | None:
     """The exit graph of a configured model; None for a dense one."""
     if model.plan is None or model.artifact is None or not model.config:
         return None
@@ -83,19 +86,19 @@ def exit_graph_of(model: EarlyExitModel) -> Piece | None:
     )
     tensors = {**model.decoder.tensors, **tensors}
     split = model.splits[1]
-    pieces = insert_predictors(split, model.plan, tensors, PassReport())
-    return insert_exits(split, pieces, model.plan, tensors, PassReport())
+    segments = insert_predictors(split, model.plan, tensors, PassReport())
+    return insert_exits(split, segments, model.plan, tensors, PassReport())
 
 
 def code_of(model: EarlyExitModel) -> str:
     """The exit graph as readable code: the chain, then each distinct branch; dense: the layers."""
-    piece = exit_graph_of(model)
-    if piece is None:
+    segment = exit_graph_of(model)
+    if segment is None:
         seen: dict[str, str] = {}
         for number, layer in enumerate(model.splits[1].layers, 1):
             seen.setdefault(layer.structure, f"# layer {number}\n{layer.graph.code.strip()}")
         return "\n\n".join(seen.values())
-    parts = [f"# the chain\n{piece.graph.code.strip()}"]
-    for name, branch in piece.graph.named_children():
+    parts = [f"# the chain\n{segment.graph.code.strip()}"]
+    for name, branch in segment.graph.named_children():
         parts.append(f"# {name}\n{str(branch.code).strip()}")
     return "\n\n".join(parts)

@@ -28,6 +28,6 @@ def refuse_longer(model: Any, tokens: int, what: str) -> None:
 
 def _known(model: Any) -> int | None:
     # what traces is imported only where there is something to trace
-    from eepass.passes.decode_step import known_positions
+    from eepass.passes.trace.decode_step import known_positions
 
     return known_positions(model)

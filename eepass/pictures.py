@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eepass.plan import ExitPlan, SplitDecoder
+from eepass.plan import ExitPlan
+from eepass.segments import SplitDecoder
 
 COLOURS = {"embed": "#8da0cb", "layer": "#a6cee3", "exit": "#66c2a5", "head": "#fc8d62"}
 

@@ -8,10 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from eepass.artifact import Artifact
+from eepass.checkpoints.artifact import Artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.plan import ExitPlan, ExitPoint, SplitDecoder
+from eepass.plan import ExitPlan, ExitPoint
+from eepass.segments import SplitDecoder
 
 # wrong guesses of exact mode cost time alone, so tokens leave more freely
 EXACT_TARGET = 0.9

@@ -10,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.artifact import Artifact
+from eepass.checkpoints.artifact import Artifact
 from eepass.config import ExitConfig
-from eepass.errors import InputError
+from eepass.errors import EngineError, InputError
 from eepass.lengths import usual_length
+from eepass.model import ALWAYS_ACTIVE, MAX_LENGTH, EarlyExitModel, split_model
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
 from eepass.planning import exit_tensors, make_plan, without_artifact
-from eepass.runtime.engine import Engine, EngineError
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import Sampling
-from eepass.runtime.sequence import Step
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
@@ -33,7 +34,6 @@ from eepass.runtime.step.launching import (
     running_out,
 )
 from eepass.runtime.step.layout import StepOptions
-from eepass.transformation import ALWAYS_ACTIVE, MAX_LENGTH, EarlyExitModel, split_model
 
 # what segments behind exits are made for on a CPU, where each count is compiled in seconds
 CPU_ROWS = (1, 4, 8, 16)
@@ -141,7 +141,7 @@ class StepModel:
 
     def stream(
         self, ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
-    ) -> Iterator[Step]:
+    ) -> Iterator[DecodedToken]:
         """Tokens after ``ids``, each with the layers it took."""
         engine, sampling = self.engine, sampling or Sampling()
         if isinstance(engine, StepEngine):
@@ -199,14 +199,14 @@ class StepModel:
         tensors = with_thresholds(tensors, plan)
         every = {**decoder.tensors, **tensors}
         with torch.no_grad(), self.on_device():
-            pieces = self.model.pieces_for(config, plan, every, 1)
-            plain = ExitPoints(decoder, plan, pieces, tensors)
+            segments = self.model.segments_for(config, plan, every, 1)
+            plain = ExitPoints(decoder, plan, segments, tensors)
             # kernels keep logits to themselves, and drawing needs them
             kernels_too = decoder.device.type == "cuda" and not self._draws
             fused = self._fused(plan, every) if kernels_too else None
             exits = plain
             if fused is not None:
-                kernels = ExitPoints(decoder, plan, pieces, tensors, fused)
+                kernels = ExitPoints(decoder, plan, segments, tensors, fused)
                 if reason := kernels.differ_from(plain):
                     self._notes = (f"kernels of exit points: {reason}",)
                 else:
@@ -218,7 +218,7 @@ class StepModel:
 
     def _fused(self, plan: ExitPlan, tensors: dict[str, Tensor]) -> FusedExits | None:
         """Exit points as kernels, where the head is one that they know."""
-        from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
+        from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 
         report = PassReport()
         fused = fuse_exit_predictor(self.splits[1], plan, tensors, report)
@@ -235,7 +235,7 @@ class StepModel:
 
     def _through_engine(
         self, engine: Engine, ids: list[int], count: int, sampling: Sampling
-    ) -> Iterator[Step]:
+    ) -> Iterator[DecodedToken]:
         stream: Any = engine.generate(ids, count, self.stop, sampling)
         try:
             while True:

@@ -15,10 +15,10 @@ import torch
 
 import eepass
 from eepass import pictures
+from eepass.checkpoints.models import LoadedModel
+from eepass.cli.console import LiveAnswer, console, errors, table
 from eepass.config import ExitConfig
-from eepass.console import LiveAnswer, console, errors, table
-from eepass.models import LoadedModel
-from eepass.runtime.engine import Engine
+from eepass.runtime.engine.engine import Engine
 from eepass.runtime.statistics import Statistics
 
 PROMPTS = (

@@ -11,7 +11,7 @@ import os
 from ray import serve
 
 import eepass
-from eepass.serving import openai_app
+from eepass.hf.serving import openai_app
 
 
 def app():

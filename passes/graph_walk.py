@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from eepass.plan import DecoderGraph, Input
+from eepass.segments import DecoderGraph, Input
 
 
 def roles(decoder: DecoderGraph) -> dict[Node, Input]:
@@ -71,7 +71,7 @@ def copy_nodes(
         if node not in known:
             args = map_arg(node.args, lookup)
             kwargs = map_arg(node.kwargs, lookup)
-            # named anew, so that equal pieces print equal code
+            # named anew, so that equal segments print equal code
             known[node] = graph.create_node(node.op, node.target, args, kwargs)
             known[node].meta = dict(node.meta)
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
-from eepass.passes.check import check_split, check_trace
-from eepass.passes.decode_step import trace_decode_step
-from eepass.passes.find_layers import find_layers
-from eepass.passes.fit_rows import fit_rows
 from eepass.passes.report import PassReport
-from eepass.passes.split_segments import split_segments
-from eepass.plan import SplitDecoder
+from eepass.passes.split.check import check_split, check_trace
+from eepass.passes.split.find_layers import find_layers
+from eepass.passes.split.fit_rows import fit_rows
+from eepass.passes.split.split_segments import split_segments
+from eepass.passes.trace.decode_step import trace_decode_step
+from eepass.segments import SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
 
@@ -71,11 +71,11 @@ def _code(split: SplitDecoder) -> str:
         parts[f"layer {number}"] = layer
     seen: set[str] = set()
     text = []
-    for name, piece in parts.items():
-        if piece.structure not in seen:
-            seen.add(piece.structure)
-            roles = "\n".join(f"#   {role.kind} {role.name}" for role in piece.inputs)
-            text.append(f"# {name}\n{roles}\n{piece.graph.code.strip()}\n")
+    for name, segment in parts.items():
+        if segment.structure not in seen:
+            seen.add(segment.structure)
+            roles = "\n".join(f"#   {role.kind} {role.name}" for role in segment.inputs)
+            text.append(f"# {name}\n{roles}\n{segment.graph.code.strip()}\n")
     return "\n".join(text)
 
 

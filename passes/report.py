@@ -5,10 +5,6 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 
-class PassError(ValueError):
-    """A decoder that a pass cannot take apart; the message says what stands in the way."""
-
-
 @dataclass(slots=True)
 class PassReport:
     rewritten: int = 0

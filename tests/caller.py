@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from transformers import StaticCache
 
-from eepass.backend import specee
 from eepass.runtime.statistics import Statistics
+from eepass.torch_compile.backend import specee
 
 LENGTH = 32
 
 
 def compiled(model: Any, artifact: Any, **options: Any) -> Any:
-    """``model`` behind the backend; pieces run as they stand unless told otherwise."""
+    """``model`` behind the backend; segments run as they stand unless told otherwise."""
     given = {"artifact": str(artifact), "inner_backend": "eager", **options}
     return torch.compile(model, backend=specee, options=given)
 

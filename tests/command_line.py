@@ -3,7 +3,7 @@
 import torch
 from typer.testing import CliRunner
 
-from eepass.cli import app
+from eepass.cli.main import app
 
 
 def run(*arguments):

@@ -58,6 +58,6 @@ def transformed(llama):
     """A compiled tiny llama with a random artefact; tests configure it as they need."""
     from models import random_artifact
 
-    from eepass.transformation import transform
+    from eepass.model import transform
 
     return transform(llama, random_artifact(llama), max_length=128)

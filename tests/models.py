@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.artifact import Artifact, PresetPart, fingerprint
-from eepass.runtime import eagle
-from eepass.runtime.exits import Found, RowState
-from eepass.training.calibration import Calibration
+from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
+from eepass.runtime.drafting import eagle
+from eepass.runtime.exits.exits import Found, RowState
 from eepass.training.predictors import WIDTH
 
 VOCABULARY = 160

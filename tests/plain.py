@@ -8,9 +8,9 @@ from types import SimpleNamespace
 import torch
 from models import VOCABULARY
 
-from eepass.runtime.exits import Found, RowState
-from eepass.runtime.planner import Budget
-from eepass.runtime.tree import Tree
+from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.tree import Tree
+from eepass.runtime.exits.exits import Found, RowState
 
 
 class PlainEngine:

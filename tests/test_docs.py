@@ -59,16 +59,16 @@ def test_the_python_of_a_page_runs(page, folder, monkeypatch, capsys):
     if "eepass.serve" in text:
         for module in ("fastapi", "uvicorn", "openai"):
             pytest.importorskip(module, reason="the extra 'serve' is not installed")
-        from eepass.serving import Server
+        from eepass.hf.serving import Server
 
         # who waits for a server ends it
         monkeypatch.setattr(Server, "wait", Server.kill_server)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("eepass.transformation._cpu_compiler", AsTraced)
+    monkeypatch.setattr("eepass.model._cpu_compiler", AsTraced)
     torch.use_deterministic_algorithms(False)
     # the blocks of a page go on from one another, those of the README are by themselves
-    pieces = blocks if page == "README.md" else ["\n\n".join(blocks)]
-    for number, code in enumerate(pieces):
+    segments = blocks if page == "README.md" else ["\n\n".join(blocks)]
+    for number, code in enumerate(segments):
         # as a file: what is compiled looks for its source
         file = folder / f"{Path(page).stem.replace('-', '_')}_{number}.py"
         file.write_text(code.replace('"smollm2"', '"my-model"').replace("port=8000", "port=0"))
@@ -119,7 +119,7 @@ def test_the_pages_build_and_ask_nobody_for_parts(site):
 
 
 def test_every_command_and_public_name_has_its_place(site):
-    from eepass.cli import app
+    from eepass.cli.main import app
 
     commands = (site / "cli.html").read_text(encoding="utf-8")
     names = [c.callback.__name__.replace("_", "-") for c in app.registered_commands]

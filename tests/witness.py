@@ -20,7 +20,7 @@ def watch(event, args):
         if args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             events.append([event, args[0]])
 sys.addaudithook(watch)
-from eepass.cli import app
+from eepass.cli.main import app
 file = sys.argv[2]
 try:
     app(["generate", sys.argv[1], "--json", file, *sys.argv[3:]])

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.suite.parts import Missing
 from benchmarks.suite.wide_twin import widen_artifact, widen_model
-from eepass.artifact import Artifact, fingerprint, load_artifact
+from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "eepass" / "data" / "smollm2"

@@ -1,7 +1,7 @@
 """eepass in each launch mode, all asked in one way.
 
-Tracing and compiling is done once; an engine of each kind stands over the same pieces, weights and
-cache, so that they can take turns.
+Tracing and compiling is done once; an engine of each kind stands over the same segments, weights
+and cache, so that they can take turns.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import eepass
 from benchmarks.suite.bench import Bench
 from benchmarks.suite.parts import Missing
 from eepass.config import ExitConfig
+from eepass.errors import EngineError
+from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
 from eepass.planning import make_plan
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.exits import Found, RowState
+from eepass.runtime.exits.exits import Found, RowState
 from eepass.runtime.step.launching import choose
 from eepass.step_model import StepModel
-from eepass.transformation import EarlyExitModel
 
 
 @dataclass(frozen=True, slots=True)

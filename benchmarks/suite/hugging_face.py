@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.suite.bench import Bench
-from eepass.passes.decode_step import decode_step
-from eepass.plan import causal_mask
+from eepass.masks import causal_mask
+from eepass.passes.trace.decode_step import decode_step
 
 
 class HfGreedy:

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eepass.artifact import Artifact, fingerprint
+from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.errors import InputError
-from eepass.runtime.eagle import LAYER
+from eepass.runtime.drafting.eagle import LAYER
 
 # families whose modules are linear layers, embeddings and norms over whole hidden states or heads
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 # the operators must be defined before kernels are added to them
-import eepass.fused_ops
-import eepass.quantized_ops  # noqa: F401
+import eepass.ops.fused
+import eepass.ops.quantized  # noqa: F401
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))

@@ -16,8 +16,8 @@ from eepass.codegen.kernels import (
     path_predictor,
     verify_head,
 )
-from eepass.codegen.kernels.launch import Launch, Scratch
-from eepass.plan import Channels, HeadChain, KvForm
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch
+from eepass.kernel_forms import Channels, HeadChain, KvForm
 
 # what a launch costs within a CUDA graph, measured on an H200
 LAUNCH_US = 1.3
@@ -61,9 +61,9 @@ class Sizes:
     kv: KvSizes | None = None
 
 
-def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, Launch]:
+def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, KernelLaunch]:
     """Launches by name, ``operator[.form].kernel``, over tensors that are nowhere."""
-    found: dict[str, Launch] = {}
+    found: dict[str, KernelLaunch] = {}
     for name, launches in _operators(chain, sizes):
         for launch in launches:
             kernel = launch.kernel.__name__.strip("_").removesuffix("_kernel")
@@ -71,7 +71,7 @@ def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, Launch]:
     return found
 
 
-def predicted_us(launch: Launch, capability: int) -> float:
+def predicted_us(launch: KernelLaunch, capability: int) -> float:
     """Time of a launch inside a CUDA graph: its bytes at the card's bandwidth, or at what its
     programs can ask for, and the launch itself. An estimate, not a measurement."""
     programs = 1
@@ -81,7 +81,7 @@ def predicted_us(launch: Launch, capability: int) -> float:
     return LAUNCH_US + launch.bytes / reached * 1e6
 
 
-def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Launch]]]:
+def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[KernelLaunch]]]:
     rows, hidden, drafts = sizes.rows, sizes.hidden, sizes.drafts
 
     def tensor(*shape: int, dtype: torch.dtype = sizes.dtype) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eepass.codegen.kernels.launch import Launch
+from eepass.codegen.kernels.launch import KernelLaunch
 from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
 
 
@@ -31,7 +31,7 @@ class Cubin:
     warps: int
 
 
-def compile_launch(launch: Launch, capability: int) -> Cubin:
+def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
     """``launch`` as machine code for compute capability ``capability`` (90 is an H200).
 
     Needs no GPU: Triton brings its own assembler.

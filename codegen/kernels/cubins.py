@@ -10,7 +10,7 @@ import torch
 from eepass.codegen.cuda.driver import Function, load
 from eepass.codegen.cuda.stored_kernels import StoredKernel, read_kernels
 from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, final_state, path_predictor
-from eepass.codegen.kernels.launch import Launch
+from eepass.codegen.kernels.launch import KernelLaunch
 from eepass.codegen.kernels.specialise import key_of, parameters_of
 from eepass.codegen.kernels.verify_head import _verify_kernel
 
@@ -42,11 +42,11 @@ class Cubins:
         # in the order they were loaded; modules must stay
         self._loaded: dict[tuple[int, str], tuple[Any, Function]] = {}
 
-    def find(self, launch: Launch) -> StoredKernel | None:
+    def find(self, launch: KernelLaunch) -> StoredKernel | None:
         """The code for ``launch``, if the folder holds it."""
         return self.stored.get(key_of(launch, self.capability))
 
-    def launch(self, launch: Launch) -> bool:
+    def launch(self, launch: KernelLaunch) -> bool:
         """Put ``launch`` into the current stream; False where there is no code for it."""
         key = key_of(launch, self.capability)
         stored = self.stored.get(key)

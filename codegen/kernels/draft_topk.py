@@ -22,7 +22,7 @@ from eepass.codegen.kernels.head_rows import (
     key_logit,
     sort_key,
 )
-from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
 
 TOKENS = 32
 
@@ -105,7 +105,7 @@ def launches(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
     *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``draft_topk`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary = len(z), lm_head.shape[0]
     if not 0 < k <= vocabulary:
@@ -119,12 +119,12 @@ def launches(
         z, given, scores=((rows, k), torch.float32), ids=((rows, k), torch.long)
     )
     form = {"LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap}
-    score = Launch(
+    score = KernelLaunch(
         _score_kernel, (parts,),
         {**arguments, "keys_ptr": keys, "moments_ptr": moments, "keep": keep},
         {**blocks, **form}, size(lm_head, head_scales, head_bias, z, keys),
     )  # fmt: skip
-    merge = Launch(
+    merge = KernelLaunch(
         _merge_kernel, (rows,),
         {"keys_ptr": keys, "moments_ptr": moments, "hot_ids_ptr": scratch.flat(hot_ids),
          "scores_ptr": scores, "ids_ptr": ids, "parts": parts, "keep": keep, "k": k},
@@ -135,7 +135,7 @@ def launches(
 
 
 def draft_topk(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::draft_topk``; see its definition in ``eepass.fused_ops``."""
+    """``eepass::draft_topk``; see its definition in ``eepass.ops.fused``."""
     made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -26,7 +26,7 @@ from eepass.codegen.kernels.final_state import (
     warps_for,
     write_state,
 )
-from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
 
 
 @triton.jit
@@ -93,15 +93,15 @@ def _exit_kernel(
     SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    piece = tl.program_id(0)
+    segment = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    column = piece * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = segment * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < hidden_size
     x = state_slice(
         hidden_ptr, hidden_stride, scale_ptr, up_ptr, gate_ptr, row, column, inside, rank,
         BLOCK_RANK,
     )  # fmt: skip
-    count = tl.minimum(hidden_size - piece * BLOCK_H, BLOCK_H)
+    count = tl.minimum(hidden_size - segment * BLOCK_H, BLOCK_H)
     mean, centred, squares = slice_moments(x, inside, count, NORM)
     weight, bias = norm_parameters(norm_weight_ptr, norm_bias_ptr, column, inside, WEIGHT_OFFSET)
     weighted = centred * weight
@@ -143,13 +143,13 @@ def _exit_kernel(
     else:
         tl.store(state_ptr + row * hidden_size + column, x, mask=inside)
         here = moments_ptr + row * 2 * SLICES
-        tl.store(here + piece, mean)
-        tl.store(here + SLICES + piece, squares)
+        tl.store(here + segment, mean)
+        tl.store(here + SLICES + segment, squares)
         # [3, K, SLICES] of this row
         dots = dots_ptr + row * 3 * BLOCK_K * SLICES
-        tl.store(dots + draft * SLICES + piece, by_state)
-        tl.store(dots + (BLOCK_K + draft) * SLICES + piece, by_weight)
-        tl.store(dots + (2 * BLOCK_K + draft) * SLICES + piece, by_bias)
+        tl.store(dots + draft * SLICES + segment, by_state)
+        tl.store(dots + (BLOCK_K + draft) * SLICES + segment, by_weight)
+        tl.store(dots + (2 * BLOCK_K + draft) * SLICES + segment, by_bias)
         # every thread's stores before the one thread's count
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
@@ -209,12 +209,12 @@ def launches(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
     *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``exit_predictor`` launches, and its outputs (``given``, or new) once that has run."""
     flat = scratch.flat
     hidden, lm_head = scratch.rows_of(hidden), scratch.rows_of(lm_head)
     (rows, hidden_size), (drafts, width) = hidden.shape, (draft_ids.shape[1], w1.shape[0])
-    made: list[Launch] = []
+    made: list[KernelLaunch] = []
     gate = arrived = None
     if down is not None:
         first, gate, arrived = gate_launch(hidden, down, scratch)
@@ -256,12 +256,14 @@ def launches(
         hidden, scale, up, norm_weight, norm_bias, draft_ids, previous, w1, b1, w2, b2, z
     )
     grid = (share["SLICES"], rows)
-    made.append(Launch(_exit_kernel, grid, arguments, constants, read, warps_for(share["BLOCK_H"])))
+    made.append(
+        KernelLaunch(_exit_kernel, grid, arguments, constants, read, warps_for(share["BLOCK_H"]))
+    )
     return made, (probability, probabilities, z, exits)
 
 
 def exit_predictor(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::exit_predictor``; see its definition in ``eepass.fused_ops``."""
+    """``eepass::exit_predictor``; see its definition in ``eepass.ops.fused``."""
     made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.final_state import inverse_deviation
-from eepass.codegen.kernels.launch import Launch, Scratch, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, run, size
 
 # columns of the table: pointers, 0 where a layer has no such tensor, and strides in elements
 NORM_WEIGHT = tl.constexpr(0)
@@ -226,7 +226,7 @@ def launches(
     cos: Tensor | None, sin: Tensor | None, slots: Tensor,
     norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
     *, scratch: Scratch, table: Tensor | None = None,
-) -> tuple[list[Launch], tuple[()]]:  # fmt: skip
+) -> tuple[list[KernelLaunch], tuple[()]]:  # fmt: skip
     """What ``fill_kv`` launches; a ``table`` kept from ``pointer_table`` spares making it."""
     tensors = (
         norm_weights, norm_biases, key_weights, key_biases, value_weights, value_biases,
@@ -265,7 +265,7 @@ def launches(
     read = size(hidden, *(t for group in tensors for t in group))
     # a whole head in one program leaves each thread of four warps too much to hold
     warps = 8 if pairs >= 32 else 4
-    return [Launch(_fill_kernel, grid, arguments, constants, read, warps)], ()
+    return [KernelLaunch(_fill_kernel, grid, arguments, constants, read, warps)], ()
 
 
 def _refuse_odd(
@@ -292,5 +292,5 @@ def _refuse_odd(
 
 
 def fill_kv(*arguments: Any) -> None:
-    """``eepass::fill_kv``; see its definition in ``eepass.fused_ops``."""
+    """``eepass::fill_kv``; see its definition in ``eepass.ops.fused``."""
     run(launches(*arguments, scratch=Scratch(arguments[0]))[0])

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eepass.codegen.kernels.launch import Launch, Scratch, power_of_two, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
 # columns of the state a program makes where a translator is to be read, and where not
 SLICE = 64
@@ -147,18 +147,18 @@ def _state_kernel(
     SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
     """One slice of one row's normed state; readies what the head after it counts in."""
-    piece = tl.program_id(0)
+    segment = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
-    column = piece * BLOCK_H + tl.arange(0, BLOCK_H)
+    column = segment * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = column < hidden_size
-    if piece == 0:
+    if segment == 0:
         tl.store(best_ptr + row, -0x8000000000000000)
         tl.store(counted_ptr, 0)
     x = state_slice(
         hidden_ptr, hidden_stride, scale_ptr, up_ptr, gate_ptr, row, column, inside, rank,
         BLOCK_RANK,
     )  # fmt: skip
-    count = tl.minimum(hidden_size - piece * BLOCK_H, BLOCK_H)
+    count = tl.minimum(hidden_size - segment * BLOCK_H, BLOCK_H)
     mean, centred, squares = slice_moments(x, inside, count, NORM)
     if SLICES == 1:
         weight, bias = norm_parameters(
@@ -170,8 +170,8 @@ def _state_kernel(
     else:
         tl.store(state_ptr + row * hidden_size + column, x, mask=inside)
         here = moments_ptr + row * 2 * SLICES
-        tl.store(here + piece, mean)
-        tl.store(here + SLICES + piece, squares)
+        tl.store(here + segment, mean)
+        tl.store(here + SLICES + segment, squares)
         # every thread's stores before the one thread's count
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
@@ -199,7 +199,9 @@ def warps_for(columns: int) -> int:
     return power_of_two(columns // 256, 4, 16)
 
 
-def gate_launch(hidden: Tensor, down: Tensor, scratch: Scratch) -> tuple[Launch, Tensor, Tensor]:
+def gate_launch(
+    hidden: Tensor, down: Tensor, scratch: Scratch
+) -> tuple[KernelLaunch, Tensor, Tensor]:
     """The translator's lower half: gates [R, rank], and a counter a row at 0."""
     rows, hidden_size = hidden.shape
     rank = down.shape[0]
@@ -211,7 +213,7 @@ def gate_launch(hidden: Tensor, down: Tensor, scratch: Scratch) -> tuple[Launch,
     }  # fmt: skip
     constants = {"BLOCK_RANK": GATES, "BLOCK_H": power_of_two(hidden_size, 32, 1024)}
     grid = (-(-rank // GATES), rows)
-    return Launch(_gate_kernel, grid, arguments, constants, size(hidden, down)), gate, arrived
+    return KernelLaunch(_gate_kernel, grid, arguments, constants, size(hidden, down)), gate, arrived
 
 
 def state_launches(
@@ -219,7 +221,7 @@ def state_launches(
     norm_weight: Tensor | None, norm_bias: Tensor | None,
     norm: str, eps: float, weight_offset: float, best: Tensor, counted: Tensor,
     scratch: Scratch,
-) -> tuple[list[Launch], Tensor]:  # fmt: skip
+) -> tuple[list[KernelLaunch], Tensor]:  # fmt: skip
     """The normed state z [R, H] in hidden's dtype, from translator and final norm.
 
     On the way best [R] is set to the least int64 and counted [1] to 0.
@@ -227,7 +229,7 @@ def state_launches(
     flat = scratch.flat
     hidden = scratch.rows_of(hidden)
     rows, hidden_size = hidden.shape
-    launches: list[Launch] = []
+    launches: list[KernelLaunch] = []
     gate = arrived = None
     if down is not None:
         first, gate, arrived = gate_launch(hidden, down, scratch)
@@ -254,5 +256,5 @@ def state_launches(
     grid = (share["SLICES"], rows)
     read = size(hidden, scale, up, norm_weight, norm_bias, z)
     warps = warps_for(share["BLOCK_H"])
-    launches.append(Launch(_state_kernel, grid, arguments, constants, read, warps))
+    launches.append(KernelLaunch(_state_kernel, grid, arguments, constants, read, warps))
     return launches, z

@@ -16,7 +16,7 @@ ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class KernelLaunch:
     """One launch of ``kernel``: ``arguments`` by name (None where a tensor is not there),
     ``constants`` it is specialised for, and the bytes it cannot help reading or writing."""
 
@@ -38,10 +38,10 @@ class Launch:
 class Ready(Protocol):
     """Kernels that are compiled already; ``launch`` says whether it had this one."""
 
-    def launch(self, launch: Launch) -> bool: ...
+    def launch(self, launch: KernelLaunch) -> bool: ...
 
 
-def run(launches: Sequence[Launch], ready: Ready | None = None) -> None:
+def run(launches: Sequence[KernelLaunch], ready: Ready | None = None) -> None:
     """Launch in order: what ``ready`` holds from there, the rest through Triton's compiler."""
     for launch in launches:
         if ready is None or not ready.launch(launch):
@@ -77,11 +77,11 @@ class Scratch:
         return self.empty(*tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
 
     def flat(self, tensor: Tensor | None) -> Tensor | None:
-        """``tensor`` in one piece."""
+        """``tensor``, contiguous."""
         return tensor if tensor is None or tensor.is_contiguous() else self.copy(tensor)
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """``tensor`` [N, M] such that a row lies in one piece; its rows may lie anywhere."""
+        """``tensor`` [N, M] such that each row is contiguous; its rows may lie anywhere."""
         in_rows = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         return tensor if in_rows else self.copy(tensor)
 
@@ -99,8 +99,7 @@ def outputs_of(
         out = given[name]
         if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
             raise ValueError(
-                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} "
-                "in one piece"
+                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} contiguous"
             )
     return [given[name] for name in expected]
 

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels import exit_predictor
-from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
 
 
 @triton.jit
@@ -35,7 +35,7 @@ def _path_kernel(
 
 def launches(
     *arguments: Any, scratch: Scratch, given: Mapping[str, Tensor] | None = None
-) -> tuple[list[Launch], tuple[Tensor, ...]]:
+) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:
     """What ``path_predictor`` launches, and its outputs (``given``, or new) once that has run."""
     *predictor, paths = arguments[:17]
     rows, hidden_size = predictor[0].shape
@@ -54,12 +54,12 @@ def launches(
         "path_ptr": path, "exits_ptr": exits.view(torch.uint8), "depth": paths.shape[1],
     }  # fmt: skip
     block = {"BLOCK_D": power_of_two(paths.shape[1], 2)}
-    made.append(Launch(_path_kernel, (len(paths),), to_path, block, size(paths, node)))
+    made.append(KernelLaunch(_path_kernel, (len(paths),), to_path, block, size(paths, node)))
     return made, (path, node, probabilities, z, exits)
 
 
 def path_predictor(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::path_predictor``; see its definition in ``eepass.fused_ops``."""
+    """``eepass::path_predictor``; see its definition in ``eepass.ops.fused``."""
     made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import eepass.into_ops  # noqa: F401  the operators must be defined before kernels are added to them
+import eepass.ops.into  # noqa: F401  the operators must be defined before kernels are added to them
 from eepass.codegen.kernels import (
     draft_topk,
     exit_predictor,

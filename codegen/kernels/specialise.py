@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.codegen.kernels.launch import ALIGNMENT, Launch
+from eepass.codegen.kernels.launch import ALIGNMENT, KernelLaunch
 
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
@@ -20,7 +20,7 @@ CELLS = {"i32": "u32", "i64": "u64", "fp32": "f32"}
 SCRATCH = ("u64", "u64")
 
 
-def specialisation(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
+def specialisation(launch: KernelLaunch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
     """Signature, constants and attributes; a tensor without an address counts as aligned."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = dict(launch.constants)
@@ -45,13 +45,13 @@ def specialisation(launch: Launch) -> tuple[dict[str, str], dict[Any, Any], dict
     return signature, constants, aligned
 
 
-def key_of(launch: Launch, capability: int) -> str:
+def key_of(launch: KernelLaunch, capability: int) -> str:
     """The same for launches that need the same code."""
     parts = (launch.kernel.cache_key, capability, launch.warps, *specialisation(launch))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def parameters_of(launch: Launch) -> tuple[tuple[str, ...], tuple[int | float, ...]]:
+def parameters_of(launch: KernelLaunch) -> tuple[tuple[str, ...], tuple[int | float, ...]]:
     """The kernel's parameters as PTX declares them, and what this launch gives them."""
     types: list[str] = []
     values: list[int | float] = []

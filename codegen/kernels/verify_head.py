@@ -22,7 +22,7 @@ from eepass.codegen.kernels.head_rows import (
     key_index,
     sort_key,
 )
-from eepass.codegen.kernels.launch import Launch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
 
 # rows of the head a program reads for one state
 TOKENS = 16
@@ -72,7 +72,7 @@ def launches(
     hot_ids: Tensor | None, draft_ids: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
     want_logits: bool, *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
-) -> tuple[list[Launch], tuple[Tensor, ...]]:  # fmt: skip
+) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
     """What ``verify_head`` launches, and its outputs (``given``, or new) once that has run."""
     rows, vocabulary, drafts = len(hidden), lm_head.shape[0], draft_ids.shape[1]
     best, counted = scratch.empty(rows, dtype=torch.long), scratch.empty(1, dtype=torch.int32)
@@ -98,12 +98,12 @@ def launches(
     }  # fmt: skip
     grid = (-(-vocabulary // blocks["BLOCK_V"]),)
     read = size(lm_head, head_scales, head_bias, z, draft_ids, logits)
-    made.append(Launch(_verify_kernel, grid, arguments, constants, read))
+    made.append(KernelLaunch(_verify_kernel, grid, arguments, constants, read))
     return made, (token, known, logits)
 
 
 def verify_head(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::verify_head``; see its definition in ``eepass.fused_ops``."""
+    """``eepass::verify_head``; see its definition in ``eepass.ops.fused``."""
     made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
     run(made)
     return outputs

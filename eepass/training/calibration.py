@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from eepass.checkpoints.artifact import Calibration
 
 TARGETS = (0.90, 0.94, 0.975, 0.98, 0.99)
 NEVER = 2.0  # a threshold no probability passes
@@ -33,33 +34,6 @@ class Costs:
     @property
     def dense(self) -> float:
         return self.num_layers + self.head
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """Thresholds for one target; agreement, exit layer and speed-up as predicted on held-out
-    answers. ``ranking`` lists the exits in use, most frequent first."""
-
-    target: float
-    thresholds: dict[int, float]
-    ranking: tuple[int, ...]
-    agreement: float
-    mean_exit_layer: float
-    speedup: float
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "thresholds": {str(k): v for k, v in self.thresholds.items()}}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
-        return cls(
-            target=float(values["target"]),
-            thresholds={int(k): float(v) for k, v in values["thresholds"].items()},
-            ranking=tuple(int(layer) for layer in values["ranking"]),
-            agreement=float(values["agreement"]),
-            mean_exit_layer=float(values["mean_exit_layer"]),
-            speedup=float(values["speedup"]),
-        )
 
 
 def calibrate(

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eepass.runtime.eagle import shapes
-from eepass.training.boundaries import write_tensors
+from eepass.files import write_tensors_atomically
+from eepass.runtime.drafting.eagle import shapes
 from eepass.training.unrolling import Lines, unroll
 
 STEPS = 4
@@ -192,7 +192,7 @@ def _keep(
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
-    write_tensors(path, {**tensors, "passes": torch.tensor(done)})
+    write_tensors_atomically(path, {**tensors, "passes": torch.tensor(done)})
 
 
 def _restore(

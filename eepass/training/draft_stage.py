@@ -10,9 +10,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from eepass.training.boundaries import BoundaryStore, write_tensors
+from eepass.files import write_tensors_atomically
 from eepass.training.draft_head import PASSES, fit_draft_head
-from eepass.training.layout import Progress
+from eepass.training.exit_layout import Progress
+from eepass.training.hidden_states import HiddenStateStore
 from eepass.training.unrolling import Lines, draft_hits, draft_states
 
 # more than exits verify on: the whole LM head verifies what is drafted
@@ -23,7 +24,7 @@ PROMPT_SHARE = 0.3
 
 def train_draft(
     path: Path,
-    store: BoundaryStore,
+    store: HiddenStateStore,
     embedding: Tensor,
     lm_head: Tensor,
     hot_tokens: int,
@@ -45,7 +46,7 @@ def train_draft(
         )
         fitted["hot.ids"] = hot.to(torch.int32)
         fitted["features"] = torch.tensor(store.features, dtype=torch.int32)
-        write_tensors(path, fitted)
+        write_tensors_atomically(path, fitted)
         unfinished.unlink(missing_ok=True)
     return {f"eagle.{name}": tensor for name, tensor in load_file(path).items()}
 
@@ -55,12 +56,12 @@ def eagle_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[6:]: tensor for name, tensor in tensors.items() if name.startswith("eagle.")}
 
 
-def read_lines(store: BoundaryStore, split: str) -> Lines:
+def read_lines(store: HiddenStateStore, split: str) -> Lines:
     return Lines(*(store.read(split, f"line.{name}") for name in Lines._fields))
 
 
 def answer_states(
-    tensors: Mapping[str, Tensor], store: BoundaryStore, split: str, embedding: Tensor
+    tensors: Mapping[str, Tensor], store: HiddenStateStore, split: str, embedding: Tensor
 ) -> Tensor:
     """The draft head's states [n, H] at the answer tokens of the store."""
     states = draft_states(eagle_weights(tensors), read_lines(store, split), embedding)
@@ -69,7 +70,7 @@ def answer_states(
 
 def report_draft(
     tensors: Mapping[str, Tensor],
-    store: BoundaryStore,
+    store: HiddenStateStore,
     embedding: Tensor,
     lm_head: Tensor,
     steps: int,

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass import ops
+from eepass.ops import exits as exit_ops
 
 WIDTH = 512
 PASSES = 8
@@ -55,7 +55,7 @@ def view_exits(
         logits, verified, right = [], [], []
         for begin in range(0, len(z), chunk):
             part, ids = z[begin : begin + chunk], draft[begin : begin + chunk]
-            logits.append(transform(ops.draft_logits(part, lm_head, None, ids)))
+            logits.append(transform(exit_ops.draft_logits(part, lm_head, None, ids)))
             best = (part @ rows_of_head.T).topk(4, -1).indices
             exact = torch.einsum("nh,nkh->nk", part.float(), rows_of_head[best].float())
             answer = best.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
@@ -103,7 +103,7 @@ def fit_predictors(
                 chosen = (index - back).clamp_min(0)
                 previous = earlier[chosen, rows]
                 with torch.enable_grad():
-                    probability, _ = ops.predict_exit(logits[rows], previous, *parameters)
+                    probability, _ = exit_ops.predict_exit(logits[rows], previous, *parameters)
                     loss = F.binary_cross_entropy(probability, label[rows])
                     optimizer.zero_grad()
                     loss.backward()
@@ -122,6 +122,6 @@ def scores(views: ExitViews, fitted: Mapping[int, Mapping[str, Tensor]]) -> Tens
     previous = torch.zeros_like(views.logits[views.layers[0]])
     for layer in views.layers:
         mlp = [fitted[layer][name] for name in ("w1", "b1", "w2", "b2")]
-        probability, previous = ops.predict_exit(views.logits[layer], previous, *mlp)
+        probability, previous = exit_ops.predict_exit(views.logits[layer], previous, *mlp)
         rows.append(probability)
     return torch.stack(rows)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass import ops
+from eepass.ops import exits as exit_ops
 
 RANK = 128
 PASSES = 2
@@ -46,7 +46,7 @@ def fit_translator(
             with torch.no_grad():
                 wanted = (z[rows] @ hot_head.T).float().softmax(-1)
             with torch.enable_grad():
-                state = ops.translate(boundary[rows], scale, down, up)
+                state = exit_ops.translate(boundary[rows], scale, down, up)
                 logits = (norm(state[None])[0] @ hot_head.T).float()
                 loss = F.cross_entropy(logits, wanted)
                 optimizer.zero_grad()

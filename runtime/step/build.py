@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.side_inputs import Place
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.side_inputs import Place
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffers, Conditional, Item, Launch, Step
 from eepass.runtime.step.exit_points import ExitPoints

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from eepass.runtime.acceptance import EngineError
+from eepass.errors import EngineError
 from eepass.runtime.sampling import Sampling
 
 # buffers of a step that draws, in the order ``draw`` takes them

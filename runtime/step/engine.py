@@ -10,11 +10,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
+from eepass.errors import EngineError
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.side_inputs import Row
+from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import Sampling
-from eepass.runtime.sequence import Step as Token
-from eepass.runtime.side_inputs import Row
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Step, StepError
@@ -60,7 +60,7 @@ class StepEngine:
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
-    ) -> Iterator[Token]:
+    ) -> Iterator[DecodedToken]:
         """Tokens after ``ids``; an end token of the step is the last one given.
 
         Not greedy only where the step was built to draw.
@@ -72,7 +72,7 @@ class StepEngine:
             return
         with self._sequence(ids, sampling) as first:
             began = perf_counter()
-            yield Token(first, self.decoder.num_layers)
+            yield DecodedToken(first, self.decoder.num_layers)
             most = min(max_new_tokens - 1, self.decoder.longest - len(ids))
             if first in ends:
                 return
@@ -93,7 +93,7 @@ class StepEngine:
                     f"the cache is full at {len(ids) + taken} tokens: {self.decoder.remedy}"
                 )
 
-    def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[Token]:
+    def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[DecodedToken]:
         """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
         found = []
         with self._sequence(ids, GREEDY):
@@ -211,12 +211,12 @@ class StepEngine:
             self.outbox.post()
         self.steps += 1
 
-    def _take(self) -> Token:
+    def _take(self) -> DecodedToken:
         with _failing():
             token, layer = self.outbox.take()
         if token == updates.NOT_FINITE:
             raise EngineError(_NOT_FINITE)
-        return Token(token, layer)
+        return DecodedToken(token, layer)
 
 
 _NOT_FINITE = "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"

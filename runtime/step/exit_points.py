@@ -1,4 +1,4 @@
-"""The pieces at exit points, bound for one row: drafts, predictors, verification."""
+"""The segments at exit points, bound for one row: drafts, predictors, verification."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.plan import ExitPieces, ExitPlan, FusedExits
-from eepass.runtime.decoder import Decoder
+from eepass.plan import ExitPlan, ExitSegments, FusedExits
+from eepass.runtime.decoder.decoder import Decoder
 
 
 class ExitPoints:
@@ -23,7 +23,7 @@ class ExitPoints:
         self,
         decoder: Decoder,
         plan: ExitPlan,
-        pieces: ExitPieces,
+        segments: ExitSegments,
         tensors: Mapping[str, Tensor],
         fused: FusedExits | None = None,
     ) -> None:
@@ -37,14 +37,15 @@ class ExitPoints:
         drafts = torch.zeros(1, k, dtype=torch.long, device=device)
         previous = torch.zeros(1, k, device=device)
         asked = [hidden, drafts, previous]
-        source: Any = fused if fused is not None else pieces
+        source: Any = fused if fused is not None else segments
         self._predict = {
-            layer: decoder.bind(piece, tensors, asked) for layer, piece in source.predictors.items()
+            layer: decoder.bind(segment, tensors, asked)
+            for layer, segment in source.predictors.items()
         }
         told = asked[:2] if fused is not None else asked[:1]
         self._verify = decoder.bind(source.verify, tensors, told)
-        self._normed = decoder.bind(pieces.normed, tensors, asked[:1])
-        self._draft = decoder.bind(pieces.draft, tensors, asked[:1])
+        self._normed = decoder.bind(segments.normed, tensors, asked[:1])
+        self._draft = decoder.bind(segments.draft, tensors, asked[:1])
         self._limits = {
             p.layer: torch.tensor([p.threshold], dtype=torch.float64, device=device)
             for p in plan.exits

@@ -10,8 +10,8 @@ from typing import Literal, cast
 
 import torch
 
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
+from eepass.errors import EngineError
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step.build import Fuse, build_step
 from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_missing
 from eepass.runtime.step.data import check_step, launches

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eepass.runtime.decoder import Decoder
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffer
 from eepass.runtime.step.exit_points import ExitPoints

@@ -10,13 +10,13 @@ from models import VOCABULARY, eager_compile, random_artifact, tiny_model
 
 import eepass
 from benchmarks.suite.wide_twin import cut_model, widen_artifact, widen_model
-from eepass.artifact import load_artifact
+from eepass.checkpoints.artifact import load_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
 from eepass.planning import exit_tensors
-from eepass.runtime.eagle import EagleDraft
-from eepass.transformation import EarlyExitModel
+from eepass.runtime.drafting.eagle import EagleDraft
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
 CHANGES = {

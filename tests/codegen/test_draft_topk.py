@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import Case, same
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def arguments_of(
 )
 def test_as_defined(kernel, case):
     arguments = arguments_of(**case)
-    same(kernel(*arguments), fused_ops.draft_topk(*arguments))
+    same(kernel(*arguments), fused.draft_topk(*arguments))
 
 
 @pytest.mark.parametrize("rows, vocabulary", ((1, 49_152), (2, 49_152), (1, 262_144)))
@@ -53,12 +53,12 @@ def test_large_vocabularies(kernel, monkeypatch, rows, vocabulary):
     # the interpreter takes its time for each program
     monkeypatch.setattr(draft_topk, "TOKENS", 4096 if vocabulary < 10**5 else 16384)
     arguments = arguments_of(rows, 24, vocabulary, 5)
-    same(kernel(*arguments), fused_ops.draft_topk(*arguments))
+    same(kernel(*arguments), fused.draft_topk(*arguments))
 
 
 def test_tensors_may_lie_anywhere(kernel):
     arguments = arguments_of(3, 16, 90, 6, hot=True)
-    expected = fused_ops.draft_topk(*arguments)
+    expected = fused.draft_topk(*arguments)
     arguments[0] = arguments[0].t().contiguous().t()
     wide = torch.full((90, 50), float("nan"))
     wide[:, 7:23] = arguments[1]
@@ -78,7 +78,7 @@ def test_what_is_not_finite(kernel, bad):
     arguments = arguments_of(1, 16, 90, 6)
     arguments[0][:] = 1.0
     arguments[1][[7, 50], 0] = bad
-    same(kernel(*arguments), fused_ops.draft_topk(*arguments))
+    same(kernel(*arguments), fused.draft_topk(*arguments))
 
 
 def test_more_than_there_are_is_refused(kernel):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import EXITS, exit_case, same
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 each_case = pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
 
@@ -19,7 +19,7 @@ def kernel(interpreter):
 @each_case
 def test_as_defined(kernel, case):
     arguments = exit_case(**case)
-    same(kernel(*arguments), fused_ops.exit_predictor(*arguments))
+    same(kernel(*arguments), fused.exit_predictor(*arguments))
 
 
 @pytest.mark.parametrize("norm", ("rms", "layer"))
@@ -28,13 +28,13 @@ def test_a_state_wider_than_one_program_is_shared_out(kernel, monkeypatch, norm)
 
     monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
     arguments = exit_case(rows=2, hidden=100, norm=norm, norm_bias=norm == "layer")
-    same(kernel(*arguments), fused_ops.exit_predictor(*arguments))
+    same(kernel(*arguments), fused.exit_predictor(*arguments))
 
 
 def test_tensors_may_lie_anywhere(kernel):
     arguments = exit_case(rows=3, hidden=63, drafts=4, rank=4)
     hidden, lm_head, draft, previous = (arguments[i] for i in (0, 6, 9, 10))
-    expected = fused_ops.exit_predictor(*arguments)
+    expected = fused.exit_predictor(*arguments)
     wide = torch.full((6, 80), float("nan"))
     wide[::2, 5:68] = hidden
     arguments[0] = wide[::2, 5:68]
@@ -55,7 +55,7 @@ def test_what_is_not_finite_never_leaves(kernel, rank, bad):
     # every row would leave if it could
     arguments[15].fill_(-1.0)
     probability, _, _, exits = found = kernel(*arguments)
-    same(found[:2], fused_ops.exit_predictor(*arguments)[:2])
+    same(found[:2], fused.exit_predictor(*arguments)[:2])
     assert exits.tolist() == [True, False, True]
     assert probability.isnan().tolist() == [False, True, False]
 
@@ -64,7 +64,7 @@ def test_a_token_twice_in_the_draft_counts_twice(kernel):
     arguments = exit_case(rows=1, drafts=4)
     arguments[9][0] = arguments[9][0, 0]
     found = kernel(*arguments)
-    same(found, fused_ops.exit_predictor(*arguments))
+    same(found, fused.exit_predictor(*arguments))
     assert torch.allclose(found[1], torch.full((1, 4), 0.25))
 
 

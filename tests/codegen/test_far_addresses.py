@@ -6,7 +6,7 @@ import pytest
 import torch
 from kernel_cases import Case, exit_case, fill_case, same, verify_case
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 # between rows: the second begins past 2**30 elements, the fourth past 3 · 2**30
 APART = 2**30 + 64
@@ -32,7 +32,7 @@ def test_exit_predictor(interpreter, memory):
 
     arguments = exit_case(hidden=64, drafts=4, head="int8", vocabulary=4)
     arguments[9] = torch.tensor([[3, 0, 2, 3]], dtype=torch.int32)
-    expected = fused_ops.exit_predictor(*arguments)
+    expected = fused.exit_predictor(*arguments)
     arguments[6] = far(memory, arguments[6])
     same(exit_predictor(*arguments), expected)
 
@@ -42,7 +42,7 @@ def test_verify_head(interpreter, memory, rows):
     from eepass.codegen.kernels.verify_head import verify_head
 
     arguments = verify_case(rows, hidden=40, vocabulary=4, head="int8")
-    expected = fused_ops.verify_head(*arguments)
+    expected = fused.verify_head(*arguments)
     arguments[6] = far(memory, arguments[6])
     same(verify_head(*arguments), expected)
 
@@ -52,7 +52,7 @@ def test_draft_topk(interpreter, memory):
 
     case = Case()
     arguments = [case.random(2, 40), *case.head(4, 40, "int8"), None, 4, 1.0, 0.0]
-    expected = fused_ops.draft_topk(*arguments)
+    expected = fused.draft_topk(*arguments)
     arguments[1] = far(memory, arguments[1])
     same(draft_topk(*arguments), expected)
 
@@ -70,7 +70,7 @@ def test_fill_kv(interpreter, memory):
         found[argument] = [whole[32 * place :].as_strided((1, 4, 8), (8, APART, 1))]
         found[argument][0].zero_()
     fill_kv(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same([caches[0].contiguous()], [wanted[0][:, :4].contiguous()])
         assert caches[0][:, 3].ne(0).any() and not caches[0][:, :3].any()

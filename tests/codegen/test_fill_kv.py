@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import FILLS, fill_case, same
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def kernel(interpreter):
 def test_as_defined(kernel, case):
     found, expected = fill_case(**case), fill_case(**case)
     kernel(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     slots = found[13]
     for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same(caches, wanted)
@@ -54,7 +54,7 @@ def test_what_is_not_finite_stays_in_its_slot(kernel):
         arguments[0][1, 5] = float("nan")
         arguments[0][2, 5] = float("inf")
     kernel(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     same(found[9] + found[10], expected[9] + expected[10])
     for cache in (*found[9], *found[10]):
         undefined = cache.isnan().any(-1).any(0)
@@ -67,7 +67,7 @@ def test_tensors_may_lie_anywhere(kernel):
     found[11], found[12] = (turn.t().contiguous().t() for turn in found[11:13])
     found[13] = found[13].repeat_interleave(2)[::2]
     kernel(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     same(found[9] + found[10], expected[9] + expected[10])
 
 
@@ -78,7 +78,7 @@ def test_caches_within_a_larger_one(kernel):
     found[9] = [rest[0, :, :, 8:24], rest[1, :, :, 8:24]]
     found[10] = [torch.zeros(2, 20, 40)[:, :, 8:24] for _ in range(2)]
     kernel(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     same(found[9], expected[9])
     assert rest[..., :8].isnan().all() and rest[..., 24:].isnan().all()
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernel_cases import Case, exit_case, fill_case, same, verify_case
 
-import eepass.into_ops  # noqa: F401
-from eepass import fused_ops
+import eepass.ops.into  # noqa: F401
+from eepass.ops import fused
 
 
 def draft_case(rows=2):
@@ -29,9 +29,9 @@ each_operator = pytest.mark.parametrize("name", CASES)
 
 def buffers_of(name, arguments):
     """Outputs for the caller to give, full of what no kernel writes."""
-    from eepass.into_ops import OUTPUTS
+    from eepass.ops.into import OUTPUTS
 
-    values = getattr(fused_ops, name)(*arguments)
+    values = getattr(fused, name)(*arguments)
     made = [torch.empty(value.shape, dtype=value.dtype) for value in values]
     buffers = dict(zip(OUTPUTS[name], made, strict=True))
     for buffer in buffers.values():
@@ -101,7 +101,7 @@ def test_counters_are_ready_each_time(kernels, monkeypatch):
         same(buffers.values(), values)
 
 
-def test_rows_that_do_not_lie_in_one_piece_go_through_the_workspace(kernels):
+def test_rows_that_are_not_contiguous_go_through_the_workspace(kernels):
     arguments = exit_case(rows=3, hidden=40)
     arguments[0] = arguments[0].t().contiguous().t()
     arguments[9] = arguments[9].t().contiguous().t()
@@ -134,7 +134,7 @@ def test_keys_and_values_from_a_table(kernels):
     found, expected = fill_case(rows=2), fill_case(rows=2)
     table = pointer_table(*found[1:11])
     torch.ops.eepass.fill_kv.table(*found, table)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same(caches, wanted)
     # where it writes is what the table says
@@ -172,7 +172,7 @@ def test_kernels_are_what_runs_once_registered(interpreter, monkeypatch):
     torch.ops.eepass.exit_predictor(*arguments)
     assert [launch.name for launch in seen] == ["_exit_kernel"]
     register.unregister_kernels("CPU")
-    same(torch.ops.eepass.exit_predictor(*arguments), fused_ops.exit_predictor(*arguments))
+    same(torch.ops.eepass.exit_predictor(*arguments), fused.exit_predictor(*arguments))
     assert len(seen) == 1
 
 
@@ -192,4 +192,4 @@ def test_kernels_that_are_ready_are_taken_first(interpreter):
     found = torch.ops.eepass.exit_predictor(*arguments)
     register.unregister_kernels("CPU")
     assert ready.asked == ["_gate_kernel", "_exit_kernel"]
-    same(found, fused_ops.exit_predictor(*arguments))
+    same(found, fused.exit_predictor(*arguments))

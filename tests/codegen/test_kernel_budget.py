@@ -18,7 +18,7 @@ import json, sys, torch
 from dataclasses import replace
 from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
 from eepass.codegen.kernels.compile import compile_launch
-from eepass.plan import Channels, HeadChain, KvForm
+from eepass.kernel_forms import Channels, HeadChain, KvForm
 
 chain = HeadChain("rms", 1e-5, "norm", "", 0.0, "head", "")
 own = Channels(0, 128, 1)
@@ -63,13 +63,13 @@ import json, sys, torch
 from pathlib import Path
 sys.path.insert(0, "tests")
 from models import random_artifact, tiny_model
-from eepass.ahead_of_time import compile_split, ready_kernels
+from eepass.bundle.gpu_kernels import compile_split, ready_kernels
 from eepass.codegen.kernels.register import register_kernels
 from eepass.codegen.kernels.specialise import parameters_of
 from eepass.config import ExitConfig
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.pipeline import split_decoder
-from eepass.passes.read_kv_fill import read_kv_fill
+from eepass.passes.exits.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors, make_plan
 
@@ -96,19 +96,19 @@ register_kernels(ready, key="CPU")
 plan = make_plan(ExitConfig().approximate(0.98), artifact, 3)
 tensors = exit_tensors("default", artifact, split.tensors, split)
 tensors = {**split.tensors, **tensors, **plan.threshold_tensors()}
-def call(piece, *given):
+def call(segment, *given):
     values = iter(given)
-    piece.graph(*(tensors[r.name] if r.kind == "parameter" else next(values)
-                  for r in piece.inputs))
+    segment.graph(*(tensors[r.name] if r.kind == "parameter" else next(values)
+                  for r in segment.inputs))
 with torch.no_grad():
     for rows in (1, 4):
         fused = fuse_exit_predictor(split, plan, tensors, PassReport(), rows)
         hidden, k = torch.zeros(1, rows, split.hidden_size), plan.draft_tokens
         draft, chances = torch.zeros(rows, k, dtype=torch.long), torch.zeros(rows, k)
-        for piece in fused.predictors.values():
-            call(piece, hidden, draft, chances)
-        for piece in (fused.verify, fused.final):
-            call(piece, hidden, draft)
+        for segment in fused.predictors.values():
+            call(segment, hidden, draft, chances)
+        for segment in (fused.verify, fused.final):
+            call(segment, hidden, draft)
         call(fused.draft, hidden)
         form = read_kv_fill(split.kv_fills[1], split.tensors)
         get = split.tensors.__getitem__
@@ -161,7 +161,7 @@ def test_kernels_for_another_gpu_or_of_another_source_are_refused(written):
     refuse = """
 import json, sys
 from pathlib import Path
-from eepass.ahead_of_time import ready_kernels
+from eepass.bundle.gpu_kernels import ready_kernels
 from eepass.errors import InputError
 folder, index = Path(sys.argv[1]), Path(sys.argv[1]) / "kernels.json"
 def said(*arguments):

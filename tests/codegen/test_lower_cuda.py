@@ -1,4 +1,4 @@
-"""Pieces lowered for a GPU, on the CPU: the same path, the kernels in Triton's interpreter."""
+"""Segments lowered for a GPU, on the CPU: the same path, the kernels in Triton's interpreter."""
 
 from dataclasses import replace
 
@@ -9,13 +9,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.codegen.lower_cuda import CudaCompiler, is_fused
 from eepass.config import ExitConfig
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
-from eepass.passes.insert_predictors import insert_predictors
+from eepass.model import EarlyExitModel
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors, make_plan
 from eepass.runtime.sampling import Sampling
-from eepass.transformation import EarlyExitModel
 
 APPROXIMATE = ExitConfig(speculate="off").approximate(0.98)
 PROMPT = [5, 9, 40, 5, 9, 77]
@@ -50,16 +50,16 @@ def uncompiled(graph, examples):
     return eager_compile(graph, "", examples)
 
 
-def fused_pieces(split, plan, tensors, report, rows=1):
-    """``insert_predictors``' pieces, each predictor one kernel where it can be."""
-    pieces = insert_predictors(split, plan, tensors, PassReport(), rows)
+def fused_segments(split, plan, tensors, report, rows=1):
+    """``insert_predictors``' segments, each predictor one kernel where it can be."""
+    segments = insert_predictors(split, plan, tensors, PassReport(), rows)
     fused = fuse_exit_predictor(split, plan, tensors, report, rows)
-    return pieces if fused is None else replace(pieces, predictors=fused.predictors)
+    return segments if fused is None else replace(segments, predictors=fused.predictors)
 
 
-def early_exits(splits, artifact, compiler, pieces):
+def early_exits(splits, artifact, compiler, segments):
     ready = EarlyExitModel(
-        splits, PassReport(), frozenset(), artifact, compiler=compiler, pieces_for=pieces
+        splits, PassReport(), frozenset(), artifact, compiler=compiler, segments_for=segments
     )
     ready.configure(APPROXIMATE)
     return ready
@@ -75,11 +75,11 @@ def generate(ready):
 def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels, monkeypatch):
     report, seen = PassReport(), []
 
-    def pieces(config, plan, tensors, rows):
-        return fused_pieces(splits[1], plan, tensors, report, rows)
+    def segments(config, plan, tensors, rows):
+        return fused_segments(splits[1], plan, tensors, report, rows)
 
     compiler = CudaCompiler(uncompiled)
-    ready = early_exits(splits, artifact, compiler, pieces)
+    ready = early_exits(splits, artifact, compiler, segments)
     from eepass.codegen.kernels import register
 
     run = register.run
@@ -100,7 +100,7 @@ def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels,
     assert len(compiler.report["fused"]) >= 2 and not compiler.report["as traced"]
 
 
-def test_fused_pieces_decide_verify_and_draft_as_the_eager_ones(splits, artifact, kernels):
+def test_fused_segments_decide_verify_and_draft_as_the_eager_ones(splits, artifact, kernels):
     split, plan = splits[1], make_plan(APPROXIMATE, artifact, 4)
     tensors = exit_tensors("default", artifact, split.tensors, split)
     tensors = {**split.tensors, **tensors, **plan.threshold_tensors()}
@@ -108,15 +108,17 @@ def test_fused_pieces_decide_verify_and_draft_as_the_eager_ones(splits, artifact
     compiler, decided = CudaCompiler(), []
     torch.manual_seed(0)
 
-    def both(piece, *given):
+    def both(segment, *given):
         values = iter(given)
-        inputs = [tensors[r.name] if r.kind == "parameter" else next(values) for r in piece.inputs]
+        inputs = [
+            tensors[r.name] if r.kind == "parameter" else next(values) for r in segment.inputs
+        ]
         with torch.no_grad():
-            found = compiler(piece.graph, piece.structure, inputs)(list(inputs))
+            found = compiler(segment.graph, segment.structure, inputs)(list(inputs))
             from eepass.codegen.kernels.register import register_kernels, unregister_kernels
 
             unregister_kernels("CPU")
-            expected = piece.graph(*inputs)
+            expected = segment.graph(*inputs)
             register_kernels(key="CPU")
         return found, expected
 
@@ -128,8 +130,8 @@ def test_fused_pieces_decide_verify_and_draft_as_the_eager_ones(splits, artifact
             assert torch.equal(found[3], expected[3])
             torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=1e-5)
             decided += found[3].tolist()
-        for piece in (fused.verify, fused.final):
-            found, expected = both(piece, hidden, drafts)
+        for segment in (fused.verify, fused.final):
+            found, expected = both(segment, hidden, drafts)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         found, expected = both(fused.draft, hidden)
         assert torch.equal(found[1], expected[1])
@@ -188,7 +190,7 @@ def test_what_inductor_cannot_do_runs_as_traced_with_its_reason(splits):
 
 
 def test_a_segment_goes_through_inductor(splits):
-    """The inner compiler for real, on one small piece."""
+    """The inner compiler for real, on one small segment."""
     compiler, head = CudaCompiler(), splits[1].head.norm
     inputs = [
         torch.randn(1, 1, 64) if r.kind == "hidden" else splits[1].tensors[r.name].detach()

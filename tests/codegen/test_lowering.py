@@ -1,4 +1,4 @@
-"""Lowered pieces give what the traced ones give, through the operators that make them fast."""
+"""Lowered segments give what the traced ones give, through the operators that make them fast."""
 
 import copy
 
@@ -12,11 +12,11 @@ from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.passes.pipeline import split_decoder
 
 
-def real_inputs(piece, split):
+def real_inputs(segment, split):
     torch.manual_seed(0)
     inputs = []
     for node, role in zip(
-        piece.graph.graph.find_nodes(op="placeholder"), piece.inputs, strict=True
+        segment.graph.graph.find_nodes(op="placeholder"), segment.inputs, strict=True
     ):
         value = node.meta["val"]
         if role.kind == "parameter":

@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import exit_case, same
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 PATHS = torch.tensor([[0, -1, -1], [0, 1, 3], [2, -1, -1], [-1, -1, -1]])
 
@@ -29,7 +29,7 @@ def arguments_of(**case):
 def test_as_defined(kernel, case):
     arguments = arguments_of(**case)
     found = kernel(*arguments)
-    same(found, fused_ops.path_predictor(*arguments))
+    same(found, fused.path_predictor(*arguments))
     path, node, _, _, exits = found
     # a path leaves with its last node, one without nodes never
     assert path.tolist() == [node[0], node[[0, 1, 3]].min(), node[2], 0.0]
@@ -44,7 +44,7 @@ def test_a_path_with_an_undefined_node_stays(kernel):
     arguments[0][3] = float("nan")
     arguments[15].fill_(-1.0)
     found = kernel(*arguments)
-    same(found, fused_ops.path_predictor(*arguments))
+    same(found, fused.path_predictor(*arguments))
     assert found[4].tolist() == [True, False, True, True]
 
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from eepass import ops, quantized_ops
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_quantized import lower_quantized, lower_quantized_logits
-from eepass.quantized_ops import dequantize, pack_int4, unpack_int4
+from eepass.ops import exits as exit_ops
+from eepass.ops import quantized
+from eepass.ops.quantized import dequantize, pack_int4, unpack_int4
 
 eager = torch.ops.eepass
 
@@ -95,7 +96,7 @@ def test_inputs_rounded_to_integers(rows):
     codes, scales, _ = weight("int8, a scale a row")
     bias = torch.randn(37)
     found = eager.quantized_logits(x, codes, scales, None, bias, True)
-    expected = quantized_ops.dynamic_logits(x, codes, scales, bias)
+    expected = quantized.dynamic_logits(x, codes, scales, bias)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
     # and it is not what unrounded inputs give
     assert (found - eager.quantized_logits(x, codes, scales, None, bias, False)).abs().max() > 1e-2
@@ -125,7 +126,7 @@ def test_only_the_rows_drafted_are_read(form):
     codes, scales, mins = weight(form)
     z, ids = torch.randn(2, 256).bfloat16(), torch.tensor([[3, 30], [3, 7]])
     values = dequantize(codes, scales, mins, torch.bfloat16)
-    expected = ops.draft_logits(z, values, None, ids)
+    expected = exit_ops.draft_logits(z, values, None, ids)
     others = torch.ones(37, dtype=torch.bool)
     others[ids.flatten()] = False
     scales[others] = float("nan")

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eepass import ops
 from eepass.codegen.cpu.native import load_kernels
+from eepass.ops import rows as row_ops
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
@@ -45,7 +45,7 @@ def test_logits_rows_are_not_rounded(dtype, rows):
     z, head, bias = (torch.randn(*s).to(dtype) for s in ((rows, 100), (333, 100), (333,)))
     found = torch.ops.eepass.logits_rows(z, head, bias)
     assert found.dtype == torch.float32
-    close(found, ops.logits_rows(z, head, bias), torch.float32)
+    close(found, row_ops.logits_rows(z, head, bias), torch.float32)
 
 
 def test_a_row_has_the_same_bits_alone_and_with_others():
@@ -71,7 +71,7 @@ def test_attend_rows(dtype, rows, width):
         mask[row, 40 + row :] = torch.finfo(dtype).min
         mask[row, :5] = torch.finfo(dtype).min
     found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.3)
-    close(found, ops.attend_rows(q, k, v, mask, 0.3), dtype)
+    close(found, row_ops.attend_rows(q, k, v, mask, 0.3), dtype)
 
 
 @dtypes
@@ -89,7 +89,7 @@ def test_masks_with_holes(dtype, rows, heads, width):
     forbidden[:, 50] = False
     mask = torch.zeros(rows, 130, dtype=dtype).masked_fill(forbidden, torch.finfo(dtype).min)
     found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.3)
-    close(found, ops.attend_rows(q, k, v, mask, 0.3), dtype)
+    close(found, row_ops.attend_rows(q, k, v, mask, 0.3), dtype)
     for row in {0, rows - 1}:
         # rubbish in slots a row must not see leaves its bits alone, and so do other rows
         rubbish = forbidden[row, :, None] * 1e4

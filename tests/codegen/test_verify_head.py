@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernel_cases import VERIFIES, Case, same, verify_case
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def rounded(case):
 @pytest.mark.parametrize("case", VERIFIES.values(), ids=VERIFIES.keys())
 def test_as_defined(kernel, case):
     arguments = verify_case(**case)
-    expected = fused_ops.verify_head(*arguments)
+    expected = fused.verify_head(*arguments)
     assert expected[1][0]
     same(kernel(*arguments), expected, rounded(case))
 
@@ -33,7 +33,7 @@ def test_large_vocabularies(kernel, monkeypatch, rows, vocabulary):
     # the interpreter takes its time for each program
     monkeypatch.setattr(verify_head, "TOKENS", 4096 if vocabulary < 10**5 else 16384)
     arguments = verify_case(rows, hidden=24, vocabulary=vocabulary)
-    same(kernel(*arguments), fused_ops.verify_head(*arguments))
+    same(kernel(*arguments), fused.verify_head(*arguments))
 
 
 @pytest.mark.parametrize("rows", (1, 3))
@@ -43,7 +43,7 @@ def test_of_equal_logits_the_first_wins(kernel, rows):
     arguments[6][40] = arguments[6][77] = arguments[6][99] = arguments[0][0].sign()
     token, _, logits = kernel(*arguments)
     assert token[0] in (40, 0) and logits[0, 40] == logits[0, 99]
-    assert torch.equal(token, fused_ops.verify_head(*arguments)[0])
+    assert torch.equal(token, fused.verify_head(*arguments)[0])
     arguments[6][:] = -0.0
     arguments[6][5:] = 0.0
     assert kernel(*arguments)[0].tolist() == [0] * rows
@@ -52,7 +52,7 @@ def test_of_equal_logits_the_first_wins(kernel, rows):
 def test_a_nan_with_a_sign_is_a_nan(kernel):
     arguments = verify_case(rows=1, hidden=32, vocabulary=100)
     arguments[6][60] = torch.tensor([0xFFC00000 - 2**32], dtype=torch.int32).view(torch.float32)
-    assert kernel(*arguments)[0].item() == fused_ops.verify_head(*arguments)[0].item() == 60
+    assert kernel(*arguments)[0].item() == fused.verify_head(*arguments)[0].item() == 60
 
 
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
@@ -60,18 +60,18 @@ def test_what_is_not_finite(kernel, bad):
     arguments = verify_case(rows=2, hidden=32, vocabulary=100)
     arguments[6][60, 3] = bad
     arguments[6][80, 3] = bad
-    found, expected = kernel(*arguments), fused_ops.verify_head(*arguments)
+    found, expected = kernel(*arguments), fused.verify_head(*arguments)
     same(found, expected)
     arguments[0][1, 0] = bad
     token, known, _ = kernel(*arguments)
     assert torch.equal(token[:1], expected[0][:1]) and 0 <= token[1] < 100
-    assert token[1] == fused_ops.verify_head(*arguments)[0][1]
+    assert token[1] == fused.verify_head(*arguments)[0][1]
     assert known[1] == (token[1] == arguments[10][1]).any()
 
 
 def test_a_token_twice_in_the_draft_is_there(kernel):
     arguments = verify_case(rows=2, hidden=32, vocabulary=100)
-    token = fused_ops.verify_head(*arguments)[0]
+    token = fused.verify_head(*arguments)[0]
     arguments[10][0] = token[0]
     arguments[10][1] = (token[1] + 1) % 100
     assert kernel(*arguments)[1].tolist() == [True, False]
@@ -79,7 +79,7 @@ def test_a_token_twice_in_the_draft_is_there(kernel):
 
 def test_tensors_may_lie_anywhere(kernel):
     arguments = verify_case(rows=2, hidden=32, vocabulary=100)
-    expected = fused_ops.verify_head(*arguments)
+    expected = fused.verify_head(*arguments)
     arguments[0] = arguments[0].t().contiguous().t()
     arguments[10] = arguments[10].t().contiguous().t()
     wide = torch.full((100, 50), float("nan"))

@@ -7,9 +7,9 @@ import torch
 from models import random_artifact, tiny_model
 from safetensors.torch import load_file, save_file
 
-from eepass.artifact import fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import fingerprint, load_artifact, refuse_other_model
 from eepass.errors import InputError
-from eepass.transformation import transform
+from eepass.model import transform
 
 
 @pytest.fixture

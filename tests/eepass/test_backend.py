@@ -12,8 +12,8 @@ from models import random_artifact, tiny_model
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
-from eepass import backend
 from eepass.errors import InputError
+from eepass.torch_compile import backend
 
 DEPTH = 6
 IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])

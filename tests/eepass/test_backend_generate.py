@@ -12,7 +12,7 @@ from caller import Seen
 from models import VOCABULARY, random_artifact, tiny_model
 from transformers import CompileConfig, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
-from eepass.backend import specee
+from eepass.torch_compile.backend import specee
 
 ROOT = Path(__file__).parents[2]
 NEW = 10

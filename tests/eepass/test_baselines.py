@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eepass.baselines import LlamaCpp
+from eepass.benchmark.baselines import LlamaCpp
 from eepass.errors import InputError
 
 

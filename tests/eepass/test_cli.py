@@ -132,7 +132,7 @@ def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_what_was_done(folder, prompts, tmp_path, monkeypatch):
-    from eepass.training import boundaries
+    from eepass.training import hidden_states as boundaries
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -141,7 +141,7 @@ def test_a_full_disk_keeps_what_was_done(folder, prompts, tmp_path, monkeypatch)
     command = ("train", folder, "--out", out, "--prompts", prompts, "--tokens", 9000,
                "--dtype", "fp32", "--max-length", 256)  # fmt: skip
     with monkeypatch.context() as patched:
-        patched.setattr(boundaries, "save_file", full)
+        patched.setattr(files, "save_file", full)
         assert "No space left" in refused(*command)[-400:]
     assert not list((out / "checkpoint" / "shards").glob("*.safetensors"))
     assert (out / "checkpoint" / "answers.jsonl").stat().st_size > 0

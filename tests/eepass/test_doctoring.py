@@ -109,7 +109,7 @@ def test_no_torch_at_all(monkeypatch):
 
 
 def test_no_weights_and_no_place_to_write(monkeypatch, tmp_path):
-    from eepass import models
+    from eepass.checkpoints import models
 
     monkeypatch.setattr(models.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(doctoring.os, "access", lambda *a: False)

@@ -19,11 +19,11 @@ from transformers import (
 )
 
 import eepass
-from eepass import preparing
-from eepass.artifact import found_artifact
+from eepass.checkpoints.artifact import found_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.preparing import in_use
+from eepass.hf import prepared
+from eepass.hf.prepared import in_use
 
 PROMPT = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 5, 6, 7]])
 BATCH = torch.tensor([[0, 0, 0, 5, 6, 7], [9, 10, 11, 12, 13, 14], [0, 0, 0, 0, 0, 77]])
@@ -435,7 +435,7 @@ def test_the_cache_grows_unless_its_length_was_asked_for(caplog, monkeypatch):
         asked.append(max_length)
         return SimpleNamespace(decoder=SimpleNamespace(longest=max_length))
 
-    monkeypatch.setattr(preparing, "transform", transform)
+    monkeypatch.setattr(prepared, "transform", transform)
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=6000)
     for length in (10, 1024, 1025, 600, 5000):
         with in_use(model, length) as transformed:

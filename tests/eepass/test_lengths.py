@@ -7,14 +7,14 @@ import torch
 from models import tiny_model
 
 import eepass
-from eepass.console import LiveAnswer
+from eepass.benchmark.quality import by_position
+from eepass.cli.console import LiveAnswer
 from eepass.errors import InputError
-from eepass.passes.decode_step import known_positions
-from eepass.preparing import refuse_length
-from eepass.quality import by_position
-from eepass.runtime.batch import Request, decode_batch
+from eepass.hf.prepared import refuse_length
+from eepass.passes.trace.decode_step import known_positions
+from eepass.runtime.engine.batch import Request, decode_batch
+from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import Sampling
-from eepass.runtime.sequence import Step
 
 
 def test_what_a_model_knows():
@@ -63,9 +63,9 @@ def test_more_than_the_cache_was_made_for(transformed):
 
 
 def test_agreement_by_position():
-    steps = [Step(7, 10) for _ in range(40)]
+    steps = [DecodedToken(7, 10) for _ in range(40)]
     dense = [7] * 20 + [8] * 20
-    found = by_position([(steps, dense), ([Step(7, 4)] * 3, [7] * 3)])
+    found = by_position([(steps, dense), ([DecodedToken(7, 4)] * 3, [7] * 3)])
     assert [(s["first"], s["last"], s["tokens"]) for s in found] == [
         (2, 15, 17), (16, 31, 16), (32, 63, 10),
     ]  # fmt: skip

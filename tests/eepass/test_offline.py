@@ -14,11 +14,11 @@ from transformers import PreTrainedTokenizerFast
 from witness import finish, start
 
 import eepass
-from eepass import manifest, offline, signing
+from eepass.bundle import manifest, signing, write
+from eepass.bundle.write import write_folder
 from eepass.codegen.cuda.stored_kernels import best_folder, read_kernels, write_kernels
 from eepass.errors import InputError
-from eepass.offline import write_folder
-from eepass.runtime.side_inputs import Row
+from eepass.runtime.decoder.side_inputs import Row
 
 PROMPT = "w5 w9 w40 w5 w9"
 LENGTH = 64
@@ -54,8 +54,8 @@ def folder(original, tmp_path_factory):
     path = tmp_path_factory.mktemp("out") / "folder"
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         # here Triton interprets, and compiles nothing (tests/codegen/test_kernel_budget.py does)
-        patch.setattr(offline, "capability_of", lambda target, option: 90)
-        patch.setattr(offline, "compile_split", kernels_of_nothing)
+        patch.setattr(write, "capability_of", lambda target, option: 90)
+        patch.setattr(write, "compile_split", kernels_of_nothing)
         write_folder(
             eepass.load(str(original), "fp32"), path, rows=(1,), max_length=LENGTH, gpus=["sm_90"]
         )
@@ -157,11 +157,11 @@ def test_public_names(folder):
 
 
 @pytest.mark.parametrize(
-    "name", ("model.safetensors", "graphs.json", "tokenizer.json", "code/kernels.so", "a piece")
+    "name", ("model.safetensors", "graphs.json", "tokenizer.json", "code/kernels.so", "a segment")
 )
 @pytest.mark.parametrize("how", ("altered", "cut", "missing"))
 def test_a_file_that_does_not_fit_is_named(copied, name, how):
-    if name == "a piece":
+    if name == "a segment":
         name = next(
             str(p.relative_to(copied)) for p in copied.glob("code/*.so") if len(p.stem) == 16
         )

@@ -12,10 +12,10 @@ import torch
 from command_line import refused, run
 from models import eager_compile, random_artifact, tiny_model, tiny_tokenizer
 
+from eepass.checkpoints.models import LoadedModel
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.models import LoadedModel
-from eepass.transformation import EarlyExitModel, split_model
+from eepass.model import EarlyExitModel, split_model
 
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
@@ -32,7 +32,7 @@ class Exported:
     """A tiny model in the engine, uncompiled, and exported; made when first asked for."""
 
     def __init__(self, family, folder):
-        from eepass.onnx_export import export_onnx, propagating
+        from eepass.onnx.export import export_onnx, propagating
 
         self.model = tiny_model(family, **SIZES.get(family, {}))
         self.config = propagating()
@@ -51,7 +51,7 @@ class Exported:
 
     @property
     def decoder(self):
-        from eepass.onnx_runtime import OnnxDecoder
+        from eepass.onnx.runtime import OnnxDecoder
 
         return OnnxDecoder(self.folder / "decode.onnx", threads=1)
 
@@ -166,9 +166,9 @@ def test_an_exit_skips_the_layers_behind_it(exported, tmp_path):
 
 def test_the_chain_is_flat_and_of_standard_operators(exported):
     both = exported()
-    from eepass import onnx_inspect
+    from eepass.onnx import inspect
 
-    found = onnx_inspect.describe(both.folder / "decode.onnx")
+    found = inspect.describe(both.folder / "decode.onnx")
     # layers, the draft, predictor and verification at each exit, the head
     assert found["conditions"] == 8 + 1 + 2 * 7 + 1
     assert found["nested"] == 0
@@ -259,7 +259,7 @@ def test_what_is_wrong_is_said_in_one_line(exported, tmp_path, monkeypatch):
 
 
 def test_what_cannot_be_exported_is_refused_with_the_reason(exported, tmp_path):
-    from eepass.onnx_export import export_onnx
+    from eepass.onnx.export import export_onnx
 
     both = exported()
     bare = LoadedModel("tiny", both.model, tiny_tokenizer(), None)

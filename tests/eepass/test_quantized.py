@@ -11,14 +11,19 @@ from models import VOCABULARY, ForcedExits, random_artifact, tiny_model, tiny_to
 from safetensors.torch import load_file
 
 import eepass
-from eepass.artifact import fingerprint
+from eepass.checkpoints.artifact import fingerprint
+from eepass.checkpoints.quantized_weights import (
+    QuantizedLinear,
+    described,
+    four_bit,
+    quantized_layers,
+)
+from eepass.checkpoints.read_gguf import READERS, kept_weights
+from eepass.checkpoints.read_torchao import quantize, read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.quantized_weights import QuantizedLinear, described, four_bit, quantized_layers
-from eepass.read_gguf import READERS, kept_weights
-from eepass.read_torchao import quantize, read_quantized
-from eepass.runtime.engine import Engine, Options
-from eepass.transformation import transform
+from eepass.model import transform
+from eepass.runtime.engine.engine import Engine, Options
 
 ao = pytest.importorskip("torchao.quantization")
 gguf = pytest.importorskip("gguf")
@@ -188,8 +193,8 @@ def test_hot_rows_and_drafts_read_the_quantised_head(quantised):
     assert exits is not None
     every = model.decoder.logits
     assert every is not None
-    pieces = model.pieces_for(ExitConfig(), model.plan, {**model.decoder.tensors, **tensors}, 1)
-    (logits,) = model.decoder.bind(pieces.verify, tensors, [z])(z)
+    segments = model.segments_for(ExitConfig(), model.plan, {**model.decoder.tensors, **tensors}, 1)
+    (logits,) = model.decoder.bind(segments.verify, tensors, [z])(z)
     whole = torch.ops.eepass.quantized_logits(
         z[0], layer.codes, layer.scales, layer.mins, None, layer.dynamic
     )
@@ -283,7 +288,7 @@ def test_a_file_is_kept_row_by_row(tmp_path):
     assert kept.keys() == {
         "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj",
     }  # fmt: skip
-    from eepass.quantized_weights import replace_linears
+    from eepass.checkpoints.quantized_weights import replace_linears
 
     replace_linears(model, kept)
     assert torch.equal(model(ids).logits, expected)
@@ -300,8 +305,8 @@ def test_rows_that_do_not_divide_take_a_byte_a_code():
 
 def test_thresholds_found_anew(quantised, tmp_path):
     _, original = quantised
-    from eepass.models import LoadedModel
-    from eepass.training.recalibration import calibrate
+    from eepass.checkpoints.models import LoadedModel
+    from eepass.training.recalibrate import calibrate
 
     other = random_artifact(tiny_model("llama", intermediate_size=128))
     tokenizer = tiny_tokenizer()
@@ -363,7 +368,7 @@ def test_a_transformed_folder_holds_codes_once(tmp_path, monkeypatch):
 
 
 def test_where_no_kernel_reads_codes_they_are_not_kept(monkeypatch):
-    from eepass import models
+    from eepass.checkpoints import models
 
     assert models._no_kernels(small()) == ""
     assert "bf16" in models._no_kernels(small().float())

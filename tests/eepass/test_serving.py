@@ -11,9 +11,9 @@ from models import tiny_model, tiny_tokenizer
 from transformers.cli.serving.utils import DirectStreamer
 
 import eepass
+from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
-from eepass.models import LoadedModel
-from eepass.preparing import in_use
+from eepass.hf.prepared import in_use
 
 openai = pytest.importorskip("openai", reason="the extra 'serve' is not installed")
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")

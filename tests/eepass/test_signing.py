@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from eepass import signing
+from eepass.bundle import signing
 from eepass.errors import InputError
 
 

@@ -6,13 +6,12 @@ from models import eager_compile, random_artifact, tiny_model
 
 import eepass
 from eepass.config import ExitConfig
-from eepass.errors import InputError
+from eepass.errors import EngineError, InputError
+from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
-from eepass.runtime.acceptance import EngineError
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.step.launching import choose
 from eepass.step_model import StepModel
-from eepass.transformation import EarlyExitModel
 
 PROMPT = [5, 9, 44, 7, 8]
 CPU = torch.device("cpu")

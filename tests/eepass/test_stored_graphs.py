@@ -6,10 +6,10 @@ import operator
 import pytest
 import torch
 
-from eepass.plan import Input, Piece
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.side_inputs import Row
-from eepass.stored_graphs import GraphReader, GraphWriter, NotStorable
+from eepass.bundle.stored_graphs import GraphReader, GraphWriter, NotStorable
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.side_inputs import Row
+from eepass.segments import Input, Segment
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def read_back(llama_splits):
     return {split["rows"]: reader.split(split, tensors) for split in data["splits"]}
 
 
-def test_pieces_are_the_same(llama_splits, read_back):
+def test_segments_are_the_same(llama_splits, read_back):
     assert sorted(read_back) == sorted(llama_splits)
     for rows, split in llama_splits.items():
         other = read_back[rows]
@@ -55,12 +55,12 @@ def test_they_decode_to_the_same_bits(llama_splits, read_back):
         assert torch.equal(one, two)
 
 
-def _piece(build):
+def _segment(build):
     graph = torch.fx.Graph()
     x = graph.placeholder("x")
     graph.output(build(graph, x))
     module = torch.fx.GraphModule(torch.nn.Module(), graph)
-    return Piece(module, (Input("hidden", "hidden"),), "s")
+    return Segment(module, (Input("hidden", "hidden"),), "s")
 
 
 def test_code_of_others_is_not_written_and_not_read():
@@ -68,15 +68,15 @@ def test_code_of_others_is_not_written_and_not_read():
     with pytest.raises(NotStorable, match="system"):
         import os
 
-        writer.piece(_piece(lambda graph, x: graph.call_function(os.system, ("true",))))
+        writer.segment(_segment(lambda graph, x: graph.call_function(os.system, ("true",))))
     with pytest.raises(NotStorable, match="complex"):
-        writer.piece(_piece(lambda graph, x: graph.call_function(operator.getitem, (x, 1j))))
-    good = writer.piece(_piece(lambda graph, x: graph.call_function(operator.getitem, (x, 0))))
-    assert GraphReader(writer.graphs).piece(good).graph([7, 8]) == 7
+        writer.segment(_segment(lambda graph, x: graph.call_function(operator.getitem, (x, 1j))))
+    good = writer.segment(_segment(lambda graph, x: graph.call_function(operator.getitem, (x, 0))))
+    assert GraphReader(writer.graphs).segment(good).graph([7, 8]) == 7
     for change in (
         {"op": "placeholder", "name": "x): __import__('os').system('true') #"},
         {"op": "call_function", "target": "os.system.default"},
     ):
         entry = {"args": [], "kwargs": {}, "val": None, **change}
         with pytest.raises(NotStorable):
-            GraphReader({"s": [entry]}).piece(good)
+            GraphReader({"s": [entry]}).segment(good)

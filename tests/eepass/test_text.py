@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.errors import InputError
-from eepass.text import FolderTokenizer
 
 TEMPLATE = """{{ bos_token }}
 {%- for message in messages %}

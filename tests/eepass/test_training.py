@@ -7,18 +7,18 @@ import torch
 from models import VOCABULARY, tiny_model
 
 import eepass
-from eepass import ops
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.runtime.drafts import NgramDraft
+from eepass.ops import exits as exit_ops
+from eepass.runtime.drafting.drafts import NgramDraft
 from eepass.training import draft_head
-from eepass.training.boundaries import BoundaryStore, dense_argmax
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of
-from eepass.training.door import _own_prompts
 from eepass.training.draft_head import fit_draft_head
+from eepass.training.hidden_states import HiddenStateStore, dense_argmax
 from eepass.training.predictors import ExitViews, fit_predictors, scores
-from eepass.training.run import Trainer
+from eepass.training.train import _own_prompts
+from eepass.training.trainer import Trainer
 from eepass.training.translators import fit_translator
 from eepass.training.unrolling import Lines, draft_hits
 
@@ -82,7 +82,7 @@ def test_a_translator_learns_a_rotation():
     turn = torch.linalg.qr(torch.randn(16, 16)).Q
     hot = torch.randn(40, 16)
     fitted = fit_translator(z @ turn, z, lambda x: x, hot, lambda n: None, rank=16, passes=40)
-    moved = ops.translate(z @ turn, *fitted.values())
+    moved = exit_ops.translate(z @ turn, *fitted.values())
     agrees = ((moved @ hot.T).argmax(-1) == (z @ hot.T).argmax(-1)).float().mean()
     before = (((z @ turn) @ hot.T).argmax(-1) == (z @ hot.T).argmax(-1)).float().mean()
     assert before < 0.1 and agrees > 0.3
@@ -218,11 +218,11 @@ def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
 
 
 def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
-    store = BoundaryStore(tmp_path, (1,))
+    store = HiddenStateStore(tmp_path, (1,))
     store.add("fit", {"token": torch.zeros(3)})
     store.flush(2)
     (tmp_path / ".fit-0000009.safetensors.part").write_bytes(b"half")
-    store = BoundaryStore(tmp_path, (1,))
+    store = HiddenStateStore(tmp_path, (1,))
     assert store.examples_done == 2 and len(store.read("fit", "token")) == 3
     assert json.loads((tmp_path / "done.json").read_text()) == {"examples": 2}
 

@@ -5,7 +5,7 @@ import torch
 from caller import Seen, cache_for, decode, prefill
 
 from eepass import load
-from eepass.backend import specee
+from eepass.torch_compile.backend import specee
 
 NEW = 96
 

@@ -6,28 +6,28 @@ from dataclasses import replace
 
 import pytest
 import torch
+from families import check
+from families import reference as checks
+from families.check import SLOTS, check_family
+from families.reference import CutModel, dense_error, exit_error, memory_error
+from families.run import app
+from families.table import FAMILIES, tiny_model
+from models import eager_compile
 from typer.testing import CliRunner
 
-from eepass import families, family_checks
-from eepass.cli import app
 from eepass.config import ExitConfig
-from eepass.errors import InputError
-from eepass.families import SLOTS, check_family, run_graph
-from eepass.family_checks import CutModel, dense_error, exit_error, memory_error
-from eepass.family_table import FAMILIES, tiny_model
+from eepass.errors import EngineError, InputError, PassError
+from eepass.masks import causal_mask
+from eepass.model import transform
 from eepass.passes.pipeline import split_decoder, split_for_rows
-from eepass.passes.report import PassError
-from eepass.plan import causal_mask
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.engine import Engine, Options
-from eepass.runtime.stepwise import StepwiseDecoder
-from eepass.transformation import transform
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.stepwise import StepwiseDecoder
+from eepass.runtime.engine.engine import Engine, Options
 
 COMPILED = ("llama", "gemma3", "deepseek_v3", "gpt_oss", "falcon, alibi", "qwen3_next")
 
 
-@pytest.mark.parametrize("family", families.names())
+@pytest.mark.parametrize("family", check.names())
 def test_a_family(family):
     outcome = check_family(family, "graph")
     refused = FAMILIES[family].refused if family in FAMILIES else ""
@@ -44,7 +44,7 @@ def test_a_compiled_family(family):
 def decoder_of(family):
     model = tiny_model(FAMILIES[family])
     split = split_decoder(model, 1, SLOTS)[0]
-    return StepwiseDecoder(split, run_graph), CutModel(model, FAMILIES[family].layers)
+    return StepwiseDecoder(split, eager_compile), CutModel(model, FAMILIES[family].layers)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,7 @@ def test_a_reference_cut_elsewhere_is_noticed(llama_pair):
 def test_tokens_left_behind_are_noticed(pair, request, monkeypatch):
     decoder, reference = request.getfixturevalue(pair)
     monkeypatch.setattr(
-        family_checks, "Options", lambda *rest: replace(Options(*rest), kv_policy="propagate")
+        checks, "Options", lambda *rest: replace(Options(*rest), kv_policy="propagate")
     )
     assert exit_error(decoder, reference) > 1e-3
 
@@ -81,15 +81,15 @@ def test_a_state_not_written_is_noticed(hybrid_pair, monkeypatch):
     assert dense_error(decoder, reference) < 1e-5
     name = next(name for name in decoder.kv.states if name.endswith(".1"))
     decoder.kv.allocate(8)
-    kept = reference(family_checks.TEXT, decoder.num_layers)[1]
+    kept = reference(checks.TEXT, decoder.num_layers)[1]
     decoder.kv.release(0)
     assert decoder.kv.states[name].abs().sum() == 0
-    assert memory_error(decoder, kept, len(family_checks.TEXT)) > 1e-3
+    assert memory_error(decoder, kept, len(checks.TEXT)) > 1e-3
 
 
 def test_recurrent_states_start_anew_and_serve_one_sequence(hybrid_pair):
     decoder, _ = hybrid_pair
-    prompt = family_checks.TEXT[:5]
+    prompt = checks.TEXT[:5]
     first = list(Engine(decoder).generate(prompt, 6))
     list(Engine(decoder).generate([9, 9, 9, 9], 6))
     engine = Engine(decoder)
@@ -103,9 +103,9 @@ def test_recurrent_states_start_anew_and_serve_one_sequence(hybrid_pair):
 def test_recurrent_states_take_no_guesses():
     model = transform(tiny_model(FAMILIES["lfm2"]), max_length=64)
     assert model.config == replace(model.config, exits=False, speculate="off")
-    said = [step.token for step in model.stream(family_checks.TEXT[:4], 5)]
+    said = [step.token for step in model.stream(checks.TEXT[:4], 5)]
     reference = CutModel(tiny_model(FAMILIES["lfm2"]), 3)
-    ids = family_checks.TEXT[:4]
+    ids = checks.TEXT[:4]
     for token in said:
         assert token == int(reference(ids, 3)[0][-1].argmax())
         ids = [*ids, token]
@@ -128,7 +128,7 @@ def alibi():
     family = FAMILIES["falcon, alibi"]
     model = tiny_model(replace(family, options={**family.options, "vocab_size": VOCABULARY}))
     splits, _ = split_for_rows(model, 64, (1, 4), 8)
-    return Decoder(splits, run_graph), model
+    return Decoder(splits, eager_compile), model
 
 
 def test_a_tree_with_biases_by_distance(alibi):
@@ -161,7 +161,7 @@ def test_a_window_of_chunks():
 def test_the_command_writes_its_table(tmp_path):
     file, docs = tmp_path / "out.json", tmp_path / "docs" / "families.md"
     result = CliRunner().invoke(
-        app, ["families", "plain torch.nn", "t5", "--json", str(file), "--docs", str(docs)]
+        app, ["plain torch.nn", "t5", "--json", str(file), "--docs", str(docs)]
     )
     assert result.exit_code == 0, result.output
     found = json.loads(file.read_text())["families"]
@@ -173,6 +173,6 @@ def test_the_command_writes_its_table(tmp_path):
 
 def test_an_unknown_family_is_named():
     with pytest.raises(InputError, match="unknown family 'llamma'"):
-        families.check_families(["llamma"], "graph")
-    result = CliRunner().invoke(app, ["families", "--compiler", "gcc"])
+        check.check_families(["llamma"], "graph")
+    result = CliRunner().invoke(app, ["--compiler", "gcc"])
     assert result.exit_code == 2

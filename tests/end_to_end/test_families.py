@@ -6,10 +6,10 @@ import pytest
 import torch
 from models import FAMILIES, VOCABULARY, random_artifact, tiny_model
 
-from eepass import ops
 from eepass.config import ExitConfig
+from eepass.model import transform
+from eepass.ops import exits as exit_ops
 from eepass.planning import exit_tensors
-from eepass.transformation import transform
 
 PROMPT = [7, 30, 99, 12, 55, 140, 8, 23, 61, 77, 101, 4]
 STEPS = 24
@@ -42,7 +42,7 @@ def plain_loop(model, transformed, first, count):
     def normed(layer, hidden):
         if f"translator.{layer}.down" in tensors:
             parts = [tensors[f"translator.{layer}.{n}"] for n in ("scale", "down", "up")]
-            hidden = ops.translate(hidden[0], *parts)[None]
+            hidden = exit_ops.translate(hidden[0], *parts)[None]
         return head.norm.graph(
             *(hidden if r.kind == "hidden" else every[r.name] for r in head.norm.inputs)
         )[0]
@@ -61,9 +61,9 @@ def plain_loop(model, transformed, first, count):
             if point is None or (pending == 7 and layer < depth):
                 continue
             z = normed(layer, hidden)
-            seen = ops.draft_logits(z, every[head.weight], None, draft)
+            seen = exit_ops.draft_logits(z, every[head.weight], None, draft)
             mlp = [tensors[f"predictor.{layer}.{n}"] for n in ("w1", "b1", "w2", "b2")]
-            probability, previous = ops.predict_exit(seen, previous, *mlp)
+            probability, previous = exit_ops.predict_exit(seen, previous, *mlp)
             answer = hot[(z.float() @ tensors["hot.head"].float().T).argmax(-1)]
             if probability > point.threshold and answer in draft:
                 step = (int(answer), layer)

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from families.table import FAMILIES, tiny_model
 from models import random_artifact
 from transformers import CompileConfig
 
-from eepass import backend
-from eepass.family_table import FAMILIES, tiny_model
+from eepass.torch_compile import backend
 
 # one for each way of masks, caches, positions and heads; all others are slow
 QUICK = ("llama", "gemma3", "gpt_oss", "deepseek_v3", "bloom", "cohere", "mixtral", "jamba")

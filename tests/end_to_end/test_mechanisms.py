@@ -7,7 +7,7 @@ from models import random_artifact, tiny_model
 
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.transformation import transform
+from eepass.model import transform
 
 PROMPT = list(range(20, 40))
 PLAIN = ExitConfig().approximate()

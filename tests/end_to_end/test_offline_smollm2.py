@@ -9,8 +9,8 @@ import torch
 from witness import finish, start
 
 import eepass
+from eepass.bundle.write import write_folder
 from eepass.config import ExitConfig
-from eepass.offline import write_folder
 
 pytestmark = [
     pytest.mark.slow,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import eepass
-from eepass.artifact import fingerprint
+from eepass.checkpoints.artifact import fingerprint
 from eepass.config import ExitConfig
 
 pytestmark = [

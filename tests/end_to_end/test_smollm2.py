@@ -12,9 +12,9 @@ import torch
 
 import eepass
 from eepass.config import ExitConfig
-from eepass.preparing import in_use
+from eepass.hf.prepared import in_use
 from eepass.training.corpus import read_prompts
-from eepass.training.door import DEFAULT_PROMPTS
+from eepass.training.train import DEFAULT_PROMPTS
 
 pytestmark = [
     pytest.mark.slow,

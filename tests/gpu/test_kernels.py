@@ -13,7 +13,7 @@ from kernel_cases import (
     verify_case,
 )
 
-from eepass import fused_ops
+from eepass.ops import fused
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,14 +31,14 @@ def kernels():
 @pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
 def test_exit_predictor(case):
     arguments = exit_case(**case, device="cuda")
-    same(torch.ops.eepass.exit_predictor(*arguments), fused_ops.exit_predictor(*arguments))
+    same(torch.ops.eepass.exit_predictor(*arguments), fused.exit_predictor(*arguments))
 
 
 @pytest.mark.parametrize("case", VERIFIES.values(), ids=VERIFIES.keys())
 def test_verify_head(case):
     arguments = verify_case(**case, device="cuda")
     rounded = Case(case.get("dtype", "fp32")).dtype
-    same(torch.ops.eepass.verify_head(*arguments), fused_ops.verify_head(*arguments), rounded)
+    same(torch.ops.eepass.verify_head(*arguments), fused.verify_head(*arguments), rounded)
 
 
 @pytest.mark.parametrize("rows", (1, 4, 32))
@@ -46,7 +46,7 @@ def test_verify_head(case):
 def test_verify_head_of_large_models(rows, vocabulary):
     arguments = verify_case(rows, 512, vocabulary, dtype="bf16", device="cuda")
     token, known, logits = torch.ops.eepass.verify_head(*arguments)
-    expected = fused_ops.verify_head(*arguments)
+    expected = fused.verify_head(*arguments)
     # argmax of the kernel's own logits: sums in another order may swap near ties
     assert torch.equal(token, logits.argmax(-1))
     same((logits,), expected[2:], torch.bfloat16)
@@ -57,7 +57,7 @@ def test_verify_head_of_large_models(rows, vocabulary):
 def test_fill_kv(case):
     found, expected = fill_case(**case, device="cuda"), fill_case(**case, device="cuda")
     torch.ops.eepass.fill_kv(*found)
-    fused_ops.fill_kv(*expected)
+    fused.fill_kv(*expected)
     for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same(caches, wanted)
 
@@ -67,7 +67,7 @@ def test_draft_topk(rows):
     case = Case("bf16", "cuda")
     arguments = [case.random(rows, 512), *case.head(8192, 512), None, 32, 1.0, 0.0]
     scores, ids = torch.ops.eepass.draft_topk(*arguments)
-    expected, _ = fused_ops.draft_topk(*arguments)
+    expected, _ = fused.draft_topk(*arguments)
     same((scores,), (expected,))
     logits = arguments[0].float() @ arguments[1].float().T
     same((logits.gather(-1, ids).log_softmax(-1),), (scores.log_softmax(-1),))
@@ -77,7 +77,7 @@ def test_path_predictor():
     arguments = exit_case(rows=4, rank=3, device="cuda")
     paths = torch.tensor([[0, -1], [0, 3], [-1, -1]], device="cuda")
     arguments.insert(16, paths)
-    same(torch.ops.eepass.path_predictor(*arguments), fused_ops.path_predictor(*arguments))
+    same(torch.ops.eepass.path_predictor(*arguments), fused.path_predictor(*arguments))
 
 
 @pytest.mark.parametrize("rank", (0, 128), ids=("lens", "translated"))
@@ -116,7 +116,7 @@ def written_where_told(arguments, flag):
     """``exit_predictor`` into buffers of the caller; a function that launches it, and those."""
     from eepass.codegen.kernels.register import workspace_bytes
 
-    probability, probabilities, z, _ = fused_ops.exit_predictor(*arguments)
+    probability, probabilities, z, _ = fused.exit_predictor(*arguments)
     buffers = {
         "probability": torch.full_like(probability, float("nan")),
         "probabilities": torch.full_like(probabilities, float("nan")),
@@ -149,7 +149,7 @@ def test_a_captured_step_writes_where_it_is_told_and_allocates_nothing(pinned):
         graph.replay()
         torch.cuda.synchronize()
         assert flag.item() == leaves
-    expected = fused_ops.exit_predictor(*arguments)[:3]
+    expected = fused.exit_predictor(*arguments)[:3]
     same([buffers[name] for name in ("probability", "probabilities", "z")], expected)
 
 

@@ -8,7 +8,7 @@ from models import random_artifact, tiny_model
 
 import eepass
 from eepass.config import ExitConfig
-from eepass.runtime.acceptance import EngineError
+from eepass.errors import EngineError
 from eepass.runtime.step.data import StepError
 
 pytestmark = [

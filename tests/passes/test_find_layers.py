@@ -5,12 +5,13 @@ import torch
 from models import FAMILIES, tiny_model
 from torch import nn
 
-from eepass.passes.capture import KvSlots, capture
-from eepass.passes.decode_step import trace_decode_step
-from eepass.passes.find_layers import find_layers
-from eepass.passes.report import PassError, PassReport
-from eepass.passes.split_segments import split_segments
-from eepass.plan import causal_mask
+from eepass.errors import PassError
+from eepass.masks import causal_mask
+from eepass.passes.report import PassReport
+from eepass.passes.split.find_layers import find_layers
+from eepass.passes.split.split_segments import split_segments
+from eepass.passes.trace.capture import KvSlots, capture
+from eepass.passes.trace.decode_step import trace_decode_step
 
 ROWS, SLOTS, WIDTH = 2, 24, 16
 

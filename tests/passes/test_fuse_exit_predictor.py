@@ -1,4 +1,4 @@
-"""Heads of several families read as data; the fused exit point gives what the pieces give."""
+"""Heads of several families read as data; the fused exit point gives what the segments give."""
 
 import copy
 import functools
@@ -9,13 +9,15 @@ import torch
 import transformers
 from models import SIZES, VOCABULARY
 
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
-from eepass.passes.insert_predictors import insert_predictors
+from eepass.errors import PassError
+from eepass.kernel_forms import Channels
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.insert_predictors import insert_predictors
+from eepass.passes.exits.read_head_chain import read_head_chain
+from eepass.passes.exits.read_kv_fill import read_kv_fill
 from eepass.passes.pipeline import split_decoder
-from eepass.passes.read_head_chain import read_head_chain
-from eepass.passes.read_kv_fill import read_kv_fill
-from eepass.passes.report import PassError, PassReport
-from eepass.plan import Channels, ExitPlan, ExitPoint
+from eepass.passes.report import PassReport
+from eepass.plan import ExitPlan, ExitPoint
 
 K = 6
 GPT2 = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -110,10 +112,10 @@ def tensors_of(split, plan):
     return {**split.tensors, **made, **plan.threshold_tensors()}
 
 
-def call(piece, tensors, *given):
+def call(segment, tensors, *given):
     values = iter(given)
-    return piece.graph(
-        *(tensors[r.name] if r.kind == "parameter" else next(values) for r in piece.inputs)
+    return segment.graph(
+        *(tensors[r.name] if r.kind == "parameter" else next(values) for r in segment.inputs)
     )
 
 
@@ -129,11 +131,11 @@ def test_the_head_is_read_as_data(family):
 
 @families
 @pytest.mark.parametrize("rows", (1, 3))
-def test_a_fused_exit_point_gives_what_the_pieces_give(family, rows):
+def test_a_fused_exit_point_gives_what_the_segments_give(family, rows):
     split = decoder(family)
     plan = plan_of(split)
     tensors = tensors_of(split, plan)
-    pieces = insert_predictors(split, plan, tensors, PassReport(), rows)
+    segments = insert_predictors(split, plan, tensors, PassReport(), rows)
     report = PassReport()
     fused = fuse_exit_predictor(split, plan, tensors, report, rows)
     assert report.rewritten == 5 and not report.skipped
@@ -141,21 +143,21 @@ def test_a_fused_exit_point_gives_what_the_pieces_give(family, rows):
     hidden = torch.randn(1, rows, split.hidden_size) + 1
     draft, previous = torch.randint(VOCABULARY, (rows, K)), torch.rand(rows, K)
     for point in plan.exits:
-        expected = call(pieces.predictors[point.layer], tensors, hidden, draft, previous)
+        expected = call(segments.predictors[point.layer], tensors, hidden, draft, previous)
         *found, exits = call(fused.predictors[point.layer], tensors, hidden, draft, previous)
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, atol=3e-5, rtol=1e-5)
         assert torch.equal(exits, expected[0] > point.threshold)
     z = expected[2]
-    best = tensors["hot.ids"][call(pieces.verify, tensors, z)[0].argmax(-1)]
+    best = tensors["hot.ids"][call(segments.verify, tensors, z)[0].argmax(-1)]
     draft[:, 2] = best
     draft[-1] = -1
-    for piece, given in ((fused.verify, z), (fused.final, hidden)):
-        token, known = call(piece, tensors, given, draft)
+    for segment, given in ((fused.verify, z), (fused.final, hidden)):
+        token, known = call(segment, tensors, given, draft)
         assert torch.equal(token, best)
         assert known.tolist() == [True] * (rows - 1) + [False]
     scores, ids = call(fused.draft, tensors, z)
-    logits = call(pieces.draft, tensors, z)[0]
+    logits = call(segments.draft, tensors, z)[0]
     assert torch.equal(ids, tensors["hot.ids"][logits.topk(K, -1).indices])
     torch.testing.assert_close(scores, logits.log_softmax(-1).topk(K, -1).values)
 
@@ -164,11 +166,11 @@ def test_the_graph_holds_one_operator():
     split = decoder("llama")
     plan = plan_of(split, "full")
     fused = fuse_exit_predictor(split, plan, tensors_of(split, plan), PassReport())
-    for piece, target in (
+    for segment, target in (
         (fused.predictors[1], torch.ops.eepass.exit_predictor.default),
         (fused.verify, torch.ops.eepass.verify_head.default),
     ):
-        called = [n.target for n in piece.graph.graph.nodes if n.op == "call_function"]
+        called = [n.target for n in segment.graph.graph.nodes if n.op == "call_function"]
         ours = [t for t in called if str(t).startswith("eepass.")]
         assert ours == [target]
         assert not {str(t) for t in called} & {"aten.mm.default", "aten.mul.Tensor"}

@@ -8,14 +8,14 @@ from models import random_artifact
 
 from eepass.config import ExitConfig
 from eepass.inspecting import exit_graph_of
-from eepass.plan import causal_mask
+from eepass.masks import causal_mask
 from eepass.planning import exit_tensors
 
 PROMPT = list(range(5, 17))
 STEPS = 16
 
 
-def graph_steps(model, piece, sequence, run):
+def graph_steps(model, segment, sequence, run):
     """Decode with the exit graph itself over the runtime's cache."""
     cache, split, plan = model.decoder.kv, model.splits[1], model.plan
     tensors = exit_tensors("default", model.artifact, model.decoder.tensors, split)
@@ -35,7 +35,7 @@ def graph_steps(model, piece, sequence, run):
             "draft": torch.zeros(1, plan.draft_tokens, dtype=torch.long),
         }
         inputs = []
-        for role in piece.inputs:
+        for role in segment.inputs:
             if role.kind == "keys":
                 inputs.append(cache.keys[role.layer])
             elif role.kind == "values":
@@ -64,22 +64,22 @@ def test_the_exit_graph_says_what_the_runtime_says(transformed, how):
     expected = sequence.steps(len(PROMPT) + 1, len(sequence.tokens))
     assert len({step.exit_layer for step in expected}) > 1
     engine.reset()
-    piece = exit_graph_of(transformed)
+    segment = exit_graph_of(transformed)
     sequence = engine.start(PROMPT)
-    run = piece.graph if how == "called" else torch.fx.Interpreter(piece.graph).run
-    assert graph_steps(transformed, piece, sequence, run) == expected
+    run = segment.graph if how == "called" else torch.fx.Interpreter(segment.graph).run
+    assert graph_steps(transformed, segment, sequence, run) == expected
     engine.reset()
 
 
 def test_the_chain_is_flat_and_predictors_are_inside(transformed):
     transformed.configure(ExitConfig())
-    piece = exit_graph_of(transformed)
+    segment = exit_graph_of(transformed)
     cond = torch.ops.higher_order.cond
     predict = torch.ops.eepass.predict_exit.default
-    nodes = piece.graph.graph.nodes
+    nodes = segment.graph.graph.nodes
     assert sum(node.target is cond for node in nodes) == 5  # four layers and the head
     assert not any(node.target is predict for node in nodes)
-    branches = dict(piece.graph.named_children())
+    branches = dict(segment.graph.named_children())
     inside = [
         name
         for name, branch in branches.items()

@@ -4,13 +4,14 @@ import pytest
 import torch
 from models import FAMILIES, tiny_model
 
-from eepass.passes.check import check_split
-from eepass.passes.decode_step import decode_step, trace_decode_step
-from eepass.passes.find_layers import find_layers
-from eepass.passes.fit_rows import fit_rows
+from eepass.errors import PassError
 from eepass.passes.pipeline import split_decoder
-from eepass.passes.report import PassError, PassReport
-from eepass.passes.split_segments import split_segments
+from eepass.passes.report import PassReport
+from eepass.passes.split.check import check_split
+from eepass.passes.split.find_layers import find_layers
+from eepass.passes.split.fit_rows import fit_rows
+from eepass.passes.split.split_segments import split_segments
+from eepass.passes.trace.decode_step import decode_step, trace_decode_step
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +19,7 @@ def traces(llama):
     return {rows: split_decoder(llama, rows, 48)[0] for rows in (4, 8, 16)}
 
 
-def test_fitted_pieces_equal_traced_ones(llama, traces):
+def test_fitted_segments_equal_traced_ones(llama, traces):
     fitted = fit_rows(traces[8], traces[16], 4)
     for own, traced in zip(fitted.layers, traces[4].layers, strict=True):
         assert own.inputs == traced.inputs
@@ -51,11 +52,11 @@ def test_kv_fill_writes_what_the_layer_writes(llama, traces):
     layer, fill = split.layers[1], split.kv_fills[1]
     assert len(list(fill.graph.graph.nodes)) < len(list(layer.graph.graph.nodes))
     written = []
-    for piece in (layer, fill):
+    for segment in (layer, fill):
         torch.manual_seed(3)
         values = {}
         for node, role in sorted(
-            zip(piece.graph.graph.find_nodes(op="placeholder"), piece.inputs, strict=True),
+            zip(segment.graph.graph.find_nodes(op="placeholder"), segment.inputs, strict=True),
             key=lambda pair: pair[1].name,
         ):
             meta = node.meta["val"]
@@ -65,7 +66,7 @@ def test_kv_fill_writes_what_the_layer_writes(llama, traces):
                 values[role] = torch.zeros(meta.shape, dtype=meta.dtype)
             else:
                 values[role] = torch.full(meta.shape, 0.3)
-        piece.graph(*(values[role] for role in piece.inputs))
+        segment.graph(*(values[role] for role in segment.inputs))
         written.append({r.name: v for r, v in values.items() if r.kind in ("keys", "values")})
     assert written[0].keys() == written[1].keys()
     for name, value in written[0].items():

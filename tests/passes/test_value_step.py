@@ -7,13 +7,13 @@ import torch
 from models import eager_compile, random_artifact, tiny_model
 
 from eepass.config import ExitConfig
-from eepass.passes import return_kv_rows
-from eepass.passes.report import PassError
-from eepass.passes.value_exits import DecodeStep
-from eepass.passes.value_step import Call, PromptStep
+from eepass.errors import PassError
+from eepass.model import ALWAYS_ACTIVE, EarlyExitModel, split_model
+from eepass.passes.functional import return_kv_rows
+from eepass.passes.functional.value_exits import DecodeStep
+from eepass.passes.functional.value_step import Call, PromptStep
 from eepass.planning import exit_tensors
-from eepass.runtime.scheduler import RADIUS, WINDOW
-from eepass.transformation import ALWAYS_ACTIVE, EarlyExitModel, split_model
+from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 
 PROMPT = [5 + (7 * i) % 120 for i in range(21)]
 STEPS = 24
@@ -47,10 +47,10 @@ class Stepper:
         plan, splits = ready.plan, ready.splits
         own = ready.decoder.tensors
         tensors = {**own, **exit_tensors("default", ready.artifact, own, splits[1])}
-        pieces = ready.pieces_for(ready.config, plan, tensors, 1)
+        segments = ready.segments_for(ready.config, plan, tensors, 1)
         self.build, self.plan = Eager(tensors), plan
         self.prompt = PromptStep(splits[max(splits)], splits[1])
-        self.decode = DecodeStep(splits[1], pieces, plan, RADIUS, ALWAYS_ACTIVE)
+        self.decode = DecodeStep(splits[1], segments, plan, RADIUS, ALWAYS_ACTIVE)
         self.caches = self.decode.empty_caches()
         assert self.prompt.caches == self.decode.caches
 
@@ -123,8 +123,8 @@ def test_where_attention_is_not_recognised_the_cache_is_copied(ready, monkeypatc
 
 def test_no_layer_copies_the_cache_or_writes_it(ready):
     stepper = Stepper(configured(ready, "propagate"))
-    for piece in (*stepper.decode.split.layers, *stepper.prompt.split.layers):
-        targets = [node.target for node in piece.graph.graph.nodes]
+    for segment in (*stepper.decode.split.layers, *stepper.prompt.split.layers):
+        targets = [node.target for node in segment.graph.graph.nodes]
         assert torch.ops.aten.index_copy_.default not in targets
         assert torch.ops.aten.index_copy.default not in targets
         assert targets.count(return_kv_rows.attend) == 1

@@ -5,12 +5,12 @@ from models import eager_compile, tiny_model
 from plain import PlainEngine
 
 from eepass.passes.pipeline import split_for_rows
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.drafts import NgramDraft
-from eepass.runtime.engine import Engine, Options
-from eepass.runtime.model_draft import ModelDraft
-from eepass.runtime.planner import Budget, Planner
-from eepass.runtime.tree import Tree
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.drafts import NgramDraft
+from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.tree import Tree
+from eepass.runtime.engine.engine import Engine, Options
 
 PROMPT = [63, 80, 29, 104, 125]
 SPECULATION = Options("exact", modes=("speculation",))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import VOCABULARY, eager_compile
 
-from eepass.runtime import eagle
-from eepass.runtime.drafts import Cascade, EagleTree
-from eepass.runtime.planner import Budget, Planner
+from eepass.runtime.drafting import eagle
+from eepass.runtime.drafting.drafts import Cascade, EagleTree
+from eepass.runtime.drafting.planner import Budget, Planner
 from eepass.training.unrolling import Lines, draft_states, unroll
 
 HIDDEN, LAYERS = 64, (1, 2)

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import VOCABULARY, ForcedExits, eager_compile
 
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.engine import Engine, Options
+from eepass.errors import EngineError
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.sampling import Sampling
 
 DEPTH = 4

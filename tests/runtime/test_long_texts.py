@@ -7,23 +7,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from families.table import FAMILIES
+from families.table import tiny_model as family_model
 from models import VOCABULARY, eager_compile, random_artifact, tiny_model
 from plain import PlainEngine, RandomDraft
 
 from eepass.config import ExitConfig
-from eepass.family_table import FAMILIES
-from eepass.family_table import tiny_model as family_model
+from eepass.errors import EngineError
+from eepass.masks import causal_mask
+from eepass.model import EarlyExitModel, split_model, transform
 from eepass.passes.pipeline import split_for_rows
 from eepass.passes.report import PassReport
-from eepass.plan import causal_mask
-from eepass.runtime import drafts, side_inputs
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.drafts import Cascade, EagleTree, NgramDraft
-from eepass.runtime.eagle import EagleDraft
-from eepass.runtime.engine import Engine, Options
-from eepass.runtime.side_inputs import Row
-from eepass.transformation import EarlyExitModel, split_model, transform
+from eepass.runtime.decoder import side_inputs
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.side_inputs import Row
+from eepass.runtime.drafting import drafts
+from eepass.runtime.drafting.drafts import Cascade, EagleTree, NgramDraft
+from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.engine.engine import Engine, Options
 
 SPECULATION = Options("exact", modes=("speculation",))
 
@@ -38,7 +39,7 @@ def text(count, most=VOCABULARY):
 
 @pytest.fixture(scope="module")
 def model():
-    """A transformed model with room for long answers, its pieces run as they were traced."""
+    """A transformed model with room for long answers, its segments run as they were traced."""
     original = tiny_model("llama", num_hidden_layers=3, max_position_embeddings=1024)
     splits, _ = split_model(original, 700, (1, 8))
     artifact = random_artifact(original)
@@ -248,7 +249,7 @@ def test_a_head_that_was_not_asked_for_long_says_the_same(monkeypatch):
 
 
 def eagle_head():
-    from eepass.runtime import eagle
+    from eepass.runtime.drafting import eagle
 
     torch.manual_seed(0)
     tensors = {

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eepass.runtime.scheduler import RADIUS, REMEMBERED, WINDOW, PredictorSchedule
+from eepass.runtime.exits.scheduler import RADIUS, REMEMBERED, WINDOW, PredictorSchedule
 
 
 def test_all_exits_are_active_until_something_is_known():

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from models import VOCABULARY, eager_compile
 from plain import PlainEngine, RandomDraft, RandomExits
 
-from eepass.runtime import verification
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.engine import Engine, Options
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.engine import forward_pass
+from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.sampling import Sampling
 
 DEPTH = 4
@@ -47,13 +47,13 @@ def line(at):
 @pytest.fixture(autouse=True)
 def remember_the_pass(monkeypatch):
     """Let a spying engine see the rows of its pass."""
-    original = verification.Verification._ask
+    original = forward_pass.ForwardPass._ask
 
     def ask(self, boundary):
         SpyingEngine.current = self
         original(self, boundary)
 
-    monkeypatch.setattr(verification.Verification, "_ask", ask)
+    monkeypatch.setattr(forward_pass.ForwardPass, "_ask", ask)
 
 
 def engine_for(decoder, plain, seed, mode, guarantee="exact", right=0.6, **options):
@@ -159,7 +159,7 @@ def test_the_end_of_the_cache(decoder, plain):
 
 
 def test_the_schedule_forgets_what_is_taken_back():
-    from eepass.runtime.scheduler import PredictorSchedule
+    from eepass.runtime.exits.scheduler import PredictorSchedule
 
     schedule = PredictorSchedule([3, 10, 20], 1)
     schedule.record(10)

@@ -5,7 +5,7 @@ import torch
 from models import eager_compile
 from steps import BUCKETS, LateOutbox, OrderedExits, engine_for
 
-from eepass.runtime.decoder import Decoder
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.interpret import Interpreter

@@ -8,8 +8,8 @@ from models import VOCABULARY, eager_compile
 from plain import PlainEngine
 from steps import BUCKETS, OrderedExits, PlainSteps, engine_for
 
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.engine import Engine
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.engine.engine import Engine
 
 DEPTH = 4
 PROMPT = [5, 9, 44, 7, 8]
@@ -154,7 +154,7 @@ def test_without_deferral_the_cache_is_the_engines(decoder, kv, how):
     ours = cache_of(decoder, len(PROMPT) + 8)
     from models import ForcedExits
 
-    from eepass.runtime.engine import Options
+    from eepass.runtime.engine.engine import Options
 
     orders_ = [min(layers, default=DEPTH + 1) for layers in wanted]
     options = Options("approximate", kv, 7, ("exits",))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eepass.runtime.acceptance import EngineError
+from eepass.errors import EngineError
 from eepass.runtime.sampling import Sampling, probabilities
 from eepass.runtime.step.drawing import OPTIONS, draw, option_values, uniform
 

@@ -9,8 +9,8 @@ from models import eager_compile
 from plain import PlainEngine
 from steps import LateFlags, OrderedExits, engine_for, names
 
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
+from eepass.errors import EngineError
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import StepError
 from eepass.runtime.step.host import HostDriven, called

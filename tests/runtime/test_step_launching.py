@@ -8,8 +8,8 @@ import torch
 from models import eager_compile
 from steps import OrderedExits
 
-from eepass.runtime.acceptance import EngineError
-from eepass.runtime.decoder import Decoder
+from eepass.errors import EngineError
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import conditional_graph, launching
 from eepass.runtime.step.conditional_graph import ConditionalGraph, CudaError
 from eepass.runtime.step.data import Conditional, blocks

@@ -11,12 +11,12 @@ from steps import BUCKETS
 from torch._subclasses import FakeTensorMode
 
 from eepass.config import ExitConfig
-from eepass.passes.fuse_exit_predictor import fuse_exit_predictor
-from eepass.passes.insert_predictors import insert_predictors
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors, make_plan
-from eepass.runtime.decoder import Decoder
-from eepass.runtime.side_inputs import Row
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
@@ -26,15 +26,15 @@ from eepass.runtime.step.layout import StepOptions
 DEVICE = torch.device("meta")
 
 
-def on_cuda(piece):
-    """A piece whose graph makes its tensors on CUDA."""
-    graph = copy.deepcopy(piece.graph)
+def on_cuda(segment):
+    """A segment whose graph makes its tensors on CUDA."""
+    graph = copy.deepcopy(segment.graph)
     for node in graph.graph.nodes:
         if "device" in node.kwargs:
             node.kwargs = {**node.kwargs, "device": DEVICE}
         node.args = tuple(DEVICE if isinstance(arg, torch.device) else arg for arg in node.args)
     graph.recompile()
-    return replace(piece, graph=graph)
+    return replace(segment, graph=graph)
 
 
 def split_on_cuda(split, tensors):
@@ -60,15 +60,15 @@ def moved(tensors):
 
 @pytest.fixture(scope="module")
 def exit_points(llama, llama_splits):
-    """A plan, its tensors, its pieces as they are and as kernels, made where there are values."""
+    """A plan, its tensors, its segments as they are and as kernels, made where there are values."""
     artifact, split = random_artifact(llama), llama_splits[1]
     plan = make_plan(ExitConfig().approximate(), artifact, 4)
     tensors = exit_tensors("default", artifact, split.tensors, split)
     tensors = with_thresholds(tensors, plan)
     every = {**split.tensors, **tensors}
-    pieces = insert_predictors(split, plan, every, PassReport())
+    segments = insert_predictors(split, plan, every, PassReport())
     fused = fuse_exit_predictor(split, plan, every, PassReport())
-    return plan, tensors, pieces, fused
+    return plan, tensors, segments, fused
 
 
 @pytest.fixture
@@ -85,16 +85,16 @@ def decoder(llama_splits, device):
     return Decoder({n: split_on_cuda(s, tensors) for n, s in llama_splits.items()}, eager_compile)
 
 
-@pytest.mark.parametrize("fused", (True, False), ids=("kernels", "pieces"))
+@pytest.mark.parametrize("fused", (True, False), ids=("kernels", "segments"))
 @pytest.mark.parametrize("kv", ("defer", "propagate", "drop"))
 def test_no_launch_leaves_the_device_or_asks_the_host(decoder, exit_points, kv, fused):
-    plan, tensors, pieces, kernels = exit_points
-    pieces = replace(
-        pieces,
-        predictors={n: on_cuda(p) for n, p in pieces.predictors.items()},
-        **{name: on_cuda(getattr(pieces, name)) for name in ("verify", "draft", "normed")},
+    plan, tensors, segments, kernels = exit_points
+    segments = replace(
+        segments,
+        predictors={n: on_cuda(p) for n, p in segments.predictors.items()},
+        **{name: on_cuda(getattr(segments, name)) for name in ("verify", "draft", "normed")},
     )
-    exits = ExitPoints(decoder, plan, pieces, moved(tensors), kernels if fused else None)
+    exits = ExitPoints(decoder, plan, segments, moved(tensors), kernels if fused else None)
     step = build_step(decoder, exits, StepOptions(kv=kv, buckets=BUCKETS))
     for buffer in step.buffers.values():
         assert buffer.tensor.device == DEVICE, buffer.name

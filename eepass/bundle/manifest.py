@@ -1,0 +1,159 @@
+"""The manifest of a transformed folder: what it holds, for which torch and CPU, signed.
+
+A folder holds native code, and a hash is no proof of where it comes from. So the manifest holds a
+hash of every file, and is signed with the key of the user who wrote it; what another user wrote
+is loaded only if this one says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eepass.bundle import signing
+from eepass.codegen.cpu.native import cpu_flags
+from eepass.errors import InputError
+
+SCHEMA = 1
+MANIFEST = "transformed.json"
+SIGNATURE = "transformed.sig"
+GRAPHS = "graphs.json"
+AGAIN = "run eepass transform again"
+# what native code may have been compiled to use; other flags come and go with the kernel
+EXTENSIONS = (
+    "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "gfni",
+    "vaes", "vpclmul", "sha_ni", "aes", "pclmul", "rdrnd", "rdseed", "xsave", "clflush", "clwb",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a transformed folder says of itself; ``files``: [sha256, bytes] by name."""
+
+    name: str
+    eepass: str
+    torch: str
+    cpu: list[str]
+    threads: int
+    fingerprint: dict[str, Any]
+    dtype: str
+    max_length: int
+    rows: list[int]
+    stop: list[int]
+    artifact: bool
+    # files of compiled code by structure
+    code: dict[str, str]
+    # the model's tensors in their order
+    tensors: list[str]
+    files: dict[str, list[Any]]
+    schema: int = SCHEMA
+
+
+def is_transformed(folder: Path) -> bool:
+    """Whether ``folder`` is one ``eepass transform`` wrote, or what is left of it."""
+    return any((folder / name).is_file() for name in (MANIFEST, SIGNATURE, GRAPHS))
+
+
+def extensions() -> list[str]:
+    """The instruction sets of this CPU that compiled code may use."""
+    return sorted(flag for flag in cpu_flags() if flag.startswith(EXTENSIONS))
+
+
+def write_manifest(folder: Path, **facts: Any) -> None:
+    """Hash every file of ``folder``, write the manifest with ``facts`` beside them, sign it."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+    files = {name: list(_digest(folder / name)) for name in names}
+    manifest = Manifest(torch=torch.__version__, cpu=extensions(), files=files, **facts)
+    data = json.dumps(asdict(manifest), indent=1).encode() + b"\n"
+    (folder / MANIFEST).write_bytes(data)
+    (folder / SIGNATURE).write_bytes(signing.sign(data))
+
+
+def read_manifest(folder: Path, trust_native: bool) -> Manifest:
+    """The manifest of ``folder``, all its files checked against it.
+
+    Raises ``InputError`` naming the file, or the field, that does not fit, and what to do.
+    ``trust_native``: also take what someone else signed, or nobody.
+    """
+    path = folder / MANIFEST
+    data = _read(path)
+    _check_origin(folder, data, trust_native)
+    manifest = _parse(data, path)
+    _check_machine(manifest, path)
+    for name, (digest, size) in manifest.files.items():
+        _check_file(folder, name, digest, size)
+    return manifest
+
+
+def _check_origin(folder: Path, data: bytes, trust_native: bool) -> None:
+    path = folder / SIGNATURE
+    ask = (
+        "The folder holds native code; if you trust where it comes from, say so: --trust-native, "
+        "or trust_native=True"
+    )
+    if not path.exists():
+        if trust_native:
+            return
+        raise InputError(f"{path}: missing, nobody signed this. {ask}")
+    signer = signing.signer_of(data, _read(path), path)
+    if signer != signing.own_key() and not trust_native:
+        raise InputError(f"{path}: signed by another user (key {signer[:16]}). {ask}")
+
+
+def _parse(data: bytes, path: Path) -> Manifest:
+    try:
+        values: Mapping[str, Any] = json.loads(data)
+        schema = values["schema"]
+        if schema == SCHEMA:
+            return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged, {error} is missing or wrong; {AGAIN}") from error
+    raise InputError(f"{path}: schema {schema!r}, this eepass reads {SCHEMA}; {AGAIN}")
+
+
+def _check_machine(manifest: Manifest, path: Path) -> None:
+    if manifest.torch != torch.__version__:
+        raise InputError(
+            f"{path}: compiled for torch {manifest.torch}, this is {torch.__version__}; "
+            f"install torch {manifest.torch}, or {AGAIN}"
+        )
+    if missing := sorted(set(manifest.cpu) - set(extensions())):
+        raise InputError(
+            f"{path}: compiled for a CPU with {', '.join(missing[:4])}, which this one lacks; "
+            f"{AGAIN} here"
+        )
+
+
+def _check_file(folder: Path, name: str, digest: str, size: int) -> None:
+    path = folder / name
+    if path.resolve().parent != folder.resolve() and folder.resolve() not in path.resolve().parents:
+        raise InputError(f"{folder / MANIFEST}: names {name}, which is not in the folder; {AGAIN}")
+    try:
+        found, length = _digest(path)
+    except OSError as error:
+        raise InputError(f"{path}: missing or unreadable ({error.strerror}); {AGAIN}") from error
+    if length != size:
+        raise InputError(
+            f"{path}: {length} bytes, {size} were written: cut short or altered; {AGAIN}"
+        )
+    if found != digest:
+        raise InputError(f"{path}: altered since it was written; {AGAIN}")
+
+
+def _digest(path: Path) -> tuple[str, int]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return digest, file.tell()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: missing or unreadable ({error.strerror}); {AGAIN}") from error

@@ -1,0 +1,237 @@
+"""``eepass transform``: write a model as a folder that runs without tracing or compiling."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import eepass
+from eepass import inspecting, pictures
+from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
+from eepass.bundle.load import CODE, WEIGHTS
+from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
+from eepass.bundle.stored_graphs import GraphWriter, NotStorable
+from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.models import LoadedModel
+from eepass.checkpoints.tokenizer import write_text
+from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
+from eepass.codegen.cpu.native import KernelsMissing
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.files import replace_dir_atomically
+from eepass.masks import causal_mask
+from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
+from eepass.planning import exit_tensors
+from eepass.runtime.decoder.side_inputs import Row
+from eepass.runtime.exits.exits import ROW_COUNTS
+
+EXIT_GRAPH = "exit_graph.pt2"
+REPORT = "report.json"
+PICTURE = "exit_graph.svg"
+MOST_ROWS = 32
+Notify = Callable[[str], None]
+
+
+def write_folder(
+    loaded: LoadedModel,
+    out: str | Path,
+    artifact: str | Path | Artifact | None = None,
+    rows: Sequence[int] = STEP_ROWS,
+    max_length: int | None = None,
+    notify: Notify = lambda stage: None,
+    gpus: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
+
+    ``artifact``: one that ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
+    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together,
+    1024 if not given.
+    ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
+    folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder
+    that was there is replaced.
+    Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
+    """
+    for gpu in gpus:
+        capability_of(gpu, "--gpu")
+    target = Path(out).resolve()
+    sizes = _checked(loaded, target, rows)
+    trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
+    if trained is not None:
+        refuse_other_model(trained, loaded.model, "artifact")
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        with torch.no_grad():
+            report = _Writer(loaded, scratch, trained, notify, gpus).write(sizes, max_length)
+        replace_dir_atomically(scratch, target)
+    except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
+        raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return report
+
+
+class _Writer:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        folder: Path,
+        artifact: Artifact | None,
+        notify: Notify,
+        gpus: Sequence[str],
+    ) -> None:
+        self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
+        self.gpus = gpus
+
+    def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
+        began = perf_counter()
+        model = self.loaded.model
+        write_text(self.loaded, self.folder)
+        self.loaded.model.generation_config.save_pretrained(self.folder)
+        # compiled code counts on the strides it saw, and what is stored is contiguous
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.data = tensor.data.contiguous()
+        self.notify("tracing and splitting")
+        splits, report = split_model(model, max_length, rows)
+        compiler = AheadCompiler(self.folder / CODE)
+        ready = EarlyExitModel(splits, report, self.loaded.stop, self.artifact, compiler=compiler)
+        writer = GraphWriter()
+        graphs: dict[str, Any] = {
+            "splits": [writer.split(split) for split in ready.decoder.splits.values()],
+            "exits": {},
+            "graphs": writer.graphs,
+        }
+        self._compile_layers(ready)
+        for preset in self.artifact.presets if self.artifact else ():
+            segments = self._compile_exits(ready, preset)
+            graphs["exits"][preset] = {str(n): writer.exits(p) for n, p in segments.items()}
+        (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
+        kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
+        self.notify("writing weights, exit graph and report")
+        tensors = {name: tensor.detach() for name, tensor in ready.decoder.tensors.items()}
+        save_file(tensors, self.folder / WEIGHTS)
+        if self.artifact is not None:
+            self.artifact.save(self.folder / ARTIFACT)
+        found = self._report(ready)
+        found["gpu_kernels"] = kernels
+        found["seconds"] = round(perf_counter() - began, 1)
+        (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        self._sign(ready, compiler)
+        return found
+
+    def _compile_layers(self, ready: EarlyExitModel) -> None:
+        decoder = ready.decoder
+        dtype = decoder.kv.keys[0].dtype
+        for rows in decoder.buckets:
+            self.notify(f"compiling layers and head for {rows} rows")
+            decoder.prepare(rows)
+            decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
+        self.notify("compiling what fills the cache")
+        place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
+        decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)
+
+    def _compile_exits(self, ready: EarlyExitModel, preset: str) -> dict[int, Any]:
+        self.notify(f"compiling exits and drafts of the preset {preset}")
+        # one threshold for all: every exit that was trained is in the plan
+        config = replace(ExitConfig.preset(preset), threshold=0.5)
+        engine = ready.configure(config)
+        assert engine.exits is not None and ready.plan is not None and ready.artifact is not None
+        engine.exits.prepare(max(ROW_COUNTS))
+        if engine.draft is not None:
+            # runs it once with each number of rows
+            engine.draft.call_seconds()
+        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, preset)}
+        return {n: ready.segments_for(config, ready.plan, tensors, n) for n in ROW_COUNTS}
+
+    def _exit_tensors(self, ready: EarlyExitModel, preset: str) -> dict[str, Tensor]:
+        assert ready.artifact is not None
+        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, ready.splits[1])
+
+    def _compile_for(self, gpu: str, ready: EarlyExitModel) -> dict[str, Any]:
+        self.notify(f"compiling kernels for {gpu}")
+        rows = [count for count in ready.decoder.buckets if count <= MOST_ROWS]
+        home = self.folder / HOME / gpu
+        made = compile_split(ready.splits[1], self.artifact, gpu, rows, home)
+        return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
+
+    def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
+        ready.configure(ExitConfig().approximate() if self.artifact else ExitConfig())
+        found = inspecting.describe(ready)
+        pictures.exit_graph(ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name)
+        if self.artifact is None:
+            found["exit_graph"] = "none: without an artefact no token leaves early"
+        else:
+            self._export(ready)
+            found["exit_graph"] = EXIT_GRAPH
+        code = self.folder / CODE
+        found["compiled"] = {p.name: p.stat().st_size for p in sorted(code.glob("*.so"))}
+        return found
+
+    def _export(self, ready: EarlyExitModel) -> None:
+        """The exit graph for others' use; its inputs are named by role, weights among them."""
+        segment = inspecting.exit_graph_of(ready)
+        assert segment is not None and ready.plan is not None
+        plan, split, cache = ready.plan, ready.splits[1], ready.decoder.kv
+        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, "default")}
+        dtype, depth = cache.keys[0].dtype, plan.num_layers + 1
+        values: dict[str, Tensor] = {
+            "ids": torch.zeros(1, 1, dtype=torch.long),
+            "positions": torch.zeros(1, 1, dtype=torch.long),
+            "active": torch.zeros(depth, dtype=torch.bool),
+            "threshold": torch.zeros(depth),
+            "draft": torch.zeros(1, plan.draft_tokens, dtype=torch.long),
+        }
+        inputs = []
+        for role in segment.inputs:
+            if role.kind in ("keys", "values"):
+                inputs.append((cache.keys if role.kind == "keys" else cache.values)[role.layer])
+            elif role.kind == "slots":
+                inputs.append(torch.zeros(1, dtype=torch.long))
+            elif role.kind == "mask":
+                inputs.append(causal_mask(1, cache.slots, split.windows[role.name], dtype))
+            else:
+                inputs.append(values[role.name] if role.name in values else tensors[role.name])
+        exported = torch.export.export(segment.graph, tuple(inputs), strict=False)
+        # the examples are the weights, which the folder holds already
+        exported._example_inputs = None
+        torch.export.save(exported, self.folder / EXIT_GRAPH)
+
+    def _sign(self, ready: EarlyExitModel, compiler: AheadCompiler) -> None:
+        loaded, decoder = self.loaded, ready.decoder
+        write_manifest(
+            self.folder,
+            name=loaded.name,
+            eepass=eepass.__version__,
+            threads=torch.get_num_threads(),
+            fingerprint=fingerprint(loaded.model),
+            dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
+            max_length=decoder.longest,
+            rows=list(decoder.buckets),
+            stop=sorted(loaded.stop),
+            artifact=self.artifact is not None,
+            code=compiler.files,
+            tensors=list(decoder.tensors),
+        )
+
+
+def _checked(loaded: LoadedModel, target: Path, rows: Sequence[int]) -> tuple[int, ...]:
+    if isinstance(loaded.model, EarlyExitModel):
+        raise InputError(f"{loaded.name} is transformed already: give the original model")
+    sizes = tuple(sorted(set(rows)))
+    if not sizes or sizes[0] != 1 or sizes[-1] > MOST_ROWS:
+        raise InputError(f"rows={list(rows)}: expected 1 and others up to {MOST_ROWS}")
+    if target.exists() and not (
+        target.is_dir() and (is_transformed(target) or not any(target.iterdir()))
+    ):
+        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+    return sizes

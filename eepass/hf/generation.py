@@ -1,0 +1,286 @@
+"""``eepass.generate``: what ``model.generate(custom_generate=eepass.generate)`` calls."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from contextlib import closing
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    EosTokenCriteria,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
+from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
+
+from eepass.errors import InputError
+from eepass.hf.logits_processing import (
+    RowProcessors,
+    native_options,
+    refuse_processors,
+    row_samplings,
+)
+from eepass.hf.prepared import in_use
+from eepass.runtime.engine.batch import Request, decode_batch
+
+# what generate makes for the forward call of the model, and the engine has no need of
+NOT_NEEDED = {
+    "attention_mask",
+    "past_key_values",
+    "position_ids",
+    "cache_position",
+    "use_cache",
+    "logits_to_keep",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
+
+
+def generate(
+    model: Any,
+    input_ids: Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: StoppingCriteriaList,
+    generation_config: Any,
+    streamer: Any = None,
+    tokenizer: Any = None,
+    assistant_model: Any = None,
+    **model_kwargs: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Decode with eepass: ids [B, T] -> [B, T + new], padded on the right where rows end early.
+
+    The model is transformed at its first use; ``eepass.prepare`` says how. Greedy or sampled, with
+    logits processors, stopping criteria and streamers, each called once for every token that is
+    final. Each row is decoded by itself: processors and criteria see its ids with its padding, one
+    row at a time, and its neighbours change nothing. Seeds come from torch's generator, or from a
+    ``seed`` of the generation config. Raises ``InputError`` for what the engine cannot honour, by
+    name.
+    """
+    del tokenizer  # whoever needs it, stop strings, has it
+    _refuse(generation_config, assistant_model, model_kwargs)
+    own = _own_tokens(input_ids, model_kwargs)
+    padding = input_ids.shape[1] - own.sum(1)
+    limit, stop, criteria = _ends(stopping_criteria, input_ids.shape[1])
+    pad = _pad_token(generation_config, len(input_ids), bool(stop or criteria))
+    prompts = [ids[mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
+    wants = generation_config.return_dict_in_generate
+    keep = bool(wants and (generation_config.output_scores or generation_config.output_logits))
+
+    with in_use(model, max(map(len, prompts)) + limit) as transformed:
+        approximate = transformed.engine.options.guarantee == "approximate"
+        native = native_options(logits_processor, padding)
+        refuse_processors(logits_processor, native is not None, approximate)
+        if keep and approximate:
+            raise InputError("output_scores and output_logits need guarantee='exact'")
+        leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
+        processors = [
+            RowProcessors(logits_processor, row, lead, len(leads), keep)
+            for row, lead in enumerate(leads)
+            if native is None or keep
+        ]
+        options: list[dict[str, Any]] = [{"process": each} for each in processors]
+        options = options or [dict(native or {}) for _ in leads]
+        samplings = row_samplings(generation_config, options)
+        requests = [
+            Request(prompt, limit, stop, sampling)
+            for prompt, sampling in zip(prompts, samplings, strict=True)
+        ]
+        answers = _Answers(input_ids, requests, criteria, streamer, pad)
+        with closing(decode_batch(transformed.engine, requests)) as steps:
+            for request, token in steps:
+                answers.add(request, token)
+    sequences = answers.sequences()
+    if streamer is not None:
+        streamer.end()
+    if not wants:
+        return sequences
+    result: dict[str, Any] = {"sequences": sequences}
+    new = sequences.shape[1] - input_ids.shape[1]
+    for name in ("scores", "logits"):
+        if keep and getattr(generation_config, f"output_{name}"):
+            kept = [getattr(row, name) for row in processors]
+            result[name] = _by_token(kept, answers.lengths, new)
+    return GenerateDecoderOnlyOutput(**result)
+
+
+class _Answers:
+    """The tokens of all rows; asks the criteria after each, and streams what all rows have."""
+
+    def __init__(
+        self,
+        input_ids: Tensor,
+        requests: Sequence[Request],
+        criteria: StoppingCriteriaList,
+        streamer: Any,
+        pad: int,
+    ) -> None:
+        self.input_ids, self.criteria, self.streamer, self.pad = input_ids, criteria, streamer, pad
+        self.requests = list(requests)
+        self.new: dict[Request, list[int]] = {request: [] for request in requests}
+        self.streamed = 0
+
+    def add(self, request: Request, token: int) -> None:
+        new = self.new[request]
+        new.append(token)
+        ended = token in request.stop or len(new) >= request.limit
+        if self.criteria:
+            row = self.input_ids[self.requests.index(request)]
+            ids = torch.cat([row, row.new_tensor(new)])[None]
+            # each is asked, as each may count
+            answers = [_said_yes(criterion, ids) for criterion in self.criteria]
+            ended = any(answers) or ended
+        request.enough = ended
+        if self.streamer is not None:
+            self._stream()
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(new) for new in self.new.values()]
+
+    def sequences(self) -> Tensor:
+        """Ids [B, T + new] of prompts and answers, padded on the right."""
+        longest = max(self.lengths)
+        rows = [new + [self.pad] * (longest - len(new)) for new in self.new.values()]
+        return torch.cat([self.input_ids, self.input_ids.new_tensor(rows)], 1)
+
+    def _stream(self) -> None:
+        """Hand on tokens [B] that every row has, or pads where it has ended."""
+        while any(len(new) > self.streamed for new in self.new.values()) and all(
+            len(new) > self.streamed or request.enough for request, new in self.new.items()
+        ):
+            at = self.streamed
+            self.streamed += 1
+            column = [new[at] if len(new) > at else self.pad for new in self.new.values()]
+            self.streamer.put(torch.tensor(column))
+
+
+def _said_yes(criterion: Any, ids: Tensor) -> bool:
+    answer = criterion(ids, None)
+    if torch.is_tensor(answer) and answer.numel() != 1:
+        raise InputError(
+            f"{type(criterion).__name__}: asked about one row, it answered for {answer.numel()}; "
+            "eepass asks the criteria row by row"
+        )
+    return bool(answer)
+
+
+def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], StoppingCriteriaList]:
+    """How many tokens may follow, which end a row, and the criteria to ask besides."""
+    limit, stop, others = 1 << 30, frozenset[int](), StoppingCriteriaList()
+    for criterion in criteria:
+        if type(criterion) is MaxLengthCriteria:
+            limit = min(limit, criterion.max_length - width)
+        elif type(criterion) is EosTokenCriteria:
+            stop |= frozenset(criterion.eos_token_id.reshape(-1).tolist())
+        else:
+            others.append(criterion)
+    if limit == 1 << 30:
+        raise InputError("no length is given: set max_new_tokens or max_length")
+    return limit, stop, others
+
+
+def _own_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
+    """Which of ids [B, T] are the rows' own, and not padding."""
+    mask = model_kwargs.get("attention_mask")
+    own = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
+    if own.shape != input_ids.shape:
+        raise InputError(f"attention_mask {list(own.shape)}: must be as input_ids")
+    # from the first own token on, all are
+    if not own[:, -1].all() or (own.int().diff(dim=1) < 0).any():
+        raise InputError(
+            "attention_mask: zeros may stand only on the left of a prompt, as padding; use "
+            "padding_side='left'"
+        )
+    positions = model_kwargs.get("position_ids")
+    usual = (own.cumsum(1) - 1).clamp(min=0)
+    if positions is not None and not torch.equal(positions[own], usual[own]):
+        raise InputError("position_ids: eepass counts positions from 0; leave them out")
+    return own
+
+
+def _pad_token(generation_config: Any, rows: int, may_end_early: bool) -> int:
+    pad = getattr(generation_config, "_pad_token_tensor", None)
+    if pad is None and rows > 1 and may_end_early:
+        raise InputError("pad_token_id: needed, as rows may end at different lengths")
+    return 0 if pad is None else int(pad)
+
+
+def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str, Any]) -> None:
+    """Raise ``InputError`` for what cannot be honoured, and say what to do."""
+    mode = generation_config.get_generation_mode(assistant_model)
+    if mode == GenerationMode.ASSISTED_GENERATION:
+        raise InputError(
+            "assistant_model, prompt_lookup_num_tokens: eepass drafts by itself; leave them out"
+        )
+    if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        raise InputError(
+            f"{mode.value}: eepass decodes greedily or by sampling; leave out what asks for it "
+            "(num_beams, penalty_alpha, dola_layers, constraints), or use custom_generate=None"
+        )
+    if generation_config.return_dict_in_generate:
+        for name in ("output_attentions", "output_hidden_states"):
+            if getattr(generation_config, name):
+                raise InputError(f"{name}: eepass does not keep them; use custom_generate=None")
+    if generation_config.cache_implementation == "quantized":
+        raise InputError("cache_implementation='quantized': eepass keeps exact keys and values")
+    cache = model_kwargs.get("past_key_values")
+    if getattr(cache, "_is_user_defined", False):
+        raise InputError(
+            "past_key_values: eepass has a cache of its own; give the whole text as input_ids"
+        )
+    given = {name for name, value in model_kwargs.items() if value is not None}
+    if unknown := sorted(given - NOT_NEEDED):
+        raise InputError(
+            f"{', '.join(unknown)}: eepass decodes from input_ids alone; leave them out"
+        )
+
+
+def _by_token(
+    rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], new: int
+) -> tuple[Tensor, ...]:
+    """For each new token what [B, V] the rows kept; zeros where a row had ended."""
+    nothing = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
+        for at in range(new)
+    )
+
+
+def _hand_on_streamers() -> None:
+    """Let transformers hand streamer and tokenizer to ``generate`` as it does to its own methods.
+
+    A callable given as ``custom_generate`` gets neither: they are dropped without a word, and stop
+    strings cannot be used at all.
+    """
+    original = GenerationMixin._extract_generation_mode_kwargs
+
+    @functools.wraps(original)
+    def extract(
+        self: Any,
+        custom_generate: Any,
+        kwargs: dict[str, Any],
+        synced_gpus: Any,
+        assistant_model: Any,
+        streamer: Any,
+    ) -> dict[str, Any]:
+        given = {
+            "tokenizer": kwargs.get("tokenizer"),
+            "assistant_model": assistant_model,
+            "streamer": streamer,
+        }
+        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+        if custom_generate is generate:
+            found |= {name: value for name, value in given.items() if value is not None}
+        return found
+
+    mixin: Any = GenerationMixin
+    mixin._extract_generation_mode_kwargs = extract
+
+
+_hand_on_streamers()

@@ -1,0 +1,137 @@
+"""Hugging Face models and their transformed decoders, kept together as long as the model is."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+from eepass.checkpoints.artifact import Artifact, found_artifact
+from eepass.checkpoints.read_torchao import read_quantized
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.lengths import refuse_longer, usual_length
+from eepass.model import PREFILL_ROWS, EarlyExitModel, transform
+
+# tokens, prompt and answer together, where nobody asked for more
+USUAL_LENGTH = 1024
+logger = logging.getLogger("eepass")
+
+
+@dataclass(slots=True, eq=False)
+class Prepared:
+    """What belongs to one model; whoever uses ``transformed`` holds ``lock``."""
+
+    artifact: str | Path | Artifact | None = "auto"
+    config: ExitConfig = field(default_factory=ExitConfig)
+    # None grows as prompts and answers need it
+    max_length: int | None = None
+    transformed: EarlyExitModel | None = None
+    # of the weights it was made from
+    stamp: tuple[tuple[int, int], ...] = ()
+    # a streamer that generates would wait for itself
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+_registry: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
+_registry_lock = threading.Lock()
+
+
+def register(
+    model: Any, artifact: str | Path | Artifact | None, config: ExitConfig, max_length: int | None
+) -> EarlyExitModel:
+    """Transform ``model`` anew, as asked for, and keep the result with it."""
+    with _registry_lock:
+        prepared = _registry.setdefault(model, Prepared())
+    with prepared.lock:
+        prepared.artifact, prepared.config, prepared.max_length = artifact, config, max_length
+        prepared.transformed = None
+        return _transformed(prepared, model, max_length or usual_length(model, USUAL_LENGTH))
+
+
+def is_prepared(model: Any) -> bool:
+    """Whether ``model.generate`` uses eepass by itself."""
+    return "generate" in vars(model) and model in _registry
+
+
+@contextmanager
+def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
+    """The transformed ``model``, with room for ``length`` tokens, for this thread alone.
+
+    Made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was asked
+    for, or the model knows positions for.
+    """
+    with _registry_lock:
+        prepared = _registry.setdefault(model, Prepared())
+    with prepared.lock:
+        yield _transformed(prepared, model, length)
+
+
+def compile_now(model: Any) -> None:
+    """Compile what a first ``generate`` would, and measure what passes cost."""
+    with in_use(model, 1) as transformed, torch.no_grad():
+        few = 4
+        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.longest - few)
+        for _ in transformed.engine.generate(prompt, few):
+            pass
+
+
+def refuse_length(model: Any, length: int) -> None:
+    """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for, or the model
+    knows positions for; waits for nobody."""
+    with _registry_lock:
+        prepared = _registry.get(model)
+    if prepared is not None:
+        _refuse_length(prepared, model, length)
+
+
+def _refuse_length(prepared: Prepared, model: Any, length: int) -> None:
+    if prepared.max_length is not None and length > prepared.max_length:
+        raise InputError(
+            f"prompt and answer need up to {length} tokens, and the model is prepared for "
+            f"{prepared.max_length}: ask for fewer new tokens, or prepare(model, max_length=...)"
+        )
+    refuse_longer(model, length, "prompt and answer together")
+
+
+def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
+    if getattr(model.config, "is_encoder_decoder", False):
+        raise InputError(f"{type(model).__name__}: encoder and decoder; eepass wants a decoder")
+    if model.training:
+        raise InputError("the model is in training mode: call model.eval() first")
+    _refuse_length(prepared, model, length)
+    limit, current = prepared.max_length, prepared.transformed
+    if current is not None and prepared.stamp != _stamp(model):
+        logger.warning("the model's weights have changed: transforming it again")
+        current = None
+    if current is not None and current.decoder.longest < length:
+        logger.warning(
+            "%d tokens, and room for %d: transforming the model again; "
+            "prepare(model, max_length=...) says beforehand how long texts get",
+            length,
+            current.decoder.longest,
+        )
+        current = None
+    if current is None:
+        prepared.transformed = None
+        read_quantized(model)
+        if limit is None:
+            limit = usual_length(model, max(USUAL_LENGTH, 1 << (length - 1).bit_length()))
+        artifact = prepared.artifact
+        if artifact == "auto":
+            artifact = found_artifact(model)
+        current = transform(model, artifact, prepared.config, limit)
+        prepared.transformed, prepared.stamp = current, _stamp(model)
+    return current
+
+
+def _stamp(model: Any) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is written to, replaced or moved."""
+    return tuple((p.data_ptr(), p._version) for p in model.parameters())

@@ -1,0 +1,33 @@
+"""``eepass.prepare``: a model whose own ``generate`` uses eepass."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+from eepass.checkpoints.artifact import Artifact
+from eepass.config import ExitConfig
+from eepass.hf.generation import generate
+from eepass.hf.prepared import register
+from eepass.model import EarlyExitModel
+
+
+def prepare(
+    model: Any,
+    artifact: str | Path | Artifact | None = "auto",
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+) -> EarlyExitModel:
+    """Transform ``model`` for its own ``generate``, which uses eepass from here on.
+
+    ``artifact``: a folder written by ``eepass.train``, None for none, ``"auto"`` for the one beside
+    the checkpoint or shipped with eepass. ``max_length``: prompt and answer together, in tokens;
+    without it the cache is made anew when longer ones come, which compiles again. The result is
+    kept as long as the model is; its ``statistics`` tell what decoding did.
+    ``model.generate(..., custom_generate=None)`` is transformers' own way. Raises ``InputError``
+    for a model or artefact that does not fit, with the reason.
+    """
+    transformed = register(model, artifact, config or ExitConfig(), max_length)
+    model.generate = functools.partial(type(model).generate, model, custom_generate=generate)
+    return transformed

@@ -1,0 +1,50 @@
+"""``eepass.load``: a checkpoint, or a folder that ``eepass transform`` wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from eepass.bundle.manifest import is_transformed
+from eepass.checkpoints.models import DTYPES, LoadedModel, check_device, load_checkpoint
+from eepass.checkpoints.read_torchao import KINDS
+from eepass.errors import InputError
+
+
+def load(
+    spec: str,
+    dtype: str | None = None,
+    device: str = "cpu",
+    trust_native: bool = False,
+    quantize: str | None = None,
+) -> LoadedModel:
+    """Load ``spec`` in eval mode; raises ``InputError`` saying what is wrong with it.
+
+    ``dtype``: bf16 if not given, and for a transformed folder what it was written in.
+    ``trust_native``: also run the native code of a transformed folder this user did not sign.
+    ``quantize``: ``"keep"`` a GGUF file's own quantisation, where there are kernels for it (what it
+    stands for is the same to the bit); or quantise the weights with torchao: ``"int8"``,
+    ``"int4"``, ``"int8-dynamic"``. What torchao quantised before is read as it is.
+    """
+    if quantize not in (None, "keep", *KINDS):
+        raise InputError(f"quantize={quantize!r}: known are keep, {', '.join(KINDS)}")
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
+    check_device(device)
+    path = Path(spec)
+    if is_transformed(path):
+        if quantize not in (None, "keep"):
+            raise InputError(f"{path} is a transformed folder: quantise the original")
+        return _load_transformed(path, dtype, trust_native)
+    return load_checkpoint(spec, dtype or "bf16", quantize)
+
+
+def _load_transformed(path: Path, dtype: str | None, trust_native: bool) -> LoadedModel:
+    from eepass.bundle.load import load_folder
+
+    model, tokenizer, written = load_folder(path, trust_native)
+    if dtype is not None and DTYPES[dtype] != getattr(torch, written):
+        raise InputError(f"dtype {dtype!r}: {path} was transformed in {written}; transform again")
+    artifact = None if model.artifact is None else model.artifact_folder
+    return LoadedModel(str(path), model, tokenizer, artifact, transformed=True)

@@ -1,0 +1,279 @@
+"""``eepass export-onnx``: a decoder with its exits as two ONNX graphs over one file of weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import eepass
+from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.models import LoadedModel
+from eepass.checkpoints.tokenizer import write_text
+from eepass.config import ExitConfig
+from eepass.errors import InputError, PassError
+from eepass.files import replace_dir_atomically
+from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
+from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
+from eepass.onnx.graph import OnnxBuilder, OnnxValue
+from eepass.passes.functional.value_exits import DecodeStep
+from eepass.passes.functional.value_step import PromptStep
+from eepass.planning import exit_tensors
+from eepass.runtime.exits.scheduler import RADIUS, WINDOW
+from eepass.segments import SplitDecoder
+
+# weights are mapped into memory
+ALIGNMENT = 4096
+Notify = Callable[[str], None]
+
+
+def export_onnx(
+    loaded: LoadedModel,
+    out: str | Path,
+    artifact: str | Path | Artifact | None = None,
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+    notify: Notify = lambda stage: None,
+) -> dict[str, Any]:
+    """Write ``loaded`` (float32) and its exits to the folder ``out``, whole or not at all.
+
+    ``decode.onnx`` runs one token over keys and values that are inputs; ``prefill.onnx`` runs the
+    prompt; both read ``weights.bin``; the tokenizer lies beside them. ``config``: an approximate
+    one with KV policy ``propagate`` (the default) or ``drop``. ``max_length``: prompt and answer
+    together. Returns a report. Raises ``InputError`` with the reason for what cannot be exported.
+    """
+    for module in ("onnx", "onnx_ir", "onnxscript"):
+        needed(module)
+    began = perf_counter()
+    target = Path(out).resolve()
+    if target.exists() and not (
+        target.is_dir() and ((target / DECODE).exists() or not any(target.iterdir()))
+    ):
+        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+    config = config or propagating()
+    notify("tracing and splitting")
+    try:
+        with torch.no_grad():
+            model, split, prompt = _configured(loaded, artifact, config, max_length)
+            decode, tensors = _decode_step(model, split, config)
+            prefill = PromptStep(prompt, split)
+    except PassError as error:
+        raise InputError(f"{loaded.name} cannot be exported to ONNX: {error}") from error
+    described = _metadata(loaded, model, config, split, prompt)
+    scratch = target.with_name(f".{target.name}.part")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        write_text(loaded, scratch)
+        writer = _Writer(scratch, described, tensors, notify)
+        found = writer.write(decode, prefill)
+        replace_dir_atomically(scratch, target)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return {**found, "seconds": round(perf_counter() - began, 1)}
+
+
+def propagating(target: float | None = None) -> ExitConfig:
+    """What is exported unless asked otherwise: the default preset, one token a step."""
+    from dataclasses import replace
+
+    return replace(ExitConfig().approximate(target), kv="propagate")
+
+
+def _configured(
+    loaded: LoadedModel,
+    artifact: str | Path | Artifact | None,
+    config: ExitConfig,
+    max_length: int | None,
+) -> tuple[EarlyExitModel, SplitDecoder, SplitDecoder]:
+    """The model with its exits planned, split for one row and for prompts; nothing is compiled."""
+    model = loaded.model
+    if isinstance(model, EarlyExitModel):
+        ready = _transformed(model, artifact, max_length)
+    else:
+        chosen = artifact if artifact is not None else loaded.artifact
+        if chosen is None:
+            raise InputError(
+                f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "
+                "--artifact DIR"
+            )
+        trained = chosen if isinstance(chosen, Artifact) else load_artifact(Path(chosen))
+        refuse_other_model(trained, model, "artifact")
+        _refuse_dtype(loaded, next(model.parameters()).dtype)
+        splits, report = split_model(model, max_length, (1,))
+        if PREFILL_ROWS not in splits:
+            raise PassError("its recurrent states are overwritten in place, token by token")
+        ready = EarlyExitModel(splits, report, loaded.stop, trained, compiler=_no_compiler)
+    _refuse_dtype(loaded, ready.splits[1].boundary.dtype)
+    ready.configure(config)
+    return ready, ready.splits[1], ready.splits[max(ready.splits)]
+
+
+def _refuse_dtype(loaded: LoadedModel, dtype: torch.dtype) -> None:
+    if dtype is not torch.float32:
+        raise InputError(f"{loaded.name} is in {dtype}: ONNX is written in fp32, give it in fp32")
+
+
+def _transformed(
+    model: EarlyExitModel, artifact: str | Path | Artifact | None, max_length: int | None
+) -> EarlyExitModel:
+    own = model.artifact_folder
+    if isinstance(artifact, Artifact) or (artifact is not None and Path(artifact).resolve() != own):
+        raise InputError("a transformed folder has its own artefact, compiled in")
+    if model.artifact is None:
+        raise InputError(f"{model.folder}: transformed without an artefact; transform with one")
+    if max_length is not None and max_length > model.decoder.capacity:
+        raise InputError(
+            f"max_length={max_length}: {model.folder} was transformed for "
+            f"{model.decoder.capacity} tokens"
+        )
+    return model
+
+
+def _no_compiler(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("an exported model is not compiled")
+
+
+def _decode_step(
+    model: EarlyExitModel, split: SplitDecoder, config: ExitConfig
+) -> tuple[DecodeStep, dict[str, Tensor]]:
+    """The step, and all tensors there are."""
+    assert model.plan is not None and model.artifact is not None
+    own = model.decoder.tensors
+    tensors = {**own, **exit_tensors(config.name, model.artifact, own, split)}
+    segments = model.segments_for(config, model.plan, tensors, 1)
+    return DecodeStep(split, segments, model.plan, _radius(config, split), ALWAYS_ACTIVE), tensors
+
+
+def _radius(config: ExitConfig, split: SplitDecoder) -> int:
+    """How far from the last exits predictors are asked; without a schedule everywhere."""
+    return RADIUS if config.schedule else len(split.layers)
+
+
+def _metadata(
+    loaded: LoadedModel,
+    model: EarlyExitModel,
+    config: ExitConfig,
+    split: SplitDecoder,
+    prompt: SplitDecoder,
+) -> dict[str, Any]:
+    plan = model.plan
+    assert plan is not None and model.artifact is not None
+    known = model.artifact.fingerprint
+    return {
+        "name": loaded.name,
+        "eepass": eepass.__version__,
+        "fingerprint": dict(known if loaded.transformed else fingerprint(loaded.model)),
+        "layers": plan.num_layers,
+        "max_length": split.cache_length - prompt.rows,
+        "slots": split.cache_length,
+        "prompt_rows": prompt.rows,
+        "stop": sorted(loaded.stop),
+        "kv_policy": plan.kv_policy,
+        "verify": plan.verify,
+        "preset": config.name,
+        "target_agreement": config.target_agreement,
+        "draft_layer": plan.draft_layer,
+        "draft_tokens": plan.draft_tokens,
+        "exits": {str(point.layer): point.threshold for point in plan.exits},
+        "window": WINDOW,
+        "radius": _radius(config, split),
+        "always": ALWAYS_ACTIVE,
+    }
+
+
+class _Writer:
+    """Two graphs, their weights in one file, in ``folder``; ``tensors``: all there are, by name."""
+
+    def __init__(
+        self,
+        folder: Path,
+        metadata: dict[str, Any],
+        tensors: Mapping[str, Tensor],
+        notify: Notify,
+    ) -> None:
+        self.folder, self.metadata, self.tensors = folder, metadata, tensors
+        self.notify = notify
+
+    def write(self, decode: DecodeStep, prefill: PromptStep) -> dict[str, Any]:
+        import onnx
+        import onnx_ir
+
+        self.notify("exporting the decode step")
+        models = {DECODE: self._decode(decode)}
+        self.notify("exporting the prompt step")
+        models[PROMPT] = self._prompt(prefill)
+        self.notify("writing and checking")
+        self._store_weights(models.values())
+        for name, model in models.items():
+            onnx_ir.save(model, self.folder / name)
+            onnx.checker.check_model(str(self.folder / name), full_check=True)
+        return {
+            "files": {p.name: p.stat().st_size for p in sorted(self.folder.iterdir())},
+            **self.metadata,
+        }
+
+    def _decode(self, step: DecodeStep) -> Any:
+        build = OnnxBuilder("decode", self.tensors)
+        limits = torch.full((step.plan.num_layers + 1,), NEVER)
+        for point in step.plan.exits:
+            limits[point.layer] = point.threshold
+        ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
+        position = build.input("position", torch.zeros(1, dtype=torch.long))
+        recent = build.input("recent", torch.zeros(WINDOW, dtype=torch.long))
+        threshold = build.input("threshold", limits)
+        build.default(threshold, limits)
+        caches = _caches(build, step)
+        outputs = step.build(build, ids, position, recent, threshold, caches)
+        return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
+
+    def _prompt(self, step: PromptStep) -> Any:
+        build = OnnxBuilder("prefill", self.tensors)
+        ids = build.input("ids", torch.zeros(1, step.split.rows, dtype=torch.long))
+        start = build.input("start", torch.zeros(1, dtype=torch.long))
+        last = build.input("last", torch.zeros(1, dtype=torch.long))
+        outputs = step.build(build, ids, start, last, _caches(build, step))
+        return _finished(build, step, ("token",), outputs)
+
+    def _store_weights(self, models: Collection[Any]) -> None:
+        import onnx_ir
+
+        stored = [
+            name
+            for name in self.tensors
+            if any(name in model.graph.initializers for model in models)
+        ]
+        arrays = [
+            onnx_ir.Tensor(self.tensors[name].detach().contiguous().numpy(), name=name)
+            for name in stored
+        ]
+        written = onnx_ir.external_data.convert_tensors_to_external(
+            arrays, self.folder, WEIGHTS, alignment=ALIGNMENT
+        )
+        self.metadata["weights"] = (self.folder / WEIGHTS).stat().st_size
+        described = OnnxMetadata(**self.metadata).to_json()
+        for model in models:
+            model.metadata_props[ENTRY] = described
+            for name, tensor in zip(stored, written, strict=True):
+                if name in model.graph.initializers:
+                    model.graph.initializers[name].const_value = tensor
+
+
+def _caches(build: OnnxBuilder, step: DecodeStep | PromptStep) -> list[OnnxValue]:
+    empty = step.empty_caches()
+    return [build.input(r.name, like) for r, like in zip(step.caches, empty, strict=True)]
+
+
+def _finished(
+    build: OnnxBuilder,
+    step: DecodeStep | PromptStep,
+    names: Sequence[str],
+    outputs: Sequence[OnnxValue],
+) -> Any:
+    rows = [f"new_{role.name}" for role in step.caches]
+    return build.finish(dict(zip([*names, *rows], outputs, strict=True)))

@@ -1,0 +1,219 @@
+"""Steps taken down as ONNX graphs: each distinct function exported once, the chain made of calls.
+
+Functions go through PyTorch's exporter with all they read as inputs, weights among them, and are
+inlined at the end; so an export takes as long as a model has kinds of layers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eepass.passes.functional.value_step import Call, Function
+
+# what ONNX Runtime's CPU build has run for years; attention and norms are spelled out
+OPSET = 20
+IR_VERSION = 10
+# of functions, until they are inlined
+DOMAIN = "eepass"
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxValue:
+    """A value of the graph, and a tensor like it."""
+
+    value: Any
+    like: Tensor
+
+
+class OnnxBuilder:
+    """One graph being made; ``tensors`` are the weights it may read, by name."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        import onnx_ir
+
+        self.ir, self.tensors = onnx_ir, tensors
+        self.graph = onnx_ir.Graph(
+            [], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1}
+        )
+        self._weights: dict[str, OnnxValue] = {}
+        self._constants: dict[str, OnnxValue] = {}
+        self._functions: dict[Hashable, tuple[Any, list[Tensor]]] = {}
+        self._count = 0
+
+    def input(self, name: str, like: Tensor) -> OnnxValue:
+        value = self._value(name, like)
+        self.graph.inputs.append(value)
+        return OnnxValue(value, like)
+
+    def default(self, taken: OnnxValue, tensor: Tensor) -> None:
+        """Let an input be left out: then it is ``tensor``."""
+        taken.value.const_value = self.ir.Tensor(tensor.numpy(), name=taken.value.name)
+        self.graph.register_initializer(taken.value)
+
+    def weight(self, name: str) -> OnnxValue:
+        if name not in self._weights:
+            self._weights[name] = self._initializer(name, self.tensors[name].detach())
+        return self._weights[name]
+
+    def constant(self, tensor: Tensor) -> OnnxValue:
+        key = f"{tensor.dtype} {tensor.tolist()}"
+        if key not in self._constants:
+            name = f"constant_{len(self._constants)}"
+            self._constants[key] = self._initializer(name, tensor)
+        return self._constants[key]
+
+    def call(self, call: Call) -> list[OnnxValue]:
+        node, results = self._call(call)
+        self.graph.append(node)
+        return _values(node, results)
+
+    def branch(
+        self,
+        condition: OnnxValue,
+        then: Call | Sequence[OnnxValue],
+        otherwise: Call | Sequence[OnnxValue],
+    ) -> list[OnnxValue]:
+        ir, branches = self.ir, []
+        results: list[Tensor] = []
+        for name, case in (("then_branch", then), ("else_branch", otherwise)):
+            if isinstance(case, Call):
+                node, results = self._call(case)
+                nodes, outputs = [node], list(node.outputs)
+            else:
+                results = [each.like for each in case]
+                nodes = [ir.Node("", "Identity", [each.value]) for each in case]
+                for node, like in zip(nodes, results, strict=True):
+                    self._name(node, [like])
+                outputs = [node.outputs[0] for node in nodes]
+            body = ir.Graph([], outputs, nodes=nodes, name=f"{name}_{self._count}")
+            branches.append(ir.AttrGraph(name, body))
+        node = ir.Node("", "If", [condition.value], branches, num_outputs=len(results))
+        self._name(node, results)
+        self.graph.append(node)
+        return _values(node, results)
+
+    def finish(self, outputs: Mapping[str, OnnxValue]) -> Any:
+        """The model, of standard operators alone; its constants and weights are initialisers of the
+        outermost graph."""
+        import onnx_ir.passes.common as passes
+
+        for name, made in outputs.items():
+            made.value.name = name
+            self.graph.outputs.append(made.value)
+        functions = [function for function, _ in self._functions.values()]
+        model = self.ir.Model(
+            self.graph, ir_version=IR_VERSION, producer_name="eepass", functions=functions
+        )
+        with _quiet():
+            for each in (
+                passes.InlinePass(),
+                passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+                passes.LiftSubgraphInitializersToMainGraphPass(),
+                passes.DeduplicateInitializersPass(),
+                passes.RemoveUnusedNodesPass(),
+                passes.RemoveUnusedOpsetsPass(),
+                # a branch may not give back what stands outside of it
+                passes.OutputFixPass(),
+                passes.NameFixPass(),
+                # says where on this machine each operator came from
+                passes.ClearMetadataAndDocStringPass(),
+            ):
+                each(model)
+        return model
+
+    def _call(self, call: Call) -> tuple[Any, list[Tensor]]:
+        if call.key not in self._functions:
+            examples = [each.like for each in call.operands]
+            self._functions[call.key] = self._exported(call.function, examples)
+        made, results = self._functions[call.key]
+        inputs = [each.value for each in call.operands]
+        node = self.ir.Node(DOMAIN, made.name, inputs, num_outputs=len(results))
+        self._name(node, results)
+        return node, results
+
+    def _exported(self, function: Function, examples: list[Tensor]) -> tuple[Any, list[Tensor]]:
+        """``function`` as an ONNX function of as many inputs as there are examples."""
+        # the exporter takes two inputs that are one tensor for one input
+        seen: set[int] = set()
+        for place, example in enumerate(examples):
+            if id(example) in seen:
+                examples[place] = example.clone()
+            seen.add(id(example))
+        module = _Module(function)
+        with torch.no_grad(), _quiet():
+            results = list(module(*examples))
+            program = torch.onnx.export(
+                module, tuple(examples), opset_version=OPSET, dynamo=True, verbose=False
+            )
+        assert program is not None
+        graph, ir = program.model.graph, self.ir
+        for constant in list(graph.initializers.values()):
+            tensor = constant.const_value
+            node = ir.Node("", "Constant", [], [ir.AttrTensor("value", tensor)], num_outputs=1)
+            constant.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+            graph.insert_before(graph[0], node)
+        graph.initializers.clear()
+        name = f"function_{len(self._functions)}"
+        return ir.Function(DOMAIN, name, graph=graph, attributes=[]), results
+
+    def _initializer(self, name: str, tensor: Tensor) -> OnnxValue:
+        value = self._value(name, tensor)
+        value.const_value = self.ir.Tensor(tensor.contiguous().numpy(), name=name)
+        self.graph.register_initializer(value)
+        return OnnxValue(value, tensor)
+
+    def _name(self, node: Any, results: Sequence[Tensor]) -> None:
+        node.name = f"step_{self._count}"
+        for index, (value, like) in enumerate(zip(node.outputs, results, strict=True)):
+            value.name = f"value_{self._count}_{index}"
+            value.dtype = self.ir.tensor_adapters.from_torch_dtype(like.dtype)
+            value.shape = self.ir.Shape(like.shape)
+        self._count += 1
+
+    def _value(self, name: str, like: Tensor) -> Any:
+        ir = self.ir
+        kind = ir.TensorType(ir.tensor_adapters.from_torch_dtype(like.dtype))
+        return ir.Value(name=name, shape=ir.Shape(like.shape), type=kind)
+
+
+def _values(node: Any, results: Sequence[Tensor]) -> list[OnnxValue]:
+    return [OnnxValue(value, like) for value, like in zip(node.outputs, results, strict=True)]
+
+
+class _Module(torch.nn.Module):
+    """A function for the exporter; none of its results is one of its inputs."""
+
+    def __init__(self, function: Function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
+        return tuple(
+            result.clone(memory_format=torch.contiguous_format)
+            for result in self.function(*operands)
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporters' progress and advice are not for our users."""
+    logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)

@@ -1,0 +1,189 @@
+"""Decode with an exported model in ONNX Runtime; neither PyTorch nor transformers takes part.
+
+The caches are bound once and stay where they are: a step returns the new rows, and they are written
+to their slots here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from eepass.errors import InputError
+from eepass.onnx.files import AGAIN, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
+
+
+class Step(NamedTuple):
+    """A token of the answer, and after how many layers it was known."""
+
+    token: int
+    exit_layer: int
+
+
+class OnnxDecoder:
+    """The two graphs beside ``file`` (``decode.onnx``), in ONNX Runtime on the CPU.
+
+    One sequence at a time, greedy. ``threads``: 0 takes all cores. Raises ``InputError`` for files
+    that are missing, damaged, or not written by ``export_onnx``.
+    """
+
+    def __init__(self, file: Path, threads: int = 0) -> None:
+        self._runtime = needed("onnxruntime")
+        self.file, self.threads = file, threads
+        for name in (PROMPT, WEIGHTS):
+            if not (file.parent / name).is_file():
+                raise InputError(
+                    f"{file}: no {name} beside it: not written by eepass export-onnx, or in part"
+                )
+        self._decode = self._session(file)
+        self.metadata = self._metadata(file, self._decode)
+        size = (file.parent / WEIGHTS).stat().st_size
+        if size != self.metadata.weights:
+            raise InputError(
+                f"{file.parent / WEIGHTS}: {size} bytes, not {self.metadata.weights}; {AGAIN}"
+            )
+        prompt = file.parent / PROMPT
+        self._prompt = self._session(prompt)
+        if self._metadata(prompt, self._prompt) != self.metadata:
+            raise InputError(f"{prompt}: of another export than {file.name}; {AGAIN}")
+        taken = [x for x in self._prompt.get_inputs() if x.name.startswith(("keys.", "values."))]
+        self.caches = {x.name: np.zeros(x.shape, np.float32) for x in taken}
+        layers = self.metadata.layers + 1
+        self.thresholds = np.full(layers, NEVER, np.float32)
+        for layer, threshold in self.metadata.exits.items():
+            self.thresholds[int(layer)] = threshold
+        self._bound_prompt = _Bound(
+            self._runtime, self._prompt, self.caches, rows=self.metadata.prompt_rows
+        )
+        self._bound_decode = _Bound(self._runtime, self._decode, self.caches, rows=1)
+
+    def stream(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int = 128,
+        thresholds: np.ndarray | None = None,
+        stop: frozenset[int] | None = None,
+    ) -> Iterator[Step]:
+        """Tokens after ``ids``; an end token is the last one given.
+
+        ``thresholds``: float32 [L + 1] instead of the calibrated ones, 1 and more where no token
+        may leave. ``stop``: end tokens instead of the model's. Raises ``InputError`` for a prompt
+        that is empty or does not fit.
+        """
+        most, found = self.metadata.max_length, self.metadata
+        if not ids:
+            raise InputError("the prompt is empty: give at least one token")
+        if len(ids) + max_new_tokens - 1 > most:
+            raise InputError(
+                f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones do not fit "
+                f"{most}: ask for fewer, or export with a larger --max-length"
+            )
+        ends = frozenset(found.stop) if stop is None else stop
+        step = Step(self.prefill(ids), found.layers)
+        recent = np.zeros(found.window, np.int64)
+        recent[-1] = found.layers
+        for count in range(1, max_new_tokens + 1):
+            yield step
+            if step.token in ends or count == max_new_tokens:
+                return
+            step, recent = self.step(step.token, len(ids) + count - 1, recent, thresholds)
+
+    def dense(self) -> np.ndarray:
+        """Thresholds with which no token leaves early, and no predictor runs."""
+        return np.full_like(self.thresholds, NEVER)
+
+    def prefill(self, ids: Sequence[int]) -> int:
+        """Write keys and values of a prompt from slot 0 on; returns the token that follows it."""
+        size, token = self.metadata.prompt_rows, -1
+        for start in range(0, len(ids), size):
+            chunk = list(ids[start : start + size])
+            padded = np.array([chunk + chunk[-1:] * (size - len(chunk))])
+            inputs = {"ids": padded, "start": [start], "last": [len(chunk) - 1]}
+            token = int(self._bound_prompt.run(inputs)["token"][0])
+            self._bound_prompt.keep(start, len(chunk))
+        return token
+
+    def step(
+        self, token: int, position: int, recent: np.ndarray, thresholds: np.ndarray | None = None
+    ) -> tuple[Step, np.ndarray]:
+        """Run ``token`` at ``position``; returns what follows it, and ``recent`` with its exit."""
+        inputs = {
+            "ids": [[token]],
+            "position": [position],
+            "recent": recent,
+            "threshold": self.thresholds if thresholds is None else thresholds,
+        }
+        found = self._bound_decode.run(inputs)
+        self._bound_decode.keep(position, 1)
+        return Step(int(found["token"][0]), int(found["exit_layer"][0])), found["new_recent"].copy()
+
+    def _session(self, file: Path) -> Any:
+        options = self._runtime.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        # fatal: what goes wrong is raised, and said once
+        options.log_severity_level = 4
+        try:
+            return self._runtime.InferenceSession(
+                str(file), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # onnxruntime's errors share no type of their own
+            said = " ".join(str(error).split())[:200]
+            raise InputError(
+                f"{file}: ONNX Runtime cannot load it, or {WEIGHTS} beside it; {AGAIN} ({said})"
+            ) from error
+
+    @staticmethod
+    def _metadata(file: Path, session: Any) -> OnnxMetadata:
+        entries: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
+        return OnnxMetadata.read(entries.get(ENTRY), file)
+
+
+class _Bound:
+    """A session whose inputs and outputs have their places: nothing is copied but new rows."""
+
+    def __init__(
+        self, runtime: Any, session: Any, caches: Mapping[str, np.ndarray], rows: int
+    ) -> None:
+        self.session, self.caches, self.rows = session, caches, rows
+        self.binding = session.io_binding()
+        self.inputs: dict[str, np.ndarray] = {}
+        self.outputs: dict[str, np.ndarray] = {}
+        place = runtime.OrtValue.ortvalue_from_numpy
+        # the binding does not keep the arrays alive
+        self.values = []
+        for taken in (*session.get_inputs(), *session.get_overridable_initializers()):
+            if taken.name in caches:
+                array = caches[taken.name]
+            else:
+                array = np.zeros(taken.shape, _dtype(taken.type))
+                self.inputs[taken.name] = array
+            self.values.append(place(array))
+            self.binding.bind_ortvalue_input(taken.name, self.values[-1])
+        for made in session.get_outputs():
+            self.outputs[made.name] = np.zeros(made.shape, _dtype(made.type))
+            self.values.append(place(self.outputs[made.name]))
+            self.binding.bind_ortvalue_output(made.name, self.values[-1])
+        self._new = [
+            (self.outputs[f"new_{name}"], cache)
+            for name, cache in caches.items()
+            if f"new_{name}" in self.outputs
+        ]
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Outputs by name, overwritten by the next run."""
+        for name, value in inputs.items():
+            self.inputs[name][...] = value
+        self.session.run_with_iobinding(self.binding)
+        return self.outputs
+
+    def keep(self, slot: int, count: int) -> None:
+        """Write the first ``count`` new rows to the caches, from ``slot`` on."""
+        for rows, cache in self._new:
+            cache[:, :, slot : slot + count] = rows[:, :, :count]
+
+
+def _dtype(name: str) -> Any:
+    return {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}[name]

@@ -1,0 +1,5 @@
+"""The ``eepass::`` operators; importing this package defines them all."""
+
+from eepass.ops import exits, fused, into, quantized, rows
+
+__all__ = ["exits", "fused", "into", "quantized", "rows"]

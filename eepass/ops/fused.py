@@ -1,0 +1,285 @@
+"""The ``eepass::`` operators that do a whole exit point, and what they mean.
+
+Each is a chain of ``eepass.ops`` written as one operator, so that it can be one kernel. Shapes as
+there; P paths of at most D nodes, G groups of keys and values, C slots, D channels of a head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eepass.ops.exits import predict_exit, translated
+from eepass.ops.registry import define, fake
+
+# the way from a boundary to the logits, as ``plan.HeadChain`` describes it
+_TO_STATE = (
+    "Tensor hidden, Tensor? scale, Tensor? down, Tensor? up, Tensor? norm_weight, Tensor? norm_bias"
+)
+_HEAD = "Tensor lm_head, Tensor? head_scales, Tensor? head_bias"
+_NORM_FORM = "str norm, float eps, float weight_offset"
+_LOGIT_FORM = "float logit_scale, float logit_cap"
+_PREDICTOR = "Tensor previous, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor threshold"
+
+
+@define(
+    f"exit_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, "
+    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+def exit_predictor(
+    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
+    draft_ids: Tensor, previous: Tensor,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
+    norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """All that one exit point asks: boundary -> probability float32 [R], draft probabilities
+    float32 [R, K], normed state z [R, H], exits bool [R].
+
+    hidden [R, H]; ``translate``'s tensors or None; final norm ``norm`` ("rms", "layer" or "none")
+    with weight [H] (``weight_offset`` is added: 1 + w) and bias; lm_head [V, H], int8 with
+    ``head_scales`` [V] or floating, with bias [V]; logits · logit_scale, then soft-capped unless
+    ``logit_cap`` is 0; then as ``predict_exit``. ``exits`` is probability > threshold [1]: never
+    where NaN or infinity came in. In float32 between hidden and logits; z has hidden's dtype.
+    """
+    z = _final_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
+    rows = lm_head[draft_ids].float()
+    logits = (rows * z.unsqueeze(1)).sum(-1)
+    if head_scales is not None:
+        logits = logits * head_scales[draft_ids].float()
+    if head_bias is not None:
+        logits = logits + head_bias[draft_ids].float()
+    logits = _formed(logits, logit_scale, logit_cap)
+    probability, probabilities = predict_exit(logits, previous, w1, b1, w2, b2)
+    return probability, probabilities, z.to(hidden.dtype), probability > threshold.float()
+
+
+@define(
+    f"path_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, Tensor paths, "
+    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def path_predictor(
+    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
+    draft_ids: Tensor, previous: Tensor,
+    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor, paths: Tensor,
+    norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """``exit_predictor`` on the R nodes of a tree whose paths [P, D] are exited as one: float32
+    [P], then nodes' probability, draft probabilities and z, and exits bool [P].
+
+    A path, node numbers padded with -1, is a hyper-token: it leaves where the last of its nodes
+    does, so its probability is its nodes' smallest (NaN if one is). SpecEE, T3 (arXiv 2504.08850,
+    6). A path without nodes never leaves: its probability is 0.
+    """
+    node, probabilities, z, _ = exit_predictor(
+        hidden, scale, down, up, norm_weight, norm_bias, lm_head, head_scales, head_bias,
+        draft_ids, previous, w1, b1, w2, b2, threshold,
+        norm, eps, weight_offset, logit_scale, logit_cap,
+    )  # fmt: skip
+    # a probability is at most 1, so padding never is the smallest
+    each = torch.where(paths >= 0, node[paths.clamp_min(0)], 1.0)
+    path = torch.where((paths >= 0).any(-1), each.amin(-1), 0.0)
+    return path, node, probabilities, z, path > threshold.float()
+
+
+@define(
+    f"verify_head({_TO_STATE}, {_HEAD}, Tensor? hot_ids, Tensor draft_ids, "
+    f"{_NORM_FORM}, {_LOGIT_FORM}, bool want_logits) -> (Tensor, Tensor, Tensor)"
+)
+def verify_head(
+    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
+    norm_weight: Tensor | None, norm_bias: Tensor | None,
+    lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
+    hot_ids: Tensor | None, draft_ids: Tensor,
+    norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
+    want_logits: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The likeliest token int64 [R] of a boundary, whether it is among draft_ids [R, K] (bool
+    [R]), and float32 logits [R, V], or [R, 0] unless ``want_logits``.
+
+    As ``exit_predictor``, save that the normed state is rounded to hidden's dtype, as the model
+    does. ``lm_head`` may hold the rows of ``hot_ids`` alone, which then name its tokens. Of equal
+    logits the first wins and NaN is largest, as in ``torch.argmax``.
+    """
+    z = _final_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
+    logits = _head_logits(
+        z.to(hidden.dtype), lm_head, head_scales, head_bias, logit_scale, logit_cap
+    )
+    best = logits.argmax(-1)
+    token = best if hot_ids is None else hot_ids[best]
+    known = (token[:, None] == draft_ids).any(-1)
+    return token, known, logits if want_logits else logits.new_empty(len(logits), 0)
+
+
+@define(f"draft_topk(Tensor z, {_HEAD}, Tensor? hot_ids, int k, {_LOGIT_FORM}) -> (Tensor, Tensor)")
+def draft_topk(
+    z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
+    hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The k likeliest tokens of z [R, H]: log-probabilities float32 [R, k], ids int64 [R, k].
+
+    Likeliest first; of equal logits the first; NaN before all else.
+    """
+    logits = _head_logits(z, lm_head, head_scales, head_bias, logit_scale, logit_cap)
+    values, order = logits.sort(dim=-1, descending=True, stable=True)
+    ids = order[:, :k] if hot_ids is None else hot_ids[order[:, :k]]
+    return values[:, :k] - logits.logsumexp(-1, keepdim=True), ids.contiguous()
+
+
+@define(
+    "fill_kv(Tensor hidden, Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] key_weights, "
+    "Tensor[] key_biases, Tensor[] value_weights, Tensor[] value_biases, Tensor[] head_norms, "
+    "Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, "
+    f"Tensor slots, {_NORM_FORM}, bool interleaved, str head_norm) -> ()"
+)
+def fill_kv(
+    hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
+    key_weights: Sequence[Tensor], key_biases: Sequence[Tensor],
+    value_weights: Sequence[Tensor], value_biases: Sequence[Tensor],
+    head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
+    keys: Sequence[Tensor], values: Sequence[Tensor],
+    cos: Tensor | None, sin: Tensor | None, slots: Tensor,
+    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
+) -> None:  # fmt: skip
+    """Write keys and values of hidden [R, H] at slots [R] of every skipped layer's cache.
+
+    A list holds one tensor a layer, or nothing where no layer has one: input norm [H], projections
+    [G, D, H] or [G·D, H] and biases [G, D] or [G·D] (views of what several share, perhaps), norm of
+    the keys' heads and its bias [D] or [G, D], keys and values [G, C, D]. ``head_norm`` ("rms",
+    "layer" or "none") goes with ``eps`` and ``weight_offset`` as ``norm`` does. Rotary values cos,
+    sin [R, N] turn the first N <= D channels, half against half or, ``interleaved``, each against
+    the next. In float32 up to the write.
+    """
+    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
+        x = _normed(
+            hidden.float(), _at(norm_weights, layer), _at(norm_biases, layer), norm, eps,
+            weight_offset,
+        ).to(hidden.dtype).float()  # fmt: skip
+        groups, width = key.shape[0], key.shape[-1]
+        k, v = (
+            F.linear(
+                x,
+                weights[layer].float().reshape(-1, x.shape[-1]),
+                None if bias is None else bias.float().reshape(-1),
+            )
+            .unflatten(-1, (groups, -1))
+            .transpose(0, 1)
+            for weights, bias in (
+                (key_weights, _at(key_biases, layer)),
+                (value_weights, _at(value_biases, layer)),
+            )
+        )
+        weight, bias = _at(head_norms, layer), _at(head_biases, layer)
+        k = _normed(k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset)
+        if cos is not None and sin is not None:
+            turning, half = k[..., : cos.shape[-1]], cos.shape[-1] // 2
+            if interleaved:
+                pairs = turning.unflatten(-1, (half, 2))
+                turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
+            else:
+                turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
+            turning = turning * cos.float() + turned * sin.float()
+            k = torch.cat([turning, k[..., cos.shape[-1] : width]], -1)
+        key[:, slots] = k.to(key.dtype)
+        value[:, slots] = v.to(value.dtype)
+
+
+def _over_rows(tensor: Tensor | None) -> Tensor | None:
+    """[G, D] as [G, 1, D]; [D] as it is."""
+    return tensor if tensor is None or tensor.ndim == 1 else tensor.unsqueeze(1)
+
+
+def _at(tensors: Sequence[Tensor], layer: int) -> Tensor | None:
+    return tensors[layer] if tensors else None
+
+
+def _normed(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: str, eps: float, offset: float
+) -> Tensor:
+    if norm not in ("none", "rms", "layer"):
+        raise ValueError(f"norm={norm!r}: expected none, rms or layer")
+    if norm == "none":
+        return x
+    if norm == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is not None:
+        x = x * (weight.float() + offset)
+    return x if bias is None else x + bias.float()
+
+
+def _final_state(
+    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, norm: str, eps: float, offset: float,
+) -> Tensor:  # fmt: skip
+    x = hidden.float()
+    if scale is not None and down is not None and up is not None:
+        x = translated(x, scale, down, up)
+    return _normed(x, weight, bias, norm, eps, offset)
+
+
+def _head_logits(
+    z: Tensor, lm_head: Tensor, scales: Tensor | None, bias: Tensor | None,
+    logit_scale: float, logit_cap: float,
+) -> Tensor:  # fmt: skip
+    logits = z.float() @ lm_head.float().T
+    if scales is not None:
+        logits = logits * scales.float()
+    return _formed(logits if bias is None else logits + bias.float(), logit_scale, logit_cap)
+
+
+def _formed(logits: Tensor, scale: float, cap: float) -> Tensor:
+    logits = logits * scale
+    return logits if cap == 0 else torch.tanh(logits / cap) * cap
+
+
+@fake("exit_predictor")
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    draft_ids = rest[8]
+    probability = hidden.new_empty(len(hidden), dtype=torch.float32)
+    return (
+        probability,
+        probability.new_empty(draft_ids.shape),
+        hidden.new_empty(hidden.shape),
+        probability.new_empty(probability.shape, dtype=torch.bool),
+    )
+
+
+@fake("path_predictor")
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    draft_ids, paths = rest[8], rest[15]
+    path = hidden.new_empty(len(paths), dtype=torch.float32)
+    return (
+        path,
+        path.new_empty(len(hidden)),
+        path.new_empty(draft_ids.shape),
+        hidden.new_empty(hidden.shape),
+        path.new_empty(path.shape, dtype=torch.bool),
+    )
+
+
+@fake("verify_head")
+def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    columns = rest[5].shape[0] if rest[-1] else 0
+    token = hidden.new_empty(len(hidden), dtype=torch.long)
+    return (
+        token,
+        token.new_empty(token.shape, dtype=torch.bool),
+        hidden.new_empty(len(hidden), columns, dtype=torch.float32),
+    )
+
+
+@fake("draft_topk")
+def _(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    shape = (len(z), rest[4])
+    return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.long)
+
+
+@fake("fill_kv")
+def _(*arguments: Any) -> None:
+    return None

@@ -1,0 +1,59 @@
+"""Operators over a few rows: linear layers, LM head logits, attention over a static cache.
+
+Shapes: R rows (tokens in this pass), H hidden, V vocabulary.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eepass.ops.registry import define, fake
+
+
+@define("linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+def linear_rows(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
+) -> list[Tensor]:
+    """Linear layers over the same rows: x [R, I], weights [O_i, I], biases [O_i] -> [R, O_i]."""
+    return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+@fake("linear_rows")
+def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
+@define("logits_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+def logits_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Logits x [R, H] · weight [V, H] in float32 [R, V], whatever the weights' dtype.
+
+    Rounded to bf16, one token in seventy has two likeliest tokens.
+    """
+    logits = x.float() @ weight.float().T
+    return logits if bias is None else logits + bias.float()
+
+
+@fake("logits_rows")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
+
+
+@define("attend_rows(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """Grouped attention of few rows over a static cache.
+
+    q [Q, R, D], k [G, C, D], v [G, C, E] with Q a multiple of G, additive mask [R, C] whose lowest
+    finite value forbids a slot -> [Q, R, E].
+    """
+    groups = q.shape[0] // k.shape[0]
+    keys = k.float().repeat_interleave(groups, 0)
+    scores = torch.einsum("qrd,qcd->qrc", q.float(), keys) * scale + mask.float()
+    values = v.float().repeat_interleave(groups, 0)
+    return torch.einsum("qrc,qce->qre", scores.softmax(-1), values).to(q.dtype)
+
+
+@fake("attend_rows")
+def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])

@@ -1,0 +1,214 @@
+"""A traced decoder and the segments it is split into."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+InputKind = Literal[
+    "ids",
+    "positions",
+    "mask",
+    "hidden",
+    "side",
+    "parameter",
+    "keys",
+    "values",
+    # what a recurrent layer carries from token to token, overwritten in place
+    "state",
+    # the slot each row is written to, [R]; layers differ where tokens wait for the deeper ones
+    "slots",
+    # of an exit point: the draft tokens, and their probabilities at the predictor before
+    "draft",
+    "previous",
+]
+
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """Role of one placeholder: its kind, a name unique within the kind, the KV layer it is of."""
+
+    kind: InputKind
+    name: str
+    layer: int = -1
+
+
+@dataclass(slots=True)
+class Segment:
+    """A part of the decoder as a graph: ``inputs`` are the roles of its placeholders, in order.
+
+    ``structure`` is equal for segments with the same code, shapes, dtypes and roles: those compile
+    once.
+    """
+
+    graph: GraphModule
+    inputs: tuple[Input, ...]
+    structure: str = ""
+
+    def arguments(self, value_of: Callable[[Input], T]) -> list[T]:
+        """What the graph is called with: the value of each input's role, in order."""
+        return [value_of(role) for role in self.inputs]
+
+    def run(self, value_of: Callable[[Input], Any]) -> tuple[Any, ...]:
+        """Call the graph as it is traced; its outputs, one or several, as a tuple."""
+        result = self.graph(*self.arguments(value_of))
+        return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+    @property
+    def roles(self) -> dict[Node, Input]:
+        """The role of each placeholder."""
+        return dict(zip(self.graph.graph.find_nodes(op="placeholder"), self.inputs, strict=True))
+
+    @property
+    def examples(self) -> dict[Input, Any]:
+        """What each input looks like: a tensor without values."""
+        return {role: node.meta["val"] for node, role in self.roles.items()}
+
+    @property
+    def outputs(self) -> list[Node]:
+        """The nodes whose values the graph returns, in order."""
+        results: Any = self.graph.graph.output_node().args[0]
+        return list(results) if isinstance(results, (tuple, list)) else [results]
+
+    @property
+    def parameters(self) -> list[str]:
+        """Names of the parameters it reads, in order."""
+        return [role.name for role in self.inputs if role.kind == "parameter"]
+
+
+@dataclass(slots=True)
+class DecoderGraph:
+    """One traced decode step of ``rows`` tokens over a static KV cache of ``cache_length`` slots.
+
+    ``tensors`` holds the parameters and buffers by name. ``positions``: how many the model knows,
+    None where it counts on without end.
+    """
+
+    graph: GraphModule
+    inputs: tuple[Input, ...]
+    rows: int
+    cache_length: int
+    tensors: Mapping[str, Tensor]
+    windows: Mapping[str, int | None]
+    positions: int | None = None
+
+
+@dataclass(slots=True)
+class Head:
+    """The way from the last boundary to the logits, as far as it could be taken apart.
+
+    ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
+    ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
+    tensors, ``transform`` is what follows on the logits (a scale, a soft cap); else ``reason``
+    says what stands in the way. Where it is quantised ``weight`` names its codes, beside
+    ``scales`` and, if it has any, ``mins``; ``dynamic`` as in ``eepass.ops.quantized``.
+    """
+
+    whole: Segment
+    norm: Segment | None = None
+    weight: str = ""
+    bias: str = ""
+    transform: Segment | None = None
+    reason: str = ""
+    scales: str = ""
+    mins: str = ""
+    dynamic: bool = False
+
+    @property
+    def parts(self) -> dict[str, str]:
+        """Names of what its weight is made of, by how such parts' names end."""
+        named = {"": self.weight, ".scales": self.scales, ".mins": self.mins}
+        return {end: name for end, name in named.items() if name}
+
+    def values(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """Its weight [V, H]; where that is quantised, the values its codes stand for."""
+        if not self.scales:
+            return tensors[self.weight]
+        parts = [tensors[name] if name else None for name in (self.weight, self.scales, self.mins)]
+        values: Tensor = torch.ops.eepass.dequantize(*parts, dtype)
+        return values
+
+    def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The normed state z [1, n, H] of boundaries [1, n, H]: ``norm``, whatever rows it was
+        traced with one of."""
+        assert self.norm is not None
+        # rows go as a batch: a trace may have its row count baked in
+        rows = hidden.transpose(0, 1)
+        values = [rows if r.kind == "hidden" else tensors[r.name] for r in self.norm.inputs]
+        return self.norm.graph(*values).transpose(0, 1)
+
+
+@dataclass(slots=True)
+class SplitDecoder:
+    """A decoder in segments: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
+
+    ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
+    the side inputs that depend on positions and mask alone. Their outputs are named in
+    ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
+    of layer i that writes its keys, values and states, nothing else. ``positions``: how many the
+    model knows, None where it counts on without end.
+    """
+
+    rows: int
+    cache_length: int
+    tensors: Mapping[str, Tensor]
+    embed: Segment
+    embed_outputs: tuple[str, ...]
+    positional: Segment
+    side_outputs: tuple[str, ...]
+    layers: tuple[Segment, ...]
+    kv_fills: tuple[Segment, ...]
+    head: Head
+    windows: Mapping[str, int | None]
+    how: str = ""
+    # layers make biases or masks of slot numbers, so that a tree's tokens would stand wrongly
+    counts_slots: bool = False
+    positions: int | None = None
+
+    @property
+    def distinct_layers(self) -> int:
+        return len({layer.structure for layer in self.layers})
+
+    @property
+    def stepwise(self) -> bool:
+        """Whether layers carry states from token to token, which nothing takes back."""
+        return any(role.kind == "state" for layer in self.layers for role in layer.inputs)
+
+    @property
+    def boundary(self) -> Tensor:
+        """What a boundary looks like: a tensor without values [1, R, H]."""
+        value: Tensor = self.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
+        return value
+
+    @property
+    def hidden_size(self) -> int:
+        return int(self.boundary.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class CallerStep:
+    """A split decode step over a cache that is the caller's: its tensors come with each call.
+
+    ``places``: where each role's tensor is among the call's tensors; ``passed``: side inputs that
+    are such tensors as they come. ``caches``: places of keys and values, layer by layer.
+    ``advance``: places of the lengths, and what the step adds to each when all layers have read
+    it. ``batch``: sequences in the cache, each with one row. ``logits``: how they come out [B, 1,
+    V]. ``stacked``: by row count R, the layers for R rows of one sequence, as a batch [R, 1, H].
+    """
+
+    split: SplitDecoder
+    places: Mapping[Input, int]
+    passed: Mapping[str, int]
+    caches: tuple[int, ...]
+    advance: tuple[tuple[int, int], ...]
+    batch: int
+    logits: Tensor
+    stacked: Mapping[int, tuple[Segment, ...]]

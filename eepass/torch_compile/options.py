@@ -1,0 +1,92 @@
+"""The options of ``torch.compile(model, backend="specee", options={…})``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.runtime.statistics import Statistics
+
+
+@dataclass(frozen=True, slots=True)
+class BackendOptions:
+    """What early exit behind ``torch.compile`` may be told.
+
+    ``artifact``: folder written by ``eepass train``; by default the one in ``eepass/`` beside the
+    checkpoint. ``threshold``, ``target_agreement``, ``schedule``, ``preset``, ``draft``: as in
+    ``ExitConfig``. ``kv``: ``defer`` projects the keys and values an exit skipped and puts the true
+    ones in their place when a later token goes deeper; ``propagate`` leaves the projected ones.
+    ``logits``: ``full``, or ``hot`` to leave out the cold rows of the LM head after an exit (they
+    are −inf). ``inner_backend``: what compiles the segments, and all that is no decode step.
+    ``stats``: a function called after each step with the ``Statistics`` of its cache.
+    """
+
+    artifact: str | Path | None = None
+    preset: str = "default"
+    guarantee: Literal["approximate"] = "approximate"
+    kv: Literal["defer", "propagate"] = "defer"
+    threshold: float | None = None
+    target_agreement: float = 0.98
+    draft: Literal["lens"] = "lens"
+    schedule: bool = True
+    logits: Literal["full", "hot"] = "full"
+    inner_backend: str = "inductor"
+    stats: Callable[[Statistics], None] | None = None
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> BackendOptions:
+        """``values`` checked; raises ``InputError`` naming what is wrong and what is known."""
+        known = [field.name for field in fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise InputError(
+                f"backend 'specee': unknown option {', '.join(map(str, unknown))}; "
+                f"known: {', '.join(known)}"
+            )
+        options = cls(**values)
+        if options.guarantee == "exact":
+            raise InputError(
+                "backend 'specee': guarantee='exact' cannot be given by a single forward call, "
+                "which cannot take a token back; use "
+                "model.generate(..., custom_generate=eepass.generate)"
+            )
+        options._one_of("guarantee", ("approximate",))
+        options._one_of("kv", ("defer", "propagate"))
+        options._one_of("logits", ("full", "hot"))
+        if options.draft != "lens":
+            raise InputError(
+                f"backend 'specee': draft={options.draft!r}: must be lens; the other drafts want "
+                "all tokens of the sequence, and a forward call sees one "
+                "(custom_generate=eepass.generate has them)"
+            )
+        if options.stats is not None and not callable(options.stats):
+            raise InputError("backend 'specee': stats must be a function of Statistics")
+        options.config  # noqa: B018  refuses what does not fit together
+        return options
+
+    @property
+    def config(self) -> ExitConfig:
+        """What this asks of exits; raises ``InputError`` where it is no sense."""
+        try:
+            preset = ExitConfig.preset(self.preset)
+            if preset.draft != "lens":
+                raise InputError(
+                    f"backend 'specee': preset={self.preset!r} drafts with the trained head, which "
+                    "wants the states of all tokens; a forward call sees one"
+                )
+            config = preset.approximate(self.target_agreement)
+            return replace(config, kv=self.kv, threshold=self.threshold, schedule=self.schedule)
+        except InputError:
+            raise
+        except (TypeError, ValueError) as error:
+            raise InputError(f"backend 'specee': {error}") from error
+
+    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
+        if getattr(self, name) not in known:
+            raise InputError(
+                f"backend 'specee': {name}={getattr(self, name)!r}: "
+                f"must be one of {', '.join(known)}"
+            )

@@ -1,0 +1,90 @@
+"""Derive a split decoder for another row count from two traced ones.
+
+    traced with 8 rows       view(x, [1, 8, -1, 64])
+    traced with 64 rows      view(x, [1, 64, -1, 64])
+    fitted for 4 rows        view(x, [1, 4, -1, 64])
+
+Shapes are baked into a trace as integers. Where two traces agree node for node, each integer that
+differs is a linear function of the row count. Tracing takes seconds; this takes milliseconds.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Node
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from eepass.errors import PassError
+from eepass.passes.split.split_segments import structure_of
+from eepass.segments import Head, Segment, SplitDecoder
+
+
+def fit_rows(few: SplitDecoder, many: SplitDecoder, rows: int) -> SplitDecoder:
+    """``few`` and ``many`` traced with different row counts, fitted to ``rows``.
+
+    Raises ``PassError`` where the two traces differ in more than integers.
+    """
+    sizes = (few.rows, many.rows, rows)
+    fitted: dict[str, Segment] = {}
+
+    def fit(a: Segment, b: Segment) -> Segment:
+        if a.structure not in fitted:
+            fitted[a.structure] = _fit_segment(a, b, sizes)
+        # isomorphic segments share the graph, each with the roles of its own inputs
+        return replace(fitted[a.structure], inputs=a.inputs)
+
+    def fit_all(a: tuple[Segment, ...], b: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        return tuple(fit(x, y) for x, y in zip(a, b, strict=True))
+
+    return replace(
+        few,
+        rows=rows,
+        embed=_fit_segment(few.embed, many.embed, sizes),
+        positional=_fit_segment(few.positional, many.positional, sizes),
+        layers=fit_all(few.layers, many.layers),
+        kv_fills=fit_all(few.kv_fills, many.kv_fills),
+        head=Head(_fit_segment(few.head.whole, many.head.whole, sizes), reason=few.head.reason),
+    )
+
+
+def _fit_segment(few: Segment, many: Segment, sizes: tuple[int, int, int]) -> Segment:
+    graph = copy.deepcopy(few.graph)
+    nodes, others = list(graph.graph.nodes), list(many.graph.graph.nodes)
+    if [n.target for n in nodes if n.op == "call_function"] != [
+        n.target for n in others if n.op == "call_function"
+    ]:
+        raise PassError(f"traces with {sizes[0]} and {sizes[1]} rows differ in their operators")
+    for node, other in zip(nodes, others, strict=True):
+        node.args = _fit(node.args, other.args, sizes)
+        node.kwargs = _fit(node.kwargs, other.kwargs, sizes)
+    placeholders = graph.graph.find_nodes(op="placeholder")
+    paired = many.graph.graph.find_nodes(op="placeholder")
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    examples = []
+    with mode:
+        for node, other in zip(placeholders, paired, strict=True):
+            value = node.meta["val"]
+            shape = _fit(tuple(value.shape), tuple(other.meta["val"].shape), sizes)
+            examples.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+    graph.recompile()
+    with torch.no_grad():
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*examples)
+    return Segment(graph, few.inputs, structure_of(graph, few.inputs))
+
+
+def _fit(a: Any, b: Any, sizes: tuple[int, int, int]) -> Any:
+    few, many, rows = sizes
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)) and len(a) == len(b):
+        return type(a)(_fit(x, y, sizes) for x, y in zip(a, b, strict=True))
+    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
+        return {key: _fit(a[key], b[key], sizes) for key in a}
+    if isinstance(a, Node) or a == b:
+        return a
+    if isinstance(a, int) and isinstance(b, int) and (b - a) % (many - few) == 0:
+        return a + (b - a) // (many - few) * (rows - few)
+    raise PassError(f"{a!r} with {few} rows and {b!r} with {many} follow no rule")

@@ -1,0 +1,226 @@
+"""The decode step of a Hugging Face causal LM over a static cache, ready to be traced."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from eepass.errors import PassError
+from eepass.masks import causal_mask
+from eepass.passes.trace.capture import KvSlots, capture
+from eepass.segments import DecoderGraph
+
+# the function of transformers that models take their causal mask from
+MASK_MAKER = "create_causal_mask"
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``.
+
+    ``windows`` says how far back each named mask lets a row look (None: to the start); those named
+    in ``unmasked`` are None. ``bias``: a model that builds a bias from a mask [1, C] of slots; it
+    gets one, and its causal mask in place of what it would make of that.
+    """
+
+    model: Any
+    cache: Any
+    windows: dict[str, int | None]
+    unmasked: tuple[str, ...] = ()
+    slots: list[KvSlots] = field(default_factory=list)
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+
+    def __call__(self, ids: Tensor, positions: Tensor, masks: dict[str, Tensor]) -> Tensor:
+        mask: Any = masks["attention"] if list(masks) == ["attention"] else dict(masks)
+        for name in self.unmasked:
+            mask[name] = None
+        if self.bias is not None:
+            self.mask, mask = mask, self.bias
+        output = self.model(
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=mask,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return output.logits
+
+    @contextmanager
+    def masks_given(self) -> Iterator[None]:
+        """Within, the model's causal mask is the step's own."""
+        if self.bias is None:
+            yield
+            return
+        with patch.object(_mask_module(self.model), MASK_MAKER, lambda *_, **__: self.mask):
+            yield
+
+
+def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
+    """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
+    step = decode_step(model, cache_length)
+    inputs = _example_inputs(step, rows, cache_length)
+    with step.masks_given(), _fixed_frequencies(model):
+        return capture(
+            step, *inputs, named_tensors(model), step.slots, step.windows, known_positions(model)
+        )
+
+
+@contextmanager
+def _fixed_frequencies(model: Any) -> Iterator[None]:
+    """Within, LongRoPE's frequencies are those of short texts, which is as far as it knows
+    positions: choosing them anew in each step would write to a buffer of the model."""
+    changing = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
+    for module in changing:
+        module.rope_type = "default"
+        module.inv_freq.copy_(module.original_inv_freq)
+    try:
+        yield
+    finally:
+        for module in changing:
+            module.rope_type = "longrope"
+
+
+def decode_step(model: Any, cache_length: int) -> DecodeStep:
+    """The decode step of ``model`` with a zeroed static cache of ``cache_length`` slots."""
+    config = model.config.get_text_config(decoder=True)
+    refuse_non_decoder(model)
+    # transformers takes seconds to import
+    from eepass.passes.trace.step_cache import memory_of, step_cache
+
+    windows, unmasked = mask_windows(model, config)
+    step = DecodeStep(model, step_cache(config, cache_length), windows, unmasked)
+    reason = _first_token(step, cache_length)
+    if reason and hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
+        step.cache = step_cache(config, cache_length)
+        step.bias = torch.ones(1, cache_length, dtype=torch.long, device=_device(model))
+        reason = _first_token(step, cache_length) and reason
+    if reason:
+        raise PassError(
+            f"one token through {type(model).__name__} with a static cache fails: {reason}"
+        )
+    step.slots = memory_of(step.cache)
+    if not any(kv.keys is not None for kv in step.slots):
+        kept = "only recurrent states" if step.slots else "its past in no cache of keys and values"
+        raise PassError(f"{type(model).__name__} keeps {kept}: it is no decoder with attention")
+    return step
+
+
+def _first_token(step: DecodeStep, cache_length: int) -> str:
+    """Run an eager token, which gives each layer's cache its true shape; why that fails, if it
+    does."""
+    try:
+        with torch.no_grad(), step.masks_given():
+            step(*_example_inputs(step, 1, cache_length))
+    except Exception as error:
+        # whatever a model's code raises is a reason to refuse it
+        return str(error) or type(error).__name__
+    return ""
+
+
+def _example_inputs(
+    step: DecodeStep, rows: int, cache_length: int
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    dtype, device = next(step.model.parameters()).dtype, _device(step.model)
+    masks = {
+        name: causal_mask(rows, cache_length, window, dtype, device)
+        for name, window in step.windows.items()
+    }
+    ids = torch.zeros(1, rows, dtype=torch.long, device=device)
+    return ids, torch.arange(rows, device=device)[None], masks
+
+
+def _device(model: Any) -> torch.device:
+    device: torch.device = next(model.parameters()).device
+    return device
+
+
+def _mask_module(model: Any) -> Any:
+    return sys.modules[type(model.base_model).__module__]
+
+
+def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[str, ...]]:
+    """The masks this model wants, by name, each with its window (one unnamed mask mostly); and the
+    names of those it wants to be None: recurrent layers have nothing to mask."""
+    window = getattr(config, "sliding_window", None)
+    chunk = getattr(config, "attention_chunk_size", None)
+    sizes = {
+        "full_attention": None,
+        "sliding_attention": window,
+        "chunked_attention": -chunk if chunk else None,
+    }
+    kinds = set(getattr(config, "layer_types", None) or ())
+    recurrent = kinds - set(sizes)
+    attention = sorted(kinds & set(sizes)) or ["full_attention"]
+    sources = (inspect.getsource(kind.forward) for kind in {type(m) for m in model.modules()})
+    if kinds and any("isinstance(causal_mask_mapping" in source for source in sources):
+        unmasked = {*recurrent, "linear_attention"} if recurrent else ()
+        return {kind: sizes[kind] for kind in attention}, tuple(sorted(unmasked))
+    if len(attention) > 1:
+        raise PassError(f"layers of kind {' and '.join(attention)} share one mask")
+    if kinds:
+        return {"attention": sizes[attention[0]]}, ()
+    use = getattr(config, "use_sliding_window", True)
+    return {"attention": window if use else None}, ()
+
+
+def known_positions(model: Any) -> int | None:
+    """How many positions ``model`` knows, so how long a text may be; None where nothing bounds it.
+
+    LongRoPE turns all of a text by other frequencies once it is longer than what the model was
+    first trained on: keys written before would have to be made anew, so that is the bound there.
+    """
+    config = model.config.get_text_config(decoder=True)
+    found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
+    rope = getattr(config, "rope_parameters", None) or {}
+    # by kind of layer, or one for all
+    for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        if each.get("rope_type") == "longrope":
+            found.append(each.get("original_max_position_embeddings"))
+            found.append(getattr(config, "original_max_position_embeddings", None))
+    return min((count for count in found if isinstance(count, int) and count > 0), default=None)
+
+
+def named_tensors(model: Any) -> Mapping[str, Tensor]:
+    """Parameters and buffers by name; a tensor with two names keeps the first."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
+    # Dynamo hands over the parameters themselves, so roles go by the originals
+    return {name: _original(model, name) for name in tensors}
+
+
+def _original(model: Any, name: str) -> Tensor:
+    owner_name, _, attribute = name.rpartition(".")
+    return getattr(model.get_submodule(owner_name), attribute)
+
+
+def refuse_non_decoder(model: Any) -> None:
+    """Raise ``PassError`` for models that are not causal decoders with a KV cache."""
+    config = model.config
+    if getattr(config, "is_encoder_decoder", False):
+        raise PassError(
+            f"{type(model).__name__} is an encoder-decoder model; eepass wants a decoder"
+        )
+    if model.get_output_embeddings() is None or not hasattr(model, "generate"):
+        raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
+    kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
+    if getattr(model, "_is_stateful", False) and not any(
+        (kind.endswith("_attention") and kind != "linear_attention") or kind.startswith("hybrid")
+        for kind in kinds
+    ):
+        raise PassError(
+            f"{type(model).__name__} is a pure state-space model: it keeps a recurrent state "
+            "instead of keys and values"
+        )

@@ -1,0 +1,81 @@
+"""The cache a decode step is traced over: full-length slots and recurrent states, all in place.
+
+A sliding window lives in the mask alone, so that rows can be padded and rolled back without losing
+keys. Where the rows stand is said by positions, masks and slots; the cache's own length says
+nothing, so a model that reads it cannot tell tokens apart and is refused when its trace is checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import (
+    DummyLayer,
+    LinearAttentionAndStaticFullAttentionLayer,
+    LinearAttentionCacheLayerMixin,
+    LinearAttentionLayer,
+    StaticCache,
+    StaticLayer,
+    StaticSlidingWindowLayer,
+)
+
+from eepass.errors import PassError
+from eepass.passes.trace.capture import KvSlots
+
+
+class FullLengthLayer(StaticLayer):
+    """Slots for the whole cache; its length, a tensor, would send tracing through Python."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+class RecurrentFullLengthLayer(LinearAttentionAndStaticFullAttentionLayer):
+    """A layer with both keys and values for the whole cache, and states."""
+
+    def get_seq_length(self) -> int:
+        return 0
+
+
+def step_cache(config: Any, cache_length: int) -> Any:
+    """A static cache for one sequence of ``cache_length`` tokens; ``PassError`` where a layer keeps
+    something else."""
+    cache = StaticCache(config=config, max_cache_len=cache_length)
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, LinearAttentionCacheLayerMixin) and isinstance(layer, StaticLayer):
+            states = layer.number_of_states
+            cache.layers[index] = RecurrentFullLengthLayer(cache_length, number_of_states=states)
+        elif type(layer) in (StaticLayer, StaticSlidingWindowLayer):
+            cache.layers[index] = FullLengthLayer(cache_length)
+        elif type(layer) not in (LinearAttentionLayer, DummyLayer):
+            raise PassError(
+                f"layer {index} keeps a {type(layer).__name__}, "
+                "not keys, values and states that tokens overwrite in place"
+            )
+    return cache
+
+
+def memory_of(cache: Any) -> list[KvSlots]:
+    """What each layer of an initialised cache keeps, zeroed; layers that keep nothing are left
+    out."""
+    found = []
+    for layer in cache.layers:
+        slots = KvSlots(states=_states(layer))
+        if isinstance(layer, StaticLayer) and layer.is_initialized:
+            slots = KvSlots(layer.keys, layer.values, layer.cumulative_length, _states(layer))
+        kept = [t for t in (slots.keys, slots.values, slots.start, *slots.states) if t is not None]
+        for tensor in kept:
+            # an eager token may have left what looks alike: states start from nothing
+            tensor.zero_()
+        if kept:
+            found.append(slots)
+    return found
+
+
+def _states(layer: Any) -> tuple[Tensor, ...]:
+    if not isinstance(layer, LinearAttentionCacheLayerMixin):
+        return ()
+    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+    return tuple(state for state in states if isinstance(state, torch.Tensor))

@@ -1,0 +1,81 @@
+"""A decoder with recurrent layers: what a token leaves in a state cannot be taken out again.
+
+So no row is ever padded, guessed or taken back: rows of a pass go through a layer one by one, in
+their order. A token that left early still waits and is taken along later, since each layer's state
+only wants to see all tokens in order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.cache.kv_cache import KvCache
+from eepass.runtime.decoder.decoder import Compile, Decoder
+from eepass.runtime.decoder.side_inputs import Place
+from eepass.segments import SplitDecoder
+
+MOST_ROWS = 8
+
+
+class StepwiseDecoder(Decoder):
+    """Runs a split of one row; passes hold up to ``MOST_ROWS`` rows of one sequence."""
+
+    def __init__(self, split: SplitDecoder, compile: Compile) -> None:
+        super().__init__({1: split}, compile)
+        self.buckets = tuple(range(1, MOST_ROWS + 1))
+
+    def embed(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
+        rows = [
+            super(StepwiseDecoder, self).embed(*row)
+            for row in zip(ids.split(1, 1), positions.split(1, 1), slots.split(1), strict=True)
+        ]
+        return torch.cat(rows, 1)
+
+    def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
+        rows = [
+            super(StepwiseDecoder, self).run_layer(layer, row, self._one(place, index))
+            for index, row in enumerate(hidden.split(1, 1))
+        ]
+        return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return torch.cat([super(StepwiseDecoder, self).logits(h) for h in hidden.split(1, 1)], 1)
+
+    def prepare(self, rows: int) -> None:
+        super().prepare(1)
+
+    def _one(self, place: Place, index: int) -> Place:
+        sides = {
+            name: value.narrow(self.side_inputs.row_dim[name], index, 1)
+            for name, value in place.sides.items()
+        }
+        return Place(place.slots[index : index + 1], sides)
+
+    def _new_cache(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> KvCache:
+        return RecurrentCache(like, scratch, self.splits[1])
+
+
+class RecurrentCache(KvCache):
+    """Room for one sequence, whose states start from nothing."""
+
+    def __init__(
+        self, like: Sequence[tuple[Tensor, Tensor]], scratch: int, split: SplitDecoder
+    ) -> None:
+        super().__init__(like, scratch)
+        for layer in split.layers:
+            placeholders = layer.graph.graph.find_nodes(op="placeholder")
+            for node, role in zip(placeholders, layer.inputs, strict=True):
+                if role.kind == "state":
+                    value = node.meta["val"]
+                    self.states[role.name] = torch.zeros(value.shape, dtype=value.dtype)
+
+    def allocate(self, room: int) -> int | None:
+        for state in self.states.values() if self.unused else ():
+            state.zero_()
+        return super().allocate(room)
+
+    def _free(self, room: int) -> int | None:
+        return super()._free(room) if self.unused else None
