@@ -132,7 +132,7 @@ def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_keeps_what_was_done(folder, prompts, tmp_path, monkeypatch):
-    from eepass.training import hidden_states as boundaries
+    from eepass import files
 
     def full(*arguments):
         raise OSError(errno.ENOSPC, "No space left on device")
