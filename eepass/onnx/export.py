@@ -17,14 +17,17 @@ from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_text
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
+from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
 from eepass.files import replace_dir_atomically
 from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 from eepass.onnx.graph import OnnxBuilder, OnnxValue
-from eepass.passes.functional.value_exits import DecodeStep
-from eepass.passes.functional.value_step import PromptStep
+from eepass.passes.functional.functional_step import (
+    FunctionalDecodeStep,
+    FunctionalPromptStep,
+    FunctionalStep,
+)
 from eepass.planning import exit_tensors
-from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 from eepass.segments import SplitDecoder
 
 # weights are mapped into memory
@@ -61,7 +64,7 @@ def export_onnx(
         with torch.no_grad():
             model, split, prompt = _configured(loaded, artifact, config, max_length)
             decode, tensors = _decode_step(model, split, config)
-            prefill = PromptStep(prompt, split)
+            prefill = FunctionalPromptStep(prompt, split)
     except PassError as error:
         raise InputError(f"{loaded.name} cannot be exported to ONNX: {error}") from error
     described = _metadata(loaded, model, config, split, prompt)
@@ -141,18 +144,14 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
 
 def _decode_step(
     model: EarlyExitModel, split: SplitDecoder, config: ExitConfig
-) -> tuple[DecodeStep, dict[str, Tensor]]:
+) -> tuple[FunctionalDecodeStep, dict[str, Tensor]]:
     """The step, and all tensors there are."""
     assert model.plan is not None and model.artifact is not None
     own = model.decoder.tensors
     tensors = {**own, **exit_tensors(config.name, model.artifact, own, split)}
     segments = model.segments_for(config, model.plan, tensors, 1)
-    return DecodeStep(split, segments, model.plan, _radius(config, split), ALWAYS_ACTIVE), tensors
-
-
-def _radius(config: ExitConfig, split: SplitDecoder) -> int:
-    """How far from the last exits predictors are asked; without a schedule everywhere."""
-    return RADIUS if config.schedule else len(split.layers)
+    always = ALWAYS_ACTIVE if config.schedule else None
+    return FunctionalDecodeStep(split, segments, model.plan, always), tensors
 
 
 def _metadata(
@@ -181,8 +180,9 @@ def _metadata(
         "draft_layer": plan.draft_layer,
         "draft_tokens": plan.draft_tokens,
         "exits": {str(point.layer): point.threshold for point in plan.exits},
-        "window": WINDOW,
-        "radius": _radius(config, split),
+        "window": SCHEDULE_WINDOW,
+        # without a schedule every predictor is active
+        "radius": SCHEDULE_RADIUS if config.schedule else plan.num_layers,
         "always": ALWAYS_ACTIVE,
     }
 
@@ -200,7 +200,7 @@ class _Writer:
         self.folder, self.metadata, self.tensors = folder, metadata, tensors
         self.notify = notify
 
-    def write(self, decode: DecodeStep, prefill: PromptStep) -> dict[str, Any]:
+    def write(self, decode: FunctionalDecodeStep, prefill: FunctionalPromptStep) -> dict[str, Any]:
         import onnx
         import onnx_ir
 
@@ -218,21 +218,21 @@ class _Writer:
             **self.metadata,
         }
 
-    def _decode(self, step: DecodeStep) -> Any:
+    def _decode(self, step: FunctionalDecodeStep) -> Any:
         build = OnnxBuilder("decode", self.tensors)
         limits = torch.full((step.plan.num_layers + 1,), NEVER)
         for point in step.plan.exits:
             limits[point.layer] = point.threshold
         ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
         position = build.input("position", torch.zeros(1, dtype=torch.long))
-        recent = build.input("recent", torch.zeros(WINDOW, dtype=torch.long))
+        recent = build.input("recent", torch.zeros(SCHEDULE_WINDOW, dtype=torch.long))
         threshold = build.input("threshold", limits)
         build.default(threshold, limits)
         caches = _caches(build, step)
         outputs = step.build(build, ids, position, recent, threshold, caches)
         return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
 
-    def _prompt(self, step: PromptStep) -> Any:
+    def _prompt(self, step: FunctionalPromptStep) -> Any:
         build = OnnxBuilder("prefill", self.tensors)
         ids = build.input("ids", torch.zeros(1, step.split.rows, dtype=torch.long))
         start = build.input("start", torch.zeros(1, dtype=torch.long))
@@ -264,14 +264,14 @@ class _Writer:
                     model.graph.initializers[name].const_value = tensor
 
 
-def _caches(build: OnnxBuilder, step: DecodeStep | PromptStep) -> list[OnnxValue]:
+def _caches(build: OnnxBuilder, step: FunctionalStep) -> list[OnnxValue]:
     empty = step.empty_caches()
     return [build.input(r.name, like) for r, like in zip(step.caches, empty, strict=True)]
 
 
 def _finished(
     build: OnnxBuilder,
-    step: DecodeStep | PromptStep,
+    step: FunctionalStep,
     names: Sequence[str],
     outputs: Sequence[OnnxValue],
 ) -> Any:

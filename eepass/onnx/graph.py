@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.passes.functional.value_step import Call, Function
+from eepass.passes.exits.step_builder import Call, Function, unaliased
 
 # what ONNX Runtime's CPU build has run for years; attention and norms are spelled out
 OPSET = 20
@@ -190,17 +190,14 @@ def _values(node: Any, results: Sequence[Tensor]) -> list[OnnxValue]:
 
 
 class _Module(torch.nn.Module):
-    """A function for the exporter; none of its results is one of its inputs."""
+    """A function for the exporter."""
 
     def __init__(self, function: Function) -> None:
         super().__init__()
         self.function = function
 
     def forward(self, *operands: Tensor) -> tuple[Tensor, ...]:
-        return tuple(
-            result.clone(memory_format=torch.contiguous_format)
-            for result in self.function(*operands)
-        )
+        return unaliased(self.function(*operands))
 
 
 @contextlib.contextmanager

@@ -71,8 +71,8 @@ def rows_returned(segment: Segment) -> Segment:
     )
 
 
-def standard(segment: Segment) -> Segment:
-    """``segment`` with what the ``eepass::`` operators mean in their place."""
+def with_standard_operators(segment: Segment) -> Segment:
+    """``segment`` with the reference implementations of ``eepass::`` operators in their place."""
     graph = Graph()
     graph.output(graph.graph_copy(segment.graph.graph, {}))
     for node in graph.nodes:
