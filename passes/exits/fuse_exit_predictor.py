@@ -12,30 +12,34 @@
     before   logits = transform(eepass.logits_rows(z, hot_head, bias)), the k largest
     after    scores, ids = eepass.draft_topk(z, hot_head, bias, hot_ids, k, chain)
 
-A head that is not made of a norm, one linear layer, a scale and a soft cap stays as it was: the
-report says which node stands in the way. Thresholds are tensors, ``predictor.<layer>.threshold``,
-so that all exits share one code.
+A head that is not made of a norm, one linear layer, a scale and a soft cap is left alone; the
+report says which node stands in the way. Thresholds are tensors, so that all exits share one code.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are traced
 from eepass.errors import PassError
 from eepass.kernel_forms import HeadChain
-from eepass.passes.exits.insert_predictors import PREDICTOR, TRANSLATOR
 from eepass.passes.exits.read_head_chain import read_head_chain
+from eepass.passes.exits.trace_segment import (
+    DRAFT,
+    HIDDEN,
+    PREVIOUS,
+    Get,
+    SegmentTracer,
+    predictor_names,
+    translator_names,
+)
 from eepass.passes.report import PassReport
-from eepass.passes.split.split_segments import structure_of
 from eepass.plan import ExitPlan, FusedExits
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import Segment, SplitDecoder
 
 
 def fuse_exit_predictor(
@@ -65,7 +69,7 @@ def fuse_exit_predictor(
     return FusedExits(chain, predictors, verify, final, trace.topk())
 
 
-class _Tracer:
+class _Tracer(SegmentTracer):
     def __init__(
         self,
         split: SplitDecoder,
@@ -74,85 +78,55 @@ class _Tracer:
         chain: HeadChain,
         rows: int,
     ) -> None:
+        tensors = {**tensors, **plan.threshold_tensors()}
+        super().__init__(split, tensors, plan.draft_tokens, rows)
         self.chain, self.plan = chain, plan
-        self.tensors = {**tensors, **plan.threshold_tensors()}
-        dtype = tensors[chain.lm_head].dtype
-        self.hidden = torch.zeros(1, rows, split.hidden_size, dtype=dtype)
-        self.draft = torch.zeros(rows, plan.draft_tokens, dtype=torch.long)
+        self.norm = [chain.norm_weight, chain.norm_bias]
         self.form = (chain.norm, chain.eps, chain.weight_offset)
         self.logit_form = (chain.logit_scale, chain.logit_cap)
 
     def predictor(self, layer: int, translated: bool) -> Segment:
-        translator = [f"translator.{layer}.{part}" if translated else "" for part in TRANSLATOR]
-        norm, head = self._norm_and_head()
-        mlp = [f"predictor.{layer}.{part}" for part in (*PREDICTOR, "threshold")]
+        chain = self.chain
+        before = [*(translator_names(layer) if translated else ["", "", ""]), *self.norm]
+        mlp = [*predictor_names(layer), f"predictor.{layer}.threshold"]
 
-        def run(get: Callable[[str], Any], hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
-            before = [get(name) for name in (*translator, *norm, head[0])]
+        def run(get: Get, hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
             probability, probabilities, z, exits = torch.ops.eepass.exit_predictor(
-                hidden[0], *before, None, get(head[1]), draft, previous,
-                *(get(name) for name in mlp), *self.form, *self.logit_form,
+                hidden[0], *map(get, before), get(chain.lm_head), None, get(chain.head_bias),
+                draft, previous, *map(get, mlp), *self.form, *self.logit_form,
             )  # fmt: skip
             return probability, probabilities, z[None], exits
 
-        kinds = [Input("hidden", "hidden"), Input("draft", "draft"), Input("previous", "previous")]
-        examples = [self.hidden, self.draft, torch.zeros(self.draft.shape)]
-        return self._trace(run, kinds, examples, [*translator, *norm, *head, *mlp])
+        names = [*before, chain.lm_head, chain.head_bias, *mlp]
+        return self.trace(run, (HIDDEN, DRAFT, PREVIOUS), names)
 
     def verify(self, normed: bool) -> Segment:
-        norm, head = self._norm_and_head()
-        form = ("none", 0.0, 0.0) if normed else self.form
-        norm = ["", ""] if normed else norm
-        hot = "hot.ids" if self.plan.verify == "hot" else ""
-        if hot:
-            # rows taken from a head with a bias have theirs
-            head = ["hot.head", "hot.bias" if head[1] else ""]
+        norm, form = (["", ""], ("none", 0.0, 0.0)) if normed else (self.norm, self.form)
+        head, bias, ids = self._vocabulary(self.plan.verify == "hot")
 
-        def run(get: Callable[[str], Any], hidden: Tensor, draft: Tensor) -> Any:
+        def run(get: Get, hidden: Tensor, draft: Tensor) -> Any:
             token, known, _ = torch.ops.eepass.verify_head(
-                hidden[0], None, None, None, *(get(name) for name in norm), get(head[0]), None,
-                get(head[1]), get(hot), draft, *form, *self.logit_form, False,
+                hidden[0], None, None, None, *map(get, norm), get(head), None, get(bias), get(ids),
+                draft, *form, *self.logit_form, False,
             )  # fmt: skip
             return token, known
 
-        kinds = [Input("hidden", "hidden"), Input("draft", "draft")]
-        return self._trace(run, kinds, [self.hidden, self.draft], [*norm, *head, hot])
+        return self.trace(run, (HIDDEN, DRAFT), [*norm, head, bias, ids])
 
     def topk(self) -> Segment:
-        names = ["hot.head", "hot.bias" if self.chain.head_bias else "", "hot.ids"]
-        if "hot.head" not in self.tensors:
-            names = [self.chain.lm_head, self.chain.head_bias, ""]
-        k = self.plan.draft_tokens
+        head, bias, ids = self._vocabulary("hot.head" in self.tensors)
 
-        def run(get: Callable[[str], Any], hidden: Tensor) -> Any:
-            scores, ids = torch.ops.eepass.draft_topk(
-                hidden[0], get(names[0]), None, get(names[1]), get(names[2]), k, *self.logit_form
-            )
-            return scores, ids
+        def run(get: Get, hidden: Tensor) -> Any:
+            return torch.ops.eepass.draft_topk(
+                hidden[0], get(head), None, get(bias), get(ids), self.plan.draft_tokens,
+                *self.logit_form,
+            )  # fmt: skip
 
-        return self._trace(run, [Input("hidden", "hidden")], [self.hidden], names)
+        return self.trace(run, (HIDDEN,), [head, bias, ids])
 
-    def _norm_and_head(self) -> tuple[list[str], list[str]]:
-        chain = self.chain
-        return [chain.norm_weight, chain.norm_bias], [chain.lm_head, chain.head_bias]
-
-    def _trace(
-        self,
-        run: Callable[..., Any],
-        kinds: list[Input],
-        examples: Sequence[Tensor],
-        names: Sequence[str],
-    ) -> Segment:
-        # where two roles share a tensor it is one input
-        given = list(dict.fromkeys(name for name in names if name))
-
-        def by_name(*values: Tensor) -> Any:
-            parameters = dict(zip(given, values[len(examples) :], strict=True))
-            return run(parameters.get, *values[: len(examples)])
-
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        fakes = [mode.from_tensor(x) for x in [*examples, *(self.tensors[n].data for n in given)]]
-        with torch.no_grad():
-            graph = make_fx(by_name, pre_dispatch=True)(*fakes)
-        roles = (*kinds, *(Input("parameter", name) for name in given))
-        return Segment(graph, roles, structure_of(graph, roles))
+    def _vocabulary(self, hot: bool) -> tuple[str, str, str]:
+        """Names of the weight, the bias and the token ids of the hot or the whole vocabulary."""
+        if not hot:
+            return self.chain.lm_head, self.chain.head_bias, ""
+        # rows of a head with a bias have theirs
+        return "hot.head", "hot.bias" if self.chain.head_bias else "", "hot.ids"

@@ -1,0 +1,67 @@
+"""Trace what runs at an exit point, and name the tensors it reads.
+
+An artefact brings ``translator.<layer>.*``, ``predictor.<layer>.*`` and ``hot.ids``; with them come
+``hot.head`` and ``hot.bias``, rows of the LM head, and ``predictor.<layer>.threshold``. Of a
+quantised LM head ``hot.head``, ``hot.head.scales`` and ``hot.head.mins`` are rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from eepass.passes.split.split_segments import structure_of
+from eepass.segments import Input, Segment, SplitDecoder
+
+HIDDEN = Input("hidden", "hidden")
+DRAFT = Input("draft", "draft")
+PREVIOUS = Input("previous", "previous")
+# gives a parameter by name; None for the name "", which stands for a parameter there is not
+Get = Callable[[str], Any]
+
+
+def translator_names(layer: int) -> list[str]:
+    return [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
+
+
+def predictor_names(layer: int) -> list[str]:
+    return [f"predictor.{layer}.{part}" for part in ("w1", "b1", "w2", "b2")]
+
+
+class SegmentTracer:
+    """Traces functions of ``rows`` hidden states, their draft tokens and named tensors."""
+
+    def __init__(
+        self, split: SplitDecoder, tensors: Mapping[str, Tensor], draft_tokens: int, rows: int
+    ) -> None:
+        self.tensors = tensors
+        self.examples = {
+            HIDDEN: torch.zeros(1, rows, split.hidden_size, dtype=split.boundary.dtype),
+            DRAFT: torch.zeros(rows, draft_tokens, dtype=torch.long),
+            PREVIOUS: torch.zeros(rows, draft_tokens),
+        }
+
+    def trace(
+        self, function: Callable[..., Any], inputs: tuple[Input, ...], names: Iterable[str]
+    ) -> Segment:
+        """``function(get, *inputs)`` as a segment of ``inputs`` and the parameters ``names``."""
+        # two uses of one tensor are one input
+        parameters = list(dict.fromkeys(name for name in names if name))
+        count = len(inputs)
+
+        def positional(*values: Tensor) -> Any:
+            by_name = dict(zip(parameters, values[count:], strict=True))
+            return function(by_name.get, *values[:count])
+
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        examples = [self.examples[role] for role in inputs]
+        examples += [self.tensors[name].data for name in parameters]
+        with torch.no_grad():
+            graph = make_fx(positional, pre_dispatch=True)(*map(mode.from_tensor, examples))
+        roles = (*inputs, *(Input("parameter", name) for name in parameters))
+        return Segment(graph, roles, structure_of(graph, roles))
