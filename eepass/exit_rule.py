@@ -1,10 +1,10 @@
-"""The exit rule (SpecEE, arXiv 2504.08850): which exits are evaluated, and when a token leaves.
+"""The exit rule (SpecEE, arXiv 2504.08850): which exits are evaluated, and when a token exits.
 
 At an active exit point the predictor gives the probability that the draft tokens hold the answer.
 Above the threshold the token *wants to exit*; verification then computes the logits of the hot (or
 the whole) vocabulary, and the token *exits* if their argmax is among the draft tokens. Every
 executor decides by these functions: the engine on the host, the captured step on the device, and
-the exit graph that ``torch.export`` and ONNX get.
+the exit graph that ``torch.export`` and ONNX take.
 """
 
 from __future__ import annotations

@@ -59,10 +59,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def _weight_forms(model: EarlyExitModel) -> dict[str, int]:
     """Bytes a dense pass reads, by dtype."""
     split, tensors = model.splits[1], model.decoder.tensors
-    segments = (*split.layers, split.head.whole)
-    read = {
-        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
-    }
+    read = {name for segment in (*split.layers, split.head.whole) for name in segment.parameters}
     found: dict[str, int] = {}
     for name in sorted(read):
         kind = str(tensors[name].dtype).removeprefix("torch.")
@@ -81,17 +78,15 @@ def exit_graph_of(model: EarlyExitModel) -> Segment | None:
     """The exit graph of a configured model; None for a dense one."""
     if model.plan is None or model.artifact is None or not model.config:
         return None
-    tensors = exit_tensors(
-        model.config.name, model.artifact, model.decoder.tensors, model.splits[1]
-    )
-    tensors = {**model.decoder.tensors, **tensors}
-    split = model.splits[1]
+    split, own = model.splits[1], model.decoder.tensors
+    tensors = {**own, **exit_tensors(model.config.name, model.artifact, own, split)}
     segments = insert_predictors(split, model.plan, tensors, PassReport())
     return insert_exits(split, segments, model.plan, tensors, PassReport())
 
 
 def code_of(model: EarlyExitModel) -> str:
-    """The exit graph as readable code: the chain, then each distinct branch; dense: the layers."""
+    """The exit graph as readable code: the chain, then each distinct branch. Of a dense model: each
+    distinct layer."""
     segment = exit_graph_of(model)
     if segment is None:
         seen: dict[str, str] = {}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class HeadChain:
-    """A head as data, what kernels are specialised for:
+    """A final norm and LM head as data:
 
         x = norm(hidden) · (norm_weight + weight_offset) + norm_bias
         logits = (lm_head · x + head_bias) · logit_scale, then cap · tanh(logits / cap)
@@ -32,7 +32,7 @@ class HeadChain:
 @dataclass(frozen=True, slots=True)
 class Channels:
     """Which outputs of a projection are the channels [G, D] of keys or values: ``first + g · head +
-    d · step``. One projection may make queries, keys and values, in any of the usual orders."""
+    d · step``. One projection may compute queries, keys and values, in any of the usual orders."""
 
     first: int
     head: int
@@ -41,11 +41,11 @@ class Channels:
 
 @dataclass(frozen=True, slots=True)
 class KvForm:
-    """How a layer makes keys and values of a boundary, as ``eepass::fill_kv`` takes it.
+    """How a layer computes keys and values of a hidden state, as ``eepass::fill_kv`` takes it.
 
-    Tensors by name, "" where there is none; ``rotary`` channels turn by ``cos`` and ``sin``, side
-    inputs of the layer, half against half or, ``interleaved``, each against the next. Projections
-    are [O, H], or [H, O] where ``transposed``.
+    Tensors by name, "" where there is none; ``rotary`` channels are rotated by ``cos`` and ``sin``,
+    side inputs of the layer, the first half with the second or, where ``interleaved``, each with
+    the next. Projections are [O, H], or [H, O] where ``transposed``.
     """
 
     norm: Literal["none", "rms", "layer"]
@@ -71,7 +71,7 @@ class KvForm:
     transposed: bool
 
     def projection(self, weight: Tensor, of: Channels) -> Tensor:
-        """The rows of a projection that make ``of``, as a view [G, D, H]."""
+        """The rows of a projection that compute ``of``, as a view [G, D, H]."""
         rows, columns = weight.stride()[::-1] if self.transposed else weight.stride()
         hidden = weight.shape[0 if self.transposed else 1]
         return weight.as_strided(
@@ -80,7 +80,7 @@ class KvForm:
         )  # fmt: skip
 
     def bias(self, bias: Tensor, of: Channels) -> Tensor:
-        """The part of a projection's bias that goes to ``of``, as a view [G, D]."""
+        """The part of a projection's bias that belongs to ``of``, as a view [G, D]."""
         (step,) = bias.stride()
         return bias.as_strided(
             (self.groups, self.channels), (of.head * step, of.step * step),

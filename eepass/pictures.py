@@ -13,7 +13,7 @@ COLOURS = {"embed": "#8da0cb", "layer": "#a6cee3", "exit": "#66c2a5", "head": "#
 
 
 def exit_layers(counts: Sequence[int], file: Path, title: str) -> None:
-    """Bar chart of how many tokens left after each layer; ``counts[0]`` is layer 0."""
+    """Bar chart of the exit layers of tokens; ``counts[0]`` is layer 0."""
     plt = _pyplot()
     total = max(sum(counts), 1)
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
@@ -100,7 +100,7 @@ def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: st
     axes.set_title(
         f"{title}: {len(split.layers)} layers, {split.distinct_layers} distinct "
         f"({', '.join(chr(ord('A') + i) for i in range(len(structures)))}); {drafting}"
-        f"{len(exits)} exits (probability wanted; T: translated)"
+        f"{len(exits)} exits (> threshold; T: translated)"
     )
     axes.axis("off")
     _save(figure, file)
@@ -110,7 +110,7 @@ def _pyplot() -> Any:
     import matplotlib
 
     matplotlib.use("Agg")
-    # the same drawing is the same file, and its letters are letters
+    # the same drawing is the same file, and its text stays text
     matplotlib.rcParams.update({"svg.hashsalt": "eepass", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 

@@ -1,4 +1,4 @@
-"""The exit plan: where a decoder may be left, how that is decided, what runs there."""
+"""The exit plan: where tokens may exit, how that is decided, what runs there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class ExitSegments:
     """What runs at exit points besides layers, for R rows.
 
     ``predictors[layer]``: hidden, draft, previous -> probability [R], draft probabilities [R, K],
-    normed state z [1, R, H] (fused ones say more after these). ``verify`` and ``draft``: z ->
-    logits over the hot (or the whole) vocabulary, float32 [1, R, N]. ``normed``: boundary -> z at
-    the draft's layer.
+    normed state z [1, R, H] (fused ones return more after these). ``verify`` and ``draft``: z ->
+    logits over the hot (or the whole) vocabulary, float32 [1, R, N]. ``normed``: hidden -> z after
+    the draft layer.
     """
 
     predictors: Mapping[int, Segment]
@@ -35,8 +35,8 @@ class FusedExits:
 
     ``predictors[layer]``: hidden [1, R, H], draft, previous -> probability [R], draft probabilities
     [R, K], z [1, R, H], exits bool [R]. ``verify``: z, draft -> token [R], whether it is in the
-    draft [R]; ``final``: the same from the last boundary. Both over the plan's vocabulary.
-    ``draft``: z -> the draft tokens' log-probabilities and ids [R, K], the likeliest first.
+    draft [R]; ``final``: the same from the last hidden state. Both over the plan's vocabulary.
+    ``draft``: z -> the draft tokens' log-probabilities and ids [R, K], most likely first.
     """
 
     chain: HeadChain
@@ -48,7 +48,7 @@ class FusedExits:
 
 @dataclass(frozen=True, slots=True)
 class ExitPoint:
-    """A boundary after which a token may leave. ``layer`` counts layers run, 1-based."""
+    """A layer after which a token may exit, counted from 1."""
 
     layer: int
     translated: bool
@@ -57,7 +57,7 @@ class ExitPoint:
 
 @dataclass(frozen=True, slots=True)
 class ExitPlan:
-    """Where a decoder may be left and how that is decided; what the passes and the engine share."""
+    """Where tokens may exit and how that is decided; what the passes and the engine share."""
 
     num_layers: int
     draft_layer: int

@@ -28,7 +28,6 @@ from eepass.codegen.cpu.native import KernelsMissing
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.files import replace_dir_atomically
-from eepass.masks import causal_mask
 from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
 from eepass.planning import exit_tensors
 from eepass.runtime.decoder.side_inputs import Row
@@ -178,31 +177,12 @@ class _Writer:
         return found
 
     def _export(self, ready: EarlyExitModel) -> None:
-        """The exit graph for others' use; its inputs are named by role, weights among them."""
+        """Export the exit graph for other programs; its inputs, weights too, are named by role."""
         segment = inspecting.exit_graph_of(ready)
-        assert segment is not None and ready.plan is not None
-        plan, split, cache = ready.plan, ready.splits[1], ready.decoder.kv
-        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, "default")}
-        dtype, depth = cache.keys[0].dtype, plan.num_layers + 1
-        values: dict[str, Tensor] = {
-            "ids": torch.zeros(1, 1, dtype=torch.long),
-            "positions": torch.zeros(1, 1, dtype=torch.long),
-            "active": torch.zeros(depth, dtype=torch.bool),
-            "threshold": torch.zeros(depth),
-            "draft": torch.zeros(1, plan.draft_tokens, dtype=torch.long),
-        }
-        inputs = []
-        for role in segment.inputs:
-            if role.kind in ("keys", "values"):
-                inputs.append((cache.keys if role.kind == "keys" else cache.values)[role.layer])
-            elif role.kind == "slots":
-                inputs.append(torch.zeros(1, dtype=torch.long))
-            elif role.kind == "mask":
-                inputs.append(causal_mask(1, cache.slots, split.windows[role.name], dtype))
-            else:
-                inputs.append(values[role.name] if role.name in values else tensors[role.name])
-        exported = torch.export.export(segment.graph, tuple(inputs), strict=False)
-        # the examples are the weights, which the folder holds already
+        assert segment is not None
+        # tensors without values: the weights are inputs, and lie in the folder beside it
+        examples = tuple(segment.examples.values())
+        exported = torch.export.export(segment.graph, examples, strict=False)
         exported._example_inputs = None
         torch.export.save(exported, self.folder / EXIT_GRAPH)
 

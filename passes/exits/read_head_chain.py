@@ -1,11 +1,12 @@
-"""Read the way from the last boundary to the logits out of the graph, as data.
+"""Read the way from the last hidden state to the logits out of the graph, as data.
 
     before   graphs of ``Head.norm`` and ``Head.transform``
     after    HeadChain(norm="rms", eps=1e-6, weight_offset=1.0, logit_cap=30.0, ...)
 
-Each node is followed by what it means ("the mean of the squares", "normed, with this weight"), not
-by its place in a pattern, so the order of factors and conversions between dtypes do not matter.
-What means nothing in a norm, a scale or a soft cap is refused, by the node.
+The graph is evaluated symbolically: each node has a value such as "the mean of the squares" or
+"normed, with this weight". No node is matched by its place in a pattern, so the order of factors
+and conversions between dtypes do not matter. A node that has no value in a norm, a scale or a soft
+cap is refused by name.
 """
 
 from __future__ import annotations
@@ -31,15 +32,15 @@ SAME = {
 
 
 @dataclass(frozen=True)
-class State:
-    """The boundary, or the boundary less its mean."""
+class Hidden:
+    """The hidden state, or the hidden state less its mean."""
 
     centred: bool = False
 
 
 @dataclass(frozen=True)
 class _Moment:
-    """What is computed of a state on the way to 1/deviation."""
+    """What is computed from the hidden state on the way to 1/deviation."""
 
     of: Literal["mean", "square", "mean square", "variance", "deviation", "inverse"]
     centred: bool = False
@@ -48,6 +49,8 @@ class _Moment:
 
 @dataclass(frozen=True)
 class Weight:
+    """A parameter, plus ``offset``; the name "" stands for ones."""
+
     name: str
     offset: float = 0.0
 
@@ -56,7 +59,7 @@ class Weight:
 class Normed:
     norm: Literal["none", "rms", "layer"]
     eps: float
-    weight: Weight | None = None
+    weight: Weight = Weight("")
     bias: str = ""
 
 
@@ -68,7 +71,7 @@ class _Logits:
     cap: float = 0.0
 
 
-Meaning = State | _Moment | Weight | Normed | _Logits
+Value = Hidden | _Moment | Weight | Normed | _Logits
 
 
 def read_head_chain(head: Head) -> HeadChain:
@@ -77,77 +80,70 @@ def read_head_chain(head: Head) -> HeadChain:
         raise PassError(head.reason or "the head could not be taken apart")
     if head.scales:
         raise PassError("the LM head is quantised, and its kernels read plain rows")
-    found = _follow(head.norm, State(), _norm_step)
-    if isinstance(found, State) and not found.centred:
-        found = Normed("none", 0.0)
-    if not isinstance(found, Normed):
+    found = _normed(_result(head.norm, Hidden(), _norm_step))
+    if found is None:
         raise PassError("what comes before the LM head is no norm")
-    logits: Meaning = _Logits()
+    logits: Value = _Logits()
     if head.transform is not None:
-        logits = _follow(head.transform, _Logits(), _logit_step)
+        logits = _result(head.transform, _Logits(), _logit_step)
     assert isinstance(logits, _Logits)
-    weight = found.weight or Weight("")
     return HeadChain(
-        found.norm, found.eps, weight.name, found.bias, weight.offset, head.weight, head.bias,
-        logits.scale, logits.cap,
+        found.norm, found.eps, found.weight.name, found.bias, found.weight.offset, head.weight,
+        head.bias, logits.scale, logits.cap,
     )  # fmt: skip
 
 
-Step = Callable[[Any, list[Any]], Meaning | None]
+Step = Callable[[Any, list[Any]], Value | None]
 
 
-def norms_within(segment: Segment) -> dict[Node, tuple[Normed, str, str, float]]:
-    """The nodes of ``segment`` that hold its hidden input normed: kind and eps, names of weight and
-    bias, what is added to the weight. Nodes of other meanings are passed over."""
-    found = {}
-    for node, meaning in _meanings(segment, State(), _norm_step, refuse=False).items():
-        if isinstance(meaning, State) and not meaning.centred:
-            meaning = Normed("none", 0.0)
-        if isinstance(meaning, Normed):
-            weight = meaning.weight or Weight("")
-            found[node] = (meaning, weight.name, meaning.bias, weight.offset)
-    return found
+def norms_within(segment: Segment) -> dict[Node, Normed]:
+    """The nodes of ``segment`` that hold its hidden state normed; other nodes are passed over."""
+    values = _values(segment, Hidden(), _norm_step, refuse=False)
+    found = {node: _normed(value) for node, value in values.items()}
+    return {node: normed for node, normed in found.items() if normed is not None}
 
 
-def _follow(segment: Segment, start: Meaning, step: Step) -> Meaning:
-    meanings = _meanings(segment, start, step, refuse=True)
-    result = segment.graph.graph.output_node().args[0]
-    result = result[0] if isinstance(result, (tuple, list)) else result
-    assert isinstance(result, Node)
-    return meanings[result]
+def _normed(value: Value) -> Normed | None:
+    """``value`` as a norm of the hidden state, which as it stands is norm "none"."""
+    if value == Hidden(centred=False):
+        return Normed("none", 0.0)
+    return value if isinstance(value, Normed) else None
 
 
-def _meanings(segment: Segment, start: Meaning, step: Step, refuse: bool) -> dict[Node, Meaning]:
-    meanings: dict[Node, Meaning] = {}
-    graph = segment.graph.graph
-    for node, role in zip(graph.find_nodes(op="placeholder"), segment.inputs, strict=True):
+def _result(segment: Segment, start: Value, step: Step) -> Value:
+    return _values(segment, start, step, refuse=True)[segment.outputs[0]]
+
+
+def _values(segment: Segment, start: Value, step: Step, refuse: bool) -> dict[Node, Value]:
+    values: dict[Node, Value] = {}
+    for node, role in segment.roles.items():
         if role.kind in ("hidden", "parameter"):
-            meanings[node] = start if role.kind == "hidden" else Weight(role.name)
-    for node in graph.nodes:
+            values[node] = start if role.kind == "hidden" else Weight(role.name)
+    for node in segment.graph.graph.nodes:
         if node.op == "call_function":
-            given = [meanings.get(a, a) if isinstance(a, Node) else a for a in node.args]
-            meaning = given[0] if node.target in SAME else step(node.target, given)
-            if isinstance(meaning, Meaning):
-                meanings[node] = meaning
+            given = [values.get(a, a) if isinstance(a, Node) else a for a in node.args]
+            value = given[0] if node.target in SAME else step(node.target, given)
+            if isinstance(value, Value):
+                values[node] = value
             elif refuse:
                 raise PassError(f"{node.target} ({node.name}) is no step of a known head")
-    return meanings
+    return values
 
 
-def _norm_step(target: Any, given: list[Any]) -> Meaning | None:
+def _norm_step(target: Any, given: list[Any]) -> Value | None:
     if target in (aten.layer_norm.default, aten.rms_norm.default):
         return _whole_norm(target, given)
     match given:
-        case [State(centred), 2 | 2.0] if target is aten.pow.Tensor_Scalar:
+        case [Hidden(centred), 2 | 2.0] if target is aten.pow.Tensor_Scalar:
             return _Moment("square", centred)
-        case [State(a), State(b)] if target is aten.mul.Tensor and a == b:
+        case [Hidden(a), Hidden(b)] if target is aten.mul.Tensor and a == b:
             return _Moment("square", a)
-        case [State(False), [-1], True] if target is aten.mean.dim:
+        case [Hidden(False), [-1], True] if target is aten.mean.dim:
             return _Moment("mean")
         case [_Moment("square", centred), [-1], True] if target is aten.mean.dim:
             return _Moment("mean square", centred)
-        case [State(False), _Moment("mean")] if target is aten.sub.Tensor:
-            return State(centred=True)
+        case [Hidden(False), _Moment("mean")] if target is aten.sub.Tensor:
+            return Hidden(centred=True)
         case [_Moment("mean square", centred), float(eps)] if target is aten.add.Tensor:
             return _Moment("variance", centred, eps)
         case [_Moment("variance") as moment] if target is aten.rsqrt.default:
@@ -156,7 +152,7 @@ def _norm_step(target: Any, given: list[Any]) -> Meaning | None:
             return replace(moment, of="inverse")
         case [_Moment("variance") as moment] if target is aten.sqrt.default:
             return replace(moment, of="deviation")
-        case [State(a), _Moment("deviation", b, eps)] if target is aten.div.Tensor and a == b:
+        case [Hidden(a), _Moment("deviation", b, eps)] if target is aten.div.Tensor and a == b:
             return Normed("layer" if a else "rms", eps)
         case [Weight(name, 0.0), float(offset)] if target is aten.add.Tensor:
             return Weight(name, offset)
@@ -165,24 +161,24 @@ def _norm_step(target: Any, given: list[Any]) -> Meaning | None:
     return None
 
 
-def _joined(target: Any, x: Any, y: Any) -> Meaning | None:
+def _joined(target: Any, x: Any, y: Any) -> Value | None:
     """Sums and products whose order does not matter."""
     product = target is aten.mul.Tensor
     match x, y:
-        case State(a), _Moment("inverse", b, eps) if product and a == b:
+        case Hidden(a), _Moment("inverse", b, eps) if product and a == b:
             return Normed("layer" if a else "rms", eps)
-        case Normed(weight=None, bias=""), Weight() if product:
+        case Normed(weight=Weight(""), bias=""), Weight() if product:
             return replace(x, weight=y)
         case Normed(bias=""), Weight(name, 0.0) if not product:
             return replace(x, bias=name)
     return None
 
 
-def _whole_norm(target: Any, given: list[Any]) -> Meaning | None:
-    state, _, *rest = given
-    if not isinstance(state, State) or state.centred:
+def _whole_norm(target: Any, given: list[Any]) -> Value | None:
+    hidden, _, *rest = given
+    if not isinstance(hidden, Hidden) or hidden.centred:
         return None
-    weight = rest[0] if rest else None
+    weight = rest[0] if rest and rest[0] is not None else Weight("")
     if target is aten.rms_norm.default:
         eps = rest[1] if len(rest) > 1 else None
         # without one it depends on the dtype it is called with
@@ -191,7 +187,7 @@ def _whole_norm(target: Any, given: list[Any]) -> Meaning | None:
     return Normed("layer", rest[2] if len(rest) > 2 else 1e-5, weight, bias)
 
 
-def _logit_step(target: Any, given: list[Any]) -> Meaning | None:
+def _logit_step(target: Any, given: list[Any]) -> Value | None:
     match given:
         case [_Logits(scale, 0.0)] if target is aten.tanh.default:
             return _Logits(scale, 1.0)

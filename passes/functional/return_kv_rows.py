@@ -1,4 +1,4 @@
-"""Take the writes out of a segment: new keys and values are results, and the caller keeps them.
+"""Take the writes out of a segment: new keys and values are results, written by the caller.
 
     before   keys.index_copy_(2, slots, k); values.index_copy_(2, slots, v)
              o = scaled_dot_product_attention(q, repeat(keys), repeat(values), mask)
@@ -6,9 +6,9 @@
     after    o = attend(q, keys, values, k, v, mask, slots)
              return hidden, k, v
 
-So a branch that does not run writes nothing, and none copies the cache. Where attention is made of
-other operators the cache is copied: ``index_copy(keys, 2, slots, k)`` stands for what was written.
-Segments that write recurrent states are refused.
+So no branch writes or copies the cache. Where attention is computed by other operators the cache is
+copied: ``index_copy(keys, 2, slots, k)`` replaces the write in place. Segments that write recurrent
+states are refused.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ REPEATED = [aten.unsqueeze.default, aten.expand.default, aten.reshape.default]
 
 
 def return_kv_rows(split: SplitDecoder) -> SplitDecoder:
-    """``split`` whose layers and KV fills write nothing and return their rows, as ``row_inputs``
-    lists them; ``PassError`` where they write anything but keys and values."""
+    """``split`` with layers and KV fills that write nothing and return their rows, in the order of
+    ``row_inputs``; ``PassError`` where they write anything but keys and values."""
     layers = tuple(rows_returned(segment) for segment in split.layers)
     fills = tuple(rows_returned(segment) for segment in split.kv_fills)
     return replace(split, layers=layers, kv_fills=fills)
 
 
 def rows_returned(segment: Segment) -> Segment:
-    """One segment; a KV fill returns its rows alone."""
+    """One segment; a KV fill returns only its rows."""
     graph = Graph()
     result = graph.graph_copy(segment.graph.graph, {})
     role = dict(zip(graph.find_nodes(op="placeholder"), segment.inputs, strict=True))
@@ -50,12 +50,13 @@ def rows_returned(segment: Segment) -> Segment:
         for target in mutated_arguments(node):
             written = role.get(_memory_of(target))
             if written is None:
-                # of the segment's own making
+                # an intermediate of the segment
                 continue
-            kept = role.get(target)
-            if kept is None or node.target is not aten.index_copy_.default:
+            cache = role.get(target)
+            if cache is None or node.target is not aten.index_copy_.default:
                 raise PassError(f"{written.name} is overwritten in place by {node.target}")
-            rows[kept] = _written(node)
+            args: tuple[Any, ...] = node.args
+            rows[cache] = args[3]
             copies[_copy_instead(graph, node)] = target
     for node in graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
@@ -64,7 +65,7 @@ def rows_returned(segment: Segment) -> Segment:
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     # a fill's results are its writes
     hidden = [node for node in outputs if node.target is not aten.index_copy_.default]
-    graph.output((*hidden, *(rows[kept] for kept in row_inputs(segment) if kept in rows)))
+    graph.output((*hidden, *(rows[role] for role in row_inputs(segment) if role in rows)))
     graph.eliminate_dead_code()
     return Segment(
         GraphModule(torch.nn.Module(), graph), segment.inputs, segment.structure + ".rows"
@@ -84,9 +85,9 @@ def with_standard_operators(segment: Segment) -> Segment:
 
 
 def row_inputs(segment: Segment) -> list[Input]:
-    """Whose rows a segment returns after its other results: keys, then values."""
-    kept = [role for role in segment.inputs if role.kind in ("keys", "values")]
-    return sorted(kept, key=lambda role: (role.layer, role.kind))
+    """The caches whose rows a segment returns after its other results: keys, then values."""
+    caches = [role for role in segment.inputs if role.kind in ("keys", "values")]
+    return sorted(caches, key=lambda role: (role.layer, role.kind))
 
 
 def attend(
@@ -95,13 +96,13 @@ def attend(
 ) -> Tensor:  # fmt: skip
     """Grouped attention of R rows over a cache they are not in yet, and over themselves.
 
-    q [1, Q, R, D], keys [1, G, C, D], values [1, G, C, E]; k [1, G, R, D] and v [1, G, R, E] are of
-    the rows, which belong in ``slots`` [R]; additive mask [1, 1, R, C] -> [1, Q, R, E].
+    q [1, Q, R, D], keys [1, G, C, D], values [1, G, C, E]; k [1, G, R, D] and v [1, G, R, E] of the
+    rows, which belong in ``slots`` [R]; additive mask [1, 1, R, C] -> [1, Q, R, E].
     """
     groups, length, rows = keys.shape[1], keys.shape[2], q.shape[2]
     q = (q * scale).reshape(groups, -1, q.shape[3])  # [G, Q/G · R, D]
     own = (torch.arange(length, device=slots.device)[:, None] == slots).any(-1)
-    # what lies in the rows' slots is of no one yet
+    # the rows' own slots hold nothing yet
     before = mask[0, 0].masked_fill(own, torch.finfo(mask.dtype).min)
     among = mask[0, 0].index_select(1, slots)
     past = (q @ keys[0].transpose(1, 2)).unflatten(1, (-1, rows)) + before  # [G, Q/G, R, C]
@@ -112,7 +113,7 @@ def attend(
 
 
 def _memory_of(node: Node) -> Node:
-    """The node whose memory ``node`` is, or a view of."""
+    """The node whose memory ``node`` is, or is a view of."""
     while node.op == "call_function":
         schema = getattr(node.target, "_schema", None)
         source = node.args[0] if node.args else None
@@ -124,13 +125,8 @@ def _memory_of(node: Node) -> Node:
     return node
 
 
-def _written(node: Node) -> Node:
-    rows: Any = node.args[3]
-    return rows
-
-
 def _copy_instead(graph: Graph, write: Node) -> Node:
-    """Replace ``write`` by a copy of the cache with the rows in it, for all who read it later."""
+    """Replace ``write`` by a copy of the cache with the rows in it, for all later readers."""
     args: tuple[Any, ...] = write.args
     with graph.inserting_before(write):
         copy = graph.call_function(aten.index_copy.default, args)
@@ -150,12 +146,12 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
     key, value = (_before_repeat(arg) for arg in args[1:3])
     if key not in copies or value not in copies:
         return
-    made, seen = q.meta["val"], mask.meta["val"]
-    if seen.dtype != made.dtype or seen.shape[:2] != (1, 1) or seen.shape[2] != made.shape[2]:
+    query, bias = q.meta["val"], mask.meta["val"]
+    if bias.dtype != query.dtype or bias.shape[:2] != (1, 1) or bias.shape[2] != query.shape[2]:
         return
     if key.args[1] != ROWS_DIM or value.args[1] != ROWS_DIM:
         return
-    scale = node.kwargs.get("scale") or made.shape[-1] ** -0.5
+    scale = node.kwargs.get("scale") or query.shape[-1] ** -0.5
     slots = key.args[2]
     with graph.inserting_before(node):
         new = graph.call_function(

@@ -236,17 +236,14 @@ def test_the_kernel_writes_what_the_layer_does(family, interpreter):
     sides = {name: torch.randn(3, form.rotary) for name in (form.cos, form.sin) if name}
     expected = {"keys": torch.zeros(1, *shape), "values": torch.zeros(1, *shape)}
     for row in range(3):
-        values = []
-        for node, role in zip(
-            fill.graph.graph.find_nodes(op="placeholder"), fill.inputs, strict=True
-        ):
-            given = {
-                "hidden": rows[None, row : row + 1], "slots": slots[row : row + 1], **expected
-            }  # fmt: skip
+        given = {"hidden": rows[None, row : row + 1], "slots": slots[row : row + 1], **expected}
+
+        def value_of(role, row=row, given=given):
             if role.kind == "side":
-                given["side"] = sides[role.name][row].view(node.meta["val"].shape)
-            values.append(tensors[role.name] if role.kind == "parameter" else given[role.kind])
-        fill.graph(*values)
+                return sides[role.name][row].view(fill.examples[role].shape)
+            return tensors[role.name] if role.kind == "parameter" else given[role.kind]
+
+        fill.run(value_of)
     found = {kind: [torch.zeros(shape)] for kind in expected}
 
     def each(name):
@@ -271,7 +268,10 @@ def test_the_kernel_writes_what_the_layer_does(family, interpreter):
 
 @pytest.mark.parametrize(
     "family, reason",
-    (("olmo2", "not what norm, projection and rotary"), ("falcon, new", "do not lie evenly")),
+    (
+        ("olmo2", "not what norm, projection and rotary embedding give"),
+        ("falcon, new", "are not evenly spaced"),
+    ),
 )
 def test_how_keys_are_made_otherwise_is_said(family, reason):
     with pytest.raises(PassError, match=reason):

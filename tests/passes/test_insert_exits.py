@@ -1,4 +1,4 @@
-"""The exit graph runs, and says what the runtime says."""
+"""The exit graph gives the tokens and exit layers of the runtime, however it is run."""
 
 from dataclasses import replace
 
@@ -34,14 +34,13 @@ def graph_steps(model, segment, sequence, run):
             "threshold": thresholds,
             "draft": torch.zeros(1, plan.draft_tokens, dtype=torch.long),
         }
+        slots = torch.tensor([position])
         inputs = []
         for role in segment.inputs:
-            if role.kind == "keys":
-                inputs.append(cache.keys[role.layer])
-            elif role.kind == "values":
-                inputs.append(cache.values[role.layer])
+            if role.kind in ("keys", "values"):
+                inputs.append(getattr(cache, role.kind)[role.layer])
             elif role.kind == "slots":
-                inputs.append(torch.tensor([position]))
+                inputs.append(slots)
             elif role.kind == "mask":
                 window = split.windows[role.name]
                 inputs.append(causal_mask(1, cache.slots, window, torch.float32, start=position))
@@ -55,8 +54,16 @@ def graph_steps(model, segment, sequence, run):
     return steps
 
 
-@pytest.mark.parametrize("how", ("called", "interpreted"))
-def test_the_exit_graph_says_what_the_runtime_says(transformed, how):
+def exported(segment, folder):
+    """The exit graph as ``torch.export`` saves and loads it."""
+    program = torch.export.export(segment.graph, tuple(segment.examples.values()), strict=False)
+    program._example_inputs = None
+    torch.export.save(program, folder / "exit_graph.pt2")
+    return torch.export.load(folder / "exit_graph.pt2").module()
+
+
+@pytest.mark.parametrize("how", ("called", "interpreted", "exported"))
+def test_the_exit_graph_gives_what_the_runtime_gives(transformed, how, tmp_path):
     engine = transformed.configure(replace(ExitConfig().approximate(), kv="propagate"))
     sequence = engine.start(PROMPT)
     for _ in range(STEPS):
@@ -66,7 +73,11 @@ def test_the_exit_graph_says_what_the_runtime_says(transformed, how):
     engine.reset()
     segment = exit_graph_of(transformed)
     sequence = engine.start(PROMPT)
-    run = segment.graph if how == "called" else torch.fx.Interpreter(segment.graph).run
+    run = {
+        "called": lambda: segment.graph,
+        "interpreted": lambda: torch.fx.Interpreter(segment.graph).run,
+        "exported": lambda: exported(segment, tmp_path),
+    }[how]()
     assert graph_steps(transformed, segment, sequence, run) == expected
     engine.reset()
 
