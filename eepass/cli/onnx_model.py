@@ -1,4 +1,4 @@
-"""What the command line does with ONNX; PyTorch is imported for exporting alone."""
+"""What the command line does with ONNX; PyTorch is imported only to export."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import typer
 from eepass.errors import InputError
 from eepass.onnx.files import decode_file
 
-# what there is to choose when a graph is made already
+# options that apply to a graph that is exported already
 ALWAYS = {"model", "debug", "json_file"}
 GENERATE = {"prompt", "max_new_tokens", "dense", "stats", "raw", "threads", "device"} | ALWAYS
 
 
 def refuse_others(context: typer.Context, allowed: set[str]) -> None:
-    """Raise ``InputError`` naming the first option given that an exported graph has decided."""
+    """Raise ``InputError`` naming the first given option that an exported graph has fixed."""
     for name in context.params:
         source = context.get_parameter_source(name)
         if name not in allowed and source is not None and source.name == "COMMANDLINE":
@@ -35,7 +35,7 @@ def generate(
     context: typer.Context, model: str, prompt: str, max_new_tokens: int, dense: bool, stats: bool,
     raw: bool, device: str, threads: int,
 ) -> dict[str, Any]:  # fmt: skip
-    """Answer one prompt in ONNX Runtime; returns the answer and where its tokens left."""
+    """Answer one prompt in ONNX Runtime; returns the answer and its exit layers."""
     from eepass.checkpoints.tokenizer import FolderTokenizer, encode
     from eepass.cli.console import LiveAnswer, console, table
     from eepass.onnx.runtime import OnnxDecoder
@@ -64,11 +64,11 @@ def generate(
     text = text_of([step.token for step in steps])
     if not console.is_terminal:
         sys.stdout.write(text + "\n")
-    left = Counter(step.exit_layer for step in steps)
+    counts = Counter(step.exit_layer for step in steps)
     mean = sum(step.exit_layer for step in steps) / len(steps)
     if stats:
-        rows = [(str(n), str(count)) for n, count in sorted(left.items())]
-        table("where tokens left", ("layers run", "tokens"), rows)
+        rows = [(str(n), str(count)) for n, count in sorted(counts.items())]
+        table("exit layers", ("layers run", "tokens"), rows)
         console.print(
             f"mean {mean:.1f} of {found.layers} layers; KV of skipped layers: {found.kv_policy}"
         )
@@ -97,17 +97,15 @@ def export(
 
 
 def inspect(context: typer.Context, model: str) -> dict[str, Any]:
-    """Print what an exported graph is made of; returns it."""
+    """Print what an exported graph holds; returns it."""
     from eepass.cli.console import console
     from eepass.onnx import inspect
 
     refuse_others(context, ALWAYS)
-    found = inspect.describe(decode_or_prompt(model))
+    path = Path(model)
+    # the graph of the prompt can be inspected too
+    file = path if path.suffix == ".onnx" and path.is_file() else decode_file(model)
+    found = inspect.describe(file)
     for name, value in found.items():
         console.print(f"{name}: {value}", highlight=False)
     return found
-
-
-def decode_or_prompt(model: str) -> Path:
-    path = Path(model)
-    return path if path.suffix == ".onnx" and path.is_file() else decode_file(model)

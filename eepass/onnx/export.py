@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -43,7 +44,7 @@ def export_onnx(
     max_length: int | None = None,
     notify: Notify = lambda stage: None,
 ) -> dict[str, Any]:
-    """Write ``loaded`` (float32) and its exits to the folder ``out``, whole or not at all.
+    """Write ``loaded`` (float32) and its exits to the folder ``out``, atomically.
 
     ``decode.onnx`` runs one token over keys and values that are inputs; ``prefill.onnx`` runs the
     prompt; both read ``weights.bin``; the tokenizer lies beside them. ``config``: an approximate
@@ -81,11 +82,9 @@ def export_onnx(
     return {**found, "seconds": round(perf_counter() - began, 1)}
 
 
-def propagating(target: float | None = None) -> ExitConfig:
-    """What is exported unless asked otherwise: the default preset, one token a step."""
-    from dataclasses import replace
-
-    return replace(ExitConfig().approximate(target), kv="propagate")
+def propagating() -> ExitConfig:
+    """The default of ``export_onnx``: the default preset with KV policy ``propagate``."""
+    return replace(ExitConfig().approximate(), kv="propagate")
 
 
 def _configured(
@@ -94,7 +93,7 @@ def _configured(
     config: ExitConfig,
     max_length: int | None,
 ) -> tuple[EarlyExitModel, SplitDecoder, SplitDecoder]:
-    """The model with its exits planned, split for one row and for prompts; nothing is compiled."""
+    """The configured model, and its splits for one row and for prompts; nothing is compiled."""
     model = loaded.model
     if isinstance(model, EarlyExitModel):
         ready = _transformed(model, artifact, max_length)
@@ -145,7 +144,7 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
 def _decode_step(
     model: EarlyExitModel, split: SplitDecoder, config: ExitConfig
 ) -> tuple[FunctionalDecodeStep, dict[str, Tensor]]:
-    """The step, and all tensors there are."""
+    """The step, and all tensors of the model and its exits."""
     assert model.plan is not None and model.artifact is not None
     own = model.decoder.tensors
     tensors = {**own, **exit_tensors(config.name, model.artifact, own, split)}
@@ -188,7 +187,7 @@ def _metadata(
 
 
 class _Writer:
-    """Two graphs, their weights in one file, in ``folder``; ``tensors``: all there are, by name."""
+    """Writes two graphs and one file of their weights to ``folder``; ``tensors``: all by name."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""The files ``eepass export-onnx`` writes, and what they say of themselves."""
+"""The files ``eepass export-onnx`` writes, and their metadata."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eepass.errors import InputError
 
 SCHEMA = 1
 DECODE, PROMPT, WEIGHTS = "decode.onnx", "prefill.onnx", "weights.bin"
-# the entry of a model's metadata that says what they are
+# the key of our entry in a model's metadata
 ENTRY = "eepass"
 # a threshold no probability exceeds
 NEVER = 2.0
@@ -21,11 +21,11 @@ AGAIN = "run eepass export-onnx again"
 
 @dataclass(frozen=True, slots=True)
 class OnnxMetadata:
-    """What both graphs of a folder carry: JSON in the metadata entry ``eepass``.
+    """The metadata of both graphs of a folder: JSON in the entry ``eepass``.
 
     ``exits``: threshold by layer; ``window``, ``radius``, ``always``: the schedule of predictors;
-    ``prompt_rows``: tokens ``prefill.onnx`` takes at once; ``slots``: length of
-    the caches; ``weights``: bytes of ``weights.bin``.
+    ``prompt_rows``: tokens ``prefill.onnx`` runs at once; ``slots``: length of the caches;
+    ``weights``: bytes of ``weights.bin``.
     """
 
     name: str
@@ -54,7 +54,7 @@ class OnnxMetadata:
 
     @classmethod
     def read(cls, text: str | None, file: Path) -> OnnxMetadata:
-        """From the metadata entry of ``file``; raises ``InputError`` where it is not ours."""
+        """From the metadata entry of ``file``; raises ``InputError`` if eepass did not write it."""
         if text is None:
             raise InputError(f"{file}: not written by eepass export-onnx")
         try:
@@ -69,7 +69,7 @@ class OnnxMetadata:
 
 
 def is_onnx(spec: str) -> bool:
-    """Whether MODEL names an ONNX file, or a folder that holds ours."""
+    """Whether MODEL names an ONNX file, or a folder that holds an exported model."""
     path = Path(spec)
     return path.suffix == ".onnx" or (path / DECODE).is_file()
 
@@ -79,14 +79,14 @@ def decode_file(spec: str) -> Path:
     path = Path(spec)
     file = path if path.suffix == ".onnx" else path / DECODE
     if file.name == PROMPT:
-        raise InputError(f"{file}: this graph takes the prompt; give {DECODE} beside it")
+        raise InputError(f"{file}: this graph runs the prompt; give {DECODE} beside it")
     if not file.is_file():
         raise InputError(f"{file}: no such file; eepass export-onnx MODEL --out DIR writes it")
     return file
 
 
 def needed(module: str) -> Any:
-    """Import one of the extra's packages; raises ``InputError`` saying how to install it."""
+    """Import a package of the extra ``onnx``; raises ``InputError`` saying how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

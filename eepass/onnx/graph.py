@@ -1,7 +1,8 @@
-"""Steps taken down as ONNX graphs: each distinct function exported once, the chain made of calls.
+"""Decode and prompt steps as ONNX graphs: a chain of calls of functions, each exported once.
 
-Functions go through PyTorch's exporter with all they read as inputs, weights among them, and are
-inlined at the end; so an export takes as long as a model has kinds of layers.
+Functions go through PyTorch's exporter with all they read as inputs, weights included, and are
+inlined at the end. So the time an export takes grows with the distinct layers of a model, not with
+its depth.
 """
 
 from __future__ import annotations
@@ -28,14 +29,14 @@ DOMAIN = "eepass"
 
 @dataclass(frozen=True, slots=True)
 class OnnxValue:
-    """A value of the graph, and a tensor like it."""
+    """A value of the graph, and a tensor of its shape and dtype."""
 
     value: Any
     like: Tensor
 
 
 class OnnxBuilder:
-    """One graph being made; ``tensors`` are the weights it may read, by name."""
+    """A ``Builder`` of one ONNX graph; ``tensors`` are the weights it may read, by name."""
 
     def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         import onnx_ir
@@ -54,10 +55,10 @@ class OnnxBuilder:
         self.graph.inputs.append(value)
         return OnnxValue(value, like)
 
-    def default(self, taken: OnnxValue, tensor: Tensor) -> None:
-        """Let an input be left out: then it is ``tensor``."""
-        taken.value.const_value = self.ir.Tensor(tensor.numpy(), name=taken.value.name)
-        self.graph.register_initializer(taken.value)
+    def default(self, given: OnnxValue, tensor: Tensor) -> None:
+        """Make ``tensor`` the value of an input that is not given."""
+        given.value.const_value = self.ir.Tensor(tensor.numpy(), name=given.value.name)
+        self.graph.register_initializer(given.value)
 
     def weight(self, name: str) -> OnnxValue:
         if name not in self._weights:
@@ -102,13 +103,13 @@ class OnnxBuilder:
         return _values(node, results)
 
     def finish(self, outputs: Mapping[str, OnnxValue]) -> Any:
-        """The model, of standard operators alone; its constants and weights are initialisers of the
+        """The model, in standard operators only; constants and weights are initialisers of the
         outermost graph."""
         import onnx_ir.passes.common as passes
 
-        for name, made in outputs.items():
-            made.value.name = name
-            self.graph.outputs.append(made.value)
+        for name, output in outputs.items():
+            output.value.name = name
+            self.graph.outputs.append(output.value)
         functions = [function for function, _ in self._functions.values()]
         model = self.ir.Model(
             self.graph, ir_version=IR_VERSION, producer_name="eepass", functions=functions
@@ -121,10 +122,10 @@ class OnnxBuilder:
                 passes.DeduplicateInitializersPass(),
                 passes.RemoveUnusedNodesPass(),
                 passes.RemoveUnusedOpsetsPass(),
-                # a branch may not give back what stands outside of it
+                # a branch may not return a value from outside of it
                 passes.OutputFixPass(),
                 passes.NameFixPass(),
-                # says where on this machine each operator came from
+                # they name the source files of each operator
                 passes.ClearMetadataAndDocStringPass(),
             ):
                 each(model)
@@ -134,15 +135,15 @@ class OnnxBuilder:
         if call.key not in self._functions:
             examples = [each.like for each in call.operands]
             self._functions[call.key] = self._exported(call.function, examples)
-        made, results = self._functions[call.key]
+        function, results = self._functions[call.key]
         inputs = [each.value for each in call.operands]
-        node = self.ir.Node(DOMAIN, made.name, inputs, num_outputs=len(results))
+        node = self.ir.Node(DOMAIN, function.name, inputs, num_outputs=len(results))
         self._name(node, results)
         return node, results
 
     def _exported(self, function: Function, examples: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """``function`` as an ONNX function of as many inputs as there are examples."""
-        # the exporter takes two inputs that are one tensor for one input
+        # the exporter merges inputs that are the same tensor
         seen: set[int] = set()
         for place, example in enumerate(examples):
             if id(example) in seen:
@@ -202,7 +203,7 @@ class _Module(torch.nn.Module):
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporters' progress and advice are not for our users."""
+    """Hide the exporters' progress and advice."""
     logs = [logging.getLogger(name) for name in ("torch.onnx", "onnx_ir", "onnxscript")]
     levels = [log.level for log in logs]
     for log in logs:

@@ -1,4 +1,4 @@
-"""``eepass inspect model.onnx``: what an exported graph is made of."""
+"""``eepass inspect model.onnx``: what an exported graph holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from eepass.onnx.files import ENTRY, OnnxMetadata, needed
 
 
 def describe(file: Path) -> dict[str, Any]:
-    """What ``file`` says of itself, and what stands in it; the weights are not read."""
+    """The metadata of ``file`` and a summary of its graph; the weights are not read."""
     onnx = needed("onnx")
     try:
         model = onnx.load(str(file), load_external_data=False)
@@ -19,7 +19,7 @@ def describe(file: Path) -> dict[str, Any]:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise InputError(f"{file}: not an ONNX model that can be read ({reason})") from error
     entries = {entry.key: entry.value for entry in model.metadata_props}
-    said = OnnxMetadata.read(entries.get(ENTRY), file)
+    written = OnnxMetadata.read(entries.get(ENTRY), file)
     graph = model.graph
     branches = [node for node in graph.node if node.op_type == "If"]
     inside = [
@@ -32,25 +32,24 @@ def describe(file: Path) -> dict[str, Any]:
         for entry in tensor.external_data
         if entry.key == "location"
     )
-    found = {
-        "model": said.name,
-        "written_by": f"eepass {said.eepass}",
-        "fingerprint": said.fingerprint,
+    return {
+        "model": written.name,
+        "written_by": f"eepass {written.eepass}",
+        "fingerprint": written.fingerprint,
         "opset": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
-        "layers": said.layers,
-        "max_length": said.max_length,
-        "kv_policy": said.kv_policy,
-        "preset": said.preset,
-        "target_agreement": said.target_agreement,
-        "exits": said.exits,
-        "draft": f"{said.draft_tokens} tokens after layer {said.draft_layer}",
-        "verify": said.verify,
-        "schedule": f"last {said.window} exits ± {said.radius}, {said.always} always",
+        "layers": written.layers,
+        "max_length": written.max_length,
+        "kv_policy": written.kv_policy,
+        "preset": written.preset,
+        "target_agreement": written.target_agreement,
+        "exits": written.exits,
+        "draft": f"{written.draft_tokens} tokens after layer {written.draft_layer}",
+        "verify": written.verify,
+        "schedule": f"last {written.window} exits ± {written.radius}, {written.always} always",
         "conditions": len(branches),
         "nested": sum(node.op_type in ("If", "Loop", "Scan") for node in inside),
         "operators": dict(operators.most_common()),
         "inputs": [value.name for value in graph.input],
         "outputs": [value.name for value in graph.output],
-        "weights": {**places, "bytes": said.weights},
+        "weights": {**places, "bytes": written.weights},
     }
-    return found

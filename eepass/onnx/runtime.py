@@ -1,7 +1,7 @@
-"""Decode with an exported model in ONNX Runtime; neither PyTorch nor transformers takes part.
+"""Decode with an exported model in ONNX Runtime, without PyTorch or transformers.
 
-The caches are bound once and stay where they are: a step returns the new rows, and they are written
-to their slots here.
+The caches are bound once and stay in place: a step returns new rows of keys and values, and they
+are written to their slots here.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from eepass.errors import InputError
 from eepass.onnx.files import AGAIN, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 
 
-class Step(NamedTuple):
-    """A token of the answer, and after how many layers it was known."""
+class OnnxStep(NamedTuple):
+    """A token of the answer and its exit layer."""
 
     token: int
     exit_layer: int
@@ -49,16 +49,14 @@ class OnnxDecoder:
         self._prompt = self._session(prompt)
         if self._metadata(prompt, self._prompt) != self.metadata:
             raise InputError(f"{prompt}: of another export than {file.name}; {AGAIN}")
-        taken = [x for x in self._prompt.get_inputs() if x.name.startswith(("keys.", "values."))]
-        self.caches = {x.name: np.zeros(x.shape, np.float32) for x in taken}
+        inputs = [x for x in self._prompt.get_inputs() if x.name.startswith(("keys.", "values."))]
+        self.caches = {x.name: np.zeros(x.shape, np.float32) for x in inputs}
         layers = self.metadata.layers + 1
         self.thresholds = np.full(layers, NEVER, np.float32)
         for layer, threshold in self.metadata.exits.items():
             self.thresholds[int(layer)] = threshold
-        self._bound_prompt = _Bound(
-            self._runtime, self._prompt, self.caches, rows=self.metadata.prompt_rows
-        )
-        self._bound_decode = _Bound(self._runtime, self._decode, self.caches, rows=1)
+        self._bound_prompt = _Bound(self._runtime, self._prompt, self.caches)
+        self._bound_decode = _Bound(self._runtime, self._decode, self.caches)
 
     def stream(
         self,
@@ -66,11 +64,11 @@ class OnnxDecoder:
         max_new_tokens: int = 128,
         thresholds: np.ndarray | None = None,
         stop: frozenset[int] | None = None,
-    ) -> Iterator[Step]:
-        """Tokens after ``ids``; an end token is the last one given.
+    ) -> Iterator[OnnxStep]:
+        """The tokens after ``ids``, up to and including an end token.
 
         ``thresholds``: float32 [L + 1] instead of the calibrated ones, 1 and more where no token
-        may leave. ``stop``: end tokens instead of the model's. Raises ``InputError`` for a prompt
+        may exit. ``stop``: end tokens instead of the model's. Raises ``InputError`` for a prompt
         that is empty or does not fit.
         """
         most, found = self.metadata.max_length, self.metadata
@@ -82,7 +80,7 @@ class OnnxDecoder:
                 f"{most}: ask for fewer, or export with a larger --max-length"
             )
         ends = frozenset(found.stop) if stop is None else stop
-        step = Step(self.prefill(ids), found.layers)
+        step = OnnxStep(self.prefill(ids), found.layers)
         recent = np.zeros(found.window, np.int64)
         recent[-1] = found.layers
         for count in range(1, max_new_tokens + 1):
@@ -92,11 +90,11 @@ class OnnxDecoder:
             step, recent = self.step(step.token, len(ids) + count - 1, recent, thresholds)
 
     def dense(self) -> np.ndarray:
-        """Thresholds with which no token leaves early, and no predictor runs."""
+        """Thresholds with which no token exits early and no predictor runs."""
         return np.full_like(self.thresholds, NEVER)
 
     def prefill(self, ids: Sequence[int]) -> int:
-        """Write keys and values of a prompt from slot 0 on; returns the token that follows it."""
+        """Fill the caches with a prompt from slot 0 on; returns the token that follows it."""
         size, token = self.metadata.prompt_rows, -1
         for start in range(0, len(ids), size):
             chunk = list(ids[start : start + size])
@@ -108,8 +106,8 @@ class OnnxDecoder:
 
     def step(
         self, token: int, position: int, recent: np.ndarray, thresholds: np.ndarray | None = None
-    ) -> tuple[Step, np.ndarray]:
-        """Run ``token`` at ``position``; returns what follows it, and ``recent`` with its exit."""
+    ) -> tuple[OnnxStep, np.ndarray]:
+        """Run ``token`` at ``position``; returns the next step and ``recent`` with its exit."""
         inputs = {
             "ids": [[token]],
             "position": [position],
@@ -118,21 +116,23 @@ class OnnxDecoder:
         }
         found = self._bound_decode.run(inputs)
         self._bound_decode.keep(position, 1)
-        return Step(int(found["token"][0]), int(found["exit_layer"][0])), found["new_recent"].copy()
+        return OnnxStep(int(found["token"][0]), int(found["exit_layer"][0])), found[
+            "new_recent"
+        ].copy()
 
     def _session(self, file: Path) -> Any:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self.threads
-        # fatal: what goes wrong is raised, and said once
+        # log fatal errors only: all others are raised
         options.log_severity_level = 4
         try:
             return self._runtime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no type of their own
-            said = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200]
             raise InputError(
-                f"{file}: ONNX Runtime cannot load it, or {WEIGHTS} beside it; {AGAIN} ({said})"
+                f"{file}: ONNX Runtime cannot load it, or {WEIGHTS} beside it; {AGAIN} ({reason})"
             ) from error
 
     @staticmethod
@@ -142,30 +142,28 @@ class OnnxDecoder:
 
 
 class _Bound:
-    """A session whose inputs and outputs have their places: nothing is copied but new rows."""
+    """A session with bound inputs and outputs: nothing is copied but new rows."""
 
-    def __init__(
-        self, runtime: Any, session: Any, caches: Mapping[str, np.ndarray], rows: int
-    ) -> None:
-        self.session, self.caches, self.rows = session, caches, rows
+    def __init__(self, runtime: Any, session: Any, caches: Mapping[str, np.ndarray]) -> None:
+        self.session = session
         self.binding = session.io_binding()
         self.inputs: dict[str, np.ndarray] = {}
         self.outputs: dict[str, np.ndarray] = {}
-        place = runtime.OrtValue.ortvalue_from_numpy
+        value_of = runtime.OrtValue.ortvalue_from_numpy
         # the binding does not keep the arrays alive
         self.values = []
-        for taken in (*session.get_inputs(), *session.get_overridable_initializers()):
-            if taken.name in caches:
-                array = caches[taken.name]
+        for each in (*session.get_inputs(), *session.get_overridable_initializers()):
+            if each.name in caches:
+                array = caches[each.name]
             else:
-                array = np.zeros(taken.shape, _dtype(taken.type))
-                self.inputs[taken.name] = array
-            self.values.append(place(array))
-            self.binding.bind_ortvalue_input(taken.name, self.values[-1])
-        for made in session.get_outputs():
-            self.outputs[made.name] = np.zeros(made.shape, _dtype(made.type))
-            self.values.append(place(self.outputs[made.name]))
-            self.binding.bind_ortvalue_output(made.name, self.values[-1])
+                array = np.zeros(each.shape, _dtype(each.type))
+                self.inputs[each.name] = array
+            self.values.append(value_of(array))
+            self.binding.bind_ortvalue_input(each.name, self.values[-1])
+        for each in session.get_outputs():
+            self.outputs[each.name] = np.zeros(each.shape, _dtype(each.type))
+            self.values.append(value_of(self.outputs[each.name]))
+            self.binding.bind_ortvalue_output(each.name, self.values[-1])
         self._new = [
             (self.outputs[f"new_{name}"], cache)
             for name, cache in caches.items()

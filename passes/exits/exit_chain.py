@@ -30,7 +30,7 @@ from eepass.exit_rule import among_drafts, wants_exit
 from eepass.passes.exits.step_builder import (
     Builder,
     Call,
-    DecoderStep,
+    StepCalls,
     Value,
     called,
     likeliest,
@@ -49,7 +49,7 @@ class ChainOutputs(NamedTuple):
     kv_rows: list[Value]
 
 
-class ExitChain(DecoderStep):
+class ExitChain(StepCalls):
     """One token through a decoder with the exits of ``plan``."""
 
     def __init__(

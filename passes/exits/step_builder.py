@@ -63,7 +63,7 @@ def unaliased(results: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(result.clone(memory_format=torch.contiguous_format) for result in results)
 
 
-class DecoderStep:
+class StepCalls:
     """The parts of a decode step, as calls; ``value_of`` gives what segments read besides
     parameters, side inputs and what changes along the step."""
 

@@ -19,7 +19,7 @@ from eepass.errors import PassError
 from eepass.exit_rule import SCHEDULE_RADIUS, near_last_exits
 from eepass.masks import causal_mask_at
 from eepass.passes.exits.exit_chain import ExitChain
-from eepass.passes.exits.step_builder import Builder, Call, DecoderStep, Value
+from eepass.passes.exits.step_builder import Builder, Call, StepCalls, Value
 from eepass.passes.functional.return_kv_rows import (
     return_kv_rows,
     row_inputs,
@@ -146,7 +146,7 @@ class FunctionalPromptStep(FunctionalStep):
         """ids [1, R], start [1], last [1], caches -> the token after row ``last`` [1], rows of
         keys and values. Rows stand at ``start`` and after; what follows ``last`` is padding."""
         inputs = self._inputs(build, ids, start, caches)
-        step = DecoderStep(build, self.split, inputs.__getitem__)
+        step = StepCalls(build, self.split, inputs.__getitem__)
         hidden = step.begin()
         rows: list[Value] = []
         for index in range(len(self.split.layers)):

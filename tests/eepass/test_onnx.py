@@ -253,7 +253,7 @@ def test_what_is_wrong_is_said_in_one_line(exported, tmp_path, monkeypatch):
     assert "do not fit" in refused("generate", both.folder, *ask, "--max-new-tokens", 400)
     assert "--kv" in refused("generate", both.folder, *ask, "--kv", "propagate")
     assert "--temperature" in refused("generate", both.folder, *ask, "--temperature", 0.7)
-    assert "takes the prompt" in refused("generate", both.folder / "prefill.onnx", *ask)
+    assert "runs the prompt" in refused("generate", both.folder / "prefill.onnx", *ask)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     assert "pip install 'eepass[onnx]'" in refused("generate", both.folder, *ask)
 

@@ -121,3 +121,23 @@ def test_an_exit_graph_for_every_kv_policy(transformed):
 
 def test_the_random_artefact_leaves_at_random(llama):
     assert len(random_artifact(llama).presets["default"].calibrations[0].thresholds) == 3
+
+
+def test_what_a_token_does_not_need_does_not_run(transformed):
+    engine = transformed.configure(replace(ExitConfig().approximate(), kv="propagate"))
+    segment = exit_graph_of(transformed)
+    ran = []
+    for name, branch in segment.graph.named_children():
+        branch.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+    steps = graph_steps(transformed, segment, engine.start(PROMPT), segment.graph)
+    engine.reset()
+    # drafts come from the hidden state after the first layer
+    begins = [place - 1 for place, name in enumerate(ran) if name == "draft_0"]
+    assert len(begins) == STEPS
+    for begin, end, (_, layer) in zip(begins, [*begins[1:], len(ran)], steps, strict=True):
+        step = ran[begin:end]
+        if layer == 2:
+            assert step.count("layer_0") == step.count("fill_0") == 2
+            assert step.count("predict_0") == step.count("verify_0") == 1
+            assert "head_0" not in step
+    assert any(layer == 2 for _, layer in steps)
