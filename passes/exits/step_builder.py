@@ -1,4 +1,4 @@
-"""How a decode step is described: calls of functions, and branches, told to a ``Builder``.
+"""The language a decode step is described in: calls of functions, and branches.
 
 A step is written down once, as calls of functions of tensors. A builder turns them into a graph:
 ``insert_exits`` into a ``torch.fx`` graph with ``torch.cond``, ``eepass.onnx.graph`` into an ONNX

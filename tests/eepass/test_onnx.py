@@ -1,4 +1,4 @@
-"""ONNX: the exported step says what the engine says, and does no more than it must."""
+"""ONNX: the exported step gives what the engine gives, and does no more than it must."""
 
 import json
 import shutil
@@ -55,12 +55,12 @@ class Exported:
 
         return OnnxDecoder(self.folder / "decode.onnx", threads=1)
 
-    def engine_says(self, config=None, prompt=PROMPT, dense=False):
+    def engine_steps(self, config=None, prompt=PROMPT, dense=False):
         engine = self.ready.configure(config or self.config)
         engine = self.ready.dense if dense else engine
         return [tuple(step) for step in engine.generate(prompt, STEPS)]
 
-    def onnx_says(self, prompt=PROMPT, thresholds=None):
+    def onnx_steps(self, prompt=PROMPT, thresholds=None):
         found = self.decoder.stream(prompt, STEPS, thresholds, stop=frozenset())
         return [tuple(step) for step in found]
 
@@ -78,30 +78,30 @@ def exported(tmp_path_factory):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_tokens_leave_at_the_same_layers(exported, family):
+def test_the_same_tokens_exit_after_the_same_layers(exported, family):
     both = exported(family)
-    expected = both.engine_says()
+    expected = both.engine_steps()
     assert len({layer for _, layer in expected[1:]}) > 2
-    assert both.onnx_says() == expected
+    assert both.onnx_steps() == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_without_exits_the_dense_answer(exported, family):
     both = exported(family)
-    expected = both.engine_says(dense=True)
+    expected = both.engine_steps(dense=True)
     thresholds = both.decoder.dense()
-    assert both.onnx_says(thresholds=thresholds) == expected
-    assert [token for token, _ in expected] != [token for token, _ in both.onnx_says()]
+    assert both.onnx_steps(thresholds=thresholds) == expected
+    assert [token for token, _ in expected] != [token for token, _ in both.onnx_steps()]
 
 
 def test_other_thresholds_are_an_input(exported):
     both = exported()
     strict = replace(both.config, threshold=0.6)
-    expected = both.engine_says(strict)
-    assert expected != both.engine_says()
+    expected = both.engine_steps(strict)
+    assert expected != both.engine_steps()
     thresholds = both.decoder.dense()
     thresholds[2:] = 0.6
-    assert both.onnx_says(thresholds=thresholds) == expected
+    assert both.onnx_steps(thresholds=thresholds) == expected
 
 
 def test_predictors_follow_the_last_exits(exported):
@@ -115,9 +115,9 @@ def test_predictors_follow_the_last_exits(exported):
         assert after.tolist() == [*recent[1:], step.exit_layer]
         return step.exit_layer
 
-    # nothing is known yet: all are asked
+    # nothing is known yet: all are evaluated
     token = next(token for token in range(3, 160) if left(token, 0, 0, 0, 0, 0) == 5)
-    # always asked are 2 and 3, besides those near the last exits
+    # 2 and 3 are always evaluated, besides those near the last exits
     assert left(token, 0, 0, 0, 0, 8) == 8
     assert left(token, 0, 0, 0, 8, 2) == 8
     assert left(token, 0, 0, 0, 8, 3) == 5
@@ -125,8 +125,8 @@ def test_predictors_follow_the_last_exits(exported):
 
 
 def wide_products(folder, prefix, token, thresholds):
-    """Where one step left, and how many products as wide as an MLP ran, by ONNX Runtime's own
-    account."""
+    """The exit layer of one step, and how many products as wide as an MLP ran, as ONNX Runtime
+    counts them."""
     width = SIZES["llama"]["intermediate_size"]
     options = ort.SessionOptions()
     options.enable_profiling = True

@@ -1,4 +1,4 @@
-"""Steps whose cache is a value say what the engine says over its own; in plain PyTorch."""
+"""Steps whose cache is a value give what the engine gives over its own cache; in plain PyTorch."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ STEPS = 24
 
 
 class Eager:
-    """Runs a step while it is built; ``ran`` says which functions did."""
+    """Runs a step while it is built; ``ran``: the functions that did."""
 
     def __init__(self, tensors):
         self.tensors, self.ran = tensors, []
@@ -50,7 +50,8 @@ class Stepper:
         segments = ready.segments_for(ready.config, plan, tensors, 1)
         self.build, self.plan = Eager(tensors), plan
         self.prompt = FunctionalPromptStep(splits[max(splits)], splits[1])
-        self.decode = FunctionalDecodeStep(splits[1], segments, plan, ALWAYS_ACTIVE)
+        always = ALWAYS_ACTIVE if ready.config.schedule else None
+        self.decode = FunctionalDecodeStep(splits[1], segments, plan, always)
         self.caches = self.decode.empty_caches()
         assert self.prompt.caches == self.decode.caches
 
@@ -70,7 +71,7 @@ class Stepper:
             self.write(rows, start, len(chunk))
         return int(token)
 
-    def says(self, ids, count):
+    def steps(self, ids, count):
         depth = self.plan.num_layers
         thresholds = torch.full((depth + 1,), 2.0)
         for point in self.plan.exits:
@@ -87,7 +88,7 @@ class Stepper:
         return steps
 
 
-def engine_says(ready):
+def engine_steps(ready):
     return [tuple(step) for step in ready.engine.generate(PROMPT, STEPS)]
 
 
@@ -99,26 +100,42 @@ def ready(llama, llama_splits):
     return EarlyExitModel(llama_splits, PassReport(), frozenset(), artifact, compiler=eager_compile)
 
 
-def configured(ready, policy):
-    ready.configure(replace(ExitConfig().approximate(), kv=policy))
+def configured(ready, policy, **changes):
+    ready.configure(replace(ExitConfig().approximate(), kv=policy, **changes))
     return ready
 
 
 @pytest.mark.parametrize("policy", ("propagate", "drop"))
-def test_the_step_says_what_the_engine_says(ready, policy):
-    expected = engine_says(configured(ready, policy))
+def test_the_step_gives_what_the_engine_gives(ready, policy):
+    expected = engine_steps(configured(ready, policy))
     assert len({layer for _, layer in expected[1:]}) > 1
-    assert Stepper(ready).says(PROMPT, STEPS) == expected
+    assert Stepper(ready).steps(PROMPT, STEPS) == expected
+
+
+def test_the_schedule_chooses_predictors_and_none_evaluates_all(ready):
+    decode = Stepper(configured(ready, "propagate")).decode
+    thresholds = torch.full((5,), 0.5)
+
+    def active(always, *recent):
+        step = FunctionalDecodeStep(ready.splits[1], decode.segments, decode.plan, always)
+        chosen = step._active(Eager({}), torch.tensor(recent), thresholds)
+        return chosen.nonzero().flatten().tolist()
+
+    assert active(0, 0, 0) == [2, 3, 4]
+    assert active(0, 0, 1) == [2, 3]
+    assert active(None, 0, 1) == [2, 3, 4]
+    expected = engine_steps(configured(ready, "propagate", schedule=False))
+    assert Stepper(ready).steps(PROMPT, STEPS) == expected
 
 
 def test_where_attention_is_not_recognised_the_cache_is_copied(ready, monkeypatch):
-    expected = engine_says(configured(ready, "propagate"))
+    expected = engine_steps(configured(ready, "propagate"))
     monkeypatch.setattr(return_kv_rows, "_read_in_place", lambda *arguments: None)
     stepper = Stepper(ready)
     layer = stepper.decode.split.layers[0].graph
     copies = [n for n in layer.graph.nodes if n.target is torch.ops.aten.index_copy.default]
     assert len(copies) == 2
-    assert stepper.says(PROMPT, STEPS) == expected
+    assert stepper.steps(PROMPT, STEPS) == expected
 
 
 def test_no_layer_copies_the_cache_or_writes_it(ready):
@@ -132,8 +149,8 @@ def test_no_layer_copies_the_cache_or_writes_it(ready):
 
 def test_what_a_token_does_not_need_does_not_run(ready):
     stepper = Stepper(configured(ready, "propagate"))
-    said = stepper.says(PROMPT, STEPS)
-    left = next(index for index, (_, layer) in enumerate(said[1:]) if layer == 2)
+    steps = stepper.steps(PROMPT, STEPS)
+    left = next(index for index, (_, layer) in enumerate(steps[1:]) if layer == 2)
     # each step begins anew; the prompt's chunks come first
     begins = [i for i, key in enumerate(stepper.build.ran) if key == "begin"]
     chunks = -(-len(PROMPT) // stepper.prompt.split.rows)
@@ -148,8 +165,8 @@ def test_a_mixture_of_experts():
     splits, report = split_model(model, 64, (1,))
     artifact = random_artifact(model)
     ready = EarlyExitModel(splits, report, frozenset(), artifact, compiler=eager_compile)
-    expected = engine_says(configured(ready, "propagate"))
-    assert Stepper(ready).says(PROMPT, STEPS) == expected
+    expected = engine_steps(configured(ready, "propagate"))
+    assert Stepper(ready).steps(PROMPT, STEPS) == expected
 
 
 def test_waiting_tokens_and_trained_drafts_are_refused(ready):
