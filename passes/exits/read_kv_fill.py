@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import permutations, product
 from operator import getitem
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from eepass.segments import Input, Segment
 
 aten = torch.ops.aten
 SLOT = 1
+Form = Literal["none", "rms", "layer"]
 # operators that move values and change none
 VIEWS = SAME | {
     getitem, aten.transpose.int, aten.permute.default, aten.slice.Tensor, aten.select.int,
@@ -101,7 +102,7 @@ def read_kv_fill(fill: Segment, tensors: Mapping[str, Tensor]) -> KvForm:
     # only the test can tell which of the two is the cosine, which channels rotate together, and
     # whether the mean is subtracted
     rotations = product(permutations(named(n) for n in sides), (False, True) if sides else (False,))
-    forms = ("rms", "layer") if heads else ("none", "rms", "layer")
+    forms: tuple[Form, ...] = ("rms", "layer") if heads else ("none", "rms", "layer")
     for ((cos, sin), interleaved), head_form, (head_norm, head_bias) in product(
         rotations if sides else [(("", ""), False)], forms, permutations([*heads, "", ""][:2])
     ):
