@@ -13,31 +13,19 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
+from eepass.runtime.decoder.weights import Compile, Compiled, Weights
 from eepass.segments import Segment, SplitDecoder
 
-Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
-Compile = Callable[..., Compiled]
 
-
-class Decoder:
-    """Runs layers of a decoder over a few rows, of one sequence or several.
-
-    ``splits`` maps a row count to the decoder split for it; ``compile`` turns a graph into a
-    function from the list of its inputs to its outputs.
-    """
+class Decoder(Weights):
+    """Runs layers of a decoder over a few rows, of one sequence or several."""
 
     def __init__(self, splits: Mapping[int, SplitDecoder], compile: Compile) -> None:
-        self.splits = dict(sorted(splits.items()))
+        first = splits[min(splits)]
+        super().__init__(splits, first.tensors, compile)
         self.buckets = tuple(self.splits)
-        first = self.splits[self.buckets[0]]
-        self.num_layers = len(first.layers)
-        self.hidden_size = first.hidden_size
-        # of boundaries
-        self.dtype = first.boundary.dtype
         self.cache_length = first.cache_length
-        self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
-        self.compile = compile
         # what padding rows write lies past the last token
         self.capacity = self.cache_length - self.buckets[-1]
         # positions the model knows, and so the longest sequence
@@ -155,18 +143,6 @@ class Decoder:
         if rows not in self._heads:
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
         return self._heads[rows](hidden, None)
-
-    def bind(
-        self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]
-    ) -> Any:
-        """``segment`` compiled, its parameters bound from the model's and ``extra``'s tensors.
-
-        The result takes the segment's other inputs in order; returns the tuple of its outputs.
-        """
-        tensors = {**self.tensors, **extra}
-        parameters = [tensors[r.name] for r in segment.inputs if r.kind == "parameter"]
-        compiled = self.compile(segment.graph, segment.structure, [*examples, *parameters])
-        return lambda *inputs: compiled([*inputs, *parameters])
 
     def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _Bound:
         bound = _Bound(segment, self.tensors, self.kv)

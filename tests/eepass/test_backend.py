@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from caller import Seen, answer, cache_for, compiled, decode, prefill, said
+from caller import LENGTH, Seen, answer, cache_for, compiled, decode, prefill, said
 from models import random_artifact, tiny_model
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eepass.errors import InputError
 from eepass.torch_compile import backend
@@ -372,6 +373,94 @@ def test_another_model_of_the_class_brings_its_own_weights(model, folder):
         assert "another model" in str(error)
     else:
         assert tokens == said(other, other, IDS, COUNT)
+
+
+def function_with_a_closure(model):
+    def run(**inputs):
+        return model(**inputs)
+
+    return run
+
+
+def function_of_a_global(model):
+    globals()["SERVED"] = model
+    return run_global
+
+
+def run_global(**inputs):
+    return SERVED(**inputs)  # noqa: F821  set by function_of_a_global
+
+
+def method_of_an_object(model):
+    class Server:
+        def __init__(self):
+            self.model = model
+
+        def run(self, **inputs):
+            return self.model(**inputs)
+
+    return Server().run
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize(
+    "held", (function_with_a_closure, function_of_a_global, method_of_an_object, Wrapper)
+)
+def test_the_model_is_found_wherever_the_compiled_function_has_it(model, folder, held):
+    torch._dynamo.reset()
+    seen = Seen()
+    said(model, compiled(held(model), folder, threshold=0.4, stats=seen), IDS, 8)
+    assert seen.layers and min(seen.layers) < DEPTH
+
+
+@pytest.mark.parametrize("length", (LENGTH, LENGTH + 16))
+def test_a_copy_of_the_model_exits_through_the_same_graph(model, exits, folder, length):
+    """The copy's weights are other tensors: its artefact is found through the frame that calls."""
+    torch._dynamo.reset()
+    counters.clear()
+    seen, other = Seen(), copy.deepcopy(model)
+
+    def call(model, **inputs):
+        return model(**inputs)
+
+    step = compiled(call, folder, threshold=0.4, stats=seen)
+    for _ in range(2):
+        # another length of cache makes one more graph, for all further lengths
+        said(model, lambda **inputs: step(model, **inputs), IDS, 3, cache_for(model, length - 8))
+        said(model, lambda **inputs: step(model, **inputs), IDS, 3, cache_for(model, length - 4))
+    graphs = counters["stats"]["unique_graphs"]
+    seen.layers.clear()
+    cache = cache_for(other, length)
+    found = said(other, lambda **inputs: step(other, **inputs), IDS, COUNT, cache)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert min(seen.layers) < DEPTH and found == [exits[1][IDS][0]]
+
+
+def test_a_model_that_is_none_of_hugging_face_is_dense_and_told_why(model, folder, caplog):
+    class Foreign(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = model.model, model.lm_head
+
+        def forward(self, **inputs):
+            hidden = self.body(**inputs).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.head(hidden))
+
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(Foreign(), folder, threshold=0.0, stats=seen)
+    with caplog.at_level(logging.WARNING, "eepass"):
+        assert said(model, step, IDS, 6) == said(model, model, IDS, 6)
+    assert "decodes dense: no Hugging Face model" in caplog.text
+    assert not seen.layers
 
 
 def test_gradients_and_training_are_the_dense_models(model, folder):
