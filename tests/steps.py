@@ -10,10 +10,10 @@ import torch
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.engine import StepEngine
-from eepass.runtime.step.host import HostDriven, PlainFlags, called
+from eepass.runtime.step.host import HostDriven, HostFlags, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
-from eepass.runtime.step.tokens import PlainOutbox
+from eepass.runtime.step.results import HostResultQueue
 
 BUCKETS = (1, 2, 4, 8)
 
@@ -106,8 +106,8 @@ class LateFlags:
         return bool(self.there[flag.storage_offset()])
 
 
-class LateOutbox(PlainOutbox):
-    """Results as from a GPU: the last step's is there only once another follows, or all is done."""
+class LateResultQueue(HostResultQueue):
+    """ResultQueue as from a GPU: the last step's is there only once another follows, or all is done."""
 
     def __init__(self, out):
         super().__init__(out)
@@ -129,8 +129,8 @@ def engine_for(decoder, exits=None, how="interpret", watch=False, in_flight=2, *
     elif how == "late":
         executor = HostDriven(step, LateFlags(step.flags), called(step))
     else:
-        executor = HostDriven(step, PlainFlags(), called(step))
-    return StepEngine(decoder, step, executor, LateOutbox(step["out"]), in_flight)
+        executor = HostDriven(step, HostFlags(), called(step))
+    return StepEngine(decoder, step, executor, LateResultQueue(step["out"]), in_flight)
 
 
 def names(step):

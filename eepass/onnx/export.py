@@ -17,6 +17,8 @@ from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_text
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
+from eepass.exit_rule import SCHEDULE_RADIUS as RADIUS
+from eepass.exit_rule import SCHEDULE_WINDOW as WINDOW
 from eepass.files import replace_dir_atomically
 from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
@@ -24,7 +26,6 @@ from eepass.onnx.graph import OnnxBuilder, OnnxValue
 from eepass.passes.functional.value_exits import DecodeStep
 from eepass.passes.functional.value_step import PromptStep
 from eepass.planning import exit_tensors
-from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 from eepass.segments import SplitDecoder
 
 # weights are mapped into memory

@@ -191,7 +191,7 @@ class ShapedStep:
         def segments(rows: int) -> ExitSegments:
             return insert_predictors(step.split, plan, every, PassReport(), rows)
 
-        exits = Exits(weights, plan, segments, made)
+        exits = Exits(weights, plan, segments, made)  # type: ignore[arg-type]
         full = None
         if wanted.logits == "full":
             whole = replace(plan, exits=(), verify="full")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.caller.caller_exits import CallerExits
-from eepass.runtime.decoder.weights import Compile
+from eepass.runtime.decoder.decoder import Compile
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep, Input, Segment
 

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eepass.exit_rule import among_drafts
-from eepass.runtime.decoder.weights import Compile, Weights
+from eepass.runtime.decoder.decoder import Compile, bind_parameters
 from eepass.runtime.exits.exits import ROW_COUNTS, Exits, RowState
 from eepass.runtime.statistics import Statistics
-from eepass.segments import CallerStep
+from eepass.segments import CallerStep, Segment
 
 
-class CallerWeights(Weights):
-    """The parameters among the tensors of a call, as they are now."""
+class CallerWeights:
+    """What exits need of a decoder, over the parameters among the tensors of a call."""
 
     def __init__(self, step: CallerStep, tensors: Sequence[Tensor], compile: Compile) -> None:
-        parameters = {
-            role.name: tensors[place]
+        self.splits = {1: step.split}
+        self.hidden_size = step.split.hidden_size
+        self.dtype = step.split.boundary.dtype
+        self.tensors = {
+            role.name: tensors[place].detach()
             for role, place in step.places.items()
             if role.kind == "parameter"
         }
-        super().__init__({1: step.split}, parameters, compile)
+        self.compile = compile
+
+    def bind(
+        self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]
+    ) -> Callable[..., Any]:
+        """As ``Decoder.bind``."""
+        return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
 
 class CallerExits:

@@ -13,19 +13,31 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.runtime.decoder.weights import Compile, Compiled, Weights
 from eepass.segments import Segment, SplitDecoder
 
+Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+Compile = Callable[..., Compiled]
 
-class Decoder(Weights):
-    """Runs layers of a decoder over a few rows, of one sequence or several."""
+
+class Decoder:
+    """Runs layers of a decoder over a few rows, of one sequence or several.
+
+    ``splits`` maps a row count to the decoder split for it; ``compile`` turns a graph into a
+    function from the list of its inputs to its outputs.
+    """
 
     def __init__(self, splits: Mapping[int, SplitDecoder], compile: Compile) -> None:
-        first = splits[min(splits)]
-        super().__init__(splits, first.tensors, compile)
+        self.splits = dict(sorted(splits.items()))
         self.buckets = tuple(self.splits)
+        first = self.splits[self.buckets[0]]
+        self.num_layers = len(first.layers)
+        self.hidden_size = first.hidden_size
+        # of boundaries
+        self.dtype = first.boundary.dtype
         self.cache_length = first.cache_length
+        self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
+        self.compile = compile
         # what padding rows write lies past the last token
         self.capacity = self.cache_length - self.buckets[-1]
         # positions the model knows, and so the longest sequence
@@ -144,12 +156,30 @@ class Decoder(Weights):
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
         return self._heads[rows](hidden, None)
 
+    def bind(
+        self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]
+    ) -> Callable[..., Any]:
+        """``bind_parameters`` with the model's tensors and ``extra``."""
+        return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
+
     def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _Bound:
         bound = _Bound(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
         bound.compiled = self.compile(segment.graph, segment.structure, examples, logits=logits)
         return bound
+
+
+def bind_parameters(
+    segment: Segment, tensors: Mapping[str, Tensor], compile: Compile, examples: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """``segment`` compiled, with its parameters, its last inputs, in place.
+
+    The result takes the inputs before them, like ``examples``, and returns a tuple of outputs.
+    """
+    parameters = [tensors[name] for name in segment.parameters]
+    compiled = compile(segment.graph, segment.structure, [*examples, *parameters])
+    return lambda *inputs: compiled([*inputs, *parameters])
 
 
 class _Bound:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eepass.plan import ExitPlan, ExitSegments
-from eepass.runtime.decoder.weights import Weights
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.statistics import Statistics
 from eepass.segments import Segment
 
@@ -47,7 +47,7 @@ class Exits:
 
     def __init__(
         self,
-        decoder: Weights,
+        decoder: Decoder,
         plan: ExitPlan,
         segments: Callable[[int], ExitSegments],
         tensors: Mapping[str, Tensor],
@@ -162,7 +162,7 @@ class _BoundSegments:
 
     def __init__(
         self,
-        decoder: Weights,
+        decoder: Decoder,
         segments: ExitSegments,
         tensors: Mapping[str, Tensor],
         rows: int,

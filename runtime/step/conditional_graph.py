@@ -1,8 +1,8 @@
-"""CUDA graphs with IF nodes, put together node by node through cuda-bindings' driver interface.
+"""CUDA graphs with IF nodes, built node by node through cuda-bindings' driver interface.
 
-Each run of launches is a graph torch has captured; here they become child graphs, with a kernel
-before each IF node that sets its condition from a flag. Nothing is captured here, so this needs
-nothing of torch but the graphs' handles.
+Torch captures each block of launches into a graph; here these become child graphs, with a kernel
+before each IF node that sets its condition from a flag. Only the handles of torch's graphs are
+needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import functools
 from typing import Any
 
-# cudaGraphSetConditional is known to the driver's own assembler; a page of PTX needs no compiler
+# the driver's own assembler knows cudaGraphSetConditional, so that this kernel needs no compiler
 SETTER = """.version 6.3
 .target sm_75
 .address_size 64
@@ -46,7 +46,7 @@ class CudaError(RuntimeError):
 
 
 def conditional_nodes_missing(capability: tuple[int, int]) -> str:
-    """Why there are no conditional nodes here, or nothing; ``capability``: of the device."""
+    """Why there are no conditional nodes here, or ""; ``capability``: of the device."""
     try:
         driver = _driver()
     except ImportError as error:
@@ -56,11 +56,11 @@ def conditional_nodes_missing(capability: tuple[int, int]) -> str:
     try:
         version = int(checked("cuDriverGetVersion", driver.cuDriverGetVersion()))
     except RuntimeError as error:
-        return f"the CUDA driver does not answer: {error}"
+        return f"the CUDA driver's version cannot be read: {error}"
     if version < DRIVER:
         return (
             f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}; conditional nodes "
-            "came with 12.3"
+            "need 12.3"
         )
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
@@ -83,7 +83,7 @@ class ConditionalGraph:
         self._executable: Any = None
 
     def instantiate(self, stream: int) -> None:
-        """Make it ready to be launched, its code on the device already."""
+        """Make it ready to launch, and upload it to the device."""
         driver = self.driver
         self._executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(self.root, 0))
         checked("cuGraphUpload", driver.cuGraphUpload(self._executable, driver.CUstream(stream)))
@@ -94,7 +94,7 @@ class ConditionalGraph:
         checked("cuGraphLaunch", driver.cuGraphLaunch(self._executable, driver.CUstream(stream)))
 
     def close(self) -> None:
-        """Destroy it; what failed before may fail again here, and nobody minds."""
+        """Destroy it; errors of the driver are ignored."""
         driver = self.driver
         if self._executable is not None:
             driver.cuGraphExecDestroy(self._executable)
@@ -110,42 +110,42 @@ class ConditionalGraph:
             "cuGraphConditionalHandleCreate",
             driver.cuGraphConditionalHandleCreate(graph, self._context, 0, 0),
         )
-        given = driver.CUDA_KERNEL_NODE_PARAMS()
-        given.func = self._setter
-        given.gridDimX = given.gridDimY = given.gridDimZ = 1
-        given.blockDimX = given.blockDimY = given.blockDimZ = 1
-        given.sharedMemBytes = 0
-        given.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
+        params = driver.CUDA_KERNEL_NODE_PARAMS()
+        params.func = self._setter
+        params.gridDimX = params.gridDimY = params.gridDimZ = 1
+        params.blockDimX = params.blockDimY = params.blockDimZ = 1
+        params.sharedMemBytes = 0
+        params.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
         node = checked(
             "cuGraphAddKernelNode",
-            driver.cuGraphAddKernelNode(graph, after, len(after), given),
+            driver.cuGraphAddKernelNode(graph, after, len(after), params),
         )
         return handle, node
 
     def if_node(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
         """An IF node on ``handle``, and its empty body."""
         driver = self.driver
-        given = driver.CUgraphNodeParams()
-        given.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-        given.conditional.handle = handle
-        given.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
-        given.conditional.size = 1
-        given.conditional.ctx = self._context
-        # with edge data; without the suffix from CUDA 13 on
+        params = driver.CUgraphNodeParams()
+        params.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle = handle
+        params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        params.conditional.size = 1
+        params.conditional.ctx = self._context
+        # the variant that takes edge data; from CUDA 13 on it has no suffix
         add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
-        node = checked("cuGraphAddNode", add(graph, after, None, len(after), given))
-        return node, given.conditional.phGraph_out[0]
+        node = checked("cuGraphAddNode", add(graph, after, None, len(after), params))
+        return node, params.conditional.phGraph_out[0]
 
 
 class Chain:
-    """Nodes of one graph (the step's or a body), each after the one before it."""
+    """The nodes of one graph (the step's or an IF node's body), one after the other."""
 
     def __init__(self, owner: ConditionalGraph, graph: Any) -> None:
         self._owner, self._graph = owner, graph
         self._last: list[Any] = []
 
     def child(self, graph: int) -> None:
-        """Add a copy of ``graph``, a ``cudaGraph_t``; what it captured must stay in memory."""
+        """Add a copy of ``graph``, a ``cudaGraph_t``; the memory it captured must stay alive."""
         driver = self._owner.driver
         node = checked(
             "cuGraphAddChildGraphNode",
@@ -156,7 +156,7 @@ class Chain:
         self._last = [node]
 
     def branch(self, flag: int) -> Chain:
-        """Add an IF node on the byte at device address ``flag``; the chain of its body."""
+        """Add an IF node on the byte at device address ``flag``; returns the chain of its body."""
         handle, setter = self._owner.condition(self._graph, self._last, flag)
         node, body = self._owner.if_node(self._graph, [setter], handle)
         self._last = [node]
@@ -164,7 +164,7 @@ class Chain:
 
 
 def checked(what: str, answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gave besides its error code; ``CudaError`` where that is one."""
+    """The results of a call of the driver; raises ``CudaError`` where it returned an error."""
     error, *values = answer
     if int(error) != 0:
         raise CudaError(f"{what}: {getattr(error, 'name', error)}")

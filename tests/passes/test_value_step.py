@@ -8,12 +8,13 @@ from models import eager_compile, random_artifact, tiny_model
 
 from eepass.config import ExitConfig
 from eepass.errors import PassError
+from eepass.exit_rule import SCHEDULE_RADIUS as RADIUS
+from eepass.exit_rule import SCHEDULE_WINDOW as WINDOW
 from eepass.model import ALWAYS_ACTIVE, EarlyExitModel, split_model
 from eepass.passes.functional import return_kv_rows
 from eepass.passes.functional.value_exits import DecodeStep
 from eepass.passes.functional.value_step import Call, PromptStep
 from eepass.planning import exit_tensors
-from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 
 PROMPT = [5 + (7 * i) % 120 for i in range(21)]
 STEPS = 24

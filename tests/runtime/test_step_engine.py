@@ -38,7 +38,7 @@ def test_what_follows_a_stop_token_is_dropped(decoder, dense, in_flight):
     assert said == dense[: dense.index(stop) + 1]
     # so many steps were under way when it came, and one more caught up
     assert engine.steps == len(said) - 1 + in_flight - 1 + 1
-    assert engine.outbox.most == in_flight
+    assert engine.results.most == in_flight
     # what was surplus counts for nothing
     assert engine.statistics.tokens == len(said) - 1
     assert int(engine.step["position"]) == len(PROMPT) + len(said) - 1

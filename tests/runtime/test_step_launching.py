@@ -209,7 +209,7 @@ def test_the_setter_assembles():
 @pytest.mark.parametrize(
     "version, capability, said",
     (
-        (12020, (9, 0), "CUDA 12.2; conditional nodes came"),
+        (12020, (9, 0), "CUDA 12.2; conditional nodes need"),
         (12040, (7, 0), "below 7.5"),
         (13000, (9, 0), ""),
     ),
