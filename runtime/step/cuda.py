@@ -195,7 +195,7 @@ class CudaFlags:
 
 
 class CudaResultQueue:
-    """ResultQueue copied to the host's pinned memory, with an event after each copy."""
+    """Results copied to the host's pinned memory, with an event after each copy."""
 
     def __init__(self, out: Tensor, slots: int = 8) -> None:
         self._out = out

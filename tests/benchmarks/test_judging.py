@@ -47,13 +47,13 @@ def test_near_ties_are_counted_and_many_of_them_are_an_error():
         verdict.found()
 
 
-def test_boundaries_are_those_between_the_layers(llama):
-    boundaries, logits = reference.follow(llama, IDS, [4, 5, 6])
+def test_hidden_states_are_those_between_the_layers(llama):
+    states, logits = reference.follow(llama, IDS, [4, 5, 6])
     hidden = llama(torch.tensor([[*IDS, 4, 5]]), output_hidden_states=True).hidden_states
-    assert len(boundaries) == 5
-    for own, expected in zip(boundaries[:-1], hidden[:-1], strict=True):
+    assert len(states) == 5
+    for own, expected in zip(states[:-1], hidden[:-1], strict=True):
         assert torch.equal(own, expected[0, -3:])
-    last = llama.lm_head(llama.model.norm(boundaries[-1]))
+    last = llama.lm_head(llama.model.norm(states[-1]))
     assert torch.allclose(last, logits, atol=1e-5)
 
 

@@ -1,4 +1,4 @@
-"""Decode steps: exits, the schedule, tokens that wait, keys and values, against plain lists."""
+"""Decode steps: exits, the schedule, pending tokens, keys and values, against plain lists."""
 
 import pytest
 import torch
@@ -85,9 +85,9 @@ def test_any_exits_are_those_of_plain_lists_and_the_cache_is_dense(decoder, plai
         assert tuple(step) == expected.step(*what)
     statistics = engine.statistics
     assert {name: getattr(statistics, name) for name in expected.counts} == expected.counts
-    assert statistics.exit_layers == [expected.left.count(n) for n in range(DEPTH + 1)]
-    # at the end all that still waited was caught up
-    assert statistics.rows_caught_up == expected.caught_up + len(expected.waiting)
+    assert statistics.exit_layers == [expected.exit_layers.count(n) for n in range(DEPTH + 1)]
+    # at the end all pending tokens were caught up
+    assert statistics.rows_caught_up == expected.caught_up + len(expected.pending)
     assert same_cache(decoder, expected.ids[:-1])
 
 
@@ -122,7 +122,7 @@ def test_dense_steps_say_what_the_engine_says(decoder, how):
 
 @pytest.mark.parametrize("layer", range(1, DEPTH + 1))
 def test_a_forced_exit_says_what_the_head_says_there(decoder, llama, layer):
-    """The cut model's words over the dense cache; each eighth token goes all the way."""
+    """The cut model's tokens over the dense cache; each eighth token runs through all layers."""
     ids = list(PROMPT)
     for step in engine_for(decoder, None, "host", force=layer).generate(PROMPT, 20):
         states = llama(
@@ -166,7 +166,7 @@ def test_without_deferral_the_cache_is_the_engines(decoder, kv, how):
 
 
 def test_deferral_is_what_keeps_the_cache_whole(decoder):
-    """Switched off, later layers know nothing of tokens that left."""
+    """Switched off, deeper layers lack keys and values of tokens that exited."""
     caches = {}
     for kv in ("defer", "propagate", "drop"):
         exits = OrderedExits((1,), [{1}] * 6, [20, 21, 22, 23, 24, 25], [1] * 6)

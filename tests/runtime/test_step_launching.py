@@ -141,7 +141,9 @@ def test_a_step_becomes_a_chain_of_graphs_and_if_nodes(decoder):
             after = driver.nodes[number + 1]
             assert after[:2] == (where, "if")
     flags = [detail for where, kind, _, detail in driver.nodes if kind == "set"]
-    assert flags.count(step["ask.1"].data_ptr()) == flags.count(step["need"].data_ptr()) == 1
+    assert (
+        flags.count(step["active.1"].data_ptr()) == flags.count(step["needs_head"].data_ptr()) == 1
+    )
     # two exits, each asks and verifies; two segments behind, for one row or more; the head
     assert len(flags) == 2 * 2 + 2 * (1 + 1 + 3) + 1
     bodies = {detail for _, kind, _, detail in driver.nodes if kind == "if"}
