@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
+from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.engine import StepEngine
@@ -51,7 +52,7 @@ class PlainSteps:
         self.plain, self.ids, self.depth = plain, [*prompt, first], depth
         self.exits, self.limit = sorted(exits), pending
         self.fixed = set(ranking[:always]) if ranking else set(exits)
-        self.recent = deque([depth], maxlen=5)
+        self.recent = deque([depth], maxlen=SCHEDULE_WINDOW)
         # how many layers each pending token has been through
         self.pending = []
         self.exit_layers = []
@@ -59,7 +60,7 @@ class PlainSteps:
         self.caught_up = 0
 
     def step(self, wanted, answer, known):
-        near = {e for e in self.exits for r in self.recent if abs(e - r) <= 2}
+        near = {e for e in self.exits for r in self.recent if abs(e - r) <= SCHEDULE_RADIUS}
         active = (self.fixed | near) & set(self.exits)
         if len(self.pending) >= self.limit:
             active &= {self.depth}

@@ -194,16 +194,7 @@ class _Builder(StepLayout):
         where = ("wants_exit", number, "starts", "rows")
         changed = ("active", "go", "more", "live", "slots", "fill", "exit_layer")
         if self.options.force is not None:
-
-            def want(b: Buffers) -> None:
-                b["wants_exit"].copy_(b[active])
-
-            def leave(b: Buffers) -> None:
-                self.forced(*(b[name] for name in (*where, *changed)))
-
-            wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
-            exited = Launch(f"exit {layer}", leave, (*where, *changed), changed)
-            return Conditional(active, (wanted, exited))
+            return self._forced_exit(layer, where, changed)
         exits = self.exits
         assert exits is not None
 
@@ -240,6 +231,21 @@ class _Builder(StepLayout):
         if self.options.verify == "wanted":
             return Conditional(active, (prediction, Conditional("wants_exit", (verification,))))
         return Conditional(active, (prediction, verification))
+
+    def _forced_exit(
+        self, layer: int, where: tuple[str, ...], changed: tuple[str, ...]
+    ) -> Conditional:
+        active = f"active.{layer}"
+
+        def want(b: Buffers) -> None:
+            b["wants_exit"].copy_(b[active])
+
+        def leave(b: Buffers) -> None:
+            self.forced(*(b[name] for name in (*where, *changed)))
+
+        wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
+        exited = Launch(f"exit {layer}", leave, (*where, *changed), changed)
+        return Conditional(active, (wanted, exited))
 
     def _head(self) -> Conditional:
         decoder = self.decoder

@@ -21,15 +21,15 @@ IDS = [5, 9, 33, 17, 60, 81, 12]
 
 
 def test_an_answer_is_judged_along_itself(llama):
-    said = reference.greedy(llama, IDS, 12)
+    tokens = reference.greedy(llama, IDS, 12)
     limits = reference.limits(llama, IDS)
     limit = limits[-1]
     assert len(limits) == 5 and 0 < limit < 1e-3
     verdict = reference.Verdict()
-    verdict.judge(reference.follow(llama, IDS, said)[1], said, limit, "it")
+    verdict.judge(reference.follow(llama, IDS, tokens)[1], tokens, limit, "it")
     assert verdict.found()["equal"] == 12
     # another token in the middle is wrong, though all after it are right after it
-    other = [*said[:6], (said[6] + 1) % 160]
+    other = [*tokens[:6], (tokens[6] + 1) % 160]
     other += reference.greedy(llama, [*IDS, *other], 5)
     with pytest.raises(Wrong, match="token 6 of 12"):
         verdict.judge(reference.follow(llama, IDS, other)[1], other, limit, "it")
