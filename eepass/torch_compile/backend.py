@@ -55,7 +55,7 @@ def specee(
     try:
         model, expression = model_being_compiled(graph, caller.tensors_of(examples))
         _require_exits(model, wanted)
-        # before exits note where the weights lie
+        # weights may move: before exits keep their addresses
         with torch.no_grad():
             settle_weights(weights_to_read(model))
         return EarlyExitStep(caller, examples, model, expression, wanted)

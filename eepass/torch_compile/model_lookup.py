@@ -47,7 +47,7 @@ def model_being_compiled(graph: GraphModule, tensors: Sequence[Tensor]) -> tuple
 
 def model_being_called(expression: str, tensors: Sequence[Tensor]) -> Any:
     """The causal LM whose parameters are among ``tensors``, which a caller of the graph has as
-    ``expression``; None where nobody has it."""
+    ``expression``; None where no caller has it."""
     known = {id(tensor) for tensor in tensors}
     for local_variables, global_variables in _callers():
         found = _evaluate(expression, local_variables, global_variables)

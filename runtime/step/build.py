@@ -240,11 +240,11 @@ class _Builder(StepLayout):
         def want(b: Buffers) -> None:
             b["wants_exit"].copy_(b[active])
 
-        def leave(b: Buffers) -> None:
+        def exit_early(b: Buffers) -> None:
             self.forced(*(b[name] for name in (*where, *changed)))
 
         wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
-        exited = Launch(f"exit {layer}", leave, (*where, *changed), changed)
+        exited = Launch(f"exit {layer}", exit_early, (*where, *changed), changed)
         return Conditional(active, (wanted, exited))
 
     def _head(self) -> Conditional:

@@ -155,7 +155,7 @@ class StepEngine:
         if not sampling.greedy and not self.draws:
             raise EngineError("this step decodes greedily: build one that draws")
         values = drawing.option_values(sampling)
-        # rows stand at their positions, so the sequence begins at slot 0
+        # a row's slot is its position, so the sequence begins at slot 0
         if kv.allocate(room) is None:
             raise EngineError("the cache holds another sequence: let it end first")
         try:

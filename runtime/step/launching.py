@@ -107,20 +107,21 @@ def choose(launch: str, device: torch.device) -> Launching:
     the mode cannot run."""
     if launch not in MODES:
         raise EngineError(f"launch={launch!r}: must be one of {', '.join(MODES)}")
-    asked = f"launch={launch!r} was asked for"
+    requested = f"launch={launch!r} was asked for"
     if device.type == "cpu":
         if launch in ("device", "predicated"):
             raise EngineError(f"launch={launch!r}: needs a CUDA device; on a CPU use host")
         if launch == "interpret":
-            return Launching("interpret", asked)
-        return Launching("host", asked if launch == "host" else "on a CPU flags are plain loads")
+            return Launching("interpret", requested)
+        reason = requested if launch == "host" else "on a CPU flags are plain loads"
+        return Launching("host", reason)
     if launch == "interpret":
         raise EngineError("launch='interpret': runs on a CPU only; use device='cpu'")
     missing = _missing(device)
     if launch == "device" and missing:
         raise EngineError(f"launch='device': {missing}; use launch='host'")
     if launch != "auto":
-        return Launching(cast(Mode, launch), asked)
+        return Launching(cast(Mode, launch), requested)
     if missing:
         return Launching("host", f"no conditional graph nodes: {missing}", (missing,))
     return Launching("device", "conditional graph nodes are there", auto=True)
