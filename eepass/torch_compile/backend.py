@@ -22,7 +22,7 @@ from eepass.passes.caller.caller_graph import CallerGraph
 from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.torch_compile.early_exit_step import EarlyExitStep
 from eepass.torch_compile.logs import log, say_once
-from eepass.torch_compile.model_lookup import find_artifact, model_being_compiled
+from eepass.torch_compile.model_lookup import expressions_of, find_artifact, find_model
 from eepass.torch_compile.options import BackendOptions
 
 Run = Callable[..., Any]
@@ -53,7 +53,7 @@ def specee(
         log.debug("compiled whole: %s", error)
         return _whole(graph, examples, mode, wanted.inner_backend)
     try:
-        model, expression = model_being_compiled(graph, caller.tensors_of(examples))
+        model, expression = find_model(expressions_of(graph), caller.tensors_of(examples))
         _require_exits(model, wanted)
         # weights may move: before exits keep their addresses
         with torch.no_grad():

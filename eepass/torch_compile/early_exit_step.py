@@ -32,7 +32,7 @@ from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep
 from eepass.torch_compile.logs import log, say_once
-from eepass.torch_compile.model_lookup import find_artifact, model_being_called
+from eepass.torch_compile.model_lookup import find_artifact, find_model
 from eepass.torch_compile.options import BackendOptions
 
 # rows of one sequence that layers are compiled for: two cost what four do
@@ -64,14 +64,14 @@ class EarlyExitStep:
         }
         self._shapes: dict[tuple[int, ...], ShapedStep] = {}
         self._lock = threading.RLock()
-        self._prepare(examples, model)
+        self._prepare(examples)
 
     def __call__(self, *arguments: Any) -> Any:
         shape = self._shapes.get(self.caller.key(arguments)) or self._prepare(arguments)
         logits = shape(self.caller.tensors_of(arguments))
         return self.caller.results(arguments, logits)
 
-    def _prepare(self, arguments: Sequence[Any], model: Any = None) -> ShapedStep:
+    def _prepare(self, arguments: Sequence[Any]) -> ShapedStep:
         """Split and compile for the sizes of ``arguments``."""
         key, tensors = self.caller.key(arguments), self.caller.tensors_of(arguments)
         with self._lock, tracing(None), torch.no_grad():
@@ -84,7 +84,7 @@ class EarlyExitStep:
                 )
                 for where, why in report.skipped:
                     log.info("%s: %s", where, why)
-                made = ShapedStep(step, tensors, model, self.expression, self.wanted)
+                made = ShapedStep(step, tensors, self.expression, self.wanted)
                 while len(self._shapes) >= MOST_SHAPES:
                     del self._shapes[next(iter(self._shapes))]
                 self._shapes[key] = made
@@ -95,9 +95,8 @@ class ShapedStep:
     """The step for one shape of cache, with exits for each set of weights it is called with."""
 
     def __init__(
-        self, step: CallerStep, tensors: Sequence[Tensor], model: Any, expression: str,
-        wanted: BackendOptions,
-    ) -> None:  # fmt: skip
+        self, step: CallerStep, tensors: Sequence[Tensor], expression: str, wanted: BackendOptions
+    ) -> None:
         self.step, self.wanted, self.expression = step, wanted, expression
         self._compile = compiler(wanted.inner_backend)
         self.decoder = CallerDecoder(step, tensors, self._compile)
@@ -115,7 +114,7 @@ class ShapedStep:
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}
         self._states = CacheStates()
-        self._exits_for(tensors, model)
+        self._exits_for(tensors)
 
     def __call__(self, tensors: Sequence[Tensor]) -> Tensor:
         for length, slots in self._room:
@@ -150,8 +149,8 @@ class ShapedStep:
             schedule = PredictorSchedule(exits.exits.plan.ranking, ALWAYS_ACTIVE)
         return CacheState(schedule, Statistics(self.decoder.num_layers))
 
-    def _exits_for(self, tensors: Sequence[Tensor], model: Any = None) -> CallerExits | None:
-        """The exits of these weights, made where they are new; ``model``: theirs, if known."""
+    def _exits_for(self, tensors: Sequence[Tensor]) -> CallerExits | None:
+        """The exits of these weights, made where they are new."""
         parameters = self._parameters(tensors)
         # by object and count of writes; what exits keep, by address too
         addresses = tuple(tensors[place].data_ptr() for place in self._kept)
@@ -159,14 +158,14 @@ class ShapedStep:
         if seen not in self._exits:
             with self._lock, tracing(None), torch.no_grad():
                 if seen not in self._exits:
-                    model = model or model_being_called(self.expression, tensors)
-                    made = self._make_exits(tensors, model)
+                    made = self._make_exits(tensors)
                     while len(self._exits) >= MOST_WEIGHTS:
                         del self._exits[next(iter(self._exits))]
                     self._exits[seen] = made
         return self._exits[seen]
 
-    def _make_exits(self, tensors: Sequence[Tensor], model: Any) -> CallerExits | None:
+    def _make_exits(self, tensors: Sequence[Tensor]) -> CallerExits | None:
+        model, _ = find_model([self.expression], tensors)
         if model is None:
             say_once("the model of the weights in use was not found; decoding dense")
             return None

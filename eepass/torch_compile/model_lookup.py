@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,33 +28,30 @@ from eepass.torch_compile.options import BackendOptions
 Variables = Mapping[str, Any]
 
 
-def model_being_compiled(graph: GraphModule, tensors: Sequence[Tensor]) -> tuple[Any, str]:
-    """The causal LM whose parameters are among ``tensors``, and the expression it is found by.
+def find_model(expressions: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Any, str]:
+    """The causal LM whose parameters are among ``tensors``, and which of ``expressions`` it is.
 
-    ``graph`` is the one Dynamo is compiling; (None, "") where no such model is in its variables.
+    (None, "") where it is none of them.
     """
-    try:
-        output = InstructionTranslator.current_tx().output
-    except AttributeError:
-        # somebody else calls the backend
-        return None, ""
     known = {id(tensor) for tensor in tensors}
-    for expression in _prefixes(graph):
-        found = _evaluate(expression, output.local_scope, output.global_scope)
-        if _is_model_of(found, known):
-            return found, expression
+    for local_variables, global_variables in _scopes():
+        for expression in expressions:
+            found = _evaluate(expression, local_variables, global_variables)
+            if _is_model_of(found, known):
+                return found, expression
     return None, ""
 
 
-def model_being_called(expression: str, tensors: Sequence[Tensor]) -> Any:
-    """The causal LM whose parameters are among ``tensors``, which a caller of the graph has as
-    ``expression``; None where no caller has it."""
-    known = {id(tensor) for tensor in tensors}
-    for local_variables, global_variables in _callers():
-        found = _evaluate(expression, local_variables, global_variables)
-        if _is_model_of(found, known):
-            return found
-    return None
+def expressions_of(graph: GraphModule) -> list[str]:
+    """The expressions of all inputs of ``graph``, and all prefixes of them, shortest first."""
+    found: dict[str, None] = {}
+    for node in graph.graph.find_nodes(op="placeholder"):
+        source: Any = getattr(node, "_dynamo_source", None)
+        while source is not None:
+            # a method before torch 2.13
+            found[source.name if isinstance(source.name, str) else source.name()] = None
+            source = getattr(source, "base", None)
+    return sorted(found, key=len)
 
 
 def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
@@ -76,32 +74,26 @@ def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
     return artifact
 
 
-def _prefixes(graph: GraphModule) -> list[str]:
-    """The expressions of all inputs and what they are attributes or items of, shortest first."""
-    found: dict[str, None] = {}
-    for node in graph.graph.find_nodes(op="placeholder"):
-        source: Any = getattr(node, "_dynamo_source", None)
-        while source is not None:
-            # a method before torch 2.13
-            found[source.name if isinstance(source.name, str) else source.name()] = None
-            source = getattr(source, "base", None)
-    return sorted(found, key=len)
+def _scopes() -> Iterator[tuple[Variables, Variables]]:
+    """Local and global variables: of the function being compiled, else of each caller."""
+    try:
+        output = InstructionTranslator.current_tx().output
+    except AttributeError:
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None:
+            yield frame.f_locals, frame.f_globals
+            frame = frame.f_back
+    else:
+        yield output.local_scope, output.global_scope
 
 
 def _evaluate(expression: str, local_variables: Variables, global_variables: Variables) -> Any:
-    """As a guard of Dynamo's evaluates it; None where the variables are others."""
+    """As Dynamo's guards evaluate it; None where the variables are others."""
     try:
         return eval(expression, {"L": local_variables, "G": global_variables})
     except Exception:
         # other frames have other things under these names, and getters may raise whatever they like
         return None
-
-
-def _callers() -> Iterator[tuple[Variables, Variables]]:
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield frame.f_locals, frame.f_globals
-        frame = frame.f_back  # type: ignore[assignment]
 
 
 def _is_model_of(found: Any, known: set[int]) -> bool:

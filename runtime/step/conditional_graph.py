@@ -54,7 +54,7 @@ def conditional_nodes_missing(capability: tuple[int, int]) -> str:
     if not hasattr(driver, "cuGraphConditionalHandleCreate"):
         return "cuda-bindings is too old for conditional nodes: pip install -U cuda-bindings"
     try:
-        version = int(checked("cuDriverGetVersion", driver.cuDriverGetVersion()))
+        version = int(call(driver, "cuDriverGetVersion"))
     except RuntimeError as error:
         return f"the CUDA driver's version cannot be read: {error}"
     if version < DRIVER:
@@ -72,26 +72,25 @@ class ConditionalGraph:
 
     def __init__(self, driver: Any = None) -> None:
         self.driver = driver or _driver()
-        self.root = checked("cuGraphCreate", self.driver.cuGraphCreate(0))
+        self.root = self.call("cuGraphCreate", 0)
         self.chain = Chain(self, self.root)
-        self._context = checked("cuCtxGetCurrent", self.driver.cuCtxGetCurrent())
-        module = checked("cuModuleLoadData", self.driver.cuModuleLoadData(SETTER.encode() + b"\0"))
-        self._setter = checked(
-            "cuModuleGetFunction", self.driver.cuModuleGetFunction(module, ENTRY)
-        )
-        self._module = module
+        self._context = self.call("cuCtxGetCurrent")
+        self._module = self.call("cuModuleLoadData", SETTER.encode() + b"\0")
+        self._setter = self.call("cuModuleGetFunction", self._module, ENTRY)
         self._executable: Any = None
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """``call`` with this graph's driver."""
+        return call(self.driver, name, *arguments)
 
     def instantiate(self, stream: int) -> None:
         """Make it ready to launch, and upload it to the device."""
-        driver = self.driver
-        self._executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(self.root, 0))
-        checked("cuGraphUpload", driver.cuGraphUpload(self._executable, driver.CUstream(stream)))
+        self._executable = self.call("cuGraphInstantiate", self.root, 0)
+        self.call("cuGraphUpload", self._executable, self.driver.CUstream(stream))
 
     def launch(self, stream: int) -> None:
         """Launch into ``stream``, a ``cudaStream_t``."""
-        driver = self.driver
-        checked("cuGraphLaunch", driver.cuGraphLaunch(self._executable, driver.CUstream(stream)))
+        self.call("cuGraphLaunch", self._executable, self.driver.CUstream(stream))
 
     def close(self) -> None:
         """Destroy it; errors of the driver are ignored."""
@@ -105,22 +104,14 @@ class ConditionalGraph:
 
     def condition(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, Any]:
         """A handle whose value is the byte at ``flag``, and the node that sets it."""
-        driver = self.driver
-        handle = checked(
-            "cuGraphConditionalHandleCreate",
-            driver.cuGraphConditionalHandleCreate(graph, self._context, 0, 0),
-        )
-        params = driver.CUDA_KERNEL_NODE_PARAMS()
+        handle = self.call("cuGraphConditionalHandleCreate", graph, self._context, 0, 0)
+        params = self.driver.CUDA_KERNEL_NODE_PARAMS()
         params.func = self._setter
         params.gridDimX = params.gridDimY = params.gridDimZ = 1
         params.blockDimX = params.blockDimY = params.blockDimZ = 1
         params.sharedMemBytes = 0
         params.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
-        node = checked(
-            "cuGraphAddKernelNode",
-            driver.cuGraphAddKernelNode(graph, after, len(after), params),
-        )
-        return handle, node
+        return handle, self.call("cuGraphAddKernelNode", graph, after, len(after), params)
 
     def if_node(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
         """An IF node on ``handle``, and its empty body."""
@@ -132,8 +123,8 @@ class ConditionalGraph:
         params.conditional.size = 1
         params.conditional.ctx = self._context
         # the variant that takes edge data; from CUDA 13 on it has no suffix
-        add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
-        node = checked("cuGraphAddNode", add(graph, after, None, len(after), params))
+        name = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
+        node = self.call(name, graph, after, None, len(after), params)
         return node, params.conditional.phGraph_out[0]
 
 
@@ -146,14 +137,9 @@ class Chain:
 
     def child(self, graph: int) -> None:
         """Add a copy of ``graph``, a ``cudaGraph_t``; the memory it captured must stay alive."""
-        driver = self._owner.driver
-        node = checked(
-            "cuGraphAddChildGraphNode",
-            driver.cuGraphAddChildGraphNode(
-                self._graph, self._last, len(self._last), driver.CUgraph(graph)
-            ),
-        )
-        self._last = [node]
+        child, after = self._owner.driver.CUgraph(graph), self._last
+        arguments = (self._graph, after, len(after), child)
+        self._last = [self._owner.call("cuGraphAddChildGraphNode", *arguments)]
 
     def branch(self, flag: int) -> Chain:
         """Add an IF node on the byte at device address ``flag``; returns the chain of its body."""
@@ -163,11 +149,11 @@ class Chain:
         return Chain(self._owner, body)
 
 
-def checked(what: str, answer: tuple[Any, ...]) -> Any:
-    """The results of a call of the driver; raises ``CudaError`` where it returned an error."""
-    error, *values = answer
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """The results of the driver's function ``name``; ``CudaError`` where it returns an error."""
+    error, *values = getattr(driver, name)(*arguments)
     if int(error) != 0:
-        raise CudaError(f"{what}: {getattr(error, 'name', error)}")
+        raise CudaError(f"{name}: {getattr(error, 'name', error)}")
     return values[0] if len(values) == 1 else tuple(values)
 
 

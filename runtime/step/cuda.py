@@ -102,26 +102,6 @@ class PredicatedGraph:
         self._captures.close()
 
 
-class HostSegments:
-    """Blocks as graphs of their own, launched by a host that reads the flags."""
-
-    def __init__(self, captures: Captures) -> None:
-        self._captures = captures
-        step = captures.step_data
-        self._host = HostDriven(step, CudaFlags(step.flags), captures.prepare)
-
-    @property
-    def synchronisations(self) -> int:
-        return self._host.synchronisations
-
-    def step(self) -> None:
-        self._host.step()
-
-    def close(self) -> None:
-        self._host.close()
-        self._captures.close()
-
-
 class DeviceGraph:
     """The whole step as one graph whose conditionals are IF nodes: the host launches it and never
     waits."""
@@ -166,55 +146,72 @@ class DeviceGraph:
                 chain.child(self._captures.capture(entry).raw_cuda_graph())
 
 
-class CudaFlags:
-    """Flags copied to the host's pinned memory, with an event after each copy."""
+def host_segments(captures: Captures) -> HostDriven:
+    """Blocks as graphs of their own, launched by a host that reads the flags."""
+    step = captures.step_data
+    return HostDriven(step, CudaFlags(step.flags), captures.prepare, captures.close)
 
-    def __init__(self, flags: Tensor, slots: int = 16) -> None:
-        self._flags = flags
-        self._pinned = torch.zeros(slots, flags.numel(), dtype=torch.bool, pin_memory=True)
+
+class PinnedCopies:
+    """Copies of a tensor in the host's pinned memory, numbered from 1, the last ``slots`` of them.
+
+    They are enqueued behind what was launched before, an event after each.
+    """
+
+    def __init__(self, tensor: Tensor, slots: int) -> None:
+        self._tensor = tensor
+        self._pinned = torch.zeros(slots, tensor.numel(), dtype=tensor.dtype, pin_memory=True)
         self._events = [torch.cuda.Event() for _ in range(slots)]
-        self._sent = 0
-        self._arrived = 0
-        self.synchronisations = 0
+        self.posted = 0
 
     def post(self) -> int:
-        self._sent += 1
-        slot = self._sent % len(self._events)
-        self._pinned[slot].copy_(self._flags, non_blocking=True)
+        self.posted += 1
+        slot = self.posted % len(self._events)
+        self._pinned[slot].copy_(self._tensor, non_blocking=True)
         self._events[slot].record()
-        return self._sent
+        return self.posted
 
     def wait(self, number: int) -> None:
         self._events[number % len(self._events)].synchronize()
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._pinned[number % len(self._events)]
+
+
+class CudaFlags:
+    """Flags copied to the host."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self._flags, self._copies = flags, PinnedCopies(flags, slots=16)
+        self._arrived = 0
+        self.synchronisations = 0
+        self.post = self._copies.post
+
+    def wait(self, number: int) -> None:
+        self._copies.wait(number)
         self._arrived = number
         self.synchronisations += 1
 
     def known(self, flag: Tensor) -> bool:
         offset = flag.data_ptr() - self._flags.data_ptr()
-        return bool(self._pinned[self._arrived % len(self._events), offset])
+        return bool(self._copies[self._arrived][offset])
 
 
 class CudaResultQueue:
-    """Results copied to the host's pinned memory, with an event after each copy."""
+    """Results copied to the host."""
 
-    def __init__(self, out: Tensor, slots: int = 8) -> None:
-        self._out = out
-        self._pinned = torch.zeros(slots, out.numel(), dtype=out.dtype, pin_memory=True)
-        self._events = [torch.cuda.Event() for _ in range(slots)]
-        self._sent = self._taken = 0
+    def __init__(self, out: Tensor) -> None:
+        self._copies = PinnedCopies(out, slots=8)
+        self._taken = 0
 
     def post(self) -> None:
-        slot = self._sent % len(self._events)
-        self._pinned[slot].copy_(self._out, non_blocking=True)
-        self._events[slot].record()
-        self._sent += 1
+        self._copies.post()
 
     def take(self) -> tuple[int, int]:
-        slot = self._taken % len(self._events)
-        self._events[slot].synchronize()
         self._taken += 1
-        token, layer = self._pinned[slot].tolist()
+        self._copies.wait(self._taken)
+        token, layer = self._copies[self._taken].tolist()
         return token, layer
 
     def clear(self) -> None:
-        self._taken = self._sent
+        self._taken = self._copies.posted

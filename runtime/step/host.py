@@ -50,10 +50,12 @@ class HostFlags:
 
 
 class HostDriven:
-    """Executes a step block by block."""
+    """Executes a step block by block; ``close`` frees what ``prepare`` has made."""
 
-    def __init__(self, step: Step, flags: Flags, prepare: Prepare) -> None:
-        self.step_data, self.flags = step, flags
+    def __init__(
+        self, step: Step, flags: Flags, prepare: Prepare, close: Callable[[], None] | None = None
+    ) -> None:
+        self.step_data, self.flags, self._close = step, flags, close
         self._writers = flag_writers(step)
         self._prepared: dict[Block, Callable[[], None]] = {}
         self._order: dict[tuple[Item, ...], list[Block | Conditional]] = {}
@@ -73,6 +75,8 @@ class HostDriven:
     def close(self) -> None:
         """Drop what was prepared."""
         self._prepared.clear()
+        if self._close is not None:
+            self._close()
 
     def _prepare(self, items: tuple[Item, ...], prepare: Prepare) -> None:
         self._order[items] = blocks(items, self._writers)

@@ -204,7 +204,7 @@ def _engine(
             elif mode == "predicated":
                 executor = cuda.PredicatedGraph(captures)
             else:
-                executor = cuda.HostSegments(captures)
+                executor = cuda.host_segments(captures)
         except BaseException:
             # whatever ended it, the captured memory is freed
             captures.close()
