@@ -1,11 +1,11 @@
-"""What ``torch.compile(backend="specee")`` costs a step beside eepass' own loop, on smollm2.
+"""The overhead of ``torch.compile(backend="specee")`` over eepass' own loop, a step, on smollm2.
 
     python benchmarks/backend_door.py [--tokens N] [--json out.json]
 
-Both follow the same dense answer with the same exits over the same weights, in turns. ``inside`` is
-the door's own part of a call; what remains is Dynamo looking at its guards and handing over the
-tensors, which any backend pays. The last row has ``torch.compiler.set_stance`` skip the guards that
-do not tell graphs apart: torch's switch for a server that has warmed up.
+Both decode the same dense answer under teacher forcing with the same exits and weights, in turns.
+``inside`` is the backend's part of a call; the rest is Dynamo's, which evaluates guards and passes
+tensors, as for any backend. In the last rows ``torch.compiler.set_stance`` skips the guards that do
+not tell graphs apart: torch's switch for a server that has warmed up.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PROMPT = "Give a step-by-step plan for a beginner in gardening."
 
 
 class Timed:
-    """The backend, with the seconds that calls of what it compiled take."""
+    """The backend, with the seconds of the last call of what it compiled."""
 
     def __init__(self, **options: Any) -> None:
         self.options, self.seconds = options, 0.0
@@ -86,13 +86,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     loaded = eepass.load("smollm2")
     config = ExitConfig().approximate()
     room = SLOTS - 64
     own = eepass.transform(loaded.model, loaded.artifact, max_length=room, config=config)
     ids = loaded.encode(PROMPT)
-    answer = [step.token for step in own.dense.generate(ids, asked.tokens)]
+    answer = [step.token for step in own.dense.generate(ids, options.tokens)]
     timed = Timed(logits="hot")
     door = torch.compile(loaded.model, backend=timed)
     found: dict[str, float] = {}
@@ -112,8 +112,8 @@ def main() -> None:
         found[f"inside over engine ({name})"] = median(insides) / base
     torch.compiler.set_stance("default")
     table("the backend's door", ["", ""], [(name, f"{x:.3f}") for name, x in found.items()])
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

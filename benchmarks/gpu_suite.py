@@ -3,7 +3,7 @@
     python benchmarks/gpu_suite.py --out DIR --minutes 9 [--gguf FILE | --parts DIR]
     python benchmarks/gpu_suite.py --out DIR --device cpu --tiny
 
-``DIR/results.json`` and the plots are written after each part, so that a run that is cut off leaves
+``DIR/results.json`` and the plots are written after each part, so that a run that is cut off keeps
 what it had. Needs a checkout, torch, transformers and the weights (docs/gpu.md); no network.
 """
 
@@ -45,7 +45,7 @@ def parse() -> argparse.Namespace:
 
 
 def after_each(values: dict[str, Any], out: Path, part: str) -> None:
-    """A run that is cut off leaves table and plots of what it had."""
+    """Write table and plots, for a run that may be cut off."""
     values["summary"] = summarize(values["sections"], out)
     draw(values, out, part)
 

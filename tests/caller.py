@@ -1,4 +1,4 @@
-"""A caller with a model and a static cache of its own: what a serving loop does, written down."""
+"""A serving loop in short: a caller with a model and a static cache of its own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LENGTH = 32
 
 
 def compiled(model: Any, artifact: Any, **options: Any) -> Any:
-    """``model`` behind the backend; segments run as they stand unless told otherwise."""
+    """``model`` compiled by the backend; segments run eagerly by default."""
     given = {"artifact": str(artifact), "inner_backend": "eager", **options}
     return torch.compile(model, backend=specee, options=given)
 
@@ -74,7 +74,7 @@ def answer(
             logits = decode(step, cache, token, ids.shape[1] + place)
 
 
-def said(model: Any, step: Any, ids: Tensor, count: int, cache: Any = None) -> list[list[int]]:
+def generate(model: Any, step: Any, ids: Tensor, count: int, cache: Any = None) -> list[list[int]]:
     """The tokens of ``answer``, a list per sequence."""
     cache = cache_for(model) if cache is None else cache
     tokens = [token for token, _ in answer(model, step, cache, ids, count)]

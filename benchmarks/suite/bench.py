@@ -29,7 +29,7 @@ CANDIDATES = 16
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """As ``gpu_suite.py`` takes them; "" and 0 stand for what was not given."""
+    """As ``gpu_suite.py`` takes them; "" and 0 mean not given."""
 
     device: str
     tiny: bool
@@ -41,7 +41,7 @@ class Options:
 
 
 class Bench:
-    """Made once a worker; what is asked for is made when it is first asked for."""
+    """Made once a worker; each of its parts is made when it is first used."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -77,13 +77,13 @@ class Bench:
             raise Missing("no CUDA device was found; --device cpu --tiny needs none")
 
     def device_is_lost(self) -> bool:
-        """Whether the device takes no more orders from this process."""
+        """Whether this process can no longer use the device."""
         if not self.on_cuda or not torch.cuda.is_initialized():
             return False
         try:
             torch.cuda.synchronize()
         except Exception:
-            # whatever it raises: a device that cannot even be waited for is lost
+            # whatever it raises: a device that cannot be synchronised is lost
             return True
         return False
 
@@ -97,7 +97,7 @@ class Bench:
             torch.cuda.empty_cache()
 
     def timed(self, run: Callable[[], Any]) -> tuple[Any, float]:
-        """What ``run`` gives, and seconds from an idle device to an idle device."""
+        """The result of ``run``, and seconds from an idle device to an idle device."""
         self.synchronize()
         began = perf_counter()
         found = run()
@@ -135,7 +135,7 @@ class Bench:
 
     @cached_property
     def limits(self) -> list[float]:
-        """By boundary of the twin, how far logits may be off there."""
+        """By layer of the twin, how far logits of the hidden state after it may be off."""
         from benchmarks.suite.reference import limits
 
         return limits(self.twin, self.prompts[0])
@@ -146,7 +146,8 @@ class Bench:
 
     @cached_property
     def prompts(self) -> list[list[int]]:
-        """Prompts whose dense answers go on for ``new_tokens``; repetition would flatter exits."""
+        """Prompts whose dense answers do not end within ``new_tokens``: repetition after an end
+        token would flatter exits."""
         from benchmarks.suite.reference import greedy
 
         candidates: list[list[int]] = self._loaded[3]

@@ -1,4 +1,4 @@
-"""Parts that say whether results are right: the GPU's tests, the twin, tokens against eager."""
+"""Parts that check results: the GPU's tests, the twin, tokens against the eager model's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from benchmarks.suite.bench import ROOT, Bench
 from benchmarks.suite.parts import FORCED, Missing, Notify, Wrong
 
 FORCED_TOKENS = 6
-# what is kept of a part's time for real exits
+# seconds of a part's time kept for real exits
 LEAST_SECONDS = 15.0
 # the twin rounds at other places than the small model does; both against float32
 TWIN_FACTOR = 2.0
@@ -112,8 +112,8 @@ def equality(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
     def judged(how: engines.How, prompts: list[list[int]]) -> dict[str, Any]:
         verdict = reference.Verdict()
         for ids in prompts:
-            said = engine.answer(ids, count, how).tokens
-            verdict.judge(reference.follow(wide, ids, said)[1], said, limit, f"{mode}, {how}")
+            tokens = engine.answer(ids, count, how).tokens
+            verdict.judge(reference.follow(wide, ids, tokens)[1], tokens, limit, f"{mode}, {how}")
         return verdict.found()
 
     for how in (engines.DENSE, engines.NEVER, engines.EXACT):
@@ -138,28 +138,28 @@ def _forced(bench: Bench, engine: engines.Engine) -> dict[str, Any]:
         judge_forced(bench, engine, layer, FORCED_TOKENS, verdict)
         done.append(layer)
     found = {**verdict.found(), "layers": len(done)}
-    if left := sorted(set(layers) - set(done)):
-        found["no_time_for_layers"] = left
+    if missing := sorted(set(layers) - set(done)):
+        found["no_time_for_layers"] = missing
     return found
 
 
 def judge_forced(
     bench: Bench, engine: engines.Engine, layer: int, count: int, verdict: reference.Verdict
 ) -> None:
-    """Every token leaves after ``layer`` and is the head's argmax at that boundary."""
+    """Every token exits after ``layer`` and is the LM head's argmax there."""
     ids = bench.prompts[0]
     answer = engine.answer(ids, count, engines.How("forced", layer))
     # the first token is the prompt's, which runs through all layers
     if late := [own for own in answer.layers[1:] if own != layer]:
-        raise Wrong(f"{engine.mode}: told to leave after {layer}, tokens left after {late[0]}")
-    boundaries, _ = reference.follow(bench.twin, ids, answer.tokens)
-    logits = engine.exit_logits(layer, boundaries[layer][1:], forced=True)
+        raise Wrong(f"{engine.mode}: forced to exit after {layer}, tokens exit after {late[0]}")
+    hidden_states, _ = reference.follow(bench.twin, ids, answer.tokens)
+    logits = engine.exit_logits(layer, hidden_states[layer][1:], forced=True)
     what = f"{engine.mode}, exit after {layer}"
     verdict.judge(logits, answer.tokens[1:], bench.limits[layer], what)
 
 
 def _real(bench: Bench, engine: engines.Engine) -> dict[str, Any]:
-    """Tokens that left are what their boundary's hot rows say; the others what the model says."""
+    """Tokens that exit early are the argmax of the hot rows there, the others the model's."""
     verdict, depth = reference.Verdict(), bench.twin.config.num_hidden_layers
     layers: list[int] = []
     agreeing = 0
@@ -168,7 +168,7 @@ def _real(bench: Bench, engine: engines.Engine) -> dict[str, Any]:
         agreeing += judge_exits(bench, engine, ids, answer, verdict)
         layers += answer.layers[1:]
     if not any(layer < depth for layer in layers):
-        raise Wrong(f"{engine.mode}: no token left early, so nothing was shown")
+        raise Wrong(f"{engine.mode}: no token exits early, so nothing is tested")
     tokens = verdict.tokens
     return {**verdict.found(), "agreement": agreeing / tokens,
             "mean_exit_layer": sum(layers) / len(layers),
@@ -179,26 +179,26 @@ def judge_exits(
     bench: Bench, engine: engines.Engine, ids: list[int], answer: engines.Answer,
     verdict: reference.Verdict,
 ) -> int:  # fmt: skip
-    """A token that left is what its boundary's hot rows say, and was drafted; any other is what the
-    model says. How many are the eager argmax."""
-    boundaries, logits = reference.follow(bench.twin, ids, answer.tokens)
+    """A token that exits early is the argmax of the hot rows there, and a draft token; any other is
+    the model's. Returns how many are the eager argmax."""
+    hidden_states, logits = reference.follow(bench.twin, ids, answer.tokens)
     limit = max(bench.limits[layer] for layer in answer.layers)
-    said = torch.tensor(answer.tokens, device=logits.device)
-    agreeing = int((logits.argmax(-1) == said).sum())
-    behind = logits.max(-1).values - logits.gather(1, said[:, None])[:, 0]
+    tokens = torch.tensor(answer.tokens, device=logits.device)
+    agreeing = int((logits.argmax(-1) == tokens).sum())
+    behind = logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
     for index, layer in enumerate(answer.layers):
         # the last exit, after all layers, reads the hot rows of the head alone
-        if index and (layer < len(boundaries) - 1 or behind[index] > limit):
-            left = slice(index, index + 1)
-            logits[index] = engine.exit_logits(layer, boundaries[layer][left])[0]
-            state = boundaries[engine.drafting][left]
-            _was_drafted(state, answer.tokens[index], engine, limit)
+        if index and (layer < len(hidden_states) - 1 or behind[index] > limit):
+            row = slice(index, index + 1)
+            logits[index] = engine.exit_logits(layer, hidden_states[layer][row])[0]
+            drafting = hidden_states[engine.drafting][row]
+            _require_draft(drafting, answer.tokens[index], engine, limit)
     verdict.judge(logits, answer.tokens, limit, f"{engine.mode}, real exits")
     return agreeing
 
 
-def _was_drafted(state: torch.Tensor, token: int, engine: engines.Engine, limit: float) -> None:
-    (logits,) = engine.exit_logits(engine.drafting, state)
+def _require_draft(hidden: torch.Tensor, token: int, engine: engines.Engine, limit: float) -> None:
+    (logits,) = engine.exit_logits(engine.drafting, hidden)
     least = float(logits.topk(engine.draft_tokens).values[-1])
     if float(logits[token]) < least - limit:
-        raise Wrong(f"{engine.mode}: token {token} left early and was no draft")
+        raise Wrong(f"{engine.mode}: token {token} exits early and is no draft token")

@@ -1,7 +1,7 @@
-"""eepass in each launch mode, all asked in one way.
+"""eepass in each launch mode, behind one interface.
 
-Tracing and compiling is done once; an engine of each kind stands over the same segments, weights
-and cache, so that they can take turns.
+Tracing and compiling is done once; the engines share segments, weights and cache, so that they can
+take turns.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ class How:
         return f"exit after {self.layer}" if self.layer else self.name
 
 
-# never: predictors are asked and no token leaves; real: the artefact's thresholds; exact: the dense
-# answer, with exits and drafts taken back where they were wrong
+# never: predictors run and no token exits; real: the artefact's thresholds; exact: the dense
+# tokens, with wrong exits and drafts rolled back
 DENSE, NEVER, REAL, EXACT = How("dense"), How("never"), How("real"), How("exact")
 TARGET = 0.98
-# of a pass of the tiny model: prompts, or a token and those that wait
+# rows of a pass of the tiny model: of a prompt, or a token and the pending ones
 TINY_ROWS = 8
 
 
@@ -85,8 +85,8 @@ class Engine:
     def answer(
         self, ids: Sequence[int], count: int, how: How, after_first: Callable[[], Any] = int
     ) -> Answer:
-        """``count`` tokens after ``ids``; end tokens do not end it. ``after_first`` is called when
-        the prompt is behind."""
+        """``count`` tokens after ``ids``, whatever end tokens are among them. ``after_first`` is
+        called after the prompt."""
         made = self.ready(how)
         engine = made if self._launching is None else made.engine
         tokens, layers, began = [], [], 0.0
@@ -101,7 +101,7 @@ class Engine:
         return Answer(tokens, layers, perf_counter() - began)
 
     def counting(self, how: How) -> Any:
-        """The statistics' owner, its counts at zero."""
+        """What holds the statistics, its counts at zero."""
         made = self.ready(how)
         engine = made if self._launching is None else made.engine
         engine.statistics = type(engine.statistics)(engine.statistics.num_layers)
@@ -112,25 +112,26 @@ class Engine:
             return {"mode": self.mode, "reason": "layer by layer, from the host"}
         return asdict(self.ready(how).launch_report)
 
-    def exit_logits(self, layer: int, boundary: Tensor, forced: bool = False) -> Tensor:
-        """What the eager definitions say at a boundary [n, H], float32 [n, V]: at a forced exit the
-        head, at a trained one its hot rows over the translated state, others as low as can be."""
+    def exit_logits(self, layer: int, hidden: Tensor, forced: bool = False) -> Tensor:
+        """Logits float32 [n, V] of hidden states [n, H] after ``layer`` by the eager definitions:
+        the LM head's at a forced exit; at a trained one those of its hot rows over the translated
+        hidden state, others as low as can be."""
         tensors = self.bench.artifact.tensors
         names = [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
         if not forced and names[0] in tensors:
-            parts = [tensors[name].to(boundary.device, boundary.dtype) for name in names]
-            boundary = torch.ops.eepass.translate(boundary, *parts)
-        z = self.hf.base_model.norm(boundary).float()
+            parts = [tensors[name].to(hidden.device, hidden.dtype) for name in names]
+            hidden = torch.ops.eepass.translate(hidden, *parts)
+        z = self.hf.base_model.norm(hidden).float()
         head = self.hf.get_output_embeddings().weight
         if forced:
             return z @ head.float().T
-        hot = tensors["hot.ids"].to(boundary.device).long()
+        hot = tensors["hot.ids"].to(hidden.device).long()
         logits = z.new_full((len(z), len(head)), torch.finfo(torch.float32).min)
         logits[:, hot] = z @ head[hot].float().T
         return logits
 
     def close(self) -> None:
-        """Give back what was captured."""
+        """Free what was captured."""
         for made in self._made.values():
             self._close(made)
         self._made.clear()
@@ -162,7 +163,7 @@ class Engine:
             self.bench.empty_cache()
 
     def _on_device(self) -> ExitStack:
-        """Around all that runs; the engine makes its tensors where the context says."""
+        """A context for all that runs: engines create tensors on its device."""
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         if self._launching is None:
@@ -171,7 +172,7 @@ class Engine:
 
 
 class _Forced:
-    """Stands in for an engine's exits: every row leaves after one layer with the head's word."""
+    """Replaces an engine's exits: every row exits after one layer with the LM head's token."""
 
     def __init__(self, exits: Any, layer: int, engine: Engine) -> None:
         self.thresholds, self.plan = {layer: 0.0}, exits.plan
@@ -200,14 +201,14 @@ def _config(how: How, bench: Bench) -> ExitConfig:
         return ExitConfig(speculate="off", adaptive=False) if bench.options.tiny else ExitConfig()
     early = ExitConfig().approximate(TARGET)
     if how.name == "never":
-        # no chance is above certainty
+        # no probability is above it
         return replace(early, threshold=1.0)
-    # a model that has no more layers has nothing to catch up either
+    # the model it is compared with, which has no deeper layers, has nothing to catch up either
     return replace(early, kv="drop") if how.name == "forced" else early
 
 
 def engine(bench: Bench, mode: str) -> Engine:
-    """The twin in launch mode ``mode``, made once; ``Missing`` where it is not to be had here."""
+    """The twin in launch mode ``mode``, made once; ``Missing`` where the mode cannot run here."""
     if mode not in bench.engines:
         bench.engines[mode] = Engine(bench, mode, bench.twin, transformed(bench))
     return bench.engines[mode]
@@ -231,7 +232,7 @@ def transform(bench: Bench, model: Any, artifact: bool) -> EarlyExitModel:
         return made.model
     if not bench.options.tiny:
         return eepass.transform(model, given, max_length=bench.max_length)
-    # nobody times the tiny model: what compiling takes is spared
+    # the tiny model is not timed, and so need not be compiled
     with torch.no_grad():
         splits, report = split_for_rows(model, bench.max_length + 64, (1,), TINY_ROWS)
     return EarlyExitModel(splits, report, frozenset(), given, compiler=_not_compiled)
@@ -246,7 +247,7 @@ def _not_compiled(graph: Any, structure: str, examples: Any, *, logits: bool = F
 
 
 def or_missing(run: Callable[[], Any]) -> Any:
-    """What ``run`` finds, or what is missing for it; errors are the caller's."""
+    """The result of ``run``, or what is missing for it; other errors are raised."""
     try:
         return run()
     except Missing as error:

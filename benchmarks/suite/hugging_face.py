@@ -1,7 +1,6 @@
 """The Hugging Face model as others decode with it: eager, or one compiled step over a static cache.
 
-No token is read by the host before the answer is whole, which is more than transformers' own loop
-does for it.
+The host reads no token before the last one is decoded, which is faster than transformers' own loop.
 """
 
 from __future__ import annotations
@@ -44,24 +43,24 @@ class HfGreedy:
             if slots.start is not None:
                 slots.start.zero_()
         device, length = self.bench.device, len(ids)
-        said = torch.zeros(count, dtype=torch.long, device=device)
+        answer = torch.zeros(count, dtype=torch.long, device=device)
         positions = torch.arange(length, device=device)[None]
-        given = torch.tensor([list(ids)], device=device)
-        logits = self.step(given, positions, {self.name: self.mask[:, :, :length]})
+        prompt = torch.tensor([list(ids)], device=device)
+        logits = self.step(prompt, positions, {self.name: self.mask[:, :, :length]})
         token = logits[:, -1:].argmax(-1)
-        said[:1] = token[0]
+        answer[:1] = token[0]
         place = torch.tensor([[length]], device=device)
 
         def decode() -> None:
             for index in range(1, count):
-                # what a CUDA graph gave is overwritten by the next
+                # the next replay of a CUDA graph overwrites this one's outputs
                 torch.compiler.cudagraph_mark_step_begin()
                 token.copy_(self.decode(token, place))
-                said[index : index + 1] = token[0]
+                answer[index : index + 1] = token[0]
                 place.add_(1)
 
         _, seconds = self.bench.timed(decode)
-        return said.tolist(), seconds
+        return answer.tolist(), seconds
 
 
 def eager(bench: Bench) -> HfGreedy:
@@ -69,7 +68,7 @@ def eager(bench: Bench) -> HfGreedy:
 
 
 def compiled(bench: Bench) -> HfGreedy:
-    """``torch.compile(mode="reduce-overhead")``; tiny: traced alone, since nobody times it."""
+    """``torch.compile(mode="reduce-overhead")``; tiny: traced only, since it is not timed."""
     torch._dynamo.reset()
     if bench.options.tiny:
         return HfGreedy(bench, lambda step: torch.compile(step, backend="eager", fullgraph=True))
@@ -80,7 +79,7 @@ def compiled(bench: Bench) -> HfGreedy:
 
 
 def cudagraph_skips() -> int:
-    """How often inductor left CUDA graphs out; a baseline without them is none."""
+    """How often inductor skipped CUDA graphs; a baseline without them is not a fair one."""
     from torch._dynamo.utils import counters
 
     return int(counters["inductor"]["cudagraph_skips"])

@@ -1,6 +1,6 @@
-"""Decode greedily with vLLM or SGLang: an order as JSON on stdin, answers and times on stdout.
+"""Decode greedily with vLLM or SGLang: a request as JSON on stdin, answers and times on stdout.
 
-A program of its own, without eepass: these engines keep a device to themselves.
+A program of its own, without eepass: these engines want a device to themselves.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def sglang(folder: str, length: int) -> Generate:
 
 def measure(order: dict[str, Any], generate: Generate) -> dict[str, Any]:
     """Answers, and milliseconds a token by prompt: whole answers less the time to a first token."""
-    tokens, said, times = order["tokens"], [], []
+    tokens, answers, times = order["tokens"], [], []
 
     def seconds(ids: list[int], count: int) -> float:
         began = perf_counter()
@@ -61,11 +61,11 @@ def measure(order: dict[str, Any], generate: Generate) -> dict[str, Any]:
         return perf_counter() - began
 
     for ids in order["prompts"]:
-        said.append(generate(ids, tokens))
+        answers.append(generate(ids, tokens))
         generate(ids, 1)
         rounds = [seconds(ids, tokens) - seconds(ids, 1) for _ in range(ROUNDS)]
         times.append(1e3 * statistics.median(rounds) / (tokens - 1))
-    return {"said": said, "ms_per_token": times}
+    return {"said": answers, "ms_per_token": times}
 
 
 def main() -> None:

@@ -59,7 +59,7 @@ def _measured(bench: Bench, module: str, folder: str) -> float:
     answer = json.loads(ran.stdout.splitlines()[-1])
     limit = bench.limit
     verdict = reference.Verdict()
-    for ids, said in zip(bench.prompts, answer["said"], strict=True):
-        verdict.judge(reference.follow(bench.twin, ids, said)[1], said, limit, module)
+    for ids, tokens in zip(bench.prompts, answer["said"], strict=True):
+        verdict.judge(reference.follow(bench.twin, ids, tokens)[1], tokens, limit, module)
     verdict.found()
     return statistics.median(answer["ms_per_token"])

@@ -19,14 +19,14 @@ class Missing(Exception):
 
 
 class Wrong(Exception):
-    """A result is not what it has to be; the message says how. Nothing is timed on it."""
+    """A result is wrong; the message says how. Nothing is timed on it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """``cost``: seconds it is expected to take on a data-centre GPU, and without which it is not
-    begun; ``limit``: seconds after which it is cut off; ``module`` and ``function``: its code,
-    which gets ``argument`` if there is one. Without an ``essential`` part no other makes sense."""
+    """``cost``: seconds it takes on a data-centre GPU; it is not begun where fewer are left.
+    ``limit``: seconds after which it is cut off. ``module`` and ``function``: its code, which gets
+    ``argument`` if there is one. Without an ``essential`` part no other makes sense."""
 
     name: str
     module: str
@@ -49,7 +49,7 @@ def modes(device: str) -> tuple[str, ...]:
 
 
 def timed_modes(device: str) -> tuple[str, ...]:
-    """Those whose time says something: an interpreter mistrusts every launch."""
+    """Launch modes worth timing: not the interpreter, which checks every launch."""
     return tuple(mode for mode in modes(device) if mode != "interpret")
 
 

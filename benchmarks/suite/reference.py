@@ -1,8 +1,8 @@
-"""What the eager Hugging Face model says, the measure of right and wrong.
+"""The eager Hugging Face model, the reference for all tokens.
 
-An answer is judged along itself: at each of its positions the eager model names its logits, given
-all tokens before. So one token that differs does not make all after it differ, and near ties, where
-the order of sums decides, are told from errors.
+An answer is judged under teacher forcing: at each position the eager model gives its logits, with
+all tokens of the answer before it. So one token that differs does not make all after it differ, and
+near ties, where the order of sums decides, are told from errors.
 """
 
 from __future__ import annotations
@@ -29,39 +29,37 @@ MOST_TIES = 0.2
 def greedy(model: Any, ids: Sequence[int], count: int) -> list[int]:
     """``count`` tokens after ``ids`` by the model's own cache."""
     device = next(model.parameters()).device
-    given, cache, said = torch.tensor([list(ids)], device=device), None, []
+    given, cache, tokens = torch.tensor([list(ids)], device=device), None, []
     for _ in range(count):
         output = model(input_ids=given, past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         given = output.logits[:, -1:].argmax(-1)
-        said.append(given)
-    return torch.cat(said, 1)[0].tolist()
+        tokens.append(given)
+    return torch.cat(tokens, 1)[0].tolist()
 
 
 @torch.no_grad()
 def follow(model: Any, ids: Sequence[int], answer: Sequence[int]) -> tuple[list[Tensor], Tensor]:
-    """Boundaries 0 to L [n, H] and logits float32 [n, V] at the positions ``answer`` [n] follows.
-
-    The last boundary is the one before the final norm.
-    """
+    """Hidden states after 0 to L layers [n, H], before the final norm, and logits float32 [n, V],
+    at the positions whose next tokens are ``answer`` [n]."""
     device = next(model.parameters()).device
     text = torch.tensor([[*ids, *answer[:-1]]], device=device)
     first = len(ids) - 1
-    with _boundaries(model) as seen:
+    with _hidden_states(model) as seen:
         logits = model(input_ids=text, use_cache=False).logits[0, first:].float()
     return [hidden[first:] for hidden in seen], logits
 
 
 @torch.no_grad()
 def limits(model: Any, ids: Sequence[int]) -> list[float]:
-    """By boundary, how far the head's word there may be off: ``NOISE_FACTOR`` times what it moves
-    when the last tokens of ``ids`` are run one by one."""
+    """By layer, how far the LM head's logits of the hidden state after it may be off:
+    ``NOISE_FACTOR`` times what they differ when the last tokens of ``ids`` run one by one."""
     device = next(model.parameters()).device
     text = torch.tensor([list(ids)], device=device)
-    with _boundaries(model) as together:
+    with _hidden_states(model) as together:
         model(input_ids=text, use_cache=False)
     output = model(input_ids=text[:, :-NOISE_ROWS], use_cache=True)
-    with _boundaries(model) as apart:
+    with _hidden_states(model) as apart:
         for row in text[0, -NOISE_ROWS:]:
             cache = output.past_key_values
             output = model(input_ids=row[None, None], past_key_values=cache, use_cache=True)
@@ -72,13 +70,13 @@ def limits(model: Any, ids: Sequence[int]) -> list[float]:
         single = torch.cat(apart[layer::count])
         off = head(norm(hidden[-NOISE_ROWS:])).float() - head(norm(single)).float()
         found.append(NOISE_FACTOR * float(off.abs().max()))
-    # boundary 0 is an embedding, whatever rows it is looked up in
+    # hidden state 0 is an embedding, equal for all row counts
     return [max(own, found[-1]) for own in found]
 
 
 @contextmanager
-def _boundaries(model: Any) -> Iterator[list[Tensor]]:
-    """Boundaries [n, H] of each forward call within, those before each layer and the final norm."""
+def _hidden_states(model: Any) -> Iterator[list[Tensor]]:
+    """Hidden states [n, H] before each layer and the final norm, of each forward call within."""
     seen: list[Tensor] = []
 
     def keep(module: Any, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -103,16 +101,16 @@ class Verdict:
     worst_margin: float = 0.0
 
     def judge(self, logits: Tensor, answer: Sequence[int], limit: float, what: str) -> None:
-        """Tokens [n] against logits [n, V]; raises ``Wrong`` for the first that is none of both."""
-        said = torch.tensor(list(answer), device=logits.device)
-        margins = logits.max(-1).values - logits.gather(1, said[:, None])[:, 0]
+        """Compare tokens [n] with logits [n, V]; raises ``Wrong`` for the first that is neither."""
+        tokens = torch.tensor(list(answer), device=logits.device)
+        margins = logits.max(-1).values - logits.gather(1, tokens[:, None])[:, 0]
         for index, margin in enumerate(margins.tolist()):
             self.tokens += 1
             self.worst_margin = max(self.worst_margin, margin)
             if margin > limit:
                 raise Wrong(
-                    f"{what}: token {index} of {len(said)} is {margin:.3g} below the eager argmax, "
-                    f"the noise is {limit:.3g}"
+                    f"{what}: token {index} of {len(tokens)} is {margin:.3g} below the eager "
+                    f"argmax, the noise is {limit:.3g}"
                 )
             self.equal += margin == 0
             self.near_ties += margin > 0

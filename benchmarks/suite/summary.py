@@ -1,4 +1,4 @@
-"""What was asked for and what was found, after each part."""
+"""The aims beside what was measured, after each part."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def systems(sections: dict[str, Any]) -> dict[str, dict[str, float | None]]:
 
 
 def aims(sections: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the design asks for on an H200; ``met`` is None where there is no figure."""
+    """The design's aims on an H200; ``met`` is None where there is no figure."""
     found: dict[str, dict[str, Any]] = {}
     rows = systems(sections)
 

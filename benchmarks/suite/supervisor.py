@@ -146,7 +146,7 @@ class Supervisor:
 
 
 def end_on_signals(supervisor: Supervisor) -> None:
-    """Told to stop, end the worker and leave what is there."""
+    """On SIGTERM and SIGINT, end the worker and keep what was found."""
 
     def stop(number: int, frame: Any) -> None:
         # ``run`` ends the worker on its way out

@@ -20,7 +20,7 @@ Answers = Callable[[list[int]], engines.Answer]
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """What answers prompts; ``exits``: the engine, where its tokens may leave early."""
+    """Something that answers prompts; ``exits``: the engine, where its tokens may exit early."""
 
     answers: Answers
     exits: engines.Engine | None = None
@@ -111,7 +111,7 @@ def _ms(bench: Bench, answers: Answers) -> Callable[[], float]:
 
 
 def _quality(bench: Bench, system: System) -> dict[str, Any]:
-    """Agreement with the eager argmax along the answers; ``Wrong`` where nothing excuses less."""
+    """Agreement of the answers with the eager argmax; raises ``Wrong`` for errors."""
     verdict, agreeing = reference.Verdict(), 0
     layers: list[int] = []
     for ids in bench.prompts:
@@ -139,7 +139,7 @@ def _judge(
 
 
 def never_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
-    """What asking all predictors costs when no token leaves."""
+    """What running all predictors costs when no token exits."""
     engine = engines.engine(bench, mode)
     systems = {}
     for how in (engines.DENSE, engines.NEVER):
@@ -150,7 +150,7 @@ def never_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
 
 
 def forced_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
-    """Leaving after layer e, beside a model that has only e layers."""
+    """Exits after layer e, beside a model that has only e layers."""
     engine = engines.engine(bench, mode)
     found: dict[str, Any] = {}
     depth, ids = bench.twin.config.num_hidden_layers, bench.prompts[0]

@@ -17,7 +17,7 @@ from benchmarks.suite.parts import Missing, Wrong, all_parts
 
 
 def work(options: Options) -> None:
-    """Answer orders until there are no more; when the supervisor is gone, so is this process."""
+    """Run parts until there are no more requests; the process ends with the supervisor."""
     # whatever libraries print goes to the log
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)

@@ -14,14 +14,14 @@ from eepass.runtime.statistics import Statistics
 
 @dataclass(frozen=True, slots=True)
 class BackendOptions:
-    """What early exit behind ``torch.compile`` may be told.
+    """The options of the backend ``specee``.
 
     ``artifact``: folder written by ``eepass train``; by default the one in ``eepass/`` beside the
     checkpoint. ``threshold``, ``target_agreement``, ``schedule``, ``preset``, ``draft``: as in
-    ``ExitConfig``. ``kv``: ``defer`` projects the keys and values an exit skipped and puts the true
-    ones in their place when a later token goes deeper; ``propagate`` leaves the projected ones.
-    ``logits``: ``full``, or ``hot`` to leave out the cold rows of the LM head after an exit (they
-    are −inf). ``inner_backend``: what compiles the segments, and all that is no decode step.
+    ``ExitConfig``. ``kv``: ``defer`` projects the keys and values an exit skipped and replaces them
+    by the true ones when a later token goes deeper; ``propagate`` keeps the projected ones.
+    ``logits``: ``full``, or ``hot`` to skip the cold rows of the LM head after an exit (their
+    logits are −inf). ``inner_backend``: what compiles the segments, and all that is no decode step.
     ``stats``: a function called after each step with the ``Statistics`` of its cache.
     """
 
@@ -49,8 +49,8 @@ class BackendOptions:
         options = cls(**values)
         if options.guarantee == "exact":
             raise InputError(
-                "backend 'specee': guarantee='exact' cannot be given by a single forward call, "
-                "which cannot take a token back; use "
+                "backend 'specee': guarantee='exact' is not possible in a single forward call, "
+                "which cannot roll a token back; use "
                 "model.generate(..., custom_generate=eepass.generate)"
             )
         options._one_of("guarantee", ("approximate",))
@@ -58,24 +58,24 @@ class BackendOptions:
         options._one_of("logits", ("full", "hot"))
         if options.draft != "lens":
             raise InputError(
-                f"backend 'specee': draft={options.draft!r}: must be lens; the other drafts want "
-                "all tokens of the sequence, and a forward call sees one "
+                f"backend 'specee': draft={options.draft!r}: must be lens; the other drafts "
+                "need all tokens of the sequence, and a forward call gets one "
                 "(custom_generate=eepass.generate has them)"
             )
         if options.stats is not None and not callable(options.stats):
             raise InputError("backend 'specee': stats must be a function of Statistics")
-        options.config  # noqa: B018  refuses what does not fit together
+        options.config  # noqa: B018  raises for options that do not fit together
         return options
 
     @property
     def config(self) -> ExitConfig:
-        """What this asks of exits; raises ``InputError`` where it is no sense."""
+        """The exits' configuration; raises ``InputError`` for options that do not fit together."""
         try:
             preset = ExitConfig.preset(self.preset)
             if preset.draft != "lens":
                 raise InputError(
                     f"backend 'specee': preset={self.preset!r} drafts with the trained head, which "
-                    "wants the states of all tokens; a forward call sees one"
+                    "needs the hidden states of all tokens; a forward call gets one"
                 )
             config = preset.approximate(self.target_agreement)
             return replace(config, kv=self.kv, threshold=self.threshold, schedule=self.schedule)

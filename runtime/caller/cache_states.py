@@ -1,7 +1,7 @@
 """What decoding remembers of a cache that is not its own, and when that no longer holds.
 
-A cache may be reset, cropped, reordered, filled anew or freed between two steps, and nobody says
-so. Every such change is a write, and tensors count theirs: what was remembered holds only if
+A cache may be reset, cropped, reordered, filled anew or freed between two steps without notice.
+Every such change is a write, and tensors count their writes: what was remembered holds only if
 nothing was written since the step that remembered it.
 """
 
@@ -22,12 +22,12 @@ from eepass.runtime.statistics import Statistics
 
 @dataclass(slots=True)
 class CacheState:
-    """Of one cache: the schedule of its predictors, what was counted, the tokens that wait for
-    deeper layers, its count of writes."""
+    """Of one cache: the schedule of its predictors, its statistics, the tokens the deeper layers
+    have not seen, its count of writes."""
 
     schedule: PredictorSchedule | None
     statistics: Statistics
-    waiting: list[DeferredToken] = field(default_factory=list)
+    pending: list[DeferredToken] = field(default_factory=list)
     written: tuple[int, ...] = ()
 
 

@@ -1,10 +1,10 @@
 """A decode step over a cache that is the caller's: keys, values and lengths come with each call.
 
-The layers run one by one, as in the engine's own loop, until every sequence of the batch knows its
-answer. The layers left out get keys and values projected from the boundary the step left at, so
-whoever reads the cache next finds every slot filled. Where one sequence decodes, its boundary also
-waits, and the next step that goes deeper takes it along as another row: its keys and values become
-the true ones.
+The layers run one by one, as in the engine's own loop, until every sequence of the batch has its
+next token. The layers left out get keys and values projected from the hidden state at the exit, so
+whoever reads the cache next finds every slot filled. Where one sequence decodes, that hidden state
+is also kept, and the next step that goes deeper takes it along as another row: its keys and values
+become the true ones.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.caller.caller_exits import CallerExits
+from eepass.runtime.decoder.decoder import Compile
 from eepass.runtime.statistics import Statistics
-from eepass.segments import CallerStep, Segment
+from eepass.segments import CallerStep, Input, Segment
 
-Compile = Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]]
+# the tensors of a call and, behind them, what the prelude makes of them and a hidden state
+Values = list[Any]
 
 
 @dataclass(slots=True)
 class DeferredToken:
-    """A token that left after ``layer`` layers with boundary ``hidden`` [1, 1, H]: its side inputs
-    by name, and the slot it has in each deeper layer by the place of that layer's length."""
+    """A token that exited after ``layer`` layers with ``hidden`` [1, 1, H]: its side inputs by
+    name, and the slot it has in each deeper layer by the place of that layer's length."""
 
     layer: int
     hidden: Tensor
@@ -61,57 +63,58 @@ class CallerDecoder:
         self._layers = [self._bind(layer, values) for layer in split.layers]
         self._fills = [self._bind(fill, values) for fill in split.kv_fills]
         self._head = self._bind(split.head.whole, values)
-        self._stacked: dict[int, list[Callable[[_Rows], Tensor]]] = {}
-        for rows, layers in step.stacked.items():
-            self._stacked[rows] = [self._bind_stacked(layer, values, rows) for layer in layers]
-        # tokens that may wait, one row being the step's own
-        self.most_waiting = max(self._stacked, default=1) - 1
+        self._stacked = {
+            rows: [self._bind_stacked(layer, values, rows) for layer in layers]
+            for rows, layers in step.stacked.items()
+        }
+        # one row is the step's own
+        self.most_pending = max(self._stacked, default=1) - 1
 
     def __call__(
         self,
         tensors: Sequence[Tensor],
         exits: CallerExits | None,
         active: frozenset[int],
-        waiting: list[DeferredToken] | None,
+        pending: list[DeferredToken] | None,
         statistics: Statistics,
     ) -> tuple[Tensor, int]:
         """Logits [B, 1, V] and the layers they took; writes keys, values and lengths in place.
 
-        ``active``: the exit layers that are asked. ``waiting``: tokens of this cache that the
-        deeper layers have not seen, brought up to date here; None to let none wait.
+        ``active``: the exit points that are evaluated. ``pending``: tokens of this cache that the
+        deeper layers have not seen, brought up to date here; None to defer none.
         """
         values = [*tensors, *self._spare]
-        own, *values[self._tokens] = self._embed(values)
+        hidden, *values[self._tokens] = self._embed(values)
         values[self._sides] = self._positional(values)
         state = exits.exits.begin(self.step.batch) if exits is not None and active else None
-        joining = {token.layer for token in waiting} if waiting else frozenset()
-        riding: _Rows | None = None
+        joining = {token.layer for token in pending} if pending else frozenset()
+        rows: _JoinedRows | None = None
         logits: Tensor | None = None
         layers = 0
         for layer in self._layers:
             if layers in joining:
-                assert waiting is not None
-                riding = self._join(riding, own, layers, waiting, values)
-            if riding is None:
-                values[self._hidden_at] = own
-                (own,) = layer(values)
+                assert pending is not None
+                rows = self._join(rows, hidden, layers, pending, values)
+            if rows is None:
+                values[self._hidden_at] = hidden
+                (hidden,) = layer(values)
             else:
-                own = riding.run(self._stacked[riding.size][layers])
+                hidden = rows.run(self._stacked[rows.size][layers])
             layers += 1
             if exits is None or state is None:
                 continue
             if layers == exits.exits.plan.draft_layer:
-                state = exits.exits.draft_from(_as_rows(own), state, statistics)
+                state = exits.exits.draft_from(_as_rows(hidden), state, statistics)
             if layers in active:
-                logits, state = exits.check(layers, _as_rows(own), state, statistics)
+                logits, state = exits.check(layers, _as_rows(hidden), state, statistics)
                 if logits is not None:
                     break
-        values[self._hidden_at] = own
+        values[self._hidden_at] = hidden
         if layers < self.num_layers:
             for fill in self._fills[layers:]:
                 fill(values)
-        if waiting is not None:
-            self._settle(waiting, riding, layers, values, statistics)
+        if pending is not None:
+            self._update_pending(pending, rows, layers, values, statistics)
         if logits is None:
             (logits,) = self._head(values)
             statistics.full_heads += self.step.batch
@@ -122,38 +125,38 @@ class CallerDecoder:
 
     def _join(
         self,
-        riding: _Rows | None,
-        own: Tensor,
+        rows: _JoinedRows | None,
+        hidden: Tensor,
         layer: int,
-        waiting: Sequence[DeferredToken],
-        values: list[Any],
-    ) -> _Rows:
-        """The rows from ``layer`` on: tokens that wait there, those before, the step's own."""
-        new = [token for token in waiting if token.layer == layer]
-        tokens = [*new, *(riding.tokens if riding else ())]
-        size = next(rows for rows in self._stacked if rows > len(tokens))
-        before = [riding.hidden[: len(riding.tokens)]] if riding else []
+        pending: Sequence[DeferredToken],
+        values: Values,
+    ) -> _JoinedRows:
+        """The rows from ``layer`` on: tokens deferred there, those before, the step's own."""
+        new = [token for token in pending if token.layer == layer]
+        tokens = [*new, *(rows.tokens if rows else ())]
+        size = next(count for count in self._stacked if count > len(tokens))
+        before = [rows.hidden[: len(rows.tokens)]] if rows else []
         # padding repeats the step's own row, and writes to its slot what it writes
-        padding = [own] * (size - len(tokens))
-        hidden = torch.cat([*(token.hidden for token in new), *before, *padding])
-        return _Rows(tokens, hidden, size, values)
+        padding = [hidden] * (size - len(tokens))
+        joined = torch.cat([*(token.hidden for token in new), *before, *padding])
+        return _JoinedRows(tokens, joined, size, values)
 
-    def _settle(
+    def _update_pending(
         self,
-        waiting: list[DeferredToken],
-        riding: _Rows | None,
+        pending: list[DeferredToken],
+        rows: _JoinedRows | None,
         layers: int,
-        values: list[Any],
+        values: Values,
         statistics: Statistics,
     ) -> None:
-        """Who waits after this pass, and where."""
+        """Note how far this step took the pending tokens, and defer its own if it exited."""
         if layers == self.num_layers:
-            statistics.rows_caught_up += len(waiting)
-            waiting.clear()
+            statistics.rows_caught_up += len(pending)
+            pending.clear()
             return
-        for row, token in enumerate(riding.tokens if riding else ()):
-            assert riding is not None
-            token.layer, token.hidden = layers, riding.hidden[row : row + 1].clone()
+        if rows is not None:
+            for row, token in enumerate(rows.tokens):
+                token.layer, token.hidden = layers, rows.hidden[row : row + 1].clone()
         passed = self.step.passed
         sides = {
             # what the caller brought may be written to before it is needed again
@@ -163,96 +166,89 @@ class CallerDecoder:
         slots = {
             at: values[at].reshape(1).clone() for each in self._slots_at[layers:] for at in each
         }
-        waiting.append(DeferredToken(layers, values[self._hidden_at].clone(), sides, slots))
+        pending.append(DeferredToken(layers, values[self._hidden_at].clone(), sides, slots))
 
-    def _example(self, tensors: Sequence[Tensor]) -> list[Any]:
+    def _place(self, role: Input) -> int:
+        """Where the value of ``role`` is among a call's values."""
+        if role.kind == "hidden":
+            return self._hidden_at
+        return self._side_at[role.name] if role.kind == "side" else self.step.places[role]
+
+    def _example(self, tensors: Sequence[Tensor]) -> Values:
         split = self.step.split
         values = [*tensors, *self._spare]
-        hidden, *values[self._tokens] = _eager(split.embed, values, self._indices(split.embed))
-        positional = split.positional
-        values[self._sides] = _eager(positional, values, self._indices(positional))
+
+        def value_of(role: Input) -> Any:
+            return values[self._place(role)]
+
+        hidden, *values[self._tokens] = split.embed.run(value_of)
+        values[self._sides] = split.positional.run(value_of)
         values[self._hidden_at] = hidden
         return values
 
-    def _bind(
-        self, segment: Segment, values: Sequence[Any]
-    ) -> Callable[[list[Any]], Sequence[Tensor]]:
-        at = self._indices(segment)
+    def _bind(self, segment: Segment, values: Values) -> Callable[[Values], Sequence[Tensor]]:
+        at = segment.arguments(self._place)
         compiled = self._compile(segment.graph, segment.structure, [values[i] for i in at])
         return lambda values: compiled([values[i] for i in at])
 
     def _bind_stacked(
-        self, segment: Segment, values: list[Any], rows: int
-    ) -> Callable[[_Rows], Tensor]:
-        at = self._indices(segment)
-        kinds = [role.kind for role in segment.inputs]
-        hidden = torch.cat([values[self._hidden_at]] * rows)
-        alone = _Rows([], hidden, rows, values)
-        compiled = self._compile(
-            segment.graph, segment.structure, alone.arguments(kinds, segment, at)
-        )
-        return lambda riding: compiled(riding.arguments(kinds, segment, at))[0]
+        self, segment: Segment, values: Values, size: int
+    ) -> Callable[[_JoinedRows], Tensor]:
+        at = segment.arguments(self._place)
+        hidden_at = next(i for i, role in enumerate(segment.inputs) if role.kind == "hidden")
+        sides = [(i, role.name) for i, role in enumerate(segment.inputs) if role.kind == "side"]
+        slots = [i for i, role in enumerate(segment.inputs) if role.kind == "slots"]
 
-    def _indices(self, segment: Segment) -> list[int]:
-        return [
-            self._hidden_at
-            if role.kind == "hidden"
-            else self._side_at[role.name]
-            if role.kind == "side"
-            else self.step.places[role]
-            for role in segment.inputs
-        ]
+        def arguments(rows: _JoinedRows) -> Values:
+            found = [rows.values[place] for place in at]
+            found[hidden_at] = rows.hidden
+            for index, name in sides:
+                found[index] = rows.side(name, at[index])
+            for index in slots:
+                found[index] = rows.slots(at[index])
+            return found
+
+        alone = _JoinedRows([], torch.cat([values[self._hidden_at]] * size), size, values)
+        compiled = self._compile(segment.graph, segment.structure, arguments(alone))
+        return lambda rows: compiled(arguments(rows))[0]
 
 
-class _Rows:
-    """DeferredToken tokens and, last, the step's own row, going through layers together.
+class _JoinedRows:
+    """Deferred tokens and, last, the step's own row, going through layers together.
 
     ``hidden`` [R, 1, H] with R = ``size``; the rows after the step's own repeat it.
     """
 
     def __init__(
-        self, tokens: list[DeferredToken], hidden: Tensor, size: int, values: list[Any]
+        self, tokens: list[DeferredToken], hidden: Tensor, size: int, values: Values
     ) -> None:
         self.tokens, self.hidden, self.size, self.values = tokens, hidden, size, values
         self._own = size - len(tokens)
-        self._made: dict[int, Tensor] = {}
+        self._made: dict[str, Tensor] = {}
 
-    def run(self, layer: Callable[[_Rows], Tensor]) -> Tensor:
-        """One layer; returns the boundary [1, 1, H] of the step's own row."""
+    def run(self, layer: Callable[[_JoinedRows], Tensor]) -> Tensor:
+        """One layer; returns the hidden state [1, 1, H] of the step's own row."""
         self.hidden = layer(self)
-        place = len(self.tokens)
-        return self.hidden[place : place + 1]
+        row = len(self.tokens)
+        return self.hidden[row : row + 1]
 
-    def arguments(self, kinds: Sequence[str], segment: Segment, at: Sequence[int]) -> list[Any]:
-        found = []
-        for kind, role, place in zip(kinds, segment.inputs, at, strict=True):
-            if kind == "hidden":
-                found.append(self.hidden)
-            elif kind == "side":
-                if place not in self._made:
-                    own = [self.values[place]] * self._own
-                    self._made[place] = torch.cat(
-                        [*(t.sides[role.name] for t in self.tokens), *own]
-                    )
-                found.append(self._made[place])
-            elif kind == "slots":
-                others = [token.slots[place] for token in self.tokens]
-                own = [self.values[place].reshape(1)] * self._own
-                found.append(torch.cat([*others, *own]))
-            else:
-                found.append(self.values[place])
-        return found
+    def side(self, name: str, place: int) -> Tensor:
+        """Side input ``name`` of all rows; ``place``: where the step's own is."""
+        if name not in self._made:
+            own = [self.values[place]] * self._own
+            self._made[name] = torch.cat([*(token.sides[name] for token in self.tokens), *own])
+        return self._made[name]
+
+    def slots(self, place: int) -> Tensor:
+        """Slots of all rows in the layer whose length is at ``place``."""
+        own = [self.values[place].reshape(1)] * self._own
+        return torch.cat([*(token.slots[place] for token in self.tokens), *own])
 
 
 def _as_rows(hidden: Tensor) -> Tensor:
-    """Boundaries [B, 1, H] as rows [1, B, H]."""
+    """Hidden states [B, 1, H] as rows [1, B, H]."""
     return hidden if hidden.shape[0] == 1 else hidden.transpose(0, 1).contiguous()
 
 
-def _eager(segment: Segment, values: Sequence[Any], at: Sequence[int]) -> list[Tensor]:
-    result = segment.graph(*(values[i] for i in at))
-    return list(result) if isinstance(result, (tuple, list)) else [result]
-
-
-def _nothing(values: Sequence[Any]) -> Sequence[Tensor]:
+def _nothing(values: Values) -> Sequence[Tensor]:
     return ()

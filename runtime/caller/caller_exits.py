@@ -1,4 +1,4 @@
-"""When a step over a caller's cache may leave, and with which logits."""
+"""When a step over a caller's cache may exit, and with which logits."""
 
 from __future__ import annotations
 
@@ -8,19 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eepass.exit_rule import among_drafts
+from eepass.runtime.decoder.decoder import Compile, bind_parameters
 from eepass.runtime.exits.exits import ROW_COUNTS, Exits, RowState
 from eepass.runtime.statistics import Statistics
-from eepass.segments import CallerStep, Segment, SplitDecoder
-
-Compile = Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]]
+from eepass.segments import CallerStep, Segment
 
 
-class Weights:
-    """What exits need of a decoder: its split, its tensors as they are now, a compiler."""
+class CallerWeights:
+    """What exits need of a decoder, over the parameters among the tensors of a call."""
 
     def __init__(self, step: CallerStep, tensors: Sequence[Tensor], compile: Compile) -> None:
-        self.splits: Mapping[int, SplitDecoder] = {1: step.split}
-        self.num_layers = len(step.split.layers)
+        self.splits = {1: step.split}
         self.hidden_size = step.split.hidden_size
         self.dtype = step.split.boundary.dtype
         self.tensors = {
@@ -32,16 +31,13 @@ class Weights:
 
     def bind(
         self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]
-    ) -> Any:
+    ) -> Callable[..., Any]:
         """As ``Decoder.bind``."""
-        tensors = {**self.tensors, **extra}
-        parameters = [tensors[r.name] for r in segment.inputs if r.kind == "parameter"]
-        compiled = self.compile(segment.graph, segment.structure, [*examples, *parameters])
-        return lambda *inputs: compiled([*inputs, *parameters])
+        return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
 
 class CallerExits:
-    """When a step may leave, and with which logits [B, 1, V].
+    """When a step may exit, and with which logits [B, 1, V].
 
     ``full`` maps z [1, n, H] to logits of the whole vocabulary [1, n, V]; without it, logits are
     those of the hot vocabulary and −inf elsewhere.
@@ -50,20 +46,21 @@ class CallerExits:
     def __init__(self, exits: Exits, step: CallerStep, full: Callable[..., Any] | None) -> None:
         self.exits, self.full = exits, full
         self.batch, self.like = step.batch, step.logits
-        self.asked = list(range(step.batch))
+        self.all_rows = list(range(step.batch))
         self.layers = frozenset(exits.thresholds)
         if full is not None:
             # the logits of the last layer are what the caller asked for
             self.layers -= {len(step.split.layers)}
 
     def prepare(self) -> None:
+        """Compile what exits need."""
         # several rows are padded to the next row count there is code for
         self.exits.prepare(1 if self.batch == 1 else max(ROW_COUNTS))
 
     def check(
         self, layer: int, hidden: Tensor, state: RowState, statistics: Statistics
     ) -> tuple[Tensor | None, RowState]:
-        """Logits if all rows of hidden [1, B, H] know their answer after ``layer``."""
+        """Logits if all rows of hidden [1, B, H] exit after ``layer``."""
         seen: list[Tensor] = []
 
         def keep(logits: Tensor) -> Tensor:
@@ -71,20 +68,20 @@ class CallerExits:
             return logits.argmax(-1)
 
         choose = keep if self.full is None else None
-        found, state = self.exits.check(layer, hidden, state, self.asked, statistics, choose)
+        found, state = self.exits.check(layer, hidden, state, self.all_rows, statistics, choose)
         if len(found.answers) < self.batch:
             return None, state
         if self.full is None:
-            return self._among_hot(seen[0][: self.batch]), state
+            return self._from_hot(seen[0][: self.batch]), state
         (logits,) = self.full(found.z[:, : self.batch])
-        answers = logits[0].argmax(-1)
-        if not bool((answers[:, None] == state.drafts).any(-1).all()):
-            # the hot vocabulary was sure, the whole one knows better
+        if not bool(among_drafts(logits[0].argmax(-1), state.drafts).all()):
+            # a cold token is likelier than the hot one that was verified
             statistics.refused += self.batch
             return None, state
         return logits.transpose(0, 1).to(self.like.dtype), state
 
-    def _among_hot(self, hot: Tensor) -> Tensor:
+    def _from_hot(self, hot: Tensor) -> Tensor:
+        """Logits of the whole vocabulary from those of its hot tokens."""
         shape, dtype = self.like.shape, self.like.dtype
         made = hot.new_full(shape, -torch.inf, dtype=dtype)
         made[:, 0, self.exits.hot_ids] = hot.to(dtype)

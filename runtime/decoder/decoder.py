@@ -158,15 +158,9 @@ class Decoder:
 
     def bind(
         self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]
-    ) -> Any:
-        """``segment`` compiled, its parameters bound from the model's and ``extra``'s tensors.
-
-        The result takes the segment's other inputs in order; returns the tuple of its outputs.
-        """
-        tensors = {**self.tensors, **extra}
-        parameters = [tensors[r.name] for r in segment.inputs if r.kind == "parameter"]
-        compiled = self.compile(segment.graph, segment.structure, [*examples, *parameters])
-        return lambda *inputs: compiled([*inputs, *parameters])
+    ) -> Callable[..., Any]:
+        """``bind_parameters`` with the model's tensors and ``extra``."""
+        return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
     def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _Bound:
         bound = _Bound(segment, self.tensors, self.kv)
@@ -174,6 +168,18 @@ class Decoder:
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
         bound.compiled = self.compile(segment.graph, segment.structure, examples, logits=logits)
         return bound
+
+
+def bind_parameters(
+    segment: Segment, tensors: Mapping[str, Tensor], compile: Compile, examples: Sequence[Tensor]
+) -> Callable[..., Any]:
+    """``segment`` compiled, with its parameters, its last inputs, in place.
+
+    The result takes the inputs before them, like ``examples``, and returns a tuple of outputs.
+    """
+    parameters = [tensors[name] for name in segment.parameters]
+    compiled = compile(segment.graph, segment.structure, [*examples, *parameters])
+    return lambda *inputs: compiled([*inputs, *parameters])
 
 
 class _Bound:

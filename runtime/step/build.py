@@ -1,9 +1,9 @@
 """Build the decode step of a decoder with exits: which launches, over which buffers.
 
     begin, embed, sides, segment 0, draft,
-    [ask] predict, [want] verify,            at each exit point
-    [go]  segment for so many rows,          after each; [fill] keys and values, if they do not wait
-    [need] head, commit
+    [active] predict, [wants_exit] verify,   at each exit point
+    [go] segment for so many rows,           after each; [fill] its KV, where it is not deferred
+    [needs_head] head, commit
 
 In brackets: the flag of a conditional.
 """
@@ -22,7 +22,7 @@ from eepass.runtime.decoder.side_inputs import Place
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffers, Conditional, Item, Launch, Step
 from eepass.runtime.step.exit_points import ExitPoints
-from eepass.runtime.step.layout import Layout, StepOptions
+from eepass.runtime.step.layout import StepLayout, StepOptions
 
 # makes one function of tensors out of an update: itself, or compiled
 Fuse = Callable[[Callable[..., None]], Callable[..., None]]
@@ -38,22 +38,22 @@ def build_step(
     return _Builder(decoder, exits, options, fuse or (lambda update: update)).build()
 
 
-class _Builder(Layout):
+class _Builder(StepLayout):
     def __init__(
         self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions, fuse: Fuse
     ) -> None:
         super().__init__(decoder, exits, options)
         self.fuse = fuse
-        # one code for all exits
-        leaving: dict[str, Any] = {
+        # all exit points share their compiled updates
+        exiting: dict[str, Any] = {
             "scratch": decoder.kv.scratch, "fills": options.kv != "defer",
         }  # fmt: skip
-        self.note = fuse(updates.predicted)
+        self.predicted = fuse(updates.predicted)
         self.draw = fuse(drawing.draw)
         self.drawing = (*drawing.OPTIONS, "position") if options.draws else ()
         self.drawn = ("drawn",) if options.draws else ()
-        self.accept = fuse(partial(updates.verified, **leaving))
-        self.leave = fuse(partial(updates.forced, **leaving))
+        self.verified = fuse(partial(updates.verified, **exiting))
+        self.forced = fuse(partial(updates.forced, **exiting))
 
     def build(self) -> Step:
         items: list[Item] = [self._begin(), *self._prelude()]
@@ -88,29 +88,29 @@ class _Builder(Layout):
         update = partial(updates.begin, pending=self.pending, scratch=self.decoder.kv.scratch)
         reads = ("stopped", "position", "ring", "exits", "fixed", "starts", "buckets")
         writes = (
-            "run", "rows", "ask", "go", "more", "live", "slots", "fill", "need", "previous",
-            "answer", "exit_layer",
+            "run", "rows", "active", "go", "more", "live", "slots", "fill", "needs_head",
+            "previous", "answer", "exit_layer",
         )  # fmt: skip
         return self._launch("begin", update, reads, ("hidden", "depth"), writes)
 
     def _prelude(self) -> list[Item]:
-        decoder, tables, looked_up = self.decoder, self.decoder.side_inputs, self.tables
-        kept = [name for name in looked_up if name in tables.by_token]
+        decoder, side_inputs, tables = self.decoder, self.decoder.side_inputs, self.tables
+        kept = [name for name in tables if name in side_inputs.by_token]
 
         def embed(b: Buffers) -> None:
             slots = torch.where(b["run"], b["rows@1"], b["scratch"])
-            made = decoder.embed(b["token"][None], b["rows@1"][None], slots)
+            embedded = decoder.embed(b["token"][None], b["rows@1"][None], slots)
             hidden = b["hidden@1"]
-            hidden.copy_(torch.where(b["run"], made, hidden))
+            hidden.copy_(torch.where(b["run"], embedded, hidden))
 
         def sides(b: Buffers) -> None:
-            for name, table in looked_up.items():
-                value = table.index_select(tables.row_dim[name], b["rows"])
+            for name, table in tables.items():
+                value = table.index_select(side_inputs.row_dim[name], b["rows"])
                 b[f"side {name}"].copy_(value)
 
         stored = tuple(f"table {name}" for name in kept)
         reads = ("token", "rows@1", "run", "scratch", "hidden@1", *stored)
-        names = tuple(f"side {name}" for name in looked_up)
+        names = tuple(f"side {name}" for name in tables)
         return [
             Launch("embed", embed, reads, ("hidden@1", *stored)),
             Launch("sides", sides, ("rows", *stored), names),
@@ -118,17 +118,17 @@ class _Builder(Layout):
 
     def _segment(self, index: int, start: int, end: int) -> list[Item]:
         if start < self.first:
-            # nothing waits here, and nothing has left
-            return [self._rows_through(index, start, end, 1)]
+            # before the first exit point there is one row, and it always runs
+            return [self._layers(index, start, end, 1)]
         bodies = [
             Conditional(
-                f"go.{index}@{count}", (self._rows_through(index, start, end, count),), ahead=True
+                f"go.{index}@{count}", (self._layers(index, start, end, count),), ahead=True
             )
             for count in self.buckets
         ]
         items: list[Item] = [bodies[0]]
         if len(bodies) > 2:
-            # few steps take more than one row: they alone look how many
+            # few steps run more than one row: they alone look up how many
             items.append(Conditional(f"more.{index}", tuple(bodies[1:]), ahead=True))
         else:
             items += bodies[1:]
@@ -136,28 +136,29 @@ class _Builder(Layout):
             items.append(Conditional(f"fill.{index}", (self._fill(index, start, end),)))
         return items
 
-    def _rows_through(self, index: int, start: int, end: int, count: int) -> Launch:
+    def _layers(self, index: int, start: int, end: int, count: int) -> Launch:
+        """Segment ``index``, layers ``start`` to ``end``, for ``count`` rows."""
         decoder, names = self.decoder, list(self.tables)
         decoder.prepare(count)
-        at = f"{index}@{count}"
+        part = f"{index}@{count}"
 
         def run(b: Buffers) -> None:
             hidden = before = b[f"hidden@{count}"]
             sides = {name: b[f"side {name}@{count}"] for name in names}
-            place = Place(b[f"slots.{at}"], sides)
+            place = Place(b[f"slots.{part}"], sides)
             for layer in range(start, end):
                 hidden = decoder.run_layer(layer, hidden, place)
-            before.copy_(torch.where(b[f"live.{at}"][None, :, None], hidden, before))
+            before.copy_(torch.where(b[f"live.{part}"][None, :, None], hidden, before))
 
         cache = self._cache_names(start, end)
         sides = tuple(f"side {name}@{count}" for name in names)
-        reads = (f"hidden@{count}", f"slots.{at}", f"live.{at}", *sides, *cache)
+        reads = (f"hidden@{count}", f"slots.{part}", f"live.{part}", *sides, *cache)
         rows = "1 row" if count == 1 else f"{count} rows"
         name = f"layers {start}–{end}, {rows}"
         return Launch(name, run, reads, (f"hidden@{count}", *cache))
 
     def _fill(self, index: int, start: int, end: int) -> Launch:
-        """Keys and values a token that left does not make: projected from its exit, or blank."""
+        """Keys and values of an exited token: projected from its hidden state, or blank."""
         decoder, names = self.decoder, list(self.tables)
         blank = self.options.kv == "drop"
 
@@ -188,49 +189,67 @@ class _Builder(Layout):
         return Launch("draft", run, ("hidden@1",), ("drafts",))
 
     def _exit(self, layer: int) -> Conditional:
-        ask, number = f"ask.{layer}", f"layer.{layer}"
+        active, number = f"active.{layer}", f"layer.{layer}"
         self.add(number, self.tensor([layer]), "kept")
-        where = ("want", number, "starts", "rows")
-        changed = ("ask", "go", "more", "live", "slots", "fill", "exit_layer")
+        where = ("wants_exit", number, "starts", "rows")
+        changed = ("active", "go", "more", "live", "slots", "fill", "exit_layer")
         if self.options.force is not None:
-
-            def mark(b: Buffers) -> None:
-                b["want"].copy_(b[ask])
-
-            def leave(b: Buffers) -> None:
-                self.leave(*(b[name] for name in (*where, *changed)))
-
-            left = Launch(f"leave {layer}", leave, (*where, *changed), changed)
-            return Conditional(ask, (Launch(f"ask {layer}", mark, (ask,), ("want",)), left))
+            return self._forced_exit(layer, where, changed)
         exits = self.exits
         assert exits is not None
-        note, accept = self.note, self.accept
 
         def predict(b: Buffers) -> None:
-            wants, now, z = exits.predict(layer, b["hidden@1"], b["drafts"], b["previous"])
+            wants, probabilities, z = exits.predict(
+                layer, b["hidden@1"], b["drafts"], b["previous"]
+            )
             b["z"].copy_(z)
-            note(wants, now, b[ask], b["previous"], b["want"], b["counters"])
+            noted = (b[active], b["previous"], b["wants_exit"], b["counters"])
+            self.predicted(wants, probabilities, *noted)
 
-        found = (*changed, "need", "answer", "counters")
+        found = (*changed, "needs_head", "answer", "counters")
 
         def verify(b: Buffers) -> None:
             if self.options.draws:
                 self._draw(b, exits.logits(b["z"]), number)
-                token, known = exits.named(b["drawn"], b["drafts"])
+                token, drafted = exits.named(b["drawn"], b["drafts"])
             else:
-                token, known = exits.verify(b["z"], b["drafts"])
-            accept(token, known, *(b[name] for name in (*where, *found)))
+                token, drafted = exits.verify(b["z"], b["drafts"])
+            self.verified(token, drafted, *(b[name] for name in (*where, *found)))
 
-        reads = ("hidden@1", "drafts", "previous", ask, "counters")
-        checks = ("z", "drafts", *where, *found, *self.drawing)
-        check = Launch(f"verify {layer}", verify, checks, (*found, *self.drawn))
-        ask_it = Launch(f"predict {layer}", predict, reads, ("z", "previous", "want", "counters"))
-        wanted = self.options.verify == "wanted"
-        return Conditional(ask, (ask_it, Conditional("want", (check,)) if wanted else check))
+        prediction = Launch(
+            f"predict {layer}",
+            predict,
+            ("hidden@1", "drafts", "previous", active, "counters"),
+            ("z", "previous", "wants_exit", "counters"),
+        )
+        verification = Launch(
+            f"verify {layer}",
+            verify,
+            ("z", "drafts", *where, *found, *self.drawing),
+            (*found, *self.drawn),
+        )
+        if self.options.verify == "wanted":
+            return Conditional(active, (prediction, Conditional("wants_exit", (verification,))))
+        return Conditional(active, (prediction, verification))
+
+    def _forced_exit(
+        self, layer: int, where: tuple[str, ...], changed: tuple[str, ...]
+    ) -> Conditional:
+        active = f"active.{layer}"
+
+        def want(b: Buffers) -> None:
+            b["wants_exit"].copy_(b[active])
+
+        def exit_early(b: Buffers) -> None:
+            self.forced(*(b[name] for name in (*where, *changed)))
+
+        wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
+        exited = Launch(f"exit {layer}", exit_early, (*where, *changed), changed)
+        return Conditional(active, (wanted, exited))
 
     def _head(self) -> Conditional:
         decoder = self.decoder
-        note = self.fuse(updates.headed)
+        head_token = self.fuse(updates.head_token)
 
         def run(b: Buffers) -> None:
             logits = decoder.logits(b["hidden@1"])[0]
@@ -238,12 +257,12 @@ class _Builder(Layout):
             if self.options.draws:
                 self._draw(b, logits, "layer.head")
                 token = b["drawn"]
-            note(token, best, b["need"], b["answer"], b["counters"])
+            head_token(token, best, b["needs_head"], b["answer"], b["counters"])
 
         changed = ("answer", "counters")
         number = ("layer.head",) if self.options.draws else ()
-        reads = ("hidden@1", "need", *changed, *self.drawing, *number)
-        return Conditional("need", (Launch("head", run, reads, (*changed, *self.drawn)),))
+        reads = ("hidden@1", "needs_head", *changed, *self.drawing, *number)
+        return Conditional("needs_head", (Launch("head", run, reads, (*changed, *self.drawn)),))
 
     def _draw(self, b: Buffers, logits: Tensor, salt: str) -> None:
         self.draw(logits, *(b[name] for name in (*self.drawing, salt, *self.drawn)))

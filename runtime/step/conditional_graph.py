@@ -1,8 +1,8 @@
-"""CUDA graphs with IF nodes, put together node by node through cuda-bindings' driver interface.
+"""CUDA graphs with IF nodes, built node by node through cuda-bindings' driver interface.
 
-Each run of launches is a graph torch has captured; here they become child graphs, with a kernel
-before each IF node that sets its condition from a flag. Nothing is captured here, so this needs
-nothing of torch but the graphs' handles.
+Torch captures each block of launches into a graph; here these become child graphs, with a kernel
+before each IF node that sets its condition from a flag. Only the handles of torch's graphs are
+needed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import ctypes
 import functools
 from typing import Any
 
-# cudaGraphSetConditional is known to the driver's own assembler; a page of PTX needs no compiler
+# the driver's own assembler knows cudaGraphSetConditional, so that this kernel needs no compiler
 SETTER = """.version 6.3
 .target sm_75
 .address_size 64
@@ -46,7 +46,7 @@ class CudaError(RuntimeError):
 
 
 def conditional_nodes_missing(capability: tuple[int, int]) -> str:
-    """Why there are no conditional nodes here, or nothing; ``capability``: of the device."""
+    """Why there are no conditional nodes here, or ""; ``capability``: of the device."""
     try:
         driver = _driver()
     except ImportError as error:
@@ -54,13 +54,13 @@ def conditional_nodes_missing(capability: tuple[int, int]) -> str:
     if not hasattr(driver, "cuGraphConditionalHandleCreate"):
         return "cuda-bindings is too old for conditional nodes: pip install -U cuda-bindings"
     try:
-        version = int(checked("cuDriverGetVersion", driver.cuDriverGetVersion()))
+        version = int(call(driver, "cuDriverGetVersion"))
     except RuntimeError as error:
-        return f"the CUDA driver does not answer: {error}"
+        return f"the CUDA driver's version cannot be read: {error}"
     if version < DRIVER:
         return (
             f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}; conditional nodes "
-            "came with 12.3"
+            "need 12.3"
         )
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
@@ -72,29 +72,28 @@ class ConditionalGraph:
 
     def __init__(self, driver: Any = None) -> None:
         self.driver = driver or _driver()
-        self.root = checked("cuGraphCreate", self.driver.cuGraphCreate(0))
+        self.root = self.call("cuGraphCreate", 0)
         self.chain = Chain(self, self.root)
-        self._context = checked("cuCtxGetCurrent", self.driver.cuCtxGetCurrent())
-        module = checked("cuModuleLoadData", self.driver.cuModuleLoadData(SETTER.encode() + b"\0"))
-        self._setter = checked(
-            "cuModuleGetFunction", self.driver.cuModuleGetFunction(module, ENTRY)
-        )
-        self._module = module
+        self._context = self.call("cuCtxGetCurrent")
+        self._module = self.call("cuModuleLoadData", SETTER.encode() + b"\0")
+        self._setter = self.call("cuModuleGetFunction", self._module, ENTRY)
         self._executable: Any = None
 
+    def call(self, name: str, *arguments: Any) -> Any:
+        """``call`` with this graph's driver."""
+        return call(self.driver, name, *arguments)
+
     def instantiate(self, stream: int) -> None:
-        """Make it ready to be launched, its code on the device already."""
-        driver = self.driver
-        self._executable = checked("cuGraphInstantiate", driver.cuGraphInstantiate(self.root, 0))
-        checked("cuGraphUpload", driver.cuGraphUpload(self._executable, driver.CUstream(stream)))
+        """Make it ready to launch, and upload it to the device."""
+        self._executable = self.call("cuGraphInstantiate", self.root, 0)
+        self.call("cuGraphUpload", self._executable, self.driver.CUstream(stream))
 
     def launch(self, stream: int) -> None:
         """Launch into ``stream``, a ``cudaStream_t``."""
-        driver = self.driver
-        checked("cuGraphLaunch", driver.cuGraphLaunch(self._executable, driver.CUstream(stream)))
+        self.call("cuGraphLaunch", self._executable, self.driver.CUstream(stream))
 
     def close(self) -> None:
-        """Destroy it; what failed before may fail again here, and nobody minds."""
+        """Destroy it; errors of the driver are ignored."""
         driver = self.driver
         if self._executable is not None:
             driver.cuGraphExecDestroy(self._executable)
@@ -105,69 +104,56 @@ class ConditionalGraph:
 
     def condition(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, Any]:
         """A handle whose value is the byte at ``flag``, and the node that sets it."""
-        driver = self.driver
-        handle = checked(
-            "cuGraphConditionalHandleCreate",
-            driver.cuGraphConditionalHandleCreate(graph, self._context, 0, 0),
-        )
-        given = driver.CUDA_KERNEL_NODE_PARAMS()
-        given.func = self._setter
-        given.gridDimX = given.gridDimY = given.gridDimZ = 1
-        given.blockDimX = given.blockDimY = given.blockDimZ = 1
-        given.sharedMemBytes = 0
-        given.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
-        node = checked(
-            "cuGraphAddKernelNode",
-            driver.cuGraphAddKernelNode(graph, after, len(after), given),
-        )
-        return handle, node
+        handle = self.call("cuGraphConditionalHandleCreate", graph, self._context, 0, 0)
+        params = self.driver.CUDA_KERNEL_NODE_PARAMS()
+        params.func = self._setter
+        params.gridDimX = params.gridDimY = params.gridDimZ = 1
+        params.blockDimX = params.blockDimY = params.blockDimZ = 1
+        params.sharedMemBytes = 0
+        params.kernelParams = ((int(handle), flag), (ctypes.c_uint64, ctypes.c_uint64))
+        return handle, self.call("cuGraphAddKernelNode", graph, after, len(after), params)
 
     def if_node(self, graph: Any, after: list[Any], handle: Any) -> tuple[Any, Any]:
         """An IF node on ``handle``, and its empty body."""
         driver = self.driver
-        given = driver.CUgraphNodeParams()
-        given.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
-        given.conditional.handle = handle
-        given.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
-        given.conditional.size = 1
-        given.conditional.ctx = self._context
-        # with edge data; without the suffix from CUDA 13 on
-        add = getattr(driver, "cuGraphAddNode_v2", driver.cuGraphAddNode)
-        node = checked("cuGraphAddNode", add(graph, after, None, len(after), given))
-        return node, given.conditional.phGraph_out[0]
+        params = driver.CUgraphNodeParams()
+        params.type = driver.CUgraphNodeType.CU_GRAPH_NODE_TYPE_CONDITIONAL
+        params.conditional.handle = handle
+        params.conditional.type = driver.CUgraphConditionalNodeType.CU_GRAPH_COND_TYPE_IF
+        params.conditional.size = 1
+        params.conditional.ctx = self._context
+        # the variant that takes edge data; from CUDA 13 on it has no suffix
+        name = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
+        node = self.call(name, graph, after, None, len(after), params)
+        return node, params.conditional.phGraph_out[0]
 
 
 class Chain:
-    """Nodes of one graph (the step's or a body), each after the one before it."""
+    """The nodes of one graph (the step's or an IF node's body), one after the other."""
 
     def __init__(self, owner: ConditionalGraph, graph: Any) -> None:
         self._owner, self._graph = owner, graph
         self._last: list[Any] = []
 
     def child(self, graph: int) -> None:
-        """Add a copy of ``graph``, a ``cudaGraph_t``; what it captured must stay in memory."""
-        driver = self._owner.driver
-        node = checked(
-            "cuGraphAddChildGraphNode",
-            driver.cuGraphAddChildGraphNode(
-                self._graph, self._last, len(self._last), driver.CUgraph(graph)
-            ),
-        )
-        self._last = [node]
+        """Add a copy of ``graph``, a ``cudaGraph_t``; the memory it captured must stay alive."""
+        child, after = self._owner.driver.CUgraph(graph), self._last
+        arguments = (self._graph, after, len(after), child)
+        self._last = [self._owner.call("cuGraphAddChildGraphNode", *arguments)]
 
     def branch(self, flag: int) -> Chain:
-        """Add an IF node on the byte at device address ``flag``; the chain of its body."""
+        """Add an IF node on the byte at device address ``flag``; returns the chain of its body."""
         handle, setter = self._owner.condition(self._graph, self._last, flag)
         node, body = self._owner.if_node(self._graph, [setter], handle)
         self._last = [node]
         return Chain(self._owner, body)
 
 
-def checked(what: str, answer: tuple[Any, ...]) -> Any:
-    """What a call of the driver gave besides its error code; ``CudaError`` where that is one."""
-    error, *values = answer
+def call(driver: Any, name: str, *arguments: Any) -> Any:
+    """The results of the driver's function ``name``; ``CudaError`` where it returns an error."""
+    error, *values = getattr(driver, name)(*arguments)
     if int(error) != 0:
-        raise CudaError(f"{what}: {getattr(error, 'name', error)}")
+        raise CudaError(f"{name}: {getattr(error, 'name', error)}")
     return values[0] if len(values) == 1 else tuple(values)
 
 

@@ -1,4 +1,4 @@
-"""A step on a CUDA device: captured by torch, run as one graph or block by block."""
+"""Executors for a CUDA device: a step captured by torch, run as one graph or block by block."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from eepass.runtime.step.conditional_graph import Chain, ConditionalGraph
 from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, launches
 from eepass.runtime.step.host import Block, HostDriven
 
-# launches before capture: compilers tune, libraries allocate their workspaces
+# runs before capture, in which compilers tune and libraries allocate their workspaces
 WARM_UP = 2
 
 
@@ -20,7 +20,7 @@ class Captures:
     """Blocks of a step captured into CUDA graphs that share one pool and one stream."""
 
     def __init__(self, step: Step, debug: bool = False) -> None:
-        """``debug``: assert at each replay that all buffers lie where they lay at capture."""
+        """``debug``: check at each replay that all buffers have the addresses of the capture."""
         self.step_data, self.debug = step, debug
         self.device = step.flags.device
         self.graphs: list[torch.cuda.CUDAGraph] = []
@@ -38,7 +38,7 @@ class Captures:
             try:
                 self._run(block)
             except BaseException:
-                # the stream must leave capture mode, whatever became of what was captured
+                # the stream must leave capture mode, even if the capture is already invalid
                 with suppress(RuntimeError):
                     graph.capture_end()
                 raise
@@ -58,12 +58,12 @@ class Captures:
         return replay
 
     def check(self) -> None:
-        """In debug mode, raise ``StepError`` if anything has moved since capture."""
+        """In debug mode, raise ``StepError`` if a buffer has moved since capture."""
         if self.debug:
             self.step_data.require_addresses(self.addresses)
 
     def close(self) -> None:
-        """Give the graphs' memory back, once nothing runs any more."""
+        """Free the graphs' memory, once nothing runs any more."""
         with suppress(RuntimeError):
             torch.cuda.synchronize(self.device)
         for graph in self.graphs:
@@ -86,8 +86,8 @@ class Captures:
 
 
 class PredicatedGraph:
-    """The whole step as one captured graph without conditions: every launch runs, and masks keep
-    from writing what should not have run."""
+    """The whole step as one captured graph without conditionals: every launch runs, and masks keep
+    those whose flag is false from changing anything."""
 
     synchronisations = 0
 
@@ -102,29 +102,9 @@ class PredicatedGraph:
         self._captures.close()
 
 
-class HostSegments:
-    """Blocks as graphs of their own, launched by a host that hears of flags."""
-
-    def __init__(self, captures: Captures) -> None:
-        self._captures = captures
-        step = captures.step_data
-        self._host = HostDriven(step, CudaFlags(step.flags), captures.prepare)
-
-    @property
-    def synchronisations(self) -> int:
-        return self._host.synchronisations
-
-    def step(self) -> None:
-        self._host.step()
-
-    def close(self) -> None:
-        self._host.close()
-        self._captures.close()
-
-
 class DeviceGraph:
-    """The whole step as one graph whose conditionals are IF nodes: the host launches it and is
-    asked nothing."""
+    """The whole step as one graph whose conditionals are IF nodes: the host launches it and never
+    waits."""
 
     synchronisations = 0
 
@@ -136,7 +116,7 @@ class DeviceGraph:
                 self._add(captures.step_data.items, self._graph.chain)
                 self._graph.instantiate(torch.cuda.current_stream().cuda_stream)
             except BaseException:
-                # half a graph of the driver's would stay for good, Ctrl-C included
+                # nothing else frees a half-built graph of the driver's; Ctrl-C may come here too
                 self._graph.close()
                 raise
 
@@ -152,7 +132,7 @@ class DeviceGraph:
         self._captures.close()
 
     def __del__(self) -> None:
-        # a graph of the driver's goes with nothing else
+        # nothing else frees a graph of the driver's
         if hasattr(self, "_graph"):
             with suppress(Exception):
                 self.close()
@@ -166,55 +146,72 @@ class DeviceGraph:
                 chain.child(self._captures.capture(entry).raw_cuda_graph())
 
 
-class CudaFlags:
-    """Flags sent to pinned memory of the host, an event after each sending."""
+def host_segments(captures: Captures) -> HostDriven:
+    """Blocks as graphs of their own, launched by a host that reads the flags."""
+    step = captures.step_data
+    return HostDriven(step, CudaFlags(step.flags), captures.prepare, captures.close)
 
-    def __init__(self, flags: Tensor, slots: int = 16) -> None:
-        self._flags = flags
-        self._pinned = torch.zeros(slots, flags.numel(), dtype=torch.bool, pin_memory=True)
+
+class PinnedCopies:
+    """Copies of a tensor in the host's pinned memory, numbered from 1, the last ``slots`` of them.
+
+    They are enqueued behind what was launched before, an event after each.
+    """
+
+    def __init__(self, tensor: Tensor, slots: int) -> None:
+        self._tensor = tensor
+        self._pinned = torch.zeros(slots, tensor.numel(), dtype=tensor.dtype, pin_memory=True)
         self._events = [torch.cuda.Event() for _ in range(slots)]
-        self._sent = 0
-        self._there = 0
-        self.synchronisations = 0
+        self.posted = 0
 
     def post(self) -> int:
-        self._sent += 1
-        slot = self._sent % len(self._events)
-        self._pinned[slot].copy_(self._flags, non_blocking=True)
+        self.posted += 1
+        slot = self.posted % len(self._events)
+        self._pinned[slot].copy_(self._tensor, non_blocking=True)
         self._events[slot].record()
-        return self._sent
+        return self.posted
 
     def wait(self, number: int) -> None:
         self._events[number % len(self._events)].synchronize()
-        self._there = number
+
+    def __getitem__(self, number: int) -> Tensor:
+        return self._pinned[number % len(self._events)]
+
+
+class CudaFlags:
+    """Flags copied to the host."""
+
+    def __init__(self, flags: Tensor) -> None:
+        self._flags, self._copies = flags, PinnedCopies(flags, slots=16)
+        self._arrived = 0
+        self.synchronisations = 0
+        self.post = self._copies.post
+
+    def wait(self, number: int) -> None:
+        self._copies.wait(number)
+        self._arrived = number
         self.synchronisations += 1
 
     def known(self, flag: Tensor) -> bool:
         offset = flag.data_ptr() - self._flags.data_ptr()
-        return bool(self._pinned[self._there % len(self._events), offset])
+        return bool(self._copies[self._arrived][offset])
 
 
-class CudaOutbox:
-    """Results sent to pinned memory of the host, an event after each."""
+class CudaResultQueue:
+    """Results copied to the host."""
 
-    def __init__(self, out: Tensor, slots: int = 8) -> None:
-        self._out = out
-        self._pinned = torch.zeros(slots, out.numel(), dtype=out.dtype, pin_memory=True)
-        self._events = [torch.cuda.Event() for _ in range(slots)]
-        self._sent = self._taken = 0
+    def __init__(self, out: Tensor) -> None:
+        self._copies = PinnedCopies(out, slots=8)
+        self._taken = 0
 
     def post(self) -> None:
-        slot = self._sent % len(self._events)
-        self._pinned[slot].copy_(self._out, non_blocking=True)
-        self._events[slot].record()
-        self._sent += 1
+        self._copies.post()
 
     def take(self) -> tuple[int, int]:
-        slot = self._taken % len(self._events)
-        self._events[slot].synchronize()
         self._taken += 1
-        token, layer = self._pinned[slot].tolist()
+        self._copies.wait(self._taken)
+        token, layer = self._copies[self._taken].tolist()
         return token, layer
 
     def clear(self) -> None:
-        self._taken = self._sent
+        self._taken = self._copies.posted

@@ -1,9 +1,9 @@
 """One decode step as data: buffers, launches that read and write them, conditionals over launches.
 
 Every executor runs the same data: the interpreter, host-driven segments, one CUDA graph. A launch
-may touch the buffers it names and constants (weights), nothing else. **A launch in a body does
+may touch the buffers it names and constants (weights), nothing else. **A launch in a body changes
 nothing if its flag is false, provided that the flag has been true since the step began or that no
-other body stands for the same work**: masks carry the meaning, conditionals only save time. So a
+other body does the same work**: masks decide what is written, conditionals only save time. So a
 body may be launched before its flag is known, or always.
 """
 
@@ -21,13 +21,13 @@ Run = Callable[[Buffers], None]
 
 
 class StepError(RuntimeError):
-    """The step's data contradict themselves, or a launch did what it did not declare."""
+    """The step's data contradict themselves, or a launch did something it did not declare."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Buffer:
-    """Memory of a fixed address. ``life``: ``kept`` from step to step, or written anew in each
-    ``step`` before it is read. ``owner``: who allocated it. ``base``: of a part, the whole."""
+    """Memory at a fixed address. ``life``: ``kept`` from step to step, or written anew in each
+    ``step`` before it is read. ``owner``: who allocated it. ``base``: the buffer it is part of."""
 
     name: str
     tensor: Tensor
@@ -38,7 +38,7 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Launch:
-    """``run`` gets the buffers it ``reads`` and ``writes``, by name. What it writes only, it
+    """``run`` gets the buffers it ``reads`` and ``writes``, by name. A buffer it only writes it
     writes whole."""
 
     name: str
@@ -51,8 +51,8 @@ class Launch:
 class Conditional:
     """``body`` runs where ``flag``, a bool [1], is true when it is reached.
 
-    ``ahead``: within a step the flag only falls, and mostly it stays: a host that knew it to be
-    true need not wait to hear that it still is.
+    ``ahead``: within a step the flag can only become false, and mostly it stays true: a host that
+    has read it as true launches the body without waiting for its newest value.
     """
 
     flag: str
@@ -94,12 +94,12 @@ class Step:
         return sum(b.tensor.nbytes for b in self.wholes if b.owner == "step")
 
     def addresses(self) -> dict[str, int]:
-        """Where buffers and constants lie."""
+        """The addresses of buffers and constants."""
         found = {name: buffer.tensor.data_ptr() for name, buffer in self.buffers.items()}
         return found | {f"constant {n}": t.data_ptr() for n, t in self.constants.items()}
 
     def require_addresses(self, known: Mapping[str, int]) -> None:
-        """Raise ``StepError`` naming what no longer lies where it lay."""
+        """Raise ``StepError`` naming what has moved."""
         moved = [name for name, at in self.addresses().items() if known.get(name) != at]
         if moved:
             raise StepError(f"{', '.join(moved[:3])}: no longer at the address of the capture")
@@ -117,7 +117,7 @@ def launches(items: Sequence[Item]) -> Iterator[Launch]:
 def blocks(
     items: Sequence[Item], ends: Collection[Launch] = ()
 ) -> list[tuple[Launch, ...] | Conditional]:
-    """``items`` with launches that follow one another put together; those of ``ends`` end one."""
+    """``items`` with consecutive launches grouped into blocks; a launch in ``ends`` ends one."""
     found: list[tuple[Launch, ...] | Conditional] = []
     together: list[Launch] = []
     for item in items:
@@ -140,7 +140,7 @@ def conditionals(items: Sequence[Item]) -> Iterator[Conditional]:
 
 
 def flag_writers(step: Step) -> frozenset[Launch]:
-    """The launches that write a flag some conditional goes by."""
+    """The launches that write the flag of a conditional."""
     flags = {step.base(conditional.flag) for conditional in conditionals(step.items)}
     return frozenset(
         launch
@@ -150,8 +150,8 @@ def flag_writers(step: Step) -> frozenset[Launch]:
 
 
 def check_step(step: Step) -> None:
-    """Raise ``StepError`` where a name is unknown, a flag is none, buffers overlap, or something is
-    read that was not written on every way there."""
+    """Raise ``StepError`` where a name is unknown, a flag is not a bool [1], buffers overlap, or a
+    buffer is read that was not written on every path there."""
     _check_overlap(step)
     written = {buffer.name for buffer in step.wholes if buffer.life == "kept"}
     _check_order(step, step.items, written)
@@ -164,7 +164,7 @@ def _check_order(step: Step, items: Sequence[Item], written: set[str]) -> None:
             flag = step[item.flag]
             if flag.dtype != torch.bool or flag.numel() != 1:
                 raise StepError(f"{item.flag} is no flag: {flag.dtype} {list(flag.shape)}")
-            # what a body writes is there for the body alone
+            # what a body writes counts as written within that body alone
             _check_order(step, item.body, set(written))
         else:
             _require(step, item.name, item.reads, written)
@@ -193,7 +193,7 @@ def _check_overlap(step: Step) -> None:
     fixed = {f"constant {name}": _span(tensor) for name, tensor in step.constants.items()}
     last, reached = "", -1
     for name, (begin, end) in sorted({**spans, **fixed}.items(), key=lambda item: item[1]):
-        # tied weights overlap, and nobody writes them
+        # tied weights overlap, and are only read
         if begin < reached and not (name in fixed and last in fixed):
             raise StepError(f"{name} and {last} overlap")
         if end > reached:

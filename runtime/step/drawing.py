@@ -1,7 +1,7 @@
-"""Tokens drawn where no host draws: a number from seed and position, a place in the distribution.
+"""Sample tokens on the device, with random numbers made from seed and position.
 
-As ``runtime.sampling`` for one row, in its order: temperature, top-k (all that equal the last one
-stay), top-p, min-p. What is drawn hangs on nothing but logits, options, seed and position.
+Options apply as in ``runtime.sampling`` and in its order: temperature, top-k (all tokens that equal
+the last one stay), top-p, min-p. The token depends on logits, options, seed and position alone.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from eepass.runtime.sampling import Sampling
 
 # buffers of a step that draws, in the order ``draw`` takes them
 OPTIONS = ("temperature", "top_k", "top_p", "min_p", "seed")
-# exits and the head of one step draw apart
+# exit points and the LM head of one step use different random numbers
 SALTS = 1 << 10
 
 
@@ -22,7 +22,8 @@ def draw(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
     position: Tensor, salt: Tensor, drawn: Tensor,
 ) -> None:  # fmt: skip
-    """The place [1] of a token in ``logits`` [1, V]; the likeliest where ``temperature`` is 0."""
+    """Sample an index [1] of ``logits`` [1, V] into ``drawn``; the argmax where ``temperature`` is
+    0."""
     heat = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
     ordered, ids = (logits.double() / heat).sort(dim=-1, descending=True, stable=True)
     last = ordered.gather(-1, (top_k - 1).clamp_min(0)[None])
@@ -32,9 +33,9 @@ def draw(
     p = p.masked_fill((p.cumsum(-1) - p >= top_p) & ~first, 0)
     p = p.masked_fill(p < min_p * p[:, :1], 0)
     ends = p.cumsum(-1)
-    chance = uniform(seed, position * SALTS + salt)
-    passed = (ends <= chance * ends[:, -1:]).sum(-1, keepdim=True)
-    # rounding must not lead past the last token that has a chance
+    number = uniform(seed, position * SALTS + salt)
+    passed = (ends <= number * ends[:, -1:]).sum(-1, keepdim=True)
+    # rounding must not lead past the last token with a probability above zero
     place = torch.minimum(passed, (p > 0).sum(-1, keepdim=True) - 1)
     token = ids.gather(-1, place)[:, 0]
     drawn.copy_(torch.where(temperature > 0, token, logits.argmax(-1)))
@@ -51,14 +52,16 @@ def uniform(seed: Tensor, number: Tensor) -> Tensor:
 
 
 def _right(x: Tensor, bits: int) -> Tensor:
-    """``x`` shifted as if it had no sign."""
+    """``x`` shifted right as an unsigned number."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 def option_values(sampling: Sampling) -> dict[str, float]:
-    """What a step's buffers hold for ``sampling``; ``EngineError`` for what a step does not do."""
+    """What a step's buffers hold for ``sampling``; ``EngineError`` for what a step cannot do."""
     if sampling.repetition_penalty != 1 or sampling.process is not None:
-        raise EngineError("a step knows no repetition_penalty and no process: leave launch= out")
+        raise EngineError(
+            "a captured step has no repetition_penalty and no process: leave launch= out"
+        )
     seed = torch.Generator().seed() % 2**62 if sampling.seed is None else sampling.seed
     values = {name: getattr(sampling, name) for name in OPTIONS[:-1]}
     return {**values, "seed": seed}

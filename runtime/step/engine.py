@@ -1,4 +1,4 @@
-"""Decode with a step that runs by itself: several in flight, their tokens read a step behind."""
+"""Decode with captured steps: several in flight, each token read after the next step's launch."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from eepass.runtime.sampling import Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Step, StepError
-from eepass.runtime.step.tokens import Outbox
+from eepass.runtime.step.results import ResultQueue
 
 GREEDY = Sampling()
 
@@ -33,15 +33,15 @@ class Executor(Protocol):
         """Launch one step."""
 
     def close(self) -> None:
-        """Give back what was captured."""
+        """Free what was captured."""
 
 
 class StepEngine:
-    """Decodes one sequence at a time over ``step``; tokens that leave early are committed at once.
+    """Decodes one sequence at a time over ``step``; tokens that exit early are committed at once.
 
-    ``prompt_rows``: prompts go in passes of so many rows, padded (the fewest that fit if None).
-    ``in_flight``: steps launched before the first of them is read. What was launched after a stop
-    token is dropped; it takes waiting tokens through the deeper layers and does nothing else.
+    ``prompt_rows``: prompts run in passes of so many rows, padded (the fewest that fit if None).
+    ``in_flight``: steps launched before the first of them is read. The results of steps launched
+    after a stop token are dropped; such a step only catches up pending tokens.
     """
 
     def __init__(
@@ -49,11 +49,11 @@ class StepEngine:
         decoder: Decoder,
         step: Step,
         executor: Executor,
-        outbox: Outbox,
+        results: ResultQueue,
         in_flight: int = 2,
         prompt_rows: int | None = None,
     ) -> None:
-        self.decoder, self.step, self.executor, self.outbox = decoder, step, executor, outbox
+        self.decoder, self.step, self.executor, self.results = decoder, step, executor, results
         self.in_flight, self.prompt_rows = in_flight, prompt_rows
         self.steps = 0
         self._seconds = 0.0
@@ -61,11 +61,10 @@ class StepEngine:
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
     ) -> Iterator[DecodedToken]:
-        """Tokens after ``ids``; an end token of the step is the last one given.
+        """Tokens after ``ids``, up to and including an end token of the step.
 
-        Not greedy only where the step was built to draw.
-
-        Raises ``EngineError`` for what does not fit and where the device fails.
+        Only a step that was built to draw samples. Raises ``EngineError`` for what does not fit and
+        where the device fails.
         """
         ends = frozenset(self.step["stop"].tolist())
         if max_new_tokens < 1:
@@ -94,7 +93,7 @@ class StepEngine:
                 )
 
     def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[DecodedToken]:
-        """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
+        """Teacher forcing: the step's tokens after each token of ``answer`` but the last."""
         found = []
         with self._sequence(ids, GREEDY):
             if len(ids) + len(answer) - 1 > self.decoder.longest:
@@ -111,7 +110,7 @@ class StepEngine:
 
     @property
     def statistics(self) -> Statistics:
-        """Counts since they were last set anew, read from the device; times of the host."""
+        """Counts since the last reset, read from the device; times are the host's."""
         layers, counted = updates.counts(self.step["counters"].tolist())
         return Statistics(
             self.decoder.num_layers,
@@ -124,23 +123,23 @@ class StepEngine:
     @statistics.setter
     def statistics(self, fresh: Statistics) -> None:
         if fresh.tokens or fresh.passes:
-            raise ValueError("counting starts at zero: give fresh statistics")
+            raise ValueError("statistics can only be reset: assign fresh ones")
         self.step["counters"].zero_()
         self._seconds = 0.0
 
     @property
     def draws(self) -> bool:
-        """Whether tokens may be drawn."""
+        """Whether the step can sample."""
         return "drawn" in self.step.buffers
 
     def catch_up(self) -> None:
-        """Take what waits through all layers; keys and values are the dense ones then."""
+        """Run pending tokens through all layers: keys and values become the dense ones."""
         self.step["stopped"].fill_(True)
         self._launch()
-        self.outbox.clear()
+        self.results.clear()
 
     def close(self) -> None:
-        """Give back what was captured; the engine is of no use afterwards."""
+        """Free what was captured; the engine cannot be used afterwards."""
         self.executor.close()
 
     @contextmanager
@@ -156,19 +155,19 @@ class StepEngine:
         if not sampling.greedy and not self.draws:
             raise EngineError("this step decodes greedily: build one that draws")
         values = drawing.option_values(sampling)
-        # rows stand at their positions, so the sequence begins at slot 0
+        # a row's slot is its position, so the sequence begins at slot 0
         if kv.allocate(room) is None:
             raise EngineError("the cache holds another sequence: let it end first")
         try:
-            # no mode is held over a yield: it would be the caller's as well
+            # no torch mode is active at a yield: it would be the caller's as well
             yield self._start(list(ids), values)
             self.catch_up()
         finally:
-            self.outbox.clear()
+            self.results.clear()
             kv.release(0)
 
     def _start(self, ids: list[int], values: Mapping[str, float]) -> int:
-        """Run a prompt; its first token, which the next step takes up."""
+        """Run a prompt and sample its first token, which the next step continues from."""
         decoder, step = self.decoder, self.step
         with _failing(), torch.no_grad():
             hidden = self._prefill(ids)
@@ -177,7 +176,7 @@ class StepEngine:
             if self.draws:
                 for name, value in values.items():
                     step[name].fill_(value)
-                # the place of the token before: no step draws there
+                # the last token of the prompt: steps draw at later positions
                 position = torch.full_like(token, len(ids) - 1)
                 options = {name: step[name] for name in drawing.OPTIONS}
                 salt = step["layer.head"]
@@ -192,7 +191,7 @@ class StepEngine:
         step["depth"].fill_(layers)
         step["ring"].fill_(updates.NEVER)
         step["ring"][-1] = layers
-        # layers read the rows of old tokens too, and drop what comes of it
+        # layers compute rows of old tokens too, and their results are dropped
         step["hidden"].zero_()
         return first
 
@@ -208,12 +207,12 @@ class StepEngine:
     def _launch(self) -> None:
         with _failing(), torch.no_grad():
             self.executor.step()
-            self.outbox.post()
+            self.results.post()
         self.steps += 1
 
     def _take(self) -> DecodedToken:
         with _failing():
-            token, layer = self.outbox.take()
+            token, layer = self.results.take()
         if token == updates.NOT_FINITE:
             raise EngineError(_NOT_FINITE)
         return DecodedToken(token, layer)
@@ -224,7 +223,7 @@ _NOT_FINITE = "the logits are not finite: the weights hold NaN or inf, or the dt
 
 @contextmanager
 def _failing() -> Iterator[None]:
-    """A device's fault as an ``EngineError``."""
+    """Raise a failure of the device as an ``EngineError``."""
     try:
         yield
     except StepError:
@@ -232,6 +231,6 @@ def _failing() -> Iterator[None]:
     except RuntimeError as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise EngineError(
-            f"the device failed while decoding ({first}): this engine is of no use any more; "
-            "configure or transform anew"
+            f"the device failed while decoding ({first}): this engine cannot go on; configure or "
+            "transform again"
         ) from error

@@ -1,4 +1,4 @@
-"""The segments at exit points, bound for one row: drafts, predictors, verification."""
+"""The segments at exit points, bound for one row: draft tokens, predictors, verification."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eepass.exit_rule import among_drafts, wants_exit
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
 from eepass.runtime.decoder.decoder import Decoder
 
 
 class ExitPoints:
-    """What one row is asked where it may leave.
+    """Draft tokens, predictors and verification of one row, by ``eepass.exit_rule``.
 
-    ``fused``: exit points as one operator each, in place of predictors and verification.
-    ``tensors`` are the artefact's with ``hot.ids``, and the plan's thresholds where they are fused.
+    ``fused``: operators that replace predictors and verification, thresholds included.
+    ``tensors`` are the artefact's with ``hot.ids``, and the plan's thresholds for fused operators.
     """
 
     def __init__(
@@ -33,20 +34,19 @@ class ExitPoints:
         k = plan.draft_tokens
         device = decoder.device
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype, device=device)
-        self._like = hidden
+        self._example = hidden
         drafts = torch.zeros(1, k, dtype=torch.long, device=device)
         previous = torch.zeros(1, k, device=device)
-        asked = [hidden, drafts, previous]
-        source: Any = fused if fused is not None else segments
+        source: Any = segments if fused is None else fused
         self._predict = {
-            layer: decoder.bind(segment, tensors, asked)
+            layer: decoder.bind(segment, tensors, [hidden, drafts, previous])
             for layer, segment in source.predictors.items()
         }
-        told = asked[:2] if fused is not None else asked[:1]
-        self._verify = decoder.bind(source.verify, tensors, told)
-        self._normed = decoder.bind(segments.normed, tensors, asked[:1])
-        self._draft = decoder.bind(segments.draft, tensors, asked[:1])
-        self._limits = {
+        verified = [hidden] if fused is None else [hidden, drafts]
+        self._verify = decoder.bind(source.verify, tensors, verified)
+        self._normed = decoder.bind(segments.normed, tensors, [hidden])
+        self._draft = decoder.bind(segments.draft, tensors, [hidden])
+        self._thresholds = {
             p.layer: torch.tensor([p.threshold], dtype=torch.float64, device=device)
             for p in plan.exits
         }
@@ -56,7 +56,7 @@ class ExitPoints:
         return tuple(point.layer for point in self.plan.exits)
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """The likeliest hot tokens [1, K] of a boundary [1, 1, H]."""
+        """The draft tokens [1, K] of a hidden state [1, 1, H]: its likeliest hot tokens."""
         (z,) = self._normed(hidden)
         (logits,) = self._draft(z)
         return self._hot[logits[0].topk(self.plan.draft_tokens, -1).indices]
@@ -64,38 +64,43 @@ class ExitPoints:
     def predict(
         self, layer: int, hidden: Tensor, drafts: Tensor, previous: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether the token wants to leave [1], its drafts' probabilities [1, K], z [1, 1, H]."""
-        chance, now, z, *exits = self._predict[layer](hidden, drafts, previous)
+        """Whether the row wants to exit [1], its draft tokens' probabilities [1, K], and its
+        normed hidden state z [1, 1, H]."""
+        probability, now, z, *wants = self._predict[layer](hidden, drafts, previous)
+        if wants:
+            # fused operators compare with the threshold themselves
+            return wants[0], now, z
         # in float64, as a host compares
-        wants = exits[0] if exits else chance.double() > self._limits[layer]
-        return wants, now, z
+        return wants_exit(probability.double(), self._thresholds[layer]), now, z
 
     def verify(self, z: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
         """The likeliest token [1] of z [1, 1, H], and whether it is among ``drafts`` (bool [1])."""
         if self._fused:
-            token, known = self._verify(z, drafts)
-            return token, known
+            token, drafted = self._verify(z, drafts)
+            return token, drafted
         return self.named(self.logits(z).argmax(-1), drafts)
 
     def logits(self, z: Tensor) -> Tensor:
-        """Logits [1, N] of z [1, 1, H], of the hot vocabulary or the whole; not of fused ones."""
+        """Logits [1, N] of z [1, 1, H], of the hot vocabulary or the whole; fused operators have
+        none."""
         (logits,) = self._verify(z)
-        found: Tensor = logits[0]
-        return found
+        rows: Tensor = logits[0]
+        return rows
 
-    def named(self, place: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-        """The token [1] at a ``place`` [1] in these logits, and whether it is among ``drafts``."""
-        token = self._hot[place] if self.plan.verify == "hot" else place
-        return token, (token[:, None] == drafts).any(-1)
+    def named(self, index: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
+        """The token [1] at an ``index`` [1] of these logits, and whether it is among ``drafts``."""
+        token = self._hot[index] if self.plan.verify == "hot" else index
+        return token, among_drafts(token, drafts)
 
     def differ_from(self, other: ExitPoints) -> str:
-        """Why these do not say what ``other`` says of a made-up boundary, or nothing.
+        """How these differ from ``other`` on an invented hidden state, or "" if they do not.
 
         Kernels are tried on the device they are to run on before anything depends on them.
         """
         try:
-            made = torch.linspace(-1, 1, self._like.numel(), device=self._like.device)
-            hidden = made.sin().to(self._like.dtype).view_as(self._like)
+            like = self._example
+            hidden = torch.linspace(-1, 1, like.numel(), device=like.device)
+            hidden = hidden.sin().to(like.dtype).view_as(like)
             drafts = other.draft(hidden)
             previous = torch.zeros_like(drafts, dtype=torch.float32)
             for layer in self.layers:
@@ -113,6 +118,6 @@ class ExitPoints:
 
 
 def with_thresholds(tensors: Mapping[str, Tensor], plan: ExitPlan) -> dict[str, Tensor]:
-    """``tensors`` with those that fused predictors read their thresholds from."""
+    """``tensors``, and those that fused predictors read their thresholds from."""
     device = tensors["hot.ids"].device
     return {**tensors, **{n: t.to(device) for n, t in plan.threshold_tensors().items()}}

@@ -1,8 +1,8 @@
-"""Run a step with the host in charge: it reads the flags and launches what they ask for.
+"""Run a step from the host, which reads the flags and launches the bodies whose flag is true.
 
-Flags come with a delay on a GPU. Where a flag was true and mostly still is, its body is launched
-first and the flag waited for afterwards, while the body runs: masks keep a body that should not
-have run from doing anything.
+On a GPU flags arrive with a delay. Where a flag was true and mostly still is, the host launches the
+body first and waits for the flag while the body runs: masks keep a body that should not have run
+from changing anything.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from torch import Tensor
 from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, flag_writers
 
 Block = tuple[Launch, ...]
-# a block -> what launches it
+# a block -> the function that launches it
 Prepare = Callable[[Block], Callable[[], None]]
 
 
 class Flags(Protocol):
-    """What the host knows of flags in a device's memory."""
+    """Copies on the host of flags in a device's memory."""
 
     synchronisations: int
 
     def post(self) -> int:
-        """Have the flags as they will then stand sent; the number of this sending."""
+        """Enqueue a copy of the flags behind what was launched; returns the copy's number."""
 
     def wait(self, number: int) -> None:
-        """Until sending ``number`` is there."""
+        """Wait until copy ``number`` has arrived."""
 
     def known(self, flag: Tensor) -> bool:
-        """The flag in the last sending that is there."""
+        """The flag's value in the last copy waited for."""
 
 
-class PlainFlags:
-    """Flags in the host's own memory: always there."""
+class HostFlags:
+    """Flags in the host's own memory, which needs no copies."""
 
     synchronisations = 0
 
@@ -43,36 +43,40 @@ class PlainFlags:
         return 0
 
     def wait(self, number: int) -> None:
-        """Nothing to wait for."""
+        """Return at once."""
 
     def known(self, flag: Tensor) -> bool:
         return bool(flag)
 
 
 class HostDriven:
-    """Executes a step block by block."""
+    """Executes a step block by block; ``close`` frees what ``prepare`` has made."""
 
-    def __init__(self, step: Step, flags: Flags, prepare: Prepare) -> None:
-        self.step_data, self.flags = step, flags
+    def __init__(
+        self, step: Step, flags: Flags, prepare: Prepare, close: Callable[[], None] | None = None
+    ) -> None:
+        self.step_data, self.flags, self._close = step, flags, close
         self._writers = flag_writers(step)
         self._prepared: dict[Block, Callable[[], None]] = {}
         self._order: dict[tuple[Item, ...], list[Block | Conditional]] = {}
         self._prepare(step.items, prepare)
-        # sendings: the last one, the last one heard, the last one before this step
-        self._sent = self._heard = self._begun = 0
+        # numbers of copies: the last posted, the last waited for, the last before this step
+        self._posted = self._arrived = self._begun = 0
 
     @property
     def synchronisations(self) -> int:
-        """How often the host waited for flags."""
+        """How often the host has waited for flags."""
         return self.flags.synchronisations
 
     def step(self) -> None:
-        self._begun = self._sent
+        self._begun = self._posted
         self._run(self.step_data.items)
 
     def close(self) -> None:
-        """Let go of what was prepared."""
+        """Drop what was prepared."""
         self._prepared.clear()
+        if self._close is not None:
+            self._close()
 
     def _prepare(self, items: tuple[Item, ...], prepare: Prepare) -> None:
         self._order[items] = blocks(items, self._writers)
@@ -89,22 +93,22 @@ class HostDriven:
             else:
                 self._prepared[entry]()
                 if entry[-1] in self._writers:
-                    self._sent = self.flags.post()
+                    self._posted = self.flags.post()
 
     def _conditional(self, conditional: Conditional) -> None:
-        flag, sent = self.step_data[conditional.flag], self._sent
-        ahead = conditional.ahead and self._heard > self._begun
+        flag, posted = self.step_data[conditional.flag], self._posted
+        ahead = conditional.ahead and self._arrived > self._begun
         if not ahead:
-            self._hear(sent)
+            self._wait(posted)
         if self.flags.known(flag):
             self._run(conditional.body)
-            # what was said before this body decides on the next
-            self._hear(sent)
+            # the flags as they were before this body decide on the next one
+            self._wait(posted)
 
-    def _hear(self, sent: int) -> None:
-        if self._heard < sent:
-            self.flags.wait(sent)
-            self._heard = sent
+    def _wait(self, number: int) -> None:
+        if self._arrived < number:
+            self.flags.wait(number)
+            self._arrived = number
 
 
 def called(step: Step) -> Prepare:

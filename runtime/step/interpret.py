@@ -1,4 +1,5 @@
-"""Run a step on the CPU, mistrusting it: order, addresses, overlaps, reads and writes."""
+"""Run a step on the CPU and check every launch: order, addresses, overlap, declared reads and
+writes."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ from torch import Tensor
 
 from eepass.runtime.step.data import Buffer, Conditional, Item, Launch, Step, StepError, check_step
 
-# what a buffer holds that nobody has written: no token, no slot, no sum of them
+# fills integer buffers before they are written: no token, slot or sum of such has this value
 POISON = -(2**52) - 12345
 
 
 class Interpreter:
-    """Executes a step launch by launch and raises ``StepError`` where one breaks its word.
+    """Executes a step launch by launch; raises ``StepError`` where one is not as it is declared.
 
-    ``watch``: also compare every buffer a launch did not declare, before and after. ``always``:
-    bodies run whatever their flags say, as where there are no conditional nodes.
+    ``watch``: also compare every buffer a launch did not declare, before and after. ``always``: run
+    bodies whatever their flags are, as devices without conditional nodes do.
     """
 
     synchronisations = 0
@@ -30,7 +31,7 @@ class Interpreter:
         self.ran: list[str] = []
 
     def step(self) -> None:
-        """One step; ``ran`` names what was launched."""
+        """Run one step; ``ran`` then holds the names of its launches."""
         self.step_data.require_addresses(self.addresses)
         self.ran = []
         for buffer in self.step_data.wholes:
@@ -39,7 +40,7 @@ class Interpreter:
         self._run(self.step_data.items)
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to free."""
 
     def _run(self, items: Sequence[Item]) -> None:
         for item in items:
@@ -56,15 +57,15 @@ class Interpreter:
         for name in launch.reads:
             if poisoned(step[name]):
                 raise StepError(f"{launch.name} reads {name}, which this step has not written")
-        blind = [step.buffers[n] for n in launch.writes if n not in launch.reads]
-        for buffer in blind:
+        written_only = [step.buffers[n] for n in launch.writes if n not in launch.reads]
+        for buffer in written_only:
             poison(buffer.tensor)
         declared = {step.base(name) for name in launch.writes}
         with self._unchanged([b for b in step.wholes if b.name not in declared], launch):
             launch.run(step.given(launch))
         self.ran.append(launch.name)
         step.require_addresses(self.addresses)
-        for buffer in blind:
+        for buffer in written_only:
             if poisoned(buffer.tensor):
                 raise StepError(f"{launch.name} leaves {buffer.name} unwritten, or reads it first")
 
@@ -78,7 +79,7 @@ class Interpreter:
 
 
 def poison(tensor: Tensor) -> None:
-    """Fill with what nobody writes; flags, which know no such value, with true."""
+    """Fill with a value no launch writes; flags, which have no such value, with true."""
     if tensor.dtype == torch.bool:
         tensor.fill_(True)
     else:
@@ -86,7 +87,7 @@ def poison(tensor: Tensor) -> None:
 
 
 def poisoned(tensor: Tensor) -> bool:
-    """Whether any element of numbers is as ``poison`` left it."""
+    """Whether any number is still the one ``poison`` wrote."""
     if tensor.dtype == torch.bool:
         return False
     found = tensor.isnan() if tensor.is_floating_point() else tensor == POISON

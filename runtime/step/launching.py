@@ -1,4 +1,4 @@
-"""Which way a step is launched here, and why; the executor for it."""
+"""Choose how steps are launched on a device, and make the engine that launches them so."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_m
 from eepass.runtime.step.data import check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
-from eepass.runtime.step.host import HostDriven, PlainFlags, called
+from eepass.runtime.step.host import HostDriven, HostFlags, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
-from eepass.runtime.step.tokens import Outbox, PlainOutbox
+from eepass.runtime.step.results import HostResultQueue, ResultQueue
 
 Mode = Literal["device", "predicated", "host", "interpret"]
 MODES: tuple[str, ...] = ("auto", "device", "predicated", "host", "interpret")
@@ -30,20 +30,20 @@ LOWER = "lower max_length or pending (fewer rows a segment), or free memory on t
 
 @dataclass(frozen=True, slots=True)
 class Launching:
-    """How steps are launched, and why so; ``missing``: what another way would have needed."""
+    """How steps are launched, and why; ``missing``: what a faster mode would have needed; ``auto``:
+    nobody asked for this mode, so another may replace it."""
 
     mode: Mode
     reason: str
     missing: tuple[str, ...] = ()
-    # nobody asked for this one: another will do
     auto: bool = False
 
 
 @dataclass
 class LaunchReport:
-    """How a model's steps are launched. ``rows``: row counts segments were made for; ``bytes``:
-    memory beyond weights, cache and artefact; ``host_synchronisations``: how often a step waited
-    for the host so far, per step; ``launches``: names of what a step may launch."""
+    """How a model's steps are launched. ``rows``: row counts of the segments; ``bytes``: memory
+    beyond weights, cache and artefact; ``host_synchronisations``: how often the host waited so far,
+    per step; ``launches``: names of all launches of a step."""
 
     mode: str
     reason: str
@@ -55,7 +55,7 @@ class LaunchReport:
 
 
 def require_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise ``EngineError`` where nothing can be decoded on ``device``."""
+    """Raise ``EngineError`` where ``device`` cannot decode in ``dtype``."""
     if dtype not in DTYPES:
         raise EngineError(f"{dtype} is not supported: use float32, bfloat16 or float16")
     if device.type == "cpu":
@@ -89,12 +89,13 @@ def require_room(device: torch.device, needed: int) -> None:
 
 @contextmanager
 def running_out(when: str) -> Iterator[None]:
-    """Memory that runs out as an ``EngineError`` that says what to lower, the rest given back."""
+    """Turn running out of memory into an ``EngineError`` that says what to lower, and free what was
+    allocated until then."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         failed = EngineError(f"out of memory while {when}: {LOWER}")
-        # a traceback holds what was allocated on the way
+        # the traceback keeps alive what was allocated
         error.__traceback__ = None
         gc.collect()
         torch.cuda.empty_cache()
@@ -102,23 +103,25 @@ def running_out(when: str) -> Iterator[None]:
 
 
 def choose(launch: str, device: torch.device) -> Launching:
-    """The way ``launch`` asks for, or the best there is; ``EngineError`` where there is no such."""
+    """The mode named ``launch``, or for "auto" the best there is here; raises ``EngineError`` where
+    the mode cannot run."""
     if launch not in MODES:
         raise EngineError(f"launch={launch!r}: must be one of {', '.join(MODES)}")
-    asked = f"launch={launch!r} was asked for"
+    requested = f"launch={launch!r} was asked for"
     if device.type == "cpu":
         if launch in ("device", "predicated"):
             raise EngineError(f"launch={launch!r}: needs a CUDA device; on a CPU use host")
         if launch == "interpret":
-            return Launching("interpret", asked)
-        return Launching("host", asked if launch == "host" else "on a CPU flags are plain loads")
+            return Launching("interpret", requested)
+        reason = requested if launch == "host" else "on a CPU flags are plain loads"
+        return Launching("host", reason)
     if launch == "interpret":
         raise EngineError("launch='interpret': runs on a CPU only; use device='cpu'")
     missing = _missing(device)
     if launch == "device" and missing:
         raise EngineError(f"launch='device': {missing}; use launch='host'")
     if launch != "auto":
-        return Launching(cast(Mode, launch), asked)
+        return Launching(cast(Mode, launch), requested)
     if missing:
         return Launching("host", f"no conditional graph nodes: {missing}", (missing,))
     return Launching("device", "conditional graph nodes are there", auto=True)
@@ -138,16 +141,16 @@ def make_engine(
     fuse: Fuse | None = None,
     debug: bool = False,
 ) -> tuple[StepEngine, Callable[[], LaunchReport]]:
-    """An engine that launches its steps so, and what reports on it.
+    """An engine that launches its steps as ``launching`` says, and a function that reports on it.
 
-    Raises ``EngineError`` if memory runs out on the way; the process can go on.
+    Raises ``EngineError`` if memory runs out; the process can go on.
     """
     before = _reserved(decoder.device)
     if launching.mode == "predicated":
-        # all bodies run: one for each number of rows would do the same work several times
+        # all bodies run: several row counts would do the same work several times
         options = replace(options, one_size=True)
     if decoder.device.type == "cuda" and launching.mode == "host":
-        # asking costs the host's attention, more than the verification costs the device
+        # waiting for the flag takes longer than the verification it would save
         options = replace(options, verify="always")
     try:
         with torch.no_grad(), running_out("capturing a step"):
@@ -186,11 +189,11 @@ def _engine(
     step = build_step(decoder, exits, options, fuse)
     check_step(step)
     executor: Executor
-    outbox: Outbox = PlainOutbox(step["out"])
+    results: ResultQueue = HostResultQueue(step["out"])
     if mode == "interpret":
         executor = Interpreter(step)
     elif decoder.device.type == "cpu":
-        executor = HostDriven(step, PlainFlags(), called(step))
+        executor = HostDriven(step, HostFlags(), called(step))
     else:
         from eepass.runtime.step import cuda
 
@@ -201,18 +204,18 @@ def _engine(
             elif mode == "predicated":
                 executor = cuda.PredicatedGraph(captures)
             else:
-                executor = cuda.HostSegments(captures)
+                executor = cuda.host_segments(captures)
         except BaseException:
-            # the memory of what was captured goes back, whatever ended it
+            # whatever ended it, the captured memory is freed
             captures.close()
             raise
-        outbox = cuda.CudaOutbox(step["out"])
-        # what warming up counted
+        results = cuda.CudaResultQueue(step["out"])
+        # warm-up has counted too
         step["counters"].zero_()
-        # prompts of all lengths through one code, made now and not when the first one comes
+        # prompts of all lengths use one row count, compiled before the first one comes
         decoder.prepare(decoder.buckets[-1])
-        return StepEngine(decoder, step, executor, outbox, prompt_rows=decoder.buckets[-1])
-    return StepEngine(decoder, step, executor, outbox)
+        return StepEngine(decoder, step, executor, results, prompt_rows=decoder.buckets[-1])
+    return StepEngine(decoder, step, executor, results)
 
 
 def _reserved(device: torch.device) -> int:

@@ -1,6 +1,6 @@
-"""The memory of a decode step: where it is cut, which rows there are, a buffer for each thing.
+"""The memory of a decode step: its segments, its row counts, and a buffer for each value.
 
-Rows of the window stand newest first, so a segment over few rows takes the first ones of each
+The rows of the window are newest first, so a segment over few rows uses the first ones of each
 buffer: one address whatever their number.
 """
 
@@ -13,21 +13,24 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from eepass.exit_rule import SCHEDULE_WINDOW
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffer
 from eepass.runtime.step.exit_points import ExitPoints
 
-RING = 5
-
 
 @dataclass(frozen=True, slots=True)
 class StepOptions:
-    """How a step decodes. ``pending``: tokens that may wait; ``buckets``: row counts of segments
-    behind exits, rising; ``ranking`` with ``always``: as ``PredictorSchedule`` (empty: all exits
-    are always asked); ``force``: every token leaves after so many layers, saying what the head
-    says there; ``stop``: end tokens; ``verify``: always, or where a predictor wants to leave;
-    ``one_size``: only the largest row count, masked; ``draws``: tokens may be drawn."""
+    """How a step decodes.
+
+    ``pending``: how many tokens may be pending. ``buckets``: row counts of the segments after the
+    first exit point, rising. ``ranking`` and ``always``: as for ``PredictorSchedule``; without a
+    ranking all exit points are always active. ``force``: every token exits after so many layers
+    with the LM head's token there. ``stop``: end tokens. ``verify``: at every active exit point, or
+    only where the predictor wants to exit. ``one_size``: only the largest row count, masked.
+    ``draws``: tokens can be sampled.
+    """
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
     pending: int = 7
@@ -41,12 +44,13 @@ class StepOptions:
     draws: bool = False
 
 
-class Layout:
+class StepLayout:
     """Cuts, row counts and buffers of the step of ``decoder``.
 
-    ``points``: layers after which tokens may leave; ``cuts``: where segments begin and end;
-    ``first``: the first cut behind which tokens may have left; ``pending``: tokens that may wait,
-    -1 where none do; ``buckets``: row counts of segments behind ``first``; ``counts``: with 1.
+    ``points``: layers after which tokens may exit. ``cuts``: where segments begin and end.
+    ``first``: the first exit point. ``pending``: how many tokens may be pending, −1 where tokens
+    are not deferred. ``buckets``: row counts of the segments after ``first``. ``counts``: those,
+    and 1.
     """
 
     def __init__(self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions) -> None:
@@ -63,7 +67,7 @@ class Layout:
         self.rows = next((n for n in options.buckets if n >= most), options.buckets[-1])
         fitting = [n for n in options.buckets if n <= self.rows]
         self.buckets = fitting[-1:] if options.one_size else fitting
-        # what launches take rows by: alone before the first exit, so many behind it
+        # one row before the first exit point, several after it
         self.counts = sorted({1, *self.buckets})
         draft = exits.plan.draft_layer if exits is not None and options.force is None else 0
         cuts = {0, *early, self.layers} | ({draft} if 0 < draft < self.layers else set())
@@ -99,17 +103,17 @@ class Layout:
         for name in ("token", "position"):
             self.add(name, self._zeros(1), "kept")
         self.add("stopped", self._zeros(1, dtype=torch.bool), "kept")
-        self.add("ring", self._zeros(RING) + updates.NEVER, "kept")
+        self.add("ring", self._zeros(SCHEDULE_WINDOW) + updates.NEVER, "kept")
         self.add("out", self._zeros(2), "kept")
         self.add("counters", self._zeros(layers + 1 + len(updates.COUNTED)), "kept")
-        # at least one, which no token is
+        # at least one element, which equals no token
         self.add("stop", self.tensor([*self.options.stop, updates.NOTHING]), "kept")
-        at = [layer in self.points for layer in range(layers + 1)]
+        exits = [layer in self.points for layer in range(layers + 1)]
         scheduled = bool(self.options.ranking) and self.options.force is None
         fixed = set(self.options.ranking[: self.options.always]) if scheduled else set(self.points)
-        self.add("exits", self.tensor(at, torch.bool), "kept")
+        self.add("exits", self.tensor(exits, torch.bool), "kept")
         self.add("fixed", self.tensor([n in fixed for n in range(layers + 1)], torch.bool), "kept")
-        # a number of the host's would be sent to the device when it is used
+        # a number on the host would be copied to the device whenever it is used
         self.add("scratch", self._zeros(1) + decoder.kv.scratch, "kept")
         self.add("starts", self.tensor(self.cuts[:-1]), "kept")
         self.add("buckets", self.tensor([[0, *self.buckets[:-1]], self.buckets]), "kept")
@@ -117,16 +121,17 @@ class Layout:
     def _make_flags(self) -> None:
         segments, rows = len(self.cuts) - 1, self.rows
         shapes = {
-            "run": (1,), "need": (1,), "want": (1,), "ask": (self.layers + 1,),
+            "run": (1,), "needs_head": (1,), "wants_exit": (1,), "active": (self.layers + 1,),
             "go": (segments, len(self.buckets)), "more": (segments,), "fill": (segments,),
         }  # fmt: skip
         sizes = [torch.Size(shape).numel() for shape in shapes.values()]
-        # all in one place, for a host that reads them at once
+        # contiguous, for a host that reads them all at once
         self.flags = self._zeros(sum(sizes), dtype=torch.bool)
         for (name, shape), part in zip(shapes.items(), self.flags.split(sizes), strict=True):
             self.add(name, part.view(shape))
         for point in self.points:
-            self.part(f"ask.{point}", "ask", self.buffers["ask"].tensor[point : point + 1])
+            flag = self.buffers["active"].tensor[point : point + 1]
+            self.part(f"active.{point}", "active", flag)
         self.add("live", self._zeros(segments, rows, dtype=torch.bool))
         # rows of an even number of slots: each begins at a multiple of 16 bytes
         self.add("slots", self._zeros(segments, rows + rows % 2))
@@ -160,18 +165,18 @@ class Layout:
             self.add("z", self._zeros(1, 1, size, dtype=self.decoder.dtype))
 
     def _make_sides(self) -> None:
-        """Buffers for what the rows' positions say, and tables of what tokens say."""
+        """Buffers for the rows' side inputs, and tables of those that depend on tokens."""
         decoder = self.decoder
-        tables = decoder.side_inputs
-        # makes the tables of what depends on tokens; the slot is scratch
+        side_inputs = decoder.side_inputs
+        # creates the tables of what depends on tokens; the slot is scratch
         scratch = self._zeros(1) + decoder.kv.scratch
         decoder.embed(self._zeros(1, 1), self._zeros(1, 1), scratch)
-        # rows are looked up on the device, masks' too
-        self.tables = {**tables.tables, **tables.whole_masks()}
+        # the device looks up the rows of masks too
+        self.tables = {**side_inputs.tables, **side_inputs.whole_masks()}
         for name, table in self.tables.items():
-            if name in tables.by_token:
+            if name in side_inputs.by_token:
                 self.buffers[f"table {name}"] = Buffer(f"table {name}", table, "kept", "cache")
-            dim = tables.row_dim[name]
+            dim = side_inputs.row_dim[name]
             shape = list(table.shape)
             shape[dim] = self.rows
             value = table.new_zeros(shape)
@@ -197,7 +202,7 @@ class Layout:
 
 
 def _require_layout(name: str, part: Tensor, like: Tensor) -> None:
-    """Layers are compiled for slices of tables; those of a smaller buffer must look the same."""
+    """Layers are compiled for slices of tables: slices of the buffer must have their strides."""
     strides = zip(part.shape, part.stride(), like.stride(), strict=True)
     if any(size > 1 and mine != theirs for size, mine, theirs in strides):
-        raise ValueError(f"{name} lies {list(like.stride())} in memory: its rows do not come first")
+        raise ValueError(f"{name} has strides {list(like.stride())}: its rows do not come first")

@@ -1,11 +1,11 @@
-"""What a decode step does to its own state: small operators over buffers, without a host.
+"""How a decode step updates its own state: small operators over buffers, without a host.
 
 The window holds the last R tokens, the newest in row 0; a row's ``depth`` is how many layers its
-token has been through. Tokens that left early are the rows after row 0 whose depth is not yet that
-of the model: a segment takes along every row whose depth is no more than where it starts, so the
-rows of a segment are always the first ones of the window. Slots no token may write are scratch.
+token has been through. Pending tokens are the rows after row 0 whose depth is less than the
+model's. A segment runs every row whose depth is at most the segment's first layer, so its rows are
+always the first ones of the window. Rows that do not run write to scratch slots.
 
-Numbers come as tensors: in a captured launch nothing may be sent from the host.
+Numbers come as tensors: a captured launch cannot copy anything from the host.
 
 Shapes: R rows, S segments, B buckets of rows, L layers. All flags are bool.
 """
@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# tokens, wherever they stand for none
+from eepass.exit_rule import near_last_exits
+
+# in place of a token: the logits were not finite; there is no token
 NOT_FINITE, NOTHING = -1, -2
-# what the ring holds before there were tokens: far from every layer
+# in the ring of exit layers before the first token: far from every layer
 NEVER = -100
 COUNTED = ("predictors_run", "wanted", "refused", "full_heads", "rows_caught_up", "passes")
 
@@ -28,28 +30,30 @@ COUNTED = ("predictors_run", "wanted", "refused", "full_heads", "rows_caught_up"
 def begin(
     stopped: Tensor, position: Tensor, ring: Tensor, exits: Tensor, fixed: Tensor, starts: Tensor,
     buckets: Tensor, hidden: Tensor, depth: Tensor,
-    run: Tensor, rows: Tensor, ask: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor,
-    fill: Tensor, need: Tensor, previous: Tensor, answer: Tensor, exit_layer: Tensor,
+    run: Tensor, rows: Tensor, active: Tensor, go: Tensor, more: Tensor, live: Tensor,
+    slots: Tensor, fill: Tensor, needs_head: Tensor, previous: Tensor, answer: Tensor,
+    exit_layer: Tensor,
     *, pending: int, scratch: int,
 ) -> None:  # fmt: skip
-    """Make room for a token in row 0 and find what it and those that wait have to go through.
+    """Make room for a token in row 0, and find the layers that it and the pending tokens need.
 
-    After the answer's end there is no token: the step takes what waits through all layers.
-    ``exits``, ``fixed`` [L + 1]: where tokens may leave, and where that is always asked. ``starts``
-    [S]: layers before each segment. ``buckets`` [2, B]: more rows than the first, at most the
-    second. ``pending``: so many tokens may wait; −1 where none ever do.
+    After the end of the sequence there is no new token: the step only catches up pending ones.
+    ``ring`` [W]: the last exit layers. ``exits``, ``fixed`` [L + 1]: the exit points, and those
+    that are always active. ``starts`` [S]: the first layer of each segment. ``buckets`` [2, B]: a
+    bucket is for more rows than the first and at most the second. ``pending``: how many tokens may
+    be pending; −1 where tokens are not deferred.
     """
     layers, count = exits.numel() - 1, depth.numel()
     running = ~stopped
     run.copy_(running)
     fresh = torch.cat([torch.zeros_like(depth[:1]), depth[:-1]])
-    # without deferral nothing waits
+    # without deferral all layers are done with a token after its step
     now = torch.where(running, fresh, depth if pending >= 0 else torch.full_like(depth, layers))
     if count > 1:
         hidden.copy_(torch.where(running, hidden.roll(1, 1), hidden))
     depth.copy_(now)
-    at = position - stopped.long() - torch.arange(count, device=depth.device)
-    rows.copy_(at.clamp_min(0))
+    positions = position - stopped.long() - torch.arange(count, device=depth.device)
+    rows.copy_(positions.clamp_min(0))
     alive = now[None] <= starts[:, None]  # [S, R]
     live.copy_(alive)
     _place(slots, rows, alive, scratch)
@@ -57,71 +61,74 @@ def begin(
     go.copy_((number > buckets[:1]) & (number <= buckets[1:]))
     more.copy_(number[:, 0] > buckets[1, 0])
     fill.zero_()
-    need.copy_(running)
+    needs_head.copy_(running)
     previous.zero_()
     answer.fill_(NOTHING)
     exit_layer.fill_(layers)
-    number_of = torch.arange(layers + 1, device=depth.device)
-    near = ((number_of[:, None] - ring[None]).abs() <= 2).any(1)
-    active = exits & (fixed | near | (ring < 0).all()) & running
+    layer = torch.arange(layers + 1, device=depth.device)
+    scheduled = fixed | near_last_exits(layer, ring) | (ring < 0).all()
+    evaluated = exits & scheduled & running
     if pending >= 0:
-        waiting = (now < layers).sum() - 1
-        active = active & ((waiting < pending) | (number_of == layers))
-    ask.copy_(active)
+        deferred = (now < layers).sum() - 1
+        evaluated = evaluated & ((deferred < pending) | (layer == layers))
+    active.copy_(evaluated)
 
 
 def _place(slots: Tensor, rows: Tensor, alive: Tensor, scratch: int) -> None:
-    """Slots [S, R] (or a column more) of ``rows`` [R] that are ``alive`` [S, R]."""
+    """Set ``slots`` [S, R] (or a column more): those of ``rows`` [R] where they are ``alive``
+    [S, R], else scratch."""
     count = rows.numel()
     spare = scratch + torch.arange(count, device=rows.device)
-    found = torch.where(alive, rows[None], spare[None])
-    slots.copy_(F.pad(found, (0, slots.shape[1] - count), value=scratch))
+    chosen = torch.where(alive, rows[None], spare[None])
+    slots.copy_(F.pad(chosen, (0, slots.shape[1] - count), value=scratch))
 
 
 def predicted(
-    wants: Tensor, now: Tensor, ask: Tensor, previous: Tensor, want: Tensor, counters: Tensor
-) -> None:
-    """Note what a predictor said where it was asked: ``wants`` [1], probabilities ``now``
-    [1, K]."""
-    want.copy_(ask & wants)
-    previous.copy_(torch.where(ask, now, previous))
-    _count(counters, "predictors_run", ask)
+    wants: Tensor, probabilities: Tensor, active: Tensor, previous: Tensor, wants_exit: Tensor,
+    counters: Tensor,
+) -> None:  # fmt: skip
+    """Note what a predictor gives where it is ``active``: whether the token ``wants`` to exit [1],
+    and its draft tokens' ``probabilities`` [1, K]."""
+    wants_exit.copy_(active & wants)
+    previous.copy_(torch.where(active, probabilities, previous))
+    _count(counters, "predictors_run", active)
 
 
 def verified(
-    token: Tensor, known: Tensor, want: Tensor, layer: Tensor, starts: Tensor, rows: Tensor,
-    ask: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor, fill: Tensor,
-    exit_layer: Tensor, need: Tensor, answer: Tensor, counters: Tensor,
+    token: Tensor, drafted: Tensor, wants_exit: Tensor, layer: Tensor, starts: Tensor,
+    rows: Tensor, active: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor,
+    fill: Tensor, exit_layer: Tensor, needs_head: Tensor, answer: Tensor, counters: Tensor,
     *, scratch: int, fills: bool,
 ) -> None:  # fmt: skip
-    """Let the token leave after ``layer`` [1] if it is ``known`` [1]."""
-    accepted = want & known
-    _leave(accepted, layer, starts, rows, ask, go, more, live, slots, fill, exit_layer,
-           scratch=scratch, fills=fills)  # fmt: skip
-    need.copy_(need & ~accepted)
+    """Exit after ``layer`` [1] where the verified ``token`` [1] is one of the draft tokens."""
+    accepted = wants_exit & drafted
+    _exit(accepted, layer, starts, rows, active, go, more, live, slots, fill, exit_layer,
+          scratch=scratch, fills=fills)  # fmt: skip
+    needs_head.copy_(needs_head & ~accepted)
     answer.copy_(torch.where(accepted, token, answer))
-    _count(counters, "wanted", want)
-    _count(counters, "refused", want & ~known)
+    _count(counters, "wanted", wants_exit)
+    _count(counters, "refused", wants_exit & ~drafted)
 
 
 def forced(
-    want: Tensor, layer: Tensor, starts: Tensor, rows: Tensor,
-    ask: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor, fill: Tensor,
+    wants_exit: Tensor, layer: Tensor, starts: Tensor, rows: Tensor,
+    active: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor, fill: Tensor,
     exit_layer: Tensor,
     *, scratch: int, fills: bool,
 ) -> None:  # fmt: skip
-    """Let the token leave after ``layer`` [1] where that is wanted; the head says its answer."""
-    _leave(want, layer, starts, rows, ask, go, more, live, slots, fill, exit_layer,
-           scratch=scratch, fills=fills)  # fmt: skip
+    """Exit after ``layer`` [1] wherever ``wants_exit``; the LM head gives the token."""
+    _exit(wants_exit, layer, starts, rows, active, go, more, live, slots, fill, exit_layer,
+          scratch=scratch, fills=fills)  # fmt: skip
 
 
-def _leave(
-    accepted: Tensor, layer: Tensor, starts: Tensor, rows: Tensor, ask: Tensor, go: Tensor,
+def _exit(
+    accepted: Tensor, layer: Tensor, starts: Tensor, rows: Tensor, active: Tensor, go: Tensor,
     more: Tensor, live: Tensor, slots: Tensor, fill: Tensor, exit_layer: Tensor,
     *, scratch: int, fills: bool,
 ) -> None:  # fmt: skip
+    """Where ``accepted`` [1], nothing deeper runs in this step but KV fills."""
     stays = ~accepted
-    ask.copy_(ask & stays)
+    active.copy_(active & stays)
     go.copy_(go & stays)
     more.copy_(more & stays)
     alive = live & stays
@@ -132,11 +139,13 @@ def _leave(
     exit_layer.copy_(torch.where(accepted, layer, exit_layer))
 
 
-def headed(token: Tensor, best: Tensor, need: Tensor, answer: Tensor, counters: Tensor) -> None:
-    """The head's word, where it is needed: ``token`` [1] with logit ``best`` [1]."""
-    said = torch.where(torch.isfinite(best), token, torch.full_like(token, NOT_FINITE))
-    answer.copy_(torch.where(need, said, answer))
-    _count(counters, "full_heads", need)
+def head_token(
+    token: Tensor, best: Tensor, needs_head: Tensor, answer: Tensor, counters: Tensor
+) -> None:
+    """Take the LM head's ``token`` [1], with logit ``best`` [1], where no exit gave one."""
+    checked = torch.where(torch.isfinite(best), token, torch.full_like(token, NOT_FINITE))
+    answer.copy_(torch.where(needs_head, checked, answer))
+    _count(counters, "full_heads", needs_head)
 
 
 def commit(
@@ -144,9 +153,9 @@ def commit(
     token: Tensor, position: Tensor, stopped: Tensor, depth: Tensor, ring: Tensor,
     counters: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """Write down what the step found: ``out`` is the token (or why there is none) and its layer."""
-    caught = ((depth < exit_layer).sum() - run.long()).reshape(1)
-    _count(counters, "rows_caught_up", caught)
+    """Commit the step's token: ``out`` is the token (or why there is none) and its exit layer."""
+    caught_up = ((depth < exit_layer).sum() - run.long()).reshape(1)
+    _count(counters, "rows_caught_up", caught_up)
     _count(counters, "passes", torch.ones_like(run))
     layers = torch.arange(counters.numel(), device=counters.device)
     counters.add_(((layers == exit_layer) & run).long())
@@ -156,8 +165,8 @@ def commit(
     token.copy_(torch.where(run, answer.clamp_min(0), token))
     position.copy_(position + run.long())
     stopped.copy_(stopped | (run & (answer[:, None] == stop[None]).any(1)))
-    said = torch.where(run, answer, torch.full_like(answer, NOTHING))
-    out.copy_(torch.cat([said, exit_layer]))
+    token_out = torch.where(run, answer, torch.full_like(answer, NOTHING))
+    out.copy_(torch.cat([token_out, exit_layer]))
 
 
 def _count(counters: Tensor, name: str, by: Tensor) -> None:
@@ -166,7 +175,7 @@ def _count(counters: Tensor, name: str, by: Tensor) -> None:
 
 
 def counts(counters: Sequence[int]) -> tuple[list[int], dict[str, int]]:
-    """How often tokens left after each layer, and the other counts by name."""
+    """How many tokens exited after each layer, and the other counts by name."""
     values = list(counters)
     cut = len(values) - len(COUNTED)
     return values[:cut], dict(zip(COUNTED, values[cut:], strict=True))

@@ -21,15 +21,15 @@ IDS = [5, 9, 33, 17, 60, 81, 12]
 
 
 def test_an_answer_is_judged_along_itself(llama):
-    said = reference.greedy(llama, IDS, 12)
+    tokens = reference.greedy(llama, IDS, 12)
     limits = reference.limits(llama, IDS)
     limit = limits[-1]
     assert len(limits) == 5 and 0 < limit < 1e-3
     verdict = reference.Verdict()
-    verdict.judge(reference.follow(llama, IDS, said)[1], said, limit, "it")
+    verdict.judge(reference.follow(llama, IDS, tokens)[1], tokens, limit, "it")
     assert verdict.found()["equal"] == 12
     # another token in the middle is wrong, though all after it are right after it
-    other = [*said[:6], (said[6] + 1) % 160]
+    other = [*tokens[:6], (tokens[6] + 1) % 160]
     other += reference.greedy(llama, [*IDS, *other], 5)
     with pytest.raises(Wrong, match="token 6 of 12"):
         verdict.judge(reference.follow(llama, IDS, other)[1], other, limit, "it")
@@ -47,13 +47,13 @@ def test_near_ties_are_counted_and_many_of_them_are_an_error():
         verdict.found()
 
 
-def test_boundaries_are_those_between_the_layers(llama):
-    boundaries, logits = reference.follow(llama, IDS, [4, 5, 6])
+def test_hidden_states_are_those_between_the_layers(llama):
+    states, logits = reference.follow(llama, IDS, [4, 5, 6])
     hidden = llama(torch.tensor([[*IDS, 4, 5]]), output_hidden_states=True).hidden_states
-    assert len(boundaries) == 5
-    for own, expected in zip(boundaries[:-1], hidden[:-1], strict=True):
+    assert len(states) == 5
+    for own, expected in zip(states[:-1], hidden[:-1], strict=True):
         assert torch.equal(own, expected[0, -3:])
-    last = llama.lm_head(llama.model.norm(boundaries[-1]))
+    last = llama.lm_head(llama.model.norm(states[-1]))
     assert torch.allclose(last, logits, atol=1e-5)
 
 

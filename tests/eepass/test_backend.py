@@ -1,4 +1,4 @@
-"""``torch.compile(backend="specee")``: exits, the caller's cache, and what belongs to whom."""
+"""``torch.compile(backend="specee")``: exits, the caller's cache, weights and models."""
 
 import copy
 import logging
@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from caller import Seen, answer, cache_for, compiled, decode, prefill, said
+from caller import LENGTH, Seen, answer, cache_for, compiled, decode, generate, prefill
 from models import random_artifact, tiny_model
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eepass.errors import InputError
 from eepass.torch_compile import backend
@@ -46,11 +47,11 @@ def folder(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def exits(model, folder):
-    """A step that leaves early about half the time, and what it says alone."""
+    """A step that exits early about half the time, and its tokens for each sequence alone."""
     torch._dynamo.reset()
     seen = Seen()
     step = compiled(model, folder, threshold=0.4, stats=seen)
-    alone = {ids: said(model, step, ids, COUNT)[0] for ids in (IDS, OTHER)}
+    alone = {ids: generate(model, step, ids, COUNT)[0] for ids in (IDS, OTHER)}
     assert min(seen.layers) < DEPTH and len(set(seen.layers)) > 1, "no exits, nothing tested"
     return step, alone
 
@@ -92,7 +93,7 @@ def test_without_exits_it_is_the_eager_model_cache_included(family, tmp_path):
         assert int(a.cumulative_length) == int(b.cumulative_length)
 
 
-def test_logits_after_an_exit_are_those_of_its_boundary(model, folder):
+def test_logits_after_an_exit_are_those_of_the_hidden_state_there(model, folder):
     torch._dynamo.reset()
     seen = Seen()
     step = compiled(model, folder, threshold=0.4, stats=seen)
@@ -114,13 +115,13 @@ def test_logits_after_an_exit_are_those_of_its_boundary(model, folder):
     prefill(model, dense, tokens)
     last_whole = max(place for place, layer in enumerate(seen.layers) if layer == DEPTH)
     same_caches(cache, dense, 6 + last_whole + 1)
-    # what still waits has keys and values, if not yet the true ones
+    # pending tokens have keys and values, if not yet the true ones
     end = 6 + len(seen.layers)
     for layer in cache.layers:
         assert layer.keys[:, :, :end].abs().sum((1, 3)).gt(0).all()
 
 
-def test_propagated_keys_are_projected_from_the_boundary(model, folder):
+def test_propagated_keys_are_projected_from_the_hidden_state_at_the_exit(model, folder):
     torch._dynamo.reset()
     seen = Seen()
     step = compiled(model, folder, threshold=0.0, kv="propagate", stats=seen)
@@ -130,14 +131,14 @@ def test_propagated_keys_are_projected_from_the_boundary(model, folder):
     (layer,) = seen.layers
     assert layer < DEPTH
     states = model(torch.cat([IDS, token], 1), output_hidden_states=True).hidden_states
-    boundary = states[layer][:, 6]
+    hidden = states[layer][:, 6]
     for index in range(layer, DEPTH):
         block = model.model.layers[index]
-        value = block.self_attn.v_proj(block.input_layernorm(boundary)).view(1, 2, 16)
+        value = block.self_attn.v_proj(block.input_layernorm(hidden)).view(1, 2, 16)
         torch.testing.assert_close(cache.layers[index].values[:, :, 6], value, atol=1e-4, rtol=1e-3)
 
 
-def test_interleaved_sequences_say_what_they_say_alone(model, exits):
+def test_interleaved_sequences_do_not_change_one_another(model, exits):
     step, alone = exits
     runs = [answer(model, step, cache_for(model), ids, COUNT) for ids in (IDS, OTHER)]
     tokens = [
@@ -146,13 +147,13 @@ def test_interleaved_sequences_say_what_they_say_alone(model, exits):
     assert tokens == [alone[IDS], alone[OTHER]]
 
 
-def test_threads_say_what_they_say_alone(model, exits):
+def test_threads_do_not_change_one_another(model, exits):
     step, alone = exits
     found = {}
 
     def run(number, ids):
         with torch.no_grad():
-            found[number] = said(model, step, ids, COUNT)[0]
+            found[number] = generate(model, step, ids, COUNT)[0]
 
     threads = [threading.Thread(target=run, args=(n, (IDS, OTHER)[n % 2])) for n in range(4)]
     for thread in threads:
@@ -166,17 +167,17 @@ def test_a_reset_cache_remembers_nothing(model, exits):
     step, alone = exits
     cache = cache_for(model)
     for ids in (IDS, OTHER, OTHER, IDS):
-        assert said(model, step, ids, COUNT, cache)[0] == alone[ids]
+        assert generate(model, step, ids, COUNT, cache)[0] == alone[ids]
         cache.reset()
 
 
-def test_a_cache_cut_back_goes_on_as_if_it_had_never_been_further(model, exits):
+def test_a_cropped_cache_decodes_as_a_new_one(model, exits):
     step, alone = exits
     cache = cache_for(model)
-    said(model, step, IDS, COUNT, cache)
+    generate(model, step, IDS, COUNT, cache)
     for layer in cache.layers:
         layer.cumulative_length.fill_(0)
-    assert said(model, step, OTHER, COUNT, cache)[0] == alone[OTHER]
+    assert generate(model, step, OTHER, COUNT, cache)[0] == alone[OTHER]
 
 
 def one_by_hand(model, cache, token, position):
@@ -210,9 +211,9 @@ def test_what_was_remembered_ends_where_others_write(model, exits, change):
 
 
 def test_a_full_cache_is_refused_and_nothing_is_written(model, exits):
-    """Compiled code writes where it is told: past the last slot lies other memory."""
+    """Compiled code does not check bounds: past the last slot is other memory."""
     step, cache = exits[0], cache_for(model, IDS.shape[1] + 2)
-    assert len(said(model, step, IDS, 3, cache)[0]) == 3
+    assert len(generate(model, step, IDS, 3, cache)[0]) == 3
     kept = [layer.keys.clone() for layer in cache.layers]
     with pytest.raises(InputError, match="full at 8 tokens: make it longer"):
         decode(step, cache, torch.tensor([[5]]), IDS.shape[1] + 2)
@@ -220,11 +221,11 @@ def test_a_full_cache_is_refused_and_nothing_is_written(model, exits):
         assert torch.equal(before, layer.keys) and int(layer.cumulative_length) == 8
 
 
-def test_inference_mode_says_what_exact_bookkeeping_of_nothing_says(model, folder):
+def test_inference_mode_is_deterministic(model, folder):
     torch._dynamo.reset()
     with torch.inference_mode():
         step = compiled(model, folder, threshold=0.4)
-        first, again = (said(model, step, IDS, COUNT) for _ in range(2))
+        first, again = (generate(model, step, IDS, COUNT) for _ in range(2))
     assert first == again
 
 
@@ -232,34 +233,34 @@ def test_recompiles_do_not_grow_with_tokens(model, folder):
     torch._dynamo.reset()
     counters.clear()
     step = compiled(model, folder, threshold=0.4)
-    said(model, step, IDS, 6)
+    generate(model, step, IDS, 6)
     graphs = counters["stats"]["unique_graphs"]
-    said(model, step, OTHER, 24)
+    generate(model, step, OTHER, 24)
     assert counters["stats"]["unique_graphs"] == graphs == 1
     # another length is one more graph, and then any length is
     for length in (40, 48, 56):
-        said(model, step, IDS, 4, cache_for(model, length))
+        generate(model, step, IDS, 4, cache_for(model, length))
     assert counters["stats"]["unique_graphs"] == 2
 
 
-def test_rows_of_a_batch_leave_together(model, folder):
+def test_rows_of_a_batch_exit_together(model, folder):
     torch._dynamo.reset()
     seen = Seen()
     step = compiled(model, folder, threshold=0.4, kv="propagate", stats=seen)
-    (single,) = said(model, step, IDS, COUNT)
+    (single,) = generate(model, step, IDS, COUNT)
     left = list(seen.layers)
     assert min(left) < DEPTH
-    twice = said(model, step, IDS.expand(2, -1), COUNT)
+    twice = generate(model, step, IDS.expand(2, -1), COUNT)
     assert twice == [single, single]
     seen.layers.clear()
-    assert len(said(model, step, torch.cat([IDS, OTHER]), COUNT)) == 2
+    assert len(generate(model, step, torch.cat([IDS, OTHER]), COUNT)) == 2
 
 
 def test_a_batch_whose_rows_disagree_is_dense(model, folder):
     torch._dynamo.reset()
     step = compiled(model, folder, threshold=1.0)
     ids = torch.cat([IDS, OTHER])
-    assert said(model, step, ids, COUNT) == said(model, model, ids, COUNT)
+    assert generate(model, step, ids, COUNT) == generate(model, model, ids, COUNT)
 
 
 def test_hot_logits_skip_the_full_head(model, folder):
@@ -296,7 +297,7 @@ def test_options_that_do_not_fit_are_errors(model, folder, options, message):
     torch._dynamo.reset()
     step = compiled(model, options.pop("artifact", folder), **options)
     with pytest.raises(BackendCompilerFailed, match=message):
-        said(model, step, IDS, 3)
+        generate(model, step, IDS, 3)
 
 
 def test_an_artefact_of_another_model_is_refused(model, folder):
@@ -304,7 +305,7 @@ def test_an_artefact_of_another_model_is_refused(model, folder):
     other = tiny_model("llama", num_hidden_layers=DEPTH)
     other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     with pytest.raises(BackendCompilerFailed, match="trained for another model"):
-        said(other, compiled(other, folder), IDS, 3)
+        generate(other, compiled(other, folder), IDS, 3)
 
 
 def test_the_artefact_beside_a_checkpoint_is_found(model, tmp_path, caplog):
@@ -315,9 +316,9 @@ def test_the_artefact_beside_a_checkpoint_is_found(model, tmp_path, caplog):
     step = torch.compile(loaded, backend=backend.specee, options={"inner_backend": "eager"})
     torch._dynamo.reset()
     with caplog.at_level(logging.WARNING, "eepass"):
-        dense = said(loaded, step, IDS, COUNT)
-        said(loaded, step, OTHER, COUNT)
-    assert dense == said(model, model, IDS, COUNT)
+        dense = generate(loaded, step, IDS, COUNT)
+        generate(loaded, step, OTHER, COUNT)
+    assert dense == generate(model, model, IDS, COUNT)
     assert [r.message for r in caplog.records if "no artefact" in r.message] != []
     assert len(caplog.records) == 1
 
@@ -326,7 +327,7 @@ def test_the_artefact_beside_a_checkpoint_is_found(model, tmp_path, caplog):
     seen = Seen()
     options = {"inner_backend": "eager", "threshold": 0.4, "stats": seen}
     step = torch.compile(loaded, backend=backend.specee, options=options)
-    said(loaded, step, IDS, COUNT)
+    generate(loaded, step, IDS, COUNT)
     assert min(seen.layers) < DEPTH
 
 
@@ -334,25 +335,25 @@ def test_weights_changed_after_compile(model, folder, caplog):
     torch._dynamo.reset()
     changed, seen = copy.deepcopy(model), Seen()
     step = compiled(changed, folder, threshold=0.4, stats=seen)
-    said(changed, step, IDS, COUNT)
+    generate(changed, step, IDS, COUNT)
     assert min(seen.layers) < DEPTH
     seen.layers.clear()
     for layer in changed.model.layers:
         layer.mlp.down_proj.weight.mul_(0.5)
     with caplog.at_level(logging.WARNING, "eepass"):
-        assert said(changed, step, IDS, COUNT) == said(changed, changed, IDS, COUNT)
+        assert generate(changed, step, IDS, COUNT) == generate(changed, changed, IDS, COUNT)
     assert set(seen.layers) == {DEPTH}
     assert "weights were changed" in caplog.text
     # the same weights elsewhere in memory are the same weights
     for mine, theirs in zip(changed.parameters(), model.parameters(), strict=True):
         mine.data = theirs.data.clone()
     seen.layers.clear()
-    said(changed, step, IDS, COUNT)
+    generate(changed, step, IDS, COUNT)
     assert min(seen.layers) < DEPTH
 
 
 def test_another_model_of_the_class_brings_its_own_weights(model, folder):
-    """Dynamo reuses a graph for any model it fits; exits are of one."""
+    """Dynamo reuses a graph for any model it fits; exits belong to one."""
     torch._dynamo.reset()
     other = copy.deepcopy(model)
     other.model.norm.weight.mul_(-1.0)
@@ -363,15 +364,107 @@ def test_another_model_of_the_class_brings_its_own_weights(model, folder):
 
     options = {"artifact": str(folder), "inner_backend": "eager", "threshold": 0.4, "stats": seen}
     step = torch.compile(call, backend=backend.specee, options=options)
-    said(model, lambda **inputs: step(model, **inputs), IDS, COUNT)
+    generate(model, lambda **inputs: step(model, **inputs), IDS, COUNT)
     assert min(seen.layers) < DEPTH
     seen.layers.clear()
     try:
-        tokens = said(other, lambda **inputs: step(other, **inputs), IDS, COUNT)
+        tokens = generate(other, lambda **inputs: step(other, **inputs), IDS, COUNT)
     except BackendCompilerFailed as error:
         assert "another model" in str(error)
     else:
-        assert tokens == said(other, other, IDS, COUNT)
+        assert tokens == generate(other, other, IDS, COUNT)
+
+
+def function_with_a_closure(model):
+    def run(**inputs):
+        return model(**inputs)
+
+    return run
+
+
+def function_of_a_global(model):
+    globals()["SERVED"] = model
+    return run_global
+
+
+def run_global(**inputs):
+    return SERVED(**inputs)  # noqa: F821  set by function_of_a_global
+
+
+def method_of_an_object(model):
+    class Server:
+        def __init__(self):
+            self.model = model
+
+        def run(self, **inputs):
+            return self.model(**inputs)
+
+    return Server().run
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs):
+        return self.inner(**inputs)
+
+
+@pytest.mark.parametrize(
+    "held", (function_with_a_closure, function_of_a_global, method_of_an_object, Wrapper)
+)
+def test_the_model_is_found_wherever_the_compiled_function_has_it(model, folder, held):
+    torch._dynamo.reset()
+    seen = Seen()
+    generate(model, compiled(held(model), folder, threshold=0.4, stats=seen), IDS, 8)
+    assert seen.layers and min(seen.layers) < DEPTH
+
+
+@pytest.mark.parametrize("length", (LENGTH, LENGTH + 16))
+def test_a_copy_of_the_model_exits_through_the_same_graph(model, exits, folder, length):
+    """The copy's weights are other tensors: its artefact is found through the frame that calls."""
+    torch._dynamo.reset()
+    counters.clear()
+    seen, other = Seen(), copy.deepcopy(model)
+
+    def call(model, **inputs):
+        return model(**inputs)
+
+    step = compiled(call, folder, threshold=0.4, stats=seen)
+    for _ in range(2):
+        # another length of cache makes one more graph, for all further lengths
+        generate(
+            model, lambda **inputs: step(model, **inputs), IDS, 3, cache_for(model, length - 8)
+        )
+        generate(
+            model, lambda **inputs: step(model, **inputs), IDS, 3, cache_for(model, length - 4)
+        )
+    graphs = counters["stats"]["unique_graphs"]
+    seen.layers.clear()
+    cache = cache_for(other, length)
+    found = generate(other, lambda **inputs: step(other, **inputs), IDS, COUNT, cache)
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert min(seen.layers) < DEPTH and found == [exits[1][IDS]]
+
+
+def test_a_model_that_is_not_of_hugging_face_is_dense_with_the_reason(model, folder, caplog):
+    class Foreign(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = model.model, model.lm_head
+
+        def forward(self, **inputs):
+            hidden = self.body(**inputs).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.head(hidden))
+
+    torch._dynamo.reset()
+    seen = Seen()
+    step = compiled(Foreign(), folder, threshold=0.0, stats=seen)
+    with caplog.at_level(logging.WARNING, "eepass"):
+        assert generate(model, step, IDS, 6) == generate(model, model, IDS, 6)
+    assert "decodes dense: no Hugging Face model" in caplog.text
+    assert not seen.layers
 
 
 def test_gradients_and_training_are_the_dense_models(model, folder):
@@ -385,7 +478,7 @@ def test_gradients_and_training_are_the_dense_models(model, folder):
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-4)
     ours.train()
-    assert said(ours, step, IDS, 6) == said(model, model, IDS, 6)
+    assert generate(ours, step, IDS, 6) == generate(model, model, IDS, 6)
 
 
 def test_a_graph_break_inside_a_layer_is_dense(model, folder):
@@ -399,7 +492,7 @@ def test_a_graph_break_inside_a_layer_is_dense(model, folder):
 
     broken.model.layers[3].mlp.forward = breaking
     step = compiled(broken, folder, threshold=0.0, stats=seen)
-    assert said(broken, step, IDS, 6) == said(model, model, IDS, 6)
+    assert generate(broken, step, IDS, 6) == generate(model, model, IDS, 6)
     assert not seen.layers
 
 

@@ -48,7 +48,7 @@ def config_of(folder, threshold, **changes):
 
 @pytest.fixture(scope="module")
 def dense(folder):
-    """A model that never leaves, the eager one beside it, and how both are asked."""
+    """Generate with a model that never exits early, and with the eager one beside it."""
     torch._dynamo.reset()
     given = {"cache_implementation": "static", "max_new_tokens": NEW, "eos_token_id": None}
     config = config_of(folder, 1.0, fullgraph=True, dynamic=False)
@@ -79,7 +79,7 @@ IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
     ),
     ids=("greedy", "sampling", "logits processors"),
 )
-def test_without_exits_it_says_what_the_model_says(dense, kwargs):
+def test_without_exits_it_gives_the_models_tokens(dense, kwargs):
     ask, expect = dense
     assert torch.equal(ask(IDS, **kwargs), expect(IDS, **kwargs))
 
@@ -110,7 +110,7 @@ def test_sliding_windows_before_and_after_they_are_full(tmp_path):
 
 @pytest.fixture(scope="module")
 def leaving(folder):
-    """A model that leaves early, and what to ask it with."""
+    """A model that exits early, and the arguments for ``generate``."""
     torch._dynamo.reset()
     seen = Seen()
     config = config_of(folder, 0.4)
@@ -150,7 +150,7 @@ def test_streams_stops_and_pipelines_with_exits(leaving, tokenizer):
     assert made["generated_text"].split() == expected.split()
 
 
-def test_sampling_with_exits_draws_the_same_with_the_same_seed(leaving):
+def test_sampling_with_exits_repeats_with_the_same_seed(leaving):
     model, given, _ = leaving
     drawn = []
     for seed in (1, 1, 2):

@@ -107,7 +107,7 @@ def test_a_step_asks_the_host_nothing(on_gpu):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert engine.executor.synchronisations == 0
-    engine.outbox.clear()
+    engine.results.clear()
 
 
 def test_a_tensor_that_moves_is_found(on_gpu):

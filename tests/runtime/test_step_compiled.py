@@ -3,7 +3,7 @@
 import pytest
 import torch
 from models import eager_compile
-from steps import BUCKETS, LateOutbox, OrderedExits, engine_for
+from steps import BUCKETS, LateResultQueue, OrderedExits, engine_for
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step.build import build_step
@@ -27,7 +27,8 @@ def test_compiled_steps_are_the_eager_ones(llama_splits, kv):
     compiler = CudaCompiler()
     decoder = Decoder(llama_splits, compiler)
     step = build_step(decoder, exits(), StepOptions(kv=kv, buckets=BUCKETS), compiler.fuse)
-    engine = StepEngine(decoder, step, Interpreter(step), LateOutbox(step["out"]), prompt_rows=16)
+    results = LateResultQueue(step["out"])
+    engine = StepEngine(decoder, step, Interpreter(step), results, prompt_rows=16)
     found = [tuple(token) for token in engine.generate(PROMPT, 25)]
     other = engine_for(Decoder(llama_splits, eager_compile), exits(), kv=kv)
     assert found == [tuple(token) for token in other.generate(PROMPT, 25)]

@@ -53,7 +53,7 @@ def test_a_sound_step_runs(flag, expected):
 
 
 @pytest.mark.parametrize(
-    "items, said",
+    "items, message",
     (
         ((COPY, DOUBLE), "copy reads y before anything wrote it"),
         ((replace(DOUBLE, reads=("u",)),), "reads u, which is no buffer"),
@@ -63,8 +63,8 @@ def test_a_sound_step_runs(flag, expected):
         ((DOUBLE, Conditional("z", (COPY,))), "the conditional on z reads z before"),
     ),
 )  # fmt: skip
-def test_what_the_data_contradict(items, said):
-    with pytest.raises(StepError, match=said):
+def test_contradictory_data_are_refused(items, message):
+    with pytest.raises(StepError, match=message):
         check_step(small_step(items))
 
 
@@ -99,7 +99,7 @@ def also_writes_z(b, hidden):
 
 
 @pytest.mark.parametrize(
-    "launch, said",
+    "launch, message",
     (
         (lambda s: replace(DOUBLE, run=lambda b: also_writes_z(b, s["z"])), "double writes z"),
         (lambda s: replace(DOUBLE, run=lambda b: None), "leaves y unwritten"),
@@ -109,16 +109,16 @@ def also_writes_z(b, hidden):
     ),
     ids=("undeclared write", "nothing written", "half written", "undeclared read"),
 )
-def test_what_a_launch_does_beside_its_word(launch, said):
+def test_a_launch_that_differs_from_its_declaration_is_found(launch, message):
     step = small_step()
     step["x"].fill_(1.0)
     step["z"].fill_(5.0)
     step.items = (launch(step), COPY)
-    with pytest.raises(StepError, match=said):
+    with pytest.raises(StepError, match=message):
         Interpreter(step).step()
 
 
-def test_what_a_launch_did_not_name_it_does_not_get():
+def test_a_launch_gets_the_buffers_it_declares_alone():
     step = small_step((replace(DOUBLE, run=lambda b: b["z"].zero_()), COPY))
     with pytest.raises(KeyError):
         Interpreter(step).step()
@@ -142,7 +142,7 @@ def test_a_weight_that_moves_is_found():
         interpreter.step()
 
 
-def test_an_unsound_flag_is_read_in_the_order_of_the_step():
+def test_flags_are_read_in_the_order_of_the_step():
     """A flag set after its conditional is another step than one set before."""
     raise_flag = Launch("raise", write("flag", lambda b: b["x"][:1] > 0), ("x",), ("flag",))
     for items, expected in (
@@ -155,7 +155,7 @@ def test_an_unsound_flag_is_read_in_the_order_of_the_step():
         assert step["x"][0] == expected
 
 
-def test_blocks_hold_what_follows_one_another():
+def test_blocks_hold_consecutive_launches():
     step = small_step((DOUBLE, COPY, ADD, DOUBLE, COPY))
     assert blocks(step.items) == [(DOUBLE, COPY), ADD, (DOUBLE, COPY)]
     assert blocks(step.items, {DOUBLE}) == [(DOUBLE,), (COPY,), ADD, (DOUBLE,), (COPY,)]
@@ -163,8 +163,8 @@ def test_blocks_hold_what_follows_one_another():
     assert flag_writers(small_step((writer, ADD, COPY))) == {writer}
 
 
-def test_a_flag_of_the_step_before_is_none_of_this_one():
-    """Launched ahead is only what this step has said; what it has not is waited for."""
+def test_a_flag_of_the_step_before_launches_nothing_ahead():
+    """A body is launched ahead only by a flag of this step; else the host waits for the flag."""
     flags = torch.zeros(1, dtype=torch.bool)
     tell = Launch("tell", write("flag", lambda b: b["x"][:1] > 0), ("x",), ("flag",))
     add = Launch("add", write("x", lambda b: b["x"] + 1), ("x",), ("x",))

@@ -1,4 +1,4 @@
-"""Decode steps: exits, the schedule, tokens that wait, keys and values, against plain lists."""
+"""Decode steps: exits, the schedule, pending tokens, keys and values, against plain lists."""
 
 import pytest
 import torch
@@ -74,26 +74,26 @@ def test_any_exits_are_those_of_plain_lists_and_the_cache_is_dense(decoder, plai
         one_size=how == "predicated",
         verify="always" if how == "late" else "wanted",
     )
-    said = list(engine.generate(PROMPT, len(order["wanted"]) + 1))
+    tokens = list(engine.generate(PROMPT, len(order["wanted"]) + 1))
     expected = PlainSteps(
-        plain, PROMPT, said[0].token, DEPTH, order["layers"], order["pending"], order["ranking"]
+        plain, PROMPT, tokens[0].token, DEPTH, order["layers"], order["pending"], order["ranking"]
     )
-    assert said[0].token == plain.next_token(PROMPT)
+    assert tokens[0].token == plain.next_token(PROMPT)
     for step, *what in zip(
-        said[1:], order["wanted"], order["answers"], order["known"], strict=True
+        tokens[1:], order["wanted"], order["answers"], order["known"], strict=True
     ):
         assert tuple(step) == expected.step(*what)
     statistics = engine.statistics
     assert {name: getattr(statistics, name) for name in expected.counts} == expected.counts
-    assert statistics.exit_layers == [expected.left.count(n) for n in range(DEPTH + 1)]
-    # at the end all that still waited was caught up
-    assert statistics.rows_caught_up == expected.caught_up + len(expected.waiting)
+    assert statistics.exit_layers == [expected.exit_layers.count(n) for n in range(DEPTH + 1)]
+    # at the end all pending tokens were caught up
+    assert statistics.rows_caught_up == expected.caught_up + len(expected.pending)
     assert same_cache(decoder, expected.ids[:-1])
 
 
 @pytest.mark.parametrize("how", ("interpret", "late"))
-def test_nothing_of_a_token_is_frozen(decoder, plain, how):
-    """320 steps of one captured step, over prompts of different lengths in turns."""
+def test_a_captured_step_serves_every_token_and_prompt(decoder, plain, how):
+    """One captured step runs 320 times, over prompts of different lengths in turns."""
     count, steps = 80, 320
     generator = torch.Generator().manual_seed(3)
     wanted = [
@@ -115,14 +115,14 @@ def test_nothing_of_a_token_is_frozen(decoder, plain, how):
 
 
 @pytest.mark.parametrize("how", ("interpret", "predicated", "host", "late"))
-def test_dense_steps_say_what_the_engine_says(decoder, how):
-    said = [step.token for step in engine_for(decoder, None, how).generate(PROMPT, 40)]
-    assert said == [step.token for step in Engine(decoder).generate(PROMPT, 40)]
+def test_dense_steps_give_the_tokens_of_the_engine(decoder, how):
+    tokens = [step.token for step in engine_for(decoder, None, how).generate(PROMPT, 40)]
+    assert tokens == [step.token for step in Engine(decoder).generate(PROMPT, 40)]
 
 
 @pytest.mark.parametrize("layer", range(1, DEPTH + 1))
-def test_a_forced_exit_says_what_the_head_says_there(decoder, llama, layer):
-    """The cut model's words over the dense cache; each eighth token goes all the way."""
+def test_a_forced_exit_gives_the_heads_token_there(decoder, llama, layer):
+    """The cut model's tokens over the dense cache; each eighth token runs through all layers."""
     ids = list(PROMPT)
     for step in engine_for(decoder, None, "host", force=layer).generate(PROMPT, 20):
         states = llama(
@@ -136,7 +136,7 @@ def test_a_forced_exit_says_what_the_head_says_there(decoder, llama, layer):
     assert engine_for(decoder, None, "host", force=layer).step["buckets"][1, -1] <= BUCKETS[-1]
 
 
-def test_every_eighth_token_takes_the_others_along(decoder):
+def test_every_eighth_token_catches_the_others_up(decoder):
     engine = engine_for(decoder, None, "interpret", force=2)
     layers = [step.exit_layer for step in engine.generate(PROMPT, 25)]
     assert layers == [DEPTH, *([2] * 7 + [DEPTH]) * 3]
@@ -150,7 +150,7 @@ def test_without_deferral_the_cache_is_the_engines(decoder, kv, how):
     answers = [20, 21, 22, 23, 24, 25, 26, 27]
     exits = OrderedExits((1, 2, 3), wanted, answers, [1] * 8)
     engine = engine_for(decoder, exits, how, kv=kv, one_size=how == "predicated")
-    said = [tuple(step) for step in engine.generate(PROMPT, 9)]
+    tokens = [tuple(step) for step in engine.generate(PROMPT, 9)]
     ours = cache_of(decoder, len(PROMPT) + 8)
     from models import ForcedExits
 
@@ -159,14 +159,14 @@ def test_without_deferral_the_cache_is_the_engines(decoder, kv, how):
     orders_ = [min(layers, default=DEPTH + 1) for layers in wanted]
     options = Options("approximate", kv, 7, ("exits",))
     other = Engine(decoder, ForcedExits(DEPTH, orders_, answers), options=options)
-    # its turns begin with the first pass
-    assert said == [tuple(step) for step in other.generate(PROMPT, 9)]
+    # the engine counts turns from its first pass
+    assert tokens == [tuple(step) for step in other.generate(PROMPT, 9)]
     for a, b in zip(ours, cache_of(decoder, len(PROMPT) + 8), strict=True):
         assert torch.allclose(a, b, atol=2e-5)
 
 
 def test_deferral_is_what_keeps_the_cache_whole(decoder):
-    """Switched off, later layers know nothing of tokens that left."""
+    """Switched off, deeper layers lack keys and values of tokens that exited."""
     caches = {}
     for kv in ("defer", "propagate", "drop"):
         exits = OrderedExits((1,), [{1}] * 6, [20, 21, 22, 23, 24, 25], [1] * 6)

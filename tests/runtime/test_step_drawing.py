@@ -1,4 +1,4 @@
-"""Tokens drawn on a device: distributed as the host's, and the same for the same seed."""
+"""Tokens sampled on a device: the host's distribution, and the same for the same seed."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ def drawn(logits, sampling, position, salt=0):
     ),
     ids=("all", "top-k", "top-p", "min-p", "together"),
 )
-def test_tokens_are_distributed_as_the_hosts(sampling):
+def test_tokens_have_the_distribution_of_the_hosts(sampling):
     logits = torch.randn(1, 12, generator=torch.Generator().manual_seed(0)) * 2
     # a tie at the edge of top-k: both stay
     order = logits[0].argsort(descending=True)
@@ -51,7 +51,7 @@ def test_tokens_are_distributed_as_the_hosts(sampling):
     assert chi < freedom + 5 * (2 * freedom) ** 0.5 + 5
 
 
-def test_numbers_are_even_and_apart():
+def test_random_numbers_are_uniform_and_distinct():
     seeds = torch.arange(64)[:, None].expand(64, 64).reshape(-1)
     numbers = torch.arange(64).repeat(64)
     found = uniform(seeds, numbers)
@@ -61,14 +61,14 @@ def test_numbers_are_even_and_apart():
     assert 0 <= float(uniform(largest, largest)) < 1
 
 
-def test_exits_and_the_head_of_a_step_draw_apart():
+def test_exits_and_the_head_of_a_step_use_different_numbers():
     logits = torch.zeros(1, 500)
     sampling = Sampling(temperature=1.0, seed=1)
     assert len({drawn(logits, sampling, 7, salt) for salt in range(20)}) > 15
     assert drawn(logits, sampling, 7, 3) == drawn(logits, sampling, 7, 3)
 
 
-def test_without_heat_the_likeliest_is_drawn():
+def test_temperature_zero_is_the_argmax():
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0]])
     assert drawn(logits, Sampling(), 3) == 1
 

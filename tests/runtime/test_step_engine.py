@@ -1,4 +1,4 @@
-"""Steps in flight, what is dropped after an end, faults, memory; and flags that come late."""
+"""Steps in flight, what is dropped after an end token, faults, memory, and late flags."""
 
 import gc
 import weakref
@@ -34,24 +34,24 @@ def dense(llama):
 def test_what_follows_a_stop_token_is_dropped(decoder, dense, in_flight):
     stop = dense[6]
     engine = engine_for(decoder, None, "host", stop=(stop, 159), in_flight=in_flight)
-    said = [step.token for step in engine.generate(PROMPT, 30)]
-    assert said == dense[: dense.index(stop) + 1]
-    # so many steps were under way when it came, and one more caught up
-    assert engine.steps == len(said) - 1 + in_flight - 1 + 1
-    assert engine.outbox.most == in_flight
-    # what was surplus counts for nothing
-    assert engine.statistics.tokens == len(said) - 1
-    assert int(engine.step["position"]) == len(PROMPT) + len(said) - 1
-    # and the next answer knows nothing of it
-    assert [step.token for step in engine.generate(PROMPT, 30)] == said
+    tokens = [step.token for step in engine.generate(PROMPT, 30)]
+    assert tokens == dense[: dense.index(stop) + 1]
+    # the steps in flight when it came, and one that caught up
+    assert engine.steps == len(tokens) - 1 + in_flight - 1 + 1
+    assert engine.results.most == in_flight
+    # surplus steps are not counted
+    assert engine.statistics.tokens == len(tokens) - 1
+    assert int(engine.step["position"]) == len(PROMPT) + len(tokens) - 1
+    # and do not change the next answer
+    assert [step.token for step in engine.generate(PROMPT, 30)] == tokens
 
 
 def test_surplus_steps_catch_up_and_do_no_more(decoder):
-    """A stop token that leaves early: the step after it takes the waiting along."""
+    """A stop token exits early: the step after it catches up the pending tokens."""
     exits = OrderedExits((1, 2), [{1}] * 9, [20, 21, 22, 158, 24, 25, 26, 27, 28], [1] * 9)
     engine = engine_for(decoder, exits, "interpret", stop=(158,), in_flight=3)
-    said = [tuple(step) for step in engine.generate(PROMPT, 9)]
-    assert said[1:] == [(20, 1), (21, 1), (22, 1), (158, 1)]
+    tokens = [tuple(step) for step in engine.generate(PROMPT, 9)]
+    assert tokens[1:] == [(20, 1), (21, 1), (22, 1), (158, 1)]
     assert engine.step["depth"].tolist() == [DEPTH] * 8
     assert engine.statistics.exit_layers == [0, 4, 0, 0, 0]
     assert engine.statistics.rows_caught_up == 4
@@ -76,18 +76,18 @@ def test_a_stream_that_is_closed_leaves_the_engine_ready(decoder, dense):
     assert [step.token for step in engine.generate(PROMPT, 30)] == dense
 
 
-@pytest.mark.parametrize("ids, said", (([], "empty"), (list(range(3, 150)), "room for 112")))
-def test_prompts_that_do_not_fit(decoder, ids, said):
-    with pytest.raises(EngineError, match=said):
+@pytest.mark.parametrize("ids, message", (([], "empty"), (list(range(3, 150)), "room for 112")))
+def test_prompts_that_do_not_fit(decoder, ids, message):
+    with pytest.raises(EngineError, match=message):
         next(engine_for(decoder, None, "host").generate(ids, 4))
 
 
-def test_a_full_cache_is_said_after_what_fitted(decoder):
-    engine, said = engine_for(decoder, None, "host"), []
+def test_a_full_cache_is_an_error_after_the_tokens_that_fit(decoder):
+    engine, tokens = engine_for(decoder, None, "host"), []
     with pytest.raises(EngineError, match=r"full at 112 tokens: .*raise max_length"):
         for step in engine.generate(list(range(3, 113)), 10):
-            said.append(step)
-    assert len(said) == 3
+            tokens.append(step)
+    assert len(tokens) == 3
 
 
 @pytest.mark.parametrize("how", ("interpret", "host"))
@@ -134,8 +134,7 @@ def test_memory_goes_with_the_engine(decoder):
     assert not any(ref() is not None for ref in held)
 
 
-def test_an_interpreter_watches_a_whole_model(decoder):
-    """Every launch of a real step keeps its word, in steps with and without exits."""
+def test_every_launch_of_a_real_step_is_as_declared(decoder):
     exits = OrderedExits((1, 2, 4), [{1}, {2}, set(), {4}, {1, 2}], [20] * 5, [1, 1, 1, 1, 2])
     for kv in ("defer", "propagate", "drop"):
         exits.turn = -1
@@ -144,7 +143,7 @@ def test_an_interpreter_watches_a_whole_model(decoder):
         assert layers == [4, 1, 2, 4, 4, 2]
 
 
-def test_an_interpreter_catches_a_launch_of_a_model_that_lies(decoder):
+def test_an_undeclared_write_of_a_real_step_is_found(decoder):
     engine = engine_for(decoder, None, "interpret", watch=True)
     step = engine.step
     (layers,) = [item for item in step.items if getattr(item, "name", "").startswith("layers")]
@@ -165,8 +164,8 @@ def late(decoder, exits, **options):
 
 
 def test_late_flags_are_waited_for_while_segments_run(decoder):
-    """One wait for what a step does, one for each exit asked; a segment that should not have run
-    was launched once and did nothing."""
+    """One wait a step and one for each active exit; a segment that should not have run is launched
+    once and changes nothing."""
     exits = OrderedExits((1, 2), [{1}, set()], [20, 20], [1, 1])
     step, executor, flags, ran = late(decoder, exits, verify="always")
     engine = engine_for(decoder, None, "host")
@@ -179,7 +178,7 @@ def test_late_flags_are_waited_for_while_segments_run(decoder):
     assert flags.synchronisations == 2
     ran.clear()
     executor.step()
-    # the token that left goes along, in a segment of two rows
+    # the pending token runs too, in a segment of two rows
     assert [name for name in ran if name.startswith("layers")] == [
         "layers 0–1, 1 row", "layers 1–2, 2 rows", "layers 2–4, 2 rows",
     ]  # fmt: skip

@@ -1,5 +1,5 @@
-"""Which launch mode is taken where, what is refused, and how a graph with IF nodes is put
-together: by a driver that writes down what it is told."""
+"""Which launch mode is chosen where, what is refused, and how a graph with IF nodes is built: with
+a driver that records its calls."""
 
 from types import SimpleNamespace
 
@@ -30,7 +30,7 @@ class Call:
 
 
 class FakeDriver:
-    """Answers as the driver does, and remembers nodes: (graph, kind, node before, detail)."""
+    """Returns what the driver returns, and records nodes: (graph, kind, node before, detail)."""
 
     CUgraph = CUstream = Call
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
@@ -114,8 +114,8 @@ def decoder(llama_splits):
 
 
 def test_a_step_becomes_a_chain_of_graphs_and_if_nodes(decoder):
-    """Nodes follow one another; a flag is read right before the node that goes by it, in the graph
-    that node is in; bodies are chains of their own."""
+    """Nodes form chains; a flag is read right before the IF node that depends on it, in the same
+    graph; bodies are chains of their own."""
     step = launching.build_step(decoder, OrderedExits((1, 2), [], [1], [1]), StepOptions())
     driver = FakeDriver()
     graph, children = ConditionalGraph(driver), iter(range(1, 100))
@@ -141,7 +141,9 @@ def test_a_step_becomes_a_chain_of_graphs_and_if_nodes(decoder):
             after = driver.nodes[number + 1]
             assert after[:2] == (where, "if")
     flags = [detail for where, kind, _, detail in driver.nodes if kind == "set"]
-    assert flags.count(step["ask.1"].data_ptr()) == flags.count(step["need"].data_ptr()) == 1
+    assert (
+        flags.count(step["active.1"].data_ptr()) == flags.count(step["needs_head"].data_ptr()) == 1
+    )
     # two exits, each asks and verifies; two segments behind, for one row or more; the head
     assert len(flags) == 2 * 2 + 2 * (1 + 1 + 3) + 1
     bodies = {detail for _, kind, _, detail in driver.nodes if kind == "if"}
@@ -188,7 +190,7 @@ def test_the_bindings_structs_take_what_they_are_given():
 
 
 def test_the_setter_assembles():
-    """What sets conditions is PTX of ours; an assembler comes with triton."""
+    """The kernel that sets conditions is PTX; an assembler comes with triton."""
     import subprocess
     import tempfile
     from pathlib import Path
@@ -207,17 +209,17 @@ def test_the_setter_assembles():
 
 
 @pytest.mark.parametrize(
-    "version, capability, said",
+    "version, capability, message",
     (
-        (12020, (9, 0), "CUDA 12.2; conditional nodes came"),
+        (12020, (9, 0), "CUDA 12.2; conditional nodes need"),
         (12040, (7, 0), "below 7.5"),
         (13000, (9, 0), ""),
     ),
 )
-def test_where_there_are_conditional_nodes(monkeypatch, version, capability, said):
+def test_where_there_are_conditional_nodes(monkeypatch, version, capability, message):
     monkeypatch.setattr(conditional_graph, "_driver", lambda: FakeDriver(version))
     found = conditional_graph.conditional_nodes_missing(capability)
-    assert said in found and bool(said) == bool(found)
+    assert message in found and bool(message) == bool(found)
 
 
 def test_what_is_missing_for_them_is_named(monkeypatch):
@@ -246,7 +248,7 @@ def test_the_mode_taken_on_a_gpu_and_why(monkeypatch, launch, missing, mode):
 
 
 @pytest.mark.parametrize(
-    "launch, device, said",
+    "launch, device, message",
     (
         ("device", CPU, "needs a CUDA device"),
         ("predicated", CPU, "needs a CUDA device"),
@@ -255,23 +257,23 @@ def test_the_mode_taken_on_a_gpu_and_why(monkeypatch, launch, missing, mode):
         ("device", CUDA, "driver is old; use launch='host'"),
     ),
 )
-def test_modes_that_are_not_to_be_had(monkeypatch, launch, device, said):
+def test_modes_that_cannot_run_here(monkeypatch, launch, device, message):
     monkeypatch.setattr(launching, "_missing", lambda device: "driver is old")
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=message):
         choose(launch, device)
 
 
 @pytest.mark.parametrize(
-    "device, dtype, said",
+    "device, dtype, message",
     (
         (CPU, torch.float64, "float64 is not supported: use float32"),
         (torch.device("meta"), torch.float32, "must be cpu or cuda"),
         (CUDA, torch.float32, "use device='cpu'"),
     ),
 )
-def test_devices_that_are_not_to_be_had(monkeypatch, device, dtype, said):
+def test_devices_that_cannot_decode(monkeypatch, device, dtype, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(EngineError, match=said):
+    with pytest.raises(EngineError, match=message):
         require_device(device, dtype)
 
 
@@ -289,14 +291,14 @@ def test_a_gpu_without_bfloat16_and_one_too_small(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error, said",
+    "error, message",
     (
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory while capturing.*lower max_"),
         (CudaError("cuGraphInstantiate: CUDA_ERROR"), "cuGraphInstantiate.*use launch='host'"),
     ),
 )
 def test_capturing_that_fails_says_what_to_do_and_leaves_a_usable_process(
-    monkeypatch, decoder, error, said
+    monkeypatch, decoder, error, message
 ):
     def fail(*_):
         raise error
@@ -304,7 +306,7 @@ def test_capturing_that_fails_says_what_to_do_and_leaves_a_usable_process(
     mode = choose("host", CPU)
     with monkeypatch.context() as patch:
         patch.setattr(launching, "HostDriven", fail)
-        with pytest.raises(EngineError, match=said):
+        with pytest.raises(EngineError, match=message):
             make_engine(decoder, None, StepOptions(), mode)
     engine, report = make_engine(decoder, None, StepOptions(), mode)
     assert len(list(engine.generate([5, 6, 7], 4))) == 4

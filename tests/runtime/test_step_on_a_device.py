@@ -1,5 +1,5 @@
-"""What a step does on a CUDA device, as far as that can be known without one: every launch, on
-tensors that have a device and no values. Values a host reads would raise."""
+"""What a step does on a CUDA device, as far as it can be tested without one: every launch, on
+tensors with a device and without values. Reading a value on the host would raise."""
 
 import copy
 from dataclasses import replace
@@ -87,7 +87,7 @@ def decoder(llama_splits, device):
 
 @pytest.mark.parametrize("fused", (True, False), ids=("kernels", "segments"))
 @pytest.mark.parametrize("kv", ("defer", "propagate", "drop"))
-def test_no_launch_leaves_the_device_or_asks_the_host(decoder, exit_points, kv, fused):
+def test_no_launch_leaves_the_device_or_waits_for_the_host(decoder, exit_points, kv, fused):
     plan, tensors, segments, kernels = exit_points
     segments = replace(
         segments,

@@ -1,4 +1,4 @@
-"""How tokens come from a device to the host: a step behind, without making the device wait."""
+"""Bring tokens from the device to the host without making the device wait."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from typing import Protocol
 from torch import Tensor
 
 
-class Outbox(Protocol):
-    """Sends what a step found to the host."""
+class ResultQueue(Protocol):
+    """A queue of step results, each copied to the host while later steps run."""
 
     def post(self) -> None:
-        """Send the result of the step launched last."""
+        """Enqueue the result of the step launched last."""
 
     def take(self) -> tuple[int, int]:
-        """The oldest result not taken: token and exit layer; waits for it."""
+        """Wait for the oldest result and remove it: token and exit layer."""
 
     def clear(self) -> None:
-        """Forget what was sent and not taken."""
+        """Drop all results."""
 
 
-class PlainOutbox:
-    """Results in the host's own memory."""
+class HostResultQueue:
+    """ResultQueue in the host's own memory."""
 
     def __init__(self, out: Tensor) -> None:
         self._out, self._sent = out, deque[Tensor]()
