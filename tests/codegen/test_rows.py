@@ -1,7 +1,8 @@
-"""The C++ kernels against the eager definitions of their operators."""
+"""The C++ kernels against the reference implementations of their operators."""
 
 import pytest
 import torch
+from kernel_cases import same_bits
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.ops import rows as row_ops
@@ -53,9 +54,7 @@ def test_a_row_has_the_same_bits_alone_and_with_others():
     x, weight = torch.randn(64, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
     alone = torch.cat([torch.ops.eepass.linear_rows(row[None], [weight], [None])[0] for row in x])
     for rows in (2, 4, 7, 8, 16, 32, 64):
-        assert torch.equal(
-            torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows]
-        )
+        same_bits(torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows])
 
 
 @dtypes
