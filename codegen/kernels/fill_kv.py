@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.final_state import inverse_deviation
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
 # columns of the table: pointers, 0 where a layer has no such tensor, and strides in elements
 NORM_WEIGHT = tl.constexpr(0)
@@ -289,8 +289,3 @@ def _refuse_odd(
         raise ValueError("fill_kv: the columns of all projections must lie equally far apart")
     if any(t.dtype != weights[0].dtype for t in (*weights, *key_biases, *value_biases)):
         raise ValueError("fill_kv: projections and biases must be of one dtype")
-
-
-def fill_kv(*arguments: Any) -> None:
-    """``eepass::fill_kv``; see its definition in ``eepass.ops.fused``."""
-    run(launches(*arguments, scratch=Scratch(arguments[0]))[0])

@@ -1,4 +1,6 @@
-"""draft_topk in Triton's interpreter against its definition."""
+"""draft_topk in Triton's interpreter against its reference implementation."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from eepass.ops import fused
 
 @pytest.fixture
 def kernel(interpreter):
-    from eepass.codegen.kernels.draft_topk import draft_topk
+    from eepass.codegen.kernels.register import run_kernels
 
-    return draft_topk
+    return partial(run_kernels, "draft_topk")
 
 
 def arguments_of(

@@ -1,4 +1,6 @@
-"""exit_predictor in Triton's interpreter against its definition."""
+"""exit_predictor in Triton's interpreter against its reference implementation."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ each_case = pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
 
 @pytest.fixture
 def kernel(interpreter):
-    from eepass.codegen.kernels.exit_predictor import exit_predictor
+    from eepass.codegen.kernels.register import run_kernels
 
-    return exit_predictor
+    return partial(run_kernels, "exit_predictor")
 
 
 @each_case

@@ -1,4 +1,6 @@
-"""fill_kv in Triton's interpreter against its definition."""
+"""fill_kv in Triton's interpreter against its reference implementation."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -9,9 +11,9 @@ from eepass.ops import fused
 
 @pytest.fixture
 def kernel(interpreter):
-    from eepass.codegen.kernels.fill_kv import fill_kv
+    from eepass.codegen.kernels.register import run_kernels
 
-    return fill_kv
+    return partial(run_kernels, "fill_kv")
 
 
 @pytest.mark.parametrize("case", FILLS.values(), ids=FILLS.keys())
