@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 INDEX = "kernels.json"
 AGAIN = "compile them again: eepass codegen MODEL --target {target} --out FOLDER"
@@ -21,32 +21,25 @@ class KernelsUnfit(ValueError):
     """Compiled kernels that cannot be used here; the message says why and what to do."""
 
 
-class Compiled(Protocol):
-    """A ``kernels.compile.Cubin``, whose module imports Triton."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def code(self) -> bytes: ...
-    @property
-    def parameters(self) -> tuple[str, ...]: ...
-    @property
-    def shared_bytes(self) -> int: ...
-    @property
-    def warps(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class StoredKernel:
-    """A kernel read from a folder: entry, parameters as PTX declares them, warps a program."""
+    """Machine code of a kernel: its entry, ``parameters`` as PTX declares them, warps a program."""
 
-    entry: str
+    name: str
     parameters: tuple[str, ...]
     warps: int
     shared_bytes: int
     code: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin(StoredKernel):
+    """A kernel as it was compiled: ``registers`` a thread, ``spills`` in bytes; launches with the
+    same ``key`` share it."""
+
+    key: str
+    registers: int
+    spills: int
 
 
 def target_name(capability: int) -> str:
@@ -56,7 +49,7 @@ def target_name(capability: int) -> str:
 def write_kernels(
     folder: Path,
     capability: int,
-    compiled: Iterable[Compiled],
+    compiled: Iterable[Cubin],
     sources: Mapping[str, str],
     report: Mapping[str, Any],
 ) -> None:

@@ -5,30 +5,15 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eepass.codegen.cuda.stored_kernels import Cubin
 from eepass.codegen.kernels.launch import KernelLaunch
 from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
-
-
-@dataclass(frozen=True, slots=True)
-class Cubin:
-    """A compiled kernel: ``registers`` a thread, ``spills`` in bytes, ``parameters`` as its PTX
-    declares them; launches with the same ``key`` share it."""
-
-    key: str
-    name: str
-    code: bytes
-    parameters: tuple[str, ...]
-    registers: int
-    spills: int
-    shared_bytes: int
-    warps: int
 
 
 def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
@@ -43,15 +28,13 @@ def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
     ptx, about = compiled.asm["ptx"], compiled.metadata
     parameters = _parameters(ptx, about.name)
     if parameters != parameters_of(launch)[0] or about.num_ctas != 1:
-        raise RuntimeError(
-            f"{about.name}: Triton expects parameters {parameters}, others than ours"
-        )
+        raise RuntimeError(f"{about.name}: Triton expects other parameters: {parameters}")
     if about.global_scratch_size or about.profile_scratch_size:
         raise RuntimeError(f"{about.name}: needs scratch memory of its own")
     registers, spills = _registers(ptx)
     return Cubin(
-        key_of(launch, capability), about.name, compiled.asm["cubin"], parameters, registers,
-        spills, about.shared, launch.warps,
+        about.name, parameters, launch.warps, about.shared, compiled.asm["cubin"],
+        key_of(launch, capability), registers, spills,
     )  # fmt: skip
 
 
@@ -68,14 +51,8 @@ def _registers(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
         file.write_text(ptx)
-        command = [
-            str(triton.knobs.nvidia.ptxas.path),
-            "-v",
-            f"-arch={target[1]}",
-            str(file),
-            "-o",
-            f"{file}.cubin",
-        ]
+        ptxas = str(triton.knobs.nvidia.ptxas.path)
+        command = [ptxas, "-v", f"-arch={target[1]}", str(file), "-o", f"{file}.cubin"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used = re.search(r"Used (\d+) registers", output)
     spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]

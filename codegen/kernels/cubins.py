@@ -56,7 +56,7 @@ class Cubins:
         place = (torch.cuda.current_device(), key)
         if place not in self._loaded:
             self._loaded[place] = load(
-                stored.code, stored.entry, stored.parameters, stored.shared_bytes
+                stored.code, stored.name, stored.parameters, stored.shared_bytes
             )
         types, values = parameters_of(launch)
         assert types == stored.parameters
