@@ -66,7 +66,7 @@ def test_what_is_not_finite_stays_in_its_slot(kernel):
 def test_tensors_may_lie_anywhere(kernel):
     found, expected = fill_case(rows=3), fill_case(rows=3)
     found[0] = found[0].t().contiguous().t()
-    found[11], found[12] = (turn.t().contiguous().t() for turn in found[11:13])
+    found[11], found[12] = (values.t().contiguous().t() for values in found[11:13])
     found[13] = found[13].repeat_interleave(2)[::2]
     kernel(*found)
     fused.fill_kv(*expected)

@@ -1,4 +1,4 @@
-"""The operators that write where they are told: same values, nothing allocated, misfits named."""
+"""Operators with given outputs: the same values, nothing allocated, wrong outputs refused."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ each_operator = pytest.mark.parametrize("name", CASES)
 
 
 def buffers_of(name, arguments):
-    """Outputs for the caller to give, full of what no kernel writes."""
+    """Outputs for the caller to give, filled with what no kernel writes."""
     from eepass.ops.into import OUTPUTS
 
     values = getattr(fused, name)(*arguments)
@@ -72,7 +72,7 @@ def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch
     arguments = CASES[name]()
     buffers, values = buffers_of(name, arguments)
     workspace = workspace_for(name, arguments)
-    # wherever the flags of the last time lie
+    # as an earlier step may have left it
     workspace.fill_(255)
     with monkeypatch.context() as patch:
         from eepass.codegen.kernels import launch
@@ -87,7 +87,7 @@ def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch
 
 
 def test_counters_are_ready_each_time(kernels, monkeypatch):
-    """Where a row is shared out without a translator, no kernel before sets them to 0."""
+    """Where a row is divided without a translator, no earlier kernel sets them to 0."""
     from eepass.codegen.kernels import final_state
 
     monkeypatch.setattr(final_state, "WIDE_SLICE", 32)

@@ -33,7 +33,7 @@ def test_as_defined(kernel, case):
     found = kernel(*arguments)
     same(found, fused.path_predictor(*arguments))
     path, node, _, _, exits = found
-    # a path leaves with its last node, one without nodes never
+    # a path exits with its last node, one without nodes never
     assert path.tolist() == [node[0], node[[0, 1, 3]].min(), node[2], 0.0]
     arguments[15].fill_(-1.0)
     assert kernel(*arguments)[4].tolist() == [True] * 4
