@@ -4,8 +4,9 @@
     python benchmarks/kernels.py --device cpu [--hidden 64]      in Triton's interpreter: no times
 
 Each form is captured in a CUDA graph and replayed over copies of its weights that together exceed
-the L2 cache; forms take turns, medians count. ``of copy`` is the share of the measured copy
-bandwidth at which the bytes that must be read were read. A form whose result is wrong gets no time.
+the L2 cache; forms are timed in turns and medians reported. ``of copy`` is the bandwidth a kernel
+reaches by the bytes it has to read, as a share of the measured copy bandwidth. A form with a wrong
+result is not timed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,41 +87,19 @@ def fill_arguments(hidden: int, layers: int = 8) -> list[Any]:
 
 def cases(
     hidden: int, vocabularies: Sequence[int]
-) -> dict[str, tuple[Any, Callable[..., Any], Callable[[], list[Any]]]]:
-    """Name -> kernel module, eager definition, arguments; ``vocabularies``: hot, whole, large."""
-    from eepass.codegen.kernels import (
-        draft_topk,
-        exit_predictor,
-        fill_kv,
-        path_predictor,
-        verify_head,
-    )
-
+) -> dict[str, tuple[str, Callable[[], list[Any]]]]:
+    """Name -> operator, arguments; ``vocabularies``: hot, whole, large."""
     hot, whole, large = vocabularies
     return {
-        "exit_predictor": (
-            exit_predictor, fused.exit_predictor, lambda: exit_arguments(hidden, 0, whole),
-        ),
-        "exit_predictor, rank 128": (
-            exit_predictor, fused.exit_predictor, lambda: exit_arguments(hidden, 128, whole),
-        ),
-        "path_predictor, 8 nodes": (
-            path_predictor, fused.path_predictor, lambda: path_arguments(hidden, whole),
-        ),
-        f"verify_head, {whole}": (
-            verify_head, fused.verify_head, lambda: verify_arguments(hidden, whole),
-        ),
-        f"verify_head, {large}": (
-            verify_head, fused.verify_head, lambda: verify_arguments(hidden, large),
-        ),
-        f"draft_topk, {hot}": (
-            draft_topk, fused.draft_topk, lambda: draft_arguments(hidden, hot),
-        ),
-        f"draft_topk, {whole}": (
-            draft_topk, fused.draft_topk, lambda: draft_arguments(hidden, whole),
-        ),
-        "fill_kv, 8 layers": (fill_kv, fused.fill_kv, lambda: fill_arguments(hidden)),
-    }  # fmt: skip
+        "exit_predictor": ("exit_predictor", lambda: exit_arguments(hidden, 0, whole)),
+        "exit_predictor, rank 128": ("exit_predictor", lambda: exit_arguments(hidden, 128, whole)),
+        "path_predictor, 8 nodes": ("path_predictor", lambda: path_arguments(hidden, whole)),
+        f"verify_head, {whole}": ("verify_head", lambda: verify_arguments(hidden, whole)),
+        f"verify_head, {large}": ("verify_head", lambda: verify_arguments(hidden, large)),
+        f"draft_topk, {hot}": ("draft_topk", lambda: draft_arguments(hidden, hot)),
+        f"draft_topk, {whole}": ("draft_topk", lambda: draft_arguments(hidden, whole)),
+        "fill_kv, 8 layers": ("fill_kv", lambda: fill_arguments(hidden)),
+    }
 
 
 def captured(function: Callable[..., Any], sets: Sequence[list[Any]]) -> torch.cuda.CUDAGraph:
@@ -177,32 +157,40 @@ def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
     return ""
 
 
-def bytes_of(kernel: Any, arguments: list[Any]) -> int:
-    from eepass.codegen.kernels.launch import Scratch
+def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The operator through its Triton kernels, and its reference implementation."""
+    from eepass.codegen.kernels.register import run_kernels
 
-    made, _ = kernel.launches(*arguments, scratch=Scratch(arguments[0]))
+    return partial(run_kernels, operator), getattr(fused, operator)
+
+
+def bytes_of(operator: str, arguments: list[Any]) -> int:
+    from eepass.codegen.kernels.launch import Scratch
+    from eepass.codegen.kernels.register import LAUNCHES
+
+    made, _ = LAUNCHES[operator](*arguments, scratch=Scratch(arguments[0]))
     return sum(launch.bytes for launch in made)
 
 
-def check(name: str, kernel: Any, eager: Callable[..., Any], make: Any) -> dict[str, Any]:
+def check(name: str, operator: str, make: Callable[[], list[Any]]) -> dict[str, Any]:
     """The kernel in the interpreter: its bytes, and whether it is right."""
     arguments = make()
-    fused = getattr(kernel, kernel.__name__.rsplit(".", 1)[1])
-    fault = wrong(outputs(fused, arguments), outputs(eager, arguments))
-    row = {"bytes": bytes_of(kernel, arguments), "triton": fault or "right, not timed"}
+    triton, eager = forms_of(operator)
+    fault = wrong(outputs(triton, arguments), outputs(eager, arguments))
+    row = {"bytes": bytes_of(operator, arguments), "triton": fault or "right, not timed"}
     print(f"{name:26} {row}", flush=True)
     return row
 
 
-def measure(name: str, kernel: Any, eager: Callable[..., Any], make: Any, copy: float) -> dict:
+def measure(name: str, operator: str, make: Callable[[], list[Any]], copy: float) -> dict[str, Any]:
     arguments = make()
-    needed = bytes_of(kernel, arguments)
+    needed = bytes_of(operator, arguments)
     sets = [arguments]
     while len(sets) * needed < L2_BYTES and len(sets) < 64:
         sets.append(make())
+    triton, eager = forms_of(operator)
     expected = outputs(eager, arguments)
-    fused = getattr(kernel, kernel.__name__.rsplit(".", 1)[1])
-    forms = {"triton": fused, "eager": eager, "inductor": torch.compile(eager, dynamic=False)}
+    forms = {"triton": triton, "eager": eager, "inductor": torch.compile(eager, dynamic=False)}
     row: dict[str, Any] = {"bytes": needed}
     graphs = {}
     for form, function in forms.items():

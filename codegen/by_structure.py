@@ -1,4 +1,4 @@
-"""What compilers of segments share: isomorphic segments compile once."""
+"""The base of the compilers of segments: isomorphic segments compile once."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
 class ByStructure:
-    """Compiles graphs and remembers them by structure; ``compile`` is the subclass's."""
+    """Compiles graphs and keeps the results by structure; subclasses implement ``compile``."""
 
     def __init__(self) -> None:
         self.compiled: dict[tuple[str, bool], Compiled] = {}
@@ -24,9 +24,9 @@ class ByStructure:
         *,
         logits: bool = False,
     ) -> Compiled:
-        """``graph`` as a function from a list of its inputs, which it may clear, to its outputs.
+        """``graph`` compiled: a function from a list of its inputs, which it may clear, to outputs.
 
-        ``logits``: these are the model's own; where sums are rounded, they stay in float32.
+        ``logits``: the outputs are the model's logits, and their sums are kept in float32.
         """
         key = (structure, logits)
         if key not in self.compiled:
@@ -38,7 +38,7 @@ class ByStructure:
 
 
 def return_a_tuple(graph: GraphModule) -> None:
-    """Let ``graph`` give a tuple of outputs, be it one alone."""
+    """Let ``graph`` return a tuple, even of a single output."""
     output = graph.graph.output_node()
     if not isinstance(output.args[0], (tuple, list)):
         output.args = ((output.args[0],),)

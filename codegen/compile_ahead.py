@@ -1,8 +1,8 @@
 """Compile segments of a decoder ahead of time: lowered as for ``CpuCompiler``, then AOTInductor.
 
-Weights are inputs, so a segment's code is the same for all layers and holds none of them. The
-operators with C++ kernels are called through C functions (``cpu/shims.cpp``), without a dispatcher
-in between; a layer's call takes less time than the same code called from Python.
+Weights are inputs, so a segment's code is the same for all layers and contains no weights. The
+operators with C++ kernels are called through C functions (``cpu/shims.cpp``); a layer's call takes
+less time than the same code called from Python.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_aot
 from torch.fx import GraphModule
 
-from eepass.codegen.compiled_code import Compiled, CompiledCode, code_key
+from eepass.codegen.by_structure import Compiled
+from eepass.codegen.compiled_code import CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
@@ -54,23 +55,23 @@ SHIMS = {
 }
 SETTINGS: dict[str, Any] = {
     "aot_inductor.custom_ops_to_c_shims": SHIMS,
-    # for debuggers, and three quarters of a library's size
+    # for debuggers only, and three quarters of a library's size
     "aot_inductor.enable_line_tables": False,
     "aot_inductor.enable_frame_pointer": False,
 }
 KERNELS = "kernels.so"
-# what runs wherever torch does; operators of other packages live in their Python code
+# operators that exist wherever torch and the kernels do; others need the package they come from
 NAMESPACES = {"aten", "prims", "eepass", "_operator"}
 
 
 class CannotCompileAhead(ValueError):
-    """A graph that cannot run without the Python code it came from; the message says why."""
+    """A graph needs Python code to run; the message says why."""
 
 
 class AheadCompiler(CompiledCode):
-    """Compiles graphs into ``folder`` and runs them from there; one file for each structure.
+    """Compiles graphs into ``folder``, one file for each structure, and runs them from there.
 
-    What was compiled is kept for the next folder. Raises ``KernelsMissing`` where the C++ kernels
+    Compiled files are cached for later folders. Raises ``KernelsMissing`` where the C++ kernels
     cannot be built.
     """
 
@@ -80,11 +81,11 @@ class AheadCompiler(CompiledCode):
         library = build_kernels()
         open_kernels(library)
         shutil.copyfile(library, folder / KERNELS)
-        # named by what decides, beside the graph, what is made of it: torch, CPU and kernels (the
-        # library's name), settings, and the threads that loops are divided among
+        # besides the graph, the code depends on torch, CPU and kernels (the library's name), on
+        # settings, and on the number of threads that loops are divided among
         settings = hashlib.sha256(repr(LOWERING).encode())
         home = f"{library.stem}-{settings.hexdigest()[:8]}-{torch.get_num_threads()}"
-        self._kept = cache_dir() / "ahead" / home
+        self._cache = cache_dir() / "ahead" / home
 
     def __call__(
         self, graph: Any, structure: str, examples: Sequence[Tensor], *, logits: bool = False
@@ -93,15 +94,15 @@ class AheadCompiler(CompiledCode):
         if key not in self.files:
             with ready_to_compile(graph, examples, logits) as (lowered, fakes):
                 _refuse_foreign_operators(lowered)
-                made = _kept(lowered, fakes, self._kept)
-            for file in made:
+                files = _compiled_files(lowered, fakes, self._cache)
+            for file in files:
                 shutil.copyfile(file, self.folder / f"{key}{file.suffix}")
             self.files[key] = f"{key}.so"
         return super().__call__(graph, structure, examples, logits=logits)
 
 
-def _kept(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
-    """The files compiled from ``lowered``: a library, and perhaps a description beside it."""
+def _compiled_files(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
+    """The files compiled from ``lowered``: a library, and perhaps a JSON file beside it."""
     shapes = [(tuple(x.shape), tuple(x.stride()), str(x.dtype)) for x in fakes]
     text = repr((lowered.code, shapes, sorted(map(str, SETTINGS.items()))))
     home = cache / hashlib.sha256(text.encode()).hexdigest()[:32]
@@ -112,15 +113,15 @@ def _kept(lowered: GraphModule, fakes: list[Any], cache: Path) -> list[Path]:
             patches = {name: value for name, value in SETTINGS.items() if _is_setting(name)}
             patches["aot_inductor.output_path"] = str(built)
             compile_fx_aot(lowered, fakes, config_patches=patches)
-            whole = Path(scratch) / "whole"
-            whole.mkdir()
-            # operators without a C function are described in a file beside the library
+            complete = Path(scratch) / "complete"
+            complete.mkdir()
+            # the JSON file describes operators that have no C function
             for file in (built, built.with_suffix(".json")):
                 if file.exists():
-                    shutil.copyfile(file, whole / file.name)
-            # another process may have been first
+                    shutil.copyfile(file, complete / file.name)
+            # another process may have compiled the same meanwhile
             with contextlib.suppress(OSError):
-                os.replace(whole, home)
+                os.replace(complete, home)
     return sorted(home.iterdir())
 
 
@@ -135,5 +136,5 @@ def _refuse_foreign_operators(graph: GraphModule) -> None:
         namespace = getattr(node.target, "namespace", getattr(node.target, "__module__", ""))
         if node.op != "call_function" or namespace not in NAMESPACES:
             raise CannotCompileAhead(
-                f"it calls {node.target}, which lives in Python code that would not be there"
+                f"it calls {node.target}, which is defined in Python code that will be missing"
             )

@@ -1,31 +1,31 @@
-"""Run code that was compiled ahead of time: nothing is traced, nothing compiled, no Dynamo."""
+"""Run code that was compiled ahead of time, without tracing, compiling or Dynamo."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+from eepass.codegen.by_structure import Compiled
 
 
 def code_key(structure: str, logits: bool) -> str:
-    """Names the code of a structure, with its linear layers' sums in float32 or not."""
+    """The name of a structure's code; ``logits`` as for ``ByStructure``."""
     return hashlib.sha256(f"{structure} {logits}".encode()).hexdigest()[:16]
 
 
 class NoSuchCode(ValueError):
-    """Something is asked for that was not compiled ahead of time; the message says where."""
+    """A structure was not compiled ahead of time; the message names the folder."""
 
 
 class CompiledCode:
-    """A compiler that has compiled already: shared objects of AOTInductor, opened when needed.
+    """Stands in for a compiler: opens AOTInductor's shared objects when they are first needed.
 
-    Called as ``CpuCompiler`` is, but ``graph`` and ``examples`` are of no use to it. The kernels
-    must be open.
+    Called as ``CpuCompiler`` is, but ignores ``graph`` and ``examples``. The library of kernels
+    must be loaded.
     """
 
     kernels_missing = ""
@@ -38,13 +38,13 @@ class CompiledCode:
     def __call__(
         self, graph: object, structure: str, examples: Sequence[Tensor], *, logits: bool = False
     ) -> Compiled:
-        """The function for ``structure``; raises ``NoSuchCode`` if there is none."""
+        """The code for ``structure``; raises ``NoSuchCode`` if there is none."""
         key = code_key(structure, logits)
         if key not in self._opened:
             if key not in self.files:
                 raise NoSuchCode(
-                    f"{self.folder} holds no code for {structure}: what is asked for was not "
-                    "foreseen when the model was transformed; use the original model"
+                    f"{self.folder} holds no code for {structure}: this use was not foreseen when "
+                    "the model was transformed; use the original model"
                 )
             file = str(self.folder / self.files[key])
             self._opened[key] = torch._C._aoti.AOTIModelContainerRunnerCpu(file, 1).run

@@ -1,17 +1,19 @@
-"""Let attention over a static cache read keys and values where they lie, up to the last slot used.
+"""Let attention over a static cache read keys and values in place, and the allowed slots only.
 
     before   k = reshape(expand(unsqueeze(keys)))       one copy of the cache per query group
              o = scaled_dot_product_attention(q, k, v, mask)
     after    o = eepass.attend_rows(q, keys, values, mask, scale)
 
 Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
-rows than were measured to gain.
+rows than the kernel was measured to be faster for.
 """
 
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+
+from eepass.codegen.lower_linear import replace
 
 aten = torch.ops.aten
 MOST_ROWS = 64
@@ -38,9 +40,7 @@ def lower_attention(gm: GraphModule) -> int:
             rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
             out = call(torch.ops.eepass.attend_rows.default, (*flat, rows, scale))
             new = call(aten.unsqueeze.default, (out, 0))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        replace(node, new)
         rewritten += 1
     return rewritten
 

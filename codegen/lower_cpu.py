@@ -22,12 +22,11 @@ from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
-from eepass.codegen.lower_quantized import lower_quantized, lower_quantized_logits
 
 SETTINGS: dict[str, Any] = {
-    # for graphs before ATen; ours are past that
+    # these are for graphs before ATen, and ours are ATen already
     "use_pre_grad_passes": False,
-    # a segment is called with tensors of one shape from addresses we own: nothing to assert
+    # a segment is always called with tensors of the same shape, allocated by eepass
     "size_asserts": False,
     "alignment_asserts": False,
 }
@@ -53,7 +52,7 @@ def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) 
 
 
 def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:
-    """Inductor's code for a graph and inputs as ``for_inductor`` readies them, and within it."""
+    """Inductor's code for a graph and inputs that ``for_inductor`` prepared, called within it."""
     inner: list[Any] = []
 
     def keep(*args: Any, **kwargs: Any) -> Any:
@@ -61,8 +60,8 @@ def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:
         return inner[-1]
 
     compile_fx(lowered, fakes, inner_compile=keep)
-    # a pure function of tensors needs none of AOTAutograd's wrapping, half the time of a call, nor
-    # inductor's own bookkeeping around the generated code
+    # a pure function of tensors needs neither AOTAutograd's wrappers, which take half the time of a
+    # call, nor inductor's own bookkeeping around the generated code
     (code,) = inner
     return getattr(code, "current_callable", None) or code
 
@@ -71,13 +70,11 @@ def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:
 def ready_to_compile(
     graph: GraphModule, examples: Sequence[Tensor], logits: bool
 ) -> Iterator[tuple[GraphModule, list[Any]]]:
-    """``graph`` lowered and its inputs as inductor wants them, within inductor's settings."""
+    """``graph`` lowered, and its inputs as ``for_inductor`` prepares them."""
     lowered = copy.deepcopy(graph)
     if logits:
         lower_logits(lowered)
-        lower_quantized_logits(lowered)
     lower_linear(lowered)
-    lower_quantized(lowered)
     lower_attention(lowered)
     with for_inductor(lowered, examples) as ready:
         yield ready
@@ -87,22 +84,22 @@ def ready_to_compile(
 def for_inductor(
     lowered: GraphModule, examples: Sequence[Tensor]
 ) -> Iterator[tuple[GraphModule, list[Any]]]:
-    """A lowered graph and its inputs as inductor wants them, within inductor's settings."""
+    """A lowered graph and fake inputs for inductor, with inductor's settings in force."""
     return_a_tuple(lowered)
     lowered.graph.eliminate_dead_code(is_impure_node=_writes)
     lowered.recompile()
-    # without a shape environment inductor would not keep what it compiled for the next process
+    # without a shape environment inductor would not cache its code for other processes
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
-    # AOTAutograd's own cache would hand out what it wraps around inductor's code, not the code
+    # AOTAutograd's own cache would return its wrapper around inductor's code, not the code
     uncached = torch._functorch.config.patch(enable_autograd_cache=False)
     settings = torch._inductor.config.patch(SETTINGS)
     quiet = warnings.catch_warnings()
     with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)), quiet:
-        # scales in one beside states in the other: said of code that does all in float32
+        # of scales in one dtype and states in the other, in code that computes in float32
         warnings.filterwarnings("ignore", message="bf16 and fp16 are mixed")
         if any(node.target in DECOMPOSITIONS for node in lowered.graph.nodes):
-            # here and not in inductor, whose cache takes no decompositions of others
+            # here and not in inductor, whose cache does not work with foreign decompositions
             lowered = make_fx(lowered, DECOMPOSITIONS, pre_dispatch=True)(*fakes)
         yield lowered, fakes
 

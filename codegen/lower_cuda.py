@@ -1,13 +1,14 @@
 """Compile segments of a decoder for a GPU, once per structure.
 
-    before   logits = linear(z, lm_head)           where the model's own logits are asked for,
-             eepass.logits_rows(z, head, bias)     or an exit's
-    after    eepass.verify_head(z, head, bias, ..., want_logits=True): float32, the head read once
+    before   logits = linear(z, lm_head)                   the model's own logits
+             logits = eepass.logits_rows(z, head, bias)    an exit's
+    after    logits = eepass.verify_head(z, head, bias, ..., want_logits=True)[2]
 
-A graph that holds nothing but fused operators and views runs as it stands: its kernels are ready,
-and inductor would add nothing. The rest goes through inductor, without CUDA graphs of its own
-(the runtime captures whole steps). What inductor cannot compile runs as it
-was traced; ``report`` says which, and why.
+in float32, with one reading of the head.
+
+A graph of fused operators and views alone runs as it is: inductor would add nothing. The rest goes
+through inductor, without its CUDA graphs (the runtime captures whole steps). A graph that inductor
+cannot compile runs as it was traced; ``report`` says which, and why.
 """
 
 from __future__ import annotations
@@ -27,32 +28,33 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
+from eepass.codegen.lower_linear import as_rows, replace, row_count
 
 aten, ours = torch.ops.aten, torch.ops.eepass
 SETTINGS: dict[str, Any] = {
     "triton.cudagraphs": False,
     "max_autotune": False,
-    # products of one row become kernels that read weights at full width
+    # products of one row become kernels that read weights at full bandwidth
     "coordinate_descent_tuning": True,
 }
 FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
     ours.draft_topk.default, ours.fill_kv.default,
 }  # fmt: skip
-# what costs a fused graph nothing to speak of
+# what a fused graph may hold besides, at next to no cost
 VIEWS = {
     operator.getitem, aten.new_zeros.default, aten.select.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.view.default, aten.slice.Tensor, aten.reshape.default,
 }  # fmt: skip
-# rows whose logits the kernel takes in one reading of the head
+# rows whose logits the kernel computes with one reading of the head
 MOST_ROWS = 32
 
 
 class CudaCompiler(ByStructure):
     """Lowers graphs for a GPU and compiles them; called as ``CpuCompiler`` is.
 
-    Works on CPU tensors too, where the same operators run by their definitions, or through the
-    kernels in Triton's interpreter. ``through``: the compiler of what is not fused.
+    Works on CPU tensors too, where the operators run their reference implementations, or the
+    kernels in Triton's interpreter. ``through``: the compiler for graphs that are not fused.
     """
 
     kernels_missing = ""
@@ -64,7 +66,7 @@ class CudaCompiler(ByStructure):
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
         lowered = copy.deepcopy(graph)
-        notes = lower_logits(lowered, everything=logits)
+        notes = lower_logits(lowered, all_linears=logits)
         return_a_tuple(lowered)
         lowered.recompile()
         self.report["as traced"] += notes
@@ -81,13 +83,13 @@ class CudaCompiler(ByStructure):
         return compiled
 
     def fuse(self, update: Callable[..., None]) -> Callable[..., None]:
-        """``update``, a function that only writes to tensors it is given, as one compiled function;
-        compiled when it is first called."""
+        """``update``, which only writes to tensors it is given, as one compiled function; it is
+        compiled on the first call."""
         found: list[Compiled] = []
 
         def run(*tensors: Tensor) -> None:
             if not found:
-                # memory of their own: parts of one whole would be compiled as such
+                # copies: views of one tensor would be compiled as views
                 examples = [
                     torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
                     for t in tensors
@@ -107,44 +109,40 @@ def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -
         return through_inductor(ready, fakes)
 
 
-def lower_logits(gm: GraphModule, everything: bool) -> list[str]:
-    """Let the logits of ``gm`` be made by ``eepass.verify_head``, in place; ``everything``: its
-    linear layers make logits too. Returns what was left and why."""
+def lower_logits(gm: GraphModule, all_linears: bool) -> list[str]:
+    """Compute the logits of ``gm`` with ``eepass.verify_head``, in place; with ``all_linears`` its
+    linear layers' outputs are logits too. Returns what was left alone and why."""
     left = []
     for node in list(gm.graph.nodes):
-        logits = node.target is ours.logits_rows.default
-        if not logits and not (everything and node.target is aten.linear.default):
+        is_logits = node.target is ours.logits_rows.default
+        if not is_logits and not (all_linears and node.target is aten.linear.default):
             continue
-        args: tuple[Any, ...] = node.args
-        x, weight, bias = args[0], args[1], args[2] if len(args) > 2 else None
-        value: Tensor = x.meta["val"]
-        rows = value.numel() // value.shape[-1]
-        with gm.graph.inserting_after(node):
-            if rows > MOST_ROWS:
-                left.append(f"{node.name}: {rows} rows are a matrix product")
-                new = gm.graph.call_function(aten.to.dtype, (node, torch.float32))
-                node.replace_all_uses_with(new)
-                # of itself as well
-                new.update_arg(0, node)
-                continue
+        x, weight, bias = (*node.args, None)[:3]
+        rows = row_count(x)
+        call = gm.graph.call_function
+        if rows > MOST_ROWS:
+            left.append(f"{node.name}: {rows} rows are a matrix product")
+            with gm.graph.inserting_after(node):
+                new = call(aten.to.dtype, (node, torch.float32))
+            node.replace_all_uses_with(new)
+            # this replaced its own input as well
+            new.update_arg(0, node)
+            continue
         with gm.graph.inserting_before(node):
-            call = gm.graph.call_function
-            flat = call(aten.reshape.default, (x, [rows, value.shape[-1]]))
-            # no draft to look for
+            flat = as_rows(gm, x)
+            # there are no draft tokens to compare with
             draft = call(aten.new_zeros.default, (flat, [rows, 1]), {"dtype": torch.long})
             given = (flat, *[None] * 5, weight, None, bias, None, draft)
             form = ("none", 0.0, 0.0, 1.0, 0.0, True)
             found = call(ours.verify_head.default, (*given, *form))
             shape = list(node.meta["val"].shape)
             new = call(aten.reshape.default, (call(operator.getitem, (found, 2)), shape))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+        replace(node, new)
     return left
 
 
 def is_fused(gm: GraphModule) -> bool:
-    """Whether all that ``gm`` computes is done by fused operators."""
+    """Whether ``gm`` holds fused operators and views alone."""
     called = [node.target for node in gm.graph.nodes if node.op == "call_function"]
     return any(t in FUSED for t in called) and all(t in FUSED or t in VIEWS for t in called)
 
@@ -158,7 +156,7 @@ def _as_traced(graph: GraphModule) -> Compiled:
 
 
 def _name(graph: GraphModule) -> str:
-    """What ``graph`` computes, for people: the operators it ends with."""
+    """A description of ``graph`` for the report: the operator it ends with."""
     found = [n for n in graph.graph.nodes if n.op == "call_function" and n.target not in VIEWS]
     last: Node | None = found[-1] if found else None
     return "nothing" if last is None else f"... {last.target} ({len(found)} operators)"

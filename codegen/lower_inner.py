@@ -14,7 +14,7 @@ from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 
 
 class InnerCompiler(ByStructure):
-    """As ``CpuCompiler``, with the backend of that name and nothing lowered."""
+    """As ``CpuCompiler``, but with Dynamo's backend of that name, and nothing is lowered."""
 
     def __init__(self, backend: str) -> None:
         super().__init__()
@@ -24,7 +24,7 @@ class InnerCompiler(ByStructure):
         whole = copy.deepcopy(graph)
         return_a_tuple(whole)
         whole.recompile()
-        # a caller may be compiling: this graph has no part in that
+        # the caller may itself be compiling; this graph is compiled on its own
         with torch.no_grad(), tracing(None):
             function = self.backend(whole, list(examples))
         return lambda inputs: function(*inputs)

@@ -3,50 +3,56 @@
     before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)          x [..., R, I], R <= 64
     after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
 
-Layers that read the same value go into one call. More rows stay matrix products. Prepacking would
-tie compiled code to one layer's weights; this form takes them as inputs, so all layers share it.
+    before   q, k = quantized_linear(x, *wq, False), quantized_linear(x, *wk, False)
+    after    q, k = eepass.quantized_rows(x, [codes ...], [scales ...], [mins ...], [biases ...])
+
+Layers of one kind that read the same value become one call. With more rows they stay matrix
+products, for which a quantised weight's values are computed. Prepacking would tie compiled code to
+one layer's weights; this form takes them as inputs, so all layers share it.
 """
 
 import operator
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-aten = torch.ops.aten
+import eepass.ops.quantized
+import eepass.ops.rows  # noqa: F401  the operators must be defined before they are looked for
+
+aten, ours = torch.ops.aten, torch.ops.eepass
 MOST_ROWS = 64
+# a linear layer's operator -> how many tensors follow x, the same over rows, with float32 sums
+KINDS: dict[Any, tuple[int, Any, Any]] = {
+    aten.linear.default: (2, ours.linear_rows.default, ours.logits_rows.default),
+    ours.quantized_linear.default: (4, ours.quantized_rows.default, ours.quantized_logits.default),
+}
 
 
 def lower_linear(gm: GraphModule) -> int:
     """Rewrite the linear layers of ``gm`` in place; returns how many."""
-    by_input: dict[Node, list[Node]] = {}
-    for node in gm.graph.find_nodes(op="call_function", target=aten.linear.default):
-        x: Any = node.args[0]
-        if row_count(x) <= MOST_ROWS and _placeholder_operands(node):
-            by_input.setdefault(x, []).append(node)
-    for x, linears in by_input.items():
-        _rewrite(gm, x, linears)
-    return sum(len(linears) for linears in by_input.values())
+    together: dict[tuple[Any, ...], list[Node]] = {}
+    for linear in _linears(gm):
+        x, tensors, options = _arguments(linear)
+        # weights that are inputs exist from the start, so that the layers can move together
+        if row_count(x) <= MOST_ROWS and all(t is None or t.op == "placeholder" for t in tensors):
+            together.setdefault((linear.target, x, *options), []).append(linear)
+    for linears in together.values():
+        _make_one_call(gm, linears)
+    return sum(map(len, together.values()))
 
 
 def lower_logits(gm: GraphModule) -> int:
     """Keep the sums of the linear layers of a head in float32: ``eepass.logits_rows``."""
-    linears = gm.graph.find_nodes(op="call_function", target=aten.linear.default)
-    for node in linears:
-        args: tuple[Any, ...] = node.args
-        x, weight = args[:2]
-        bias = args[2] if len(args) > 2 else None
-        value: Tensor = x.meta["val"]
-        with gm.graph.inserting_before(node):
+    linears = _linears(gm)
+    for linear in linears:
+        x, tensors, options = _arguments(linear)
+        with gm.graph.inserting_before(linear):
             call = gm.graph.call_function
-            flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
-            logits = call(torch.ops.eepass.logits_rows.default, (flat, weight, bias))
-            new = call(aten.reshape.default, (logits, list(node.meta["val"].shape)))
-        new.meta = dict(node.meta)
-        node.replace_all_uses_with(new)
-        gm.graph.erase_node(node)
+            logits = call(KINDS[linear.target][2], (as_rows(gm, x), *tensors, *options))
+            new = call(aten.reshape.default, (logits, list(linear.meta["val"].shape)))
+        replace(linear, new)
     return len(linears)
 
 
@@ -55,33 +61,43 @@ def row_count(x: Node) -> int:
     return int(value.numel() // value.shape[-1])
 
 
-def _placeholder_operands(linear: Node) -> bool:
-    """Weights that are inputs are there from the start, so the layers can move together."""
-    operands: tuple[Any, ...] = linear.args[1:]
-    return all(arg is None or arg.op == "placeholder" for arg in operands)
+def as_rows(gm: GraphModule, x: Node) -> Node:
+    """``x`` [..., I] reshaped to [R, I], at the graph's insertion point."""
+    shape = [row_count(x), x.meta["val"].shape[-1]]
+    return gm.graph.call_function(aten.reshape.default, (x, shape))
 
 
-def _rewrite(gm: GraphModule, x: Node, linears: list[Node]) -> None:
-    weights = [linear.args[1] for linear in linears]
-    biases = [linear.args[2] if len(linear.args) > 2 else None for linear in linears]
-    make_together(gm, x, linears, torch.ops.eepass.linear_rows.default, (weights, biases))
+def replace(node: Node, new: Node) -> None:
+    """Put ``new`` in the place of ``node``."""
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
-def make_together(
-    gm: GraphModule, x: Node, linears: list[Node], operator_of_rows: Any, operands: Sequence[Any]
-) -> None:
-    """One call of ``operator_of_rows`` over rows of ``x`` and ``operands`` for all ``linears``."""
+def _linears(gm: GraphModule) -> list[Node]:
+    return [n for t in KINDS for n in gm.graph.find_nodes(op="call_function", target=t)]
+
+
+def _arguments(linear: Node) -> tuple[Node, list[Any], tuple[Any, ...]]:
+    """A layer's input, its tensors (None for those it has not), and its options."""
+    arguments: tuple[Any, ...] = linear.args
+    end = 1 + KINDS[linear.target][0]
+    tensors = [*arguments[1:end], *[None] * (end - len(arguments))]
+    return arguments[0], tensors, arguments[end:]
+
+
+def _make_one_call(gm: GraphModule, linears: list[Node]) -> None:
+    """One call in the place of ``linears``, which are of one kind and read the same value."""
     call = gm.graph.call_function
+    x, _, options = _arguments(linears[0])
+    tensors = [list(part) for part in zip(*(_arguments(n)[1] for n in linears), strict=True)]
     value: Tensor = x.meta["val"]
     with gm.graph.inserting_before(linears[0]):
-        flat = call(aten.reshape.default, (x, [row_count(x), value.shape[-1]]))
-        products = call(operator_of_rows, (flat, *operands))
+        products = call(KINDS[linears[0].target][1], (as_rows(gm, x), *tensors, *options))
+        made = []
         for index, linear in enumerate(linears):
             product = call(operator.getitem, (products, index))
             shape = [*value.shape[:-1], linear.meta["val"].shape[-1]]
-            new = call(aten.reshape.default, (product, shape))
-            new.meta = dict(linear.meta)
-            linear.replace_all_uses_with(new)
-    # only now: what is inserted stands before the first of them
-    for linear in linears:
-        gm.graph.erase_node(linear)
+            made.append(call(aten.reshape.default, (product, shape)))
+    for linear, new in zip(linears, made, strict=True):
+        replace(linear, new)

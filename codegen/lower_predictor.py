@@ -1,9 +1,9 @@
-"""The predictor's operators for inductor: one row, written as sums it fuses into one kernel.
+"""Decompose the predictor's operators: for one row, into sums that inductor fuses into one kernel.
 
     before   eepass.translate(hidden, scale, down, up)
     after    products and row sums over down [rank, H] and up [H, rank]
 
-A matrix product of one row would be a call of its own; a sum of products is a loop in the kernel.
+A matrix product of one row would be a separate call; a sum of products is a loop in the kernel.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
 // CPU kernel of eepass::attend_rows.
 //
-// A task is one row and the query heads of one KV group (or a few of them), so keys and values are
-// loaded once for them.
+// A task is one row and query heads of one KV group, so that keys and values are loaded once for
+// those heads.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -21,11 +21,11 @@ namespace {
 // A mask below this forbids its slot.
 constexpr float FORBIDDEN = -1e30f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
-// Query heads handled together: their sums of two vectors, twice, fit the registers.
+// Query heads of a task: two accumulators of two vectors each, per head, fit the registers.
 constexpr int MOST_HEADS = 4;
 
-// e^x for x <= 0 in plain arithmetic, so that a loop over it vectorises; 2e-7 relative, 0 where
-// e^x is below float's normal numbers.
+// e^x for x <= 0 without library calls, so that compilers vectorise a loop over it. Relative error
+// 2e-7; 0 where e^x would be a subnormal number.
 inline float exp_negative(float given) {
   const float x = std::max(given, -87.0f);
   const float n = std::floor(x * 1.44269504f + 0.5f);
@@ -43,8 +43,9 @@ inline float exp_negative(float given) {
   return given < -87.0f ? 0.0f : p * scale;
 }
 
-// The slots a row may see, in order, and their bias. All sums go over these alone: a row gives the
-// same bits wherever its slots lie, so drafts in a tree give what they give one by one.
+// The slots a row attends to, in order, and their mask values. All sums are over these slots only,
+// so a row gives the same bits wherever its slots are: draft tokens in a tree give the bits they
+// give one by one.
 struct Allowed {
   int64_t count;
   const int64_t* slot;
@@ -73,7 +74,7 @@ Allowed allowed_slots(const T* mask, int64_t C, int64_t* slot, float* bias) {
   return {count, slot, bias};
 }
 
-// Scores of the allowed slots for one query; returns the largest.
+// Computes the scores of the allowed slots for one query; returns the largest.
 template <typename T>
 float scores_of(const T* query, const T* keys, int64_t stride, const Allowed& slots, int64_t D,
                 float scale, float* score) {
@@ -108,7 +109,7 @@ float scores_of(const T* query, const T* keys, int64_t stride, const Allowed& sl
   return top;
 }
 
-// score -> e^(score - top) in place; returns 1 over their sum, or 0 where nothing is allowed.
+// Replaces scores by e^(score - top); returns 1 / their sum, or 0 where no slot is allowed.
 float weigh(float* score, const Allowed& slots, float top) {
   float total = 0;
 #pragma omp simd reduction(+ : total)
@@ -121,11 +122,11 @@ float weigh(float* score, const Allowed& slots, float top) {
 
 #if defined(__AVX512BF16__)
 
-// Weighted sums of values [slot, e .. e + 32) for H heads, whose scores lie C apart.
+// Weighted sums of 32 channels of the values for H heads, whose scores are C elements apart.
 template <int H>
 void blend32(const BFloat16* values, int64_t stride, const Allowed& slots, const float* score,
              int64_t C, const float* inverse, BFloat16* out, int64_t head_stride) {
-  // two slots at a time, so that additions do not wait for one another
+  // two slots at a time, for two independent chains of additions
   __m512 acc[2][H][2];
   for (auto& slot : acc)
     for (auto& head : slot) head[0] = head[1] = _mm512_setzero_ps();
@@ -156,7 +157,7 @@ void blend32(const BFloat16* values, int64_t stride, const Allowed& slots, const
 
 #endif
 
-// The operands of a call: strides in elements, the last dimension contiguous.
+// The operands of a call; strides in elements, the last dimension is contiguous.
 template <typename T>
 struct Attention {
   const T *q, *k, *v;
@@ -207,7 +208,7 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
                        v.size(2), scale};
   const T* masks = mask.const_data_ptr<T>();
   const int64_t G = k.size(0), group = q.size(0) / G, mask_stride = mask.stride(0);
-  // few rows make few tasks, so heads go one by one there for an even share
+  // few rows make few tasks, so there each head is a task, for an even distribution
   const int64_t heads = a.R * G >= 16 ? std::min<int64_t>(group, MOST_HEADS) : 1;
   const int64_t parts = (group + heads - 1) / heads, tasks = G * parts * a.R;
 #pragma omp parallel
@@ -218,7 +219,7 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
     int64_t scanned = -1;
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < tasks; task++) {
-      // neighbouring tasks share a row, then what is in the cache
+      // neighbouring tasks have the same row, and then the same keys and values in the cache
       const int64_t row = task / (G * parts), part = task % (G * parts);
       if (row != scanned)
         slots = allowed_slots(masks + row * mask_stride, a.C, slot.data(), bias.data());
@@ -237,17 +238,17 @@ void attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v, const
 at::Tensor attend_rows(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
                        const at::Tensor& mask, double scale) {
   TORCH_CHECK(q.stride(2) == 1 && k.stride(2) == 1 && v.stride(2) == 1 && mask.stride(1) == 1,
-              "attend_rows wants the last dimension contiguous");
+              "attend_rows: the last dimension must be contiguous");
   TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type() &&
                   q.scalar_type() == mask.scalar_type(),
-              "attend_rows wants one dtype");
+              "attend_rows: all tensors must have one dtype");
   at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
   if (q.scalar_type() == at::kBFloat16)
     attend<BFloat16>(q, k, v, mask, static_cast<float>(scale), out);
   else if (q.scalar_type() == at::kFloat)
     attend<float>(q, k, v, mask, static_cast<float>(scale), out);
   else
-    TORCH_CHECK(false, "attend_rows is written for float32 and bfloat16");
+    TORCH_CHECK(false, "attend_rows: dtype must be float32 or bfloat16");
   return out;
 }
 

@@ -1,4 +1,4 @@
-// What the kernels share: bf16 as float, vectors of weights, sums of 16 vectors at once.
+// Shared by the kernels: bf16 as float, vectors of weights, the sums of 16 vectors at once.
 
 #pragma once
 
@@ -25,7 +25,7 @@ inline float to_float(BFloat16 x) {
 
 #if defined(__AVX512BF16__)
 
-// The sums of 16 vectors, in order, as one vector; each in the same order of additions.
+// A vector of the sums of 16 vectors; each sum adds its elements in the same order.
 inline __m512 sum16(const __m512 v[16]) {
   __m512 a[8], b[4];
   for (int i = 0; i < 8; i++)
@@ -42,20 +42,20 @@ inline __m512 sum16(const __m512 v[16]) {
 
 inline __mmask16 first(int64_t n) { return n < 16 ? (1u << n) - 1 : 0xFFFF; }
 
-// The first n of 16 floats stored, rounded as T is.
+// Stores the first n of 16 floats, rounded to the type of p.
 inline void store(float* p, __m512 v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 inline void store(BFloat16* p, __m512 v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), (__m256i)_mm512_cvtneps_pbh(v));
 }
 
-// The first n of 16 values as floats, zeros after them.
+// Loads the first n of 16 values as floats, followed by zeros.
 inline __m512 load_floats(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
 inline __m512 load_floats(const BFloat16* p, int64_t n) {
   const __m256i bits = _mm256_maskz_loadu_epi16(first(n), p);
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
 }
 
-// A vector of weights times a vector of inputs, added to 16 partial sums.
+// Vectors of weights and inputs of one type; fma adds their products to 16 partial sums.
 struct Bf16Lanes {
   using T = BFloat16;
   using V = __m512bh;

@@ -1,8 +1,8 @@
 // CPU kernels of eepass::linear_rows and eepass::logits_rows.
 //
-// Decoding reads every weight once a pass, so what counts is that a weight is loaded once for all
-// rows and that nothing else takes time. The sum of a row does not depend on how many rows there
-// are: the same token gives the same bits alone and with others.
+// Reading every weight once a pass bounds decoding, so each weight is loaded once for all rows. The
+// sum of a row does not depend on how many rows there are: a token gives the same bits alone and
+// together with others.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -18,7 +18,7 @@ namespace {
 
 #if defined(__AVX512BF16__)
 
-// Weights as they are: [N, K] in the dtype of the rows.
+// Weights that are not quantised: [N, K] in the dtype of the rows.
 template <typename Lanes>
 struct Plain {
   using L = Lanes;
@@ -35,7 +35,7 @@ struct Plain {
   Row row(int64_t n) const { return {weight + n * K}; }
 };
 
-// One linear layer, cut into blocks of weight rows.
+// One linear layer, divided into blocks of weight rows.
 template <typename L, typename O>
 struct Linear {
   Plain<L> weights;

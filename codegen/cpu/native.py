@@ -24,12 +24,12 @@ FLAGS = (
 
 
 def cache_dir() -> Path:
-    """Where eepass keeps what it built: ``$XDG_CACHE_HOME/eepass``, mostly ``~/.cache/eepass``."""
+    """Where eepass caches what it builds: ``$XDG_CACHE_HOME/eepass`` or ``~/.cache/eepass``."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eepass"
 
 
 class KernelsMissing(RuntimeError):
-    """The kernels cannot be built here; the message says why."""
+    """The kernels cannot be built on this machine; the message says why."""
 
 
 _opened: list[str] = []
@@ -37,9 +37,9 @@ _opened: list[str] = []
 
 @functools.cache
 def load_kernels() -> str:
-    """Load the kernels, building them if need be; returns why that failed, or ''.
+    """Load the kernels, building them if necessary; returns why that failed, or ''.
 
-    Without them the operators run by their eager definitions: right, but slower.
+    Without them the operators run their reference implementations: correct, but slower.
     """
     try:
         open_kernels(build_kernels())
@@ -49,15 +49,15 @@ def load_kernels() -> str:
 
 
 def open_kernels(library: Path) -> None:
-    """Load a library that ``build_kernels`` made, here or elsewhere.
+    """Load a library that ``build_kernels`` made, on this or another machine.
 
-    A process has one set of kernels: raises ``KernelsMissing`` if it has others already.
+    A process has one set of kernels: raises ``KernelsMissing`` if others are loaded.
     """
     digest = hashlib.sha256(library.read_bytes()).hexdigest()
     if _opened and _opened[0] != digest:
         raise KernelsMissing("this process runs other kernels already: use a process of its own")
     if not _opened:
-        # compiled code finds the kernels' C functions by name, so they are there for all
+        # global, since compiled code finds the kernels' C functions by name
         ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
         _opened.append(digest)
 
@@ -71,7 +71,7 @@ def find_compiler() -> str:
 
 
 def library_of(compiler: str) -> Path:
-    """Where the kernels built by ``compiler`` for this machine lie, if they are built."""
+    """The path of the kernels that ``compiler`` builds for this machine, built or not."""
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
     fingerprint = hashlib.sha256(
         "\0".join([*texts, torch.__version__, compiler, *FLAGS, *cpu_flags()]).encode()
@@ -99,7 +99,7 @@ def build_kernels() -> Path:
 
 
 def cpu_flags() -> list[str]:
-    """What this CPU can do, as the system names it; empty where it does not say."""
+    """This CPU's features by their Linux names; empty where the system does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,8 +1,8 @@
 // CPU kernels of eepass::quantized_rows and eepass::quantized_logits.
 //
-// Codes become bf16 weights in registers, on their way from memory to the sums that plain weights
-// go through: the bits are those of the same layer with its values stored in bf16. 4-bit codes pick
-// from a table of their group's 16 values, so widening them costs less than reading them.
+// Codes are dequantised to bf16 in registers and then multiplied as other weights are, so the
+// results have the bits of the same layer with dequantised weights. 4-bit codes index a table of
+// their group's 16 values, so that dequantising takes less time than reading them.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -26,10 +26,10 @@ c10::TypedOperatorHandle<Signature> operator_named(const char* name) {
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 
-// Columns whose codes are read at once.
+// Columns that one load of codes covers.
 constexpr int64_t WIDTH = 64;
 
-// A quantised weight and its layer's output; scales and mins in the dtype they have.
+// A quantised weight and its layer's output; scales and mins in their stored dtype.
 template <typename O>
 struct Layer {
   at::Tensor codes, scales, mins;
@@ -37,7 +37,8 @@ struct Layer {
   Output<O> output;
 };
 
-// Weight rows from `first` on: scales and mins in float32, for each row `groups` of 1 << shift.
+// Weight rows from `first` on; each has `groups` groups of 1 << shift columns, with a float32 scale
+// and min each.
 template <int BITS, bool MINS>
 struct Quantized {
   using L = Bf16Lanes;
@@ -66,7 +67,7 @@ struct Quantized {
       } else {
         const __m512 sixteen = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
         const __m512 codes = MINS ? sixteen : _mm512_sub_ps(sixteen, _mm512_set1_ps(8));
-        // the lower half are the first 32 columns' values, the upper half those of the others
+        // its lower half has the 16 values of the first 32 columns, its upper half of the others
         const __m512i table = (__m512i)_mm512_cvtne2ps_pbh(value(codes, k + 32), value(codes, k));
         const auto* bytes = reinterpret_cast<const __m256i*>(p + k / 2);
         const __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256(bytes));
@@ -87,7 +88,7 @@ struct Quantized {
   }
 };
 
-// `count` numbers from place `from` of a tensor, as float32; `room` holds them if need be.
+// `count` elements of a tensor from index `from` on, as float32; in `room` if converted.
 const float* floats(const at::Tensor& numbers, int64_t from, int64_t count,
                     std::vector<float>& room) {
   if (numbers.scalar_type() == at::kFloat) return numbers.const_data_ptr<float>() + from;
@@ -127,7 +128,7 @@ void any_block(const BFloat16* x, const Layer<O>& layer, int64_t R, int64_t n) {
   weight_block<4, false>(x, layer, R, n);
 }
 
-// Rows rounded to int8, each with its step and the sum of its integers.
+// Rows rounded to int8, each with its step and the sum of its codes.
 struct Rounded {
   std::vector<int8_t> codes;
   std::vector<float> steps;
@@ -139,7 +140,7 @@ Rounded rounded(const BFloat16* x, int64_t R, int64_t K) {
   for (int64_t r = 0; r < R; r++) {
     float most = 0;
     for (int64_t k = 0; k < K; k++) most = std::max(most, std::abs(to_float(x[r * K + k])));
-    // as torchao has it: the smallest step is float32's epsilon
+    // as in torchao, the smallest step is float32's epsilon
     const float step = std::max(most / 127.5f, 0x1p-23f), by = 1.0f / step;
     int32_t sum = 0;
     for (int64_t k = 0; k < K; k++) {
@@ -153,7 +154,8 @@ Rounded rounded(const BFloat16* x, int64_t R, int64_t K) {
   return rows;
 }
 
-// Up to 8 rows times one weight row; codes of weights as w + 128, since one side is unsigned.
+// Up to 8 rows times one weight row. The instruction multiplies unsigned by signed bytes, so
+// weights are taken as w + 128.
 template <int R>
 inline void integer_sums(const int8_t* x, const int8_t* weight, int64_t K, int32_t* sums) {
   __m512i acc[R];
@@ -210,7 +212,7 @@ bool fits(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales
                                           (mins->scalar_type() == at::kHalf ||
                                            mins->scalar_type() == at::kBFloat16 ||
                                            mins->scalar_type() == at::kFloat));
-  // sums of products of a byte and a signed one stay within 32 bits
+  // sums of products of two bytes stay within 32 bits
   const bool narrow = !dynamic || (groups == 1 && K <= 32768);
   return x.scalar_type() == at::kBFloat16 && K % WIDTH == 0 && known && whole && same && narrow &&
          codes.is_contiguous() && scales.is_contiguous();
@@ -256,7 +258,7 @@ std::vector<at::Tensor> products(const at::Tensor& given, at::TensorList codes,
 
 #endif
 
-// Where no kernel fits: the weight's values, and the kernel for those.
+// Where the kernels do not apply: the dequantised weight, and the kernel for that.
 at::Tensor by_values(const at::Tensor& x, const at::Tensor& codes, const at::Tensor& scales,
                      const std::optional<at::Tensor>& mins, const std::optional<at::Tensor>& bias,
                      bool dynamic) {

@@ -1,7 +1,7 @@
 // The operators as C functions, for code that AOTInductor compiled ahead of time.
 //
-// Such code hands over handles: a list of tensors is an array and its length, and every tensor
-// that is returned has a place of its own, those of a list one after another.
+// Such code passes handles. A list of tensors is an array and its length; every returned tensor has
+// an output argument, and those of a returned list follow one another.
 
 #include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>

@@ -1,8 +1,8 @@
-// Sums of few rows of inputs with blocks of weight rows, whatever form the weights have.
+// Products of a few rows of inputs with blocks of weight rows, for any form of weights.
 //
-// Weights give cursors: `row(n)` for weight row n, whose `load(k, v)` puts the weights of columns k
-// to k + width - 1 into vectors. All forms add in the same order, so quantised weights give the
-// very bits that their values, stored, would.
+// A form of weights has `row(n)`, a cursor on weight row n; the cursor's `load(k, v)` puts the
+// weights of columns k to k + width - 1 into vectors. All forms add in the same order, so quantised
+// weights give exactly the bits that their dequantised values give.
 
 #pragma once
 
@@ -14,15 +14,16 @@
 
 namespace eepass {
 
-// Weight rows of a task: their sums for one row of x fill a vector.
+// Weight rows of a task: their products with one row of x fill a vector.
 constexpr int64_t BLOCK = 16;
-// How far ahead weights are asked for: what arrives while the memory answers, several times over.
+// How far ahead weights are prefetched: several times what arrives during the latency of memory.
 constexpr int64_t AHEAD_BYTES = 8192;
 
-// Sums of R rows (a power of two) of x with 16 / R weight rows from n on -> sums[r * BLOCK + t].
+// R rows (a power of two) of x times 16 / R weight rows from n on -> sums[r * BLOCK + t].
 //
-// For few rows the weights go by one after another, as the hardware foresees best; with more, time
-// between loads grows and they are asked for ahead, into L2: L1 has too few requests in flight.
+// For few rows, weight rows are read one after another, which hardware prefetchers follow best.
+// With more rows, loads are further apart in time and weights are prefetched by instructions, into
+// L2, since L1 allows too few requests in flight.
 template <typename W, int R, bool FETCH>
 inline void tile_sums(const typename W::L::T* x, const W& weights, int64_t n, int64_t N, int64_t K,
                       float* sums) {
@@ -34,7 +35,7 @@ inline void tile_sums(const typename W::L::T* x, const W& weights, int64_t n, in
 #pragma GCC unroll 16
   for (int first = 0; first < T; first += S) {
     typename W::Row rows[S];
-    // a tile past the end reads the last row again and its result is dropped
+    // a tile past the end reads the last row again, and its result is not stored
     for (int s = 0; s < S; s++) rows[s] = weights.row(std::min<int64_t>(n + first + s, N - 1));
     for (int64_t k = 0; k < whole; k += W::width) {
       typename L::V values[S][P];
@@ -65,7 +66,7 @@ inline void tile_sums(const typename W::L::T* x, const W& weights, int64_t n, in
   for (int r = 0; r < R; r++) std::memcpy(sums + r * BLOCK, found + r * T, T * sizeof(float));
 }
 
-// What a linear layer adds and where it writes: bias [N] or null, out [R, N].
+// The bias [N] (or null) and the output [R, N] of a linear layer.
 template <typename O>
 struct Output {
   const float* bias;
@@ -73,7 +74,7 @@ struct Output {
   int64_t N;
 };
 
-// R rows from `row` on, times the weight rows from n on, up to BLOCK of them.
+// R rows from `row` on, times up to BLOCK weight rows from n on.
 template <typename W, typename O, int R, bool FETCH>
 void block_rows(const typename W::L::T* x, const W& weights, const Output<O>& output, int64_t row,
                 int64_t n, int64_t K) {
@@ -87,7 +88,7 @@ void block_rows(const typename W::L::T* x, const W& weights, const Output<O>& ou
           _mm512_add_ps(_mm512_load_ps(sums + r * BLOCK), bias), count);
 }
 
-// All rows, 8 at a time, while the weights of the block are in the cache.
+// All rows, 8 at a time, while the weights of the block stay in the cache.
 template <typename W, typename O>
 void block(const typename W::L::T* x, const W& weights, const Output<O>& output, int64_t R,
            int64_t n, int64_t K) {

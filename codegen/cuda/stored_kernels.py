@@ -1,6 +1,7 @@
-"""Compiled kernels as files: ``kernels.json`` says what each is, one ``.cubin`` beside it a kernel.
+"""Compiled kernels as files: one ``.cubin`` a kernel, and ``kernels.json`` that describes them.
 
-Read and checked without Triton and without a GPU: for which GPU, from which sources, unaltered.
+Reading checks, without Triton and without a GPU, that they were compiled for this GPU, from these
+sources, and are unaltered.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 INDEX = "kernels.json"
 AGAIN = "compile them again: eepass codegen MODEL --target {target} --out FOLDER"
@@ -20,32 +21,25 @@ class KernelsUnfit(ValueError):
     """Compiled kernels that cannot be used here; the message says why and what to do."""
 
 
-class Compiled(Protocol):
-    """What ``kernels.compile.Cubin`` is."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def name(self) -> str: ...
-    @property
-    def code(self) -> bytes: ...
-    @property
-    def parameters(self) -> tuple[str, ...]: ...
-    @property
-    def shared_bytes(self) -> int: ...
-    @property
-    def warps(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class StoredKernel:
-    """A kernel as it lies in a folder: entry, parameters as PTX declares them, warps a program."""
+    """Machine code of a kernel: its entry, ``parameters`` as PTX declares them, warps a program."""
 
-    entry: str
+    name: str
     parameters: tuple[str, ...]
     warps: int
     shared_bytes: int
     code: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Cubin(StoredKernel):
+    """A kernel as it was compiled: ``registers`` a thread, ``spills`` in bytes; launches with the
+    same ``key`` share it."""
+
+    key: str
+    registers: int
+    spills: int
 
 
 def target_name(capability: int) -> str:
@@ -55,12 +49,12 @@ def target_name(capability: int) -> str:
 def write_kernels(
     folder: Path,
     capability: int,
-    compiled: Iterable[Compiled],
+    compiled: Iterable[Cubin],
     sources: Mapping[str, str],
     report: Mapping[str, Any],
 ) -> None:
-    """Write ``compiled`` and their index; ``sources``: a hash of each kernel's source by entry;
-    ``report``: what else the index says, for those who read it."""
+    """Write ``compiled`` and their index; ``sources``: by entry, a hash of the kernel's source;
+    ``report``: further fields of the index, for human readers."""
     folder.mkdir(parents=True, exist_ok=True)
     entries = {}
     for kernel in compiled:
@@ -79,15 +73,15 @@ def write_kernels(
 def read_kernels(
     folder: Path, capability: int, sources: Mapping[str, str]
 ) -> tuple[int, dict[str, StoredKernel]]:
-    """The capability the kernels of ``folder`` were compiled for, and each by its key.
+    """The capability the kernels of ``folder`` were compiled for, and the kernels by key.
 
-    ``capability`` is that of the GPU they are to run on, ``sources`` as these kernels are now.
-    Raises ``KernelsUnfit`` for another GPU's, for those of other sources, for damaged files.
+    ``capability`` is that of the GPU they are to run on, ``sources`` the hashes of this version's
+    kernels. Raises ``KernelsUnfit`` for another GPU, other sources, or damaged files.
     """
     path = folder / INDEX
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
-        own, entries, written_of = index["capability"], index["cubins"], index["sources"]
+        own, entries, stored_sources = index["capability"], index["cubins"], index["sources"]
         again = AGAIN.format(target=target_name(capability))
         if not runs_on(own, capability):
             raise KernelsUnfit(
@@ -97,7 +91,7 @@ def read_kernels(
         found = {}
         for key, entry in entries.items():
             name = entry["entry"]
-            if written_of[name] != sources.get(name):
+            if stored_sources[name] != sources.get(name):
                 raise KernelsUnfit(f"{path}: {name} has another source than here; {again}")
             found[key] = StoredKernel(
                 name, tuple(entry["parameters"]), entry["warps"], entry["shared_bytes"],
@@ -112,14 +106,14 @@ def read_kernels(
 
 def best_folder(home: Path, capability: int) -> Path:
     """Of the folders ``home``/sm_NN the one whose kernels run on ``capability``, the latest if
-    several do; ``KernelsUnfit`` naming what there is if none does."""
-    there = sorted(int(path.name[3:]) for path in home.glob("sm_[0-9]*") if path.is_dir())
-    fitting = [target for target in there if runs_on(target, capability)]
+    several do; if none does, ``KernelsUnfit`` lists what there is."""
+    found = sorted(int(path.name[3:]) for path in home.glob("sm_[0-9]*") if path.is_dir())
+    fitting = [target for target in found if runs_on(target, capability)]
     if not fitting:
-        held = ", ".join(map(target_name, there)) or "none"
+        available = ", ".join(map(target_name, found)) or "none"
         raise KernelsUnfit(
-            f"{home}: no kernels for this GPU ({target_name(capability)}), but for {held}; give "
-            f"eepass transform --gpu {target_name(capability)}"
+            f"{home}: no kernels for this GPU ({target_name(capability)}), but for {available}; "
+            f"give eepass transform --gpu {target_name(capability)}"
         )
     return home / target_name(fitting[-1])
 
@@ -127,8 +121,8 @@ def best_folder(home: Path, capability: int) -> Path:
 def runs_on(compiled: int, capability: int) -> bool:
     """Whether code for compute capability ``compiled`` runs on ``capability``.
 
-    Within a generation, on the same or a later one; from 9.0 on Triton compiles for one alone
-    (``sm_90a``).
+    It does on the same or a later one of the same generation; from 9.0 on Triton compiles for
+    exactly one (``sm_90a``).
     """
     if compiled >= 90:
         return compiled == capability

@@ -1,7 +1,8 @@
-"""All kernels a model needs, specialised for it, with what they should take on a machine."""
+"""All kernels a model needs, specialised for it, and an estimate of their time on a GPU."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,32 +22,32 @@ from eepass.kernel_forms import Channels, HeadChain, KvForm
 
 # what a launch costs within a CUDA graph, measured on an H200
 LAUNCH_US = 1.3
-# bytes a second one multiprocessor can ask for
+# bytes a second that one multiprocessor can load
 PROGRAM_BANDWIDTH = 80e9
-# compute capability -> bytes a second of a well-known card, of which nine tenths are reached
+# compute capability -> memory bandwidth of a well-known card, of which kernels reach nine tenths
 BANDWIDTH = {80: 2.04e12, 86: 0.936e12, 89: 1.008e12, 90: 4.8e12}
 REACHED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
 class KvSizes:
-    """What ``fill_kv`` is specialised for: skipped layers, slots, and the layers' form with the
-    outputs of the projections that make keys, and values, and the dtype of rotary values."""
+    """What ``fill_kv`` is specialised for: skipped layers, slots, the layers' form, the outputs of
+    the projections that make keys and values, and the dtype of the rotary embedding."""
 
     layers: int
     slots: int
     form: KvForm
     key_outputs: int
     value_outputs: int
-    turns: torch.dtype
+    rotary_dtype: torch.dtype
 
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
     """What kernels are specialised for besides the head's form.
 
-    ``rank`` 0: no exit has a translator; ``hot`` 0: drafts name any token. ``kv`` as ``fill_kv``
-    takes it; None where a layer writes keys and values in a way the kernel does not know.
+    ``rank`` 0: no exit has a translator; ``hot`` 0: no hot vocabulary. ``kv`` is None where layers
+    write keys and values in a way that ``fill_kv`` does not support.
     """
 
     rows: int
@@ -62,7 +63,7 @@ class Sizes:
 
 
 def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, KernelLaunch]:
-    """Launches by name, ``operator[.form].kernel``, over tensors that are nowhere."""
+    """Launches by name, ``operator[.form].kernel``, over meta tensors."""
     found: dict[str, KernelLaunch] = {}
     for name, launches in _operators(chain, sizes):
         for launch in launches:
@@ -72,11 +73,9 @@ def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, KernelLaunch]:
 
 
 def predicted_us(launch: KernelLaunch, capability: int) -> float:
-    """Time of a launch inside a CUDA graph: its bytes at the card's bandwidth, or at what its
-    programs can ask for, and the launch itself. An estimate, not a measurement."""
-    programs = 1
-    for extent in launch.grid:
-        programs *= extent
+    """Estimated time of a launch inside a CUDA graph: its bytes at the bandwidth of the card, or
+    of its programs where they are few, and the overhead of a launch."""
+    programs = math.prod(launch.grid)
     reached = min(BANDWIDTH[capability] * REACHED, programs * PROGRAM_BANDWIDTH)
     return LAUNCH_US + launch.bytes / reached * 1e6
 
@@ -93,78 +92,87 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Kerne
     def head(size: int) -> tuple[Any, ...]:
         return tensor(size, hidden), None, tensor(size) if chain.head_bias else None
 
-    boundary = tensor(rows, hidden)
-    scratch = Scratch(boundary)
+    state = tensor(rows, hidden)
+    scratch = Scratch(state)
     norms: tuple[Any, ...] = (
         tensor(hidden) if chain.norm_weight else None,
         tensor(hidden) if chain.norm_bias else None,
     )
-    lens: tuple[Any, ...] = (None, None, None)
+    no_translator: tuple[Any, ...] = (None, None, None)
     rank = sizes.rank
-    translator: tuple[Any, ...] = (tensor(hidden), tensor(rank, hidden), tensor(hidden, rank))
+    translator = (tensor(hidden), tensor(rank, hidden), tensor(hidden, rank))
     shapes = ((sizes.width, 3 * drafts), (sizes.width,), (sizes.width,), (1,))
-    mlp: tuple[Any, ...] = (
+    mlp = (
         tensor(rows, drafts, dtype=torch.float32),
         *(tensor(*shape, dtype=sizes.predictor) for shape in shapes),
         tensor(1, dtype=torch.float32),
     )
-    form: tuple[Any, ...] = (chain.norm, chain.eps, chain.weight_offset)
-    logit_form: tuple[Any, ...] = (chain.logit_scale, chain.logit_cap)
-    forms = {"lens": lens, **({"translated": translator} if rank else {})}
-    for name, to_state in forms.items():
-        asked = (boundary, *to_state, *norms, *head(sizes.vocabulary), ids(rows, drafts), *mlp)
-        predictor = exit_predictor.launches(*asked, *form, *logit_form, scratch=scratch)
-        yield f"exit_predictor.{name}", predictor[0]
-    paths = path_predictor.launches(*asked, ids(rows, 8), *form, *logit_form, scratch=scratch)
-    yield "path_predictor", paths[0][-1:]
+    norm_form: tuple[Any, ...] = (chain.norm, chain.eps, chain.weight_offset)
+    logit_form = (chain.logit_scale, chain.logit_cap)
+
+    def point(translator: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (state, *translator, *norms, *head(sizes.vocabulary), ids(rows, drafts), *mlp)
+
+    translators = {"lens": no_translator, **({"translated": translator} if rank else {})}
+    for name, tensors in translators.items():
+        arguments = (*point(tensors), *norm_form, *logit_form)
+        yield f"exit_predictor.{name}", exit_predictor.launches(*arguments, scratch=scratch)[0]
+    arguments = (*point(no_translator), ids(rows, 8), *norm_form, *logit_form)
+    yield "path_predictor", path_predictor.launches(*arguments, scratch=scratch)[0][-1:]
 
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
+    # from a hidden state, and from the state that a predictor has normed
+    norm_forms = {"": (*norms, *norm_form), ".normed": (None, None, "none", 0.0, 0.0)}
     for name, size in vocabularies.items():
-        names = ids(size) if name == "hot" else None
-        asked = (*head(size), names, ids(rows, drafts))
-        # from a boundary, and from the state a predictor has normed
-        norm_forms = {"": (*norms, *form), ".normed": (None, None, "none", 0.0, 0.0)}
+        hot_ids = ids(size) if name == "hot" else None
         for suffix, (weight, bias, *norm) in norm_forms.items():
-            told = (boundary, *lens, weight, bias, *asked, *norm, *logit_form, False)
-            made, _ = verify_head.launches(*told, scratch=scratch)
-            yield f"verify_head.{name}{suffix}", made
-        if name == "full":
-            # the model's own logits, as the compiler of its head has them: raw, for any draft
-            told = (boundary, *lens, None, None, *head(size), None, ids(rows, 1))
-            told = (*told, "none", 0.0, 0.0, 1.0, 0.0, True)
-            yield "verify_head.logits", verify_head.launches(*told, scratch=scratch)[0]
+            arguments = (
+                state, *no_translator, weight, bias, *head(size), hot_ids, ids(rows, drafts),
+                *norm, *logit_form, False,
+            )  # fmt: skip
+            yield (
+                f"verify_head.{name}{suffix}",
+                verify_head.launches(*arguments, scratch=scratch)[0],
+            )
+    # the logits of the model itself, as lower_cuda.lower_logits calls it
+    arguments = (
+        state, *no_translator, None, None, *head(sizes.vocabulary), None, ids(rows, 1),
+        "none", 0.0, 0.0, 1.0, 0.0, True,
+    )  # fmt: skip
+    yield "verify_head.logits", verify_head.launches(*arguments, scratch=scratch)[0]
+
     size = sizes.hot or sizes.vocabulary
-    names = ids(size) if sizes.hot else None
-    scored: tuple[Any, ...] = (boundary, *head(size), names, drafts, *logit_form)
-    yield "draft_topk", draft_topk.launches(*scored, scratch=scratch)[0]
+    hot_ids = ids(size) if sizes.hot else None
+    arguments = (state, *head(size), hot_ids, drafts, *logit_form)
+    yield "draft_topk", draft_topk.launches(*arguments, scratch=scratch)[0]
+    if sizes.kv is not None:
+        arguments = _fill_arguments(state, sizes.kv)
+        yield "fill_kv", fill_kv.launches(*arguments, scratch=scratch)[0]
 
-    if (kv := sizes.kv) is not None:
-        yield "fill_kv", fill_kv.launches(*_fill_arguments(boundary, kv), scratch=scratch)[0]
 
+def _fill_arguments(hidden: Tensor, kv: KvSizes) -> tuple[Any, ...]:
+    form, (rows, hidden_size) = kv.form, hidden.shape
 
-def _fill_arguments(boundary: Tensor, kv: KvSizes) -> tuple[Any, ...]:
-    form, (rows, hidden) = kv.form, boundary.shape
-
-    def each(there: str, *shape: int) -> list[Tensor]:
-        return [boundary.new_empty(shape) for _ in range(kv.layers)] if there else []
+    def each(name: str, *shape: int) -> list[Tensor]:
+        return [hidden.new_empty(shape) for _ in range(kv.layers)] if name else []
 
     def projected(
         weight: str, bias: str, outputs: int, of: Channels
     ) -> tuple[list[Tensor], list[Tensor]]:
-        shape = (hidden, outputs) if form.transposed else (outputs, hidden)
+        shape = (hidden_size, outputs) if form.transposed else (outputs, hidden_size)
         return [form.projection(w, of) for w in each(weight, *shape)], [
             form.bias(b, of) for b in each(bias, outputs)
         ]
 
-    turns = None
+    rotary = None
     if form.cos:
-        turns = boundary.new_empty(rows, form.rotary, dtype=kv.turns)
+        rotary = hidden.new_empty(rows, form.rotary, dtype=kv.rotary_dtype)
     cache = each("caches", form.groups, kv.slots, form.channels)
     return (
-        boundary, each(form.norm_weight, hidden), each(form.norm_bias, hidden),
+        hidden, each(form.norm_weight, hidden_size), each(form.norm_bias, hidden_size),
         *projected(form.key_weight, form.key_bias, kv.key_outputs, form.key_channels),
         *projected(form.value_weight, form.value_bias, kv.value_outputs, form.value_channels),
         each(form.head_norm, form.channels), each(form.head_bias, form.channels), cache, cache,
-        turns, turns, boundary.new_empty(rows, dtype=torch.long), form.norm, form.eps,
+        rotary, rotary, hidden.new_empty(rows, dtype=torch.long), form.norm, form.eps,
         form.weight_offset, form.interleaved, form.head_form,
     )  # fmt: skip

@@ -1,40 +1,25 @@
-"""Compile launches for a GPU that is not here, and say what they need there."""
+"""Compile launches for a GPU without having it, and report the resources they take."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from eepass.codegen.cuda.stored_kernels import Cubin
 from eepass.codegen.kernels.launch import KernelLaunch
 from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
-
-
-@dataclass(frozen=True, slots=True)
-class Cubin:
-    """A compiled kernel: ``spills`` and ``shared_bytes`` in bytes, ``key`` the same for launches
-    that share it, ``parameters`` as its PTX declares them."""
-
-    key: str
-    name: str
-    code: bytes
-    parameters: tuple[str, ...]
-    registers: int
-    spills: int
-    shared_bytes: int
-    warps: int
 
 
 def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
     """``launch`` as machine code for compute capability ``capability`` (90 is an H200).
 
-    Needs no GPU: Triton brings its own assembler.
+    Needs no GPU: Triton comes with an assembler.
     """
     source = ASTSource(launch.kernel, *specialisation(launch))
     compiled = triton.compile(
@@ -43,13 +28,13 @@ def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
     ptx, about = compiled.asm["ptx"], compiled.metadata
     parameters = _parameters(ptx, about.name)
     if parameters != parameters_of(launch)[0] or about.num_ctas != 1:
-        raise RuntimeError(f"{about.name}: Triton wants {parameters}, which is not what is packed")
+        raise RuntimeError(f"{about.name}: Triton expects other parameters: {parameters}")
     if about.global_scratch_size or about.profile_scratch_size:
-        raise RuntimeError(f"{about.name}: wants scratch memory of its own")
+        raise RuntimeError(f"{about.name}: needs scratch memory of its own")
     registers, spills = _registers(ptx)
     return Cubin(
-        key_of(launch, capability), about.name, compiled.asm["cubin"], parameters, registers,
-        spills, about.shared, launch.warps,
+        about.name, parameters, launch.warps, about.shared, compiled.asm["cubin"],
+        key_of(launch, capability), registers, spills,
     )  # fmt: skip
 
 
@@ -66,14 +51,11 @@ def _registers(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
         file.write_text(ptx)
-        command = [_assembler(), "-v", f"-arch={target[1]}", str(file), "-o", f"{file}.cubin"]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    used = re.search(r"Used (\d+) registers", said)
-    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", said)]
+        ptxas = str(triton.knobs.nvidia.ptxas.path)
+        command = [ptxas, "-v", f"-arch={target[1]}", str(file), "-o", f"{file}.cubin"]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    used = re.search(r"Used (\d+) registers", output)
+    spilled = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", output)]
     if used is None or not spilled:
-        raise RuntimeError(f"ptxas said nothing of registers: {said[-400:]}")
+        raise RuntimeError(f"ptxas reported no registers: {output[-400:]}")
     return int(used[1]), sum(spilled)
-
-
-def _assembler() -> str:
-    return str(triton.knobs.nvidia.ptxas.path)

@@ -1,4 +1,4 @@
-"""Launches from machine code that was compiled before: nothing is compiled at start."""
+"""Launch kernels from machine code compiled ahead of time: nothing is compiled at start."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ KERNELS: tuple[Any, ...] = (
 
 
 def sources() -> dict[str, str]:
-    """A hash of each kernel's source and of what it calls, by name."""
+    """By kernel name, a hash of its source and of the functions it calls."""
     return {kernel.__name__: kernel.cache_key for kernel in KERNELS}
 
 
 class Cubins:
-    """The kernels of a folder on the GPU that is here; what ``register_kernels`` takes as ready.
+    """The kernels of a folder on this machine's GPU, for ``register_kernels``.
 
-    ``missing`` counts, by kernel, launches that the folder holds no code for: those go through
-    Triton's compiler. Raises ``KernelsUnfit``.
+    ``missing`` counts, by kernel, launches that the folder holds no code for: Triton compiles
+    those. Raises ``KernelsUnfit``.
     """
 
     def __init__(self, folder: Path, capability: int | None = None) -> None:
@@ -39,15 +39,15 @@ class Cubins:
             capability = 10 * major + minor
         self.capability, self.stored = read_kernels(folder, capability, sources())
         self.missing: dict[str, int] = {}
-        # in the order they were loaded; modules must stay
+        # module and function by device and key; a module must live as long as its function
         self._loaded: dict[tuple[int, str], tuple[Any, Function]] = {}
 
     def find(self, launch: KernelLaunch) -> StoredKernel | None:
-        """The code for ``launch``, if the folder holds it."""
+        """The code for ``launch``, if the folder has it."""
         return self.stored.get(key_of(launch, self.capability))
 
     def launch(self, launch: KernelLaunch) -> bool:
-        """Put ``launch`` into the current stream; False where there is no code for it."""
+        """Enqueue ``launch`` in the current stream; False where there is no code for it."""
         key = key_of(launch, self.capability)
         stored = self.stored.get(key)
         if stored is None:
@@ -56,7 +56,7 @@ class Cubins:
         place = (torch.cuda.current_device(), key)
         if place not in self._loaded:
             self._loaded[place] = load(
-                stored.code, stored.entry, stored.parameters, stored.shared_bytes
+                stored.code, stored.name, stored.parameters, stored.shared_bytes
             )
         types, values = parameters_of(launch)
         assert types == stored.parameters

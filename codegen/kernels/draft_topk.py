@@ -1,13 +1,13 @@
 """Triton kernels for ``eepass::draft_topk``: the logits are never written.
 
-Each program keeps the k best keys of its rows of the head and their share of the softmax's sum; a
-second launch merges. Keys differ by their index, so taking the largest below the last is exact.
+Each program keeps the k best keys of its rows of the head and their part of the softmax's sum; a
+second launch merges them. No two keys are equal, since they hold the index, so that taking the
+largest key below the last one taken is exact.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -22,8 +22,9 @@ from eepass.codegen.kernels.head_rows import (
     key_logit,
     sort_key,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
 
+# rows of the head a program reads where there is one state
 TOKENS = 32
 
 
@@ -79,9 +80,9 @@ def _merge_kernel(
         part = start + tl.arange(0, BLOCK_P)
         place = moments_ptr + (row * parts + part) * 2
         top = tl.load(place, mask=part < parts, other=-float("inf"))
-        share = tl.load(place + 1, mask=part < parts, other=0.0)
-        # a share of 0 times an infinite factor is 0
-        total += tl.sum(tl.where(share == 0.0, 0.0, share * tl.exp(top - largest)), 0)
+        part_sum = tl.load(place + 1, mask=part < parts, other=0.0)
+        # an empty part counts 0, even times an infinite factor
+        total += tl.sum(tl.where(part_sum == 0.0, 0.0, part_sum * tl.exp(top - largest)), 0)
     norm = largest + tl.log(total)
     last = tl.full((), 0x7FFFFFFFFFFFFFFF, tl.int64)
     for index in range(0, k):
@@ -104,9 +105,9 @@ def _merge_kernel(
 def launches(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
-    *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
+    *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``draft_topk`` launches, and its outputs (``given``, or new) once that has run."""
+    """What ``draft_topk`` launches, and its outputs (``out``, or new)."""
     rows, vocabulary = len(z), lm_head.shape[0]
     if not 0 < k <= vocabulary:
         raise ValueError(f"k={k}: the vocabulary has {vocabulary} tokens")
@@ -115,9 +116,7 @@ def launches(
     parts, keep = -(-vocabulary // blocks["BLOCK_V"]), min(k, blocks["BLOCK_V"])
     keys = scratch.empty(rows, parts, keep, dtype=torch.long)
     moments = scratch.empty(rows, parts, 2)
-    scores, ids = outputs_of(
-        z, given, scores=((rows, k), torch.float32), ids=((rows, k), torch.long)
-    )
+    scores, ids = outputs_of(z, out, scores=((rows, k), torch.float32), ids=((rows, k), torch.long))
     form = {"LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap}
     score = KernelLaunch(
         _score_kernel, (parts,),
@@ -132,10 +131,3 @@ def launches(
          4096)}, size(keys, moments),
     )  # fmt: skip
     return [score, merge], (scores, ids)
-
-
-def draft_topk(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::draft_topk``; see its definition in ``eepass.ops.fused``."""
-    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
-    run(made)
-    return outputs

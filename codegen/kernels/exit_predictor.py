@@ -1,14 +1,13 @@
 """Triton kernel for ``eepass::exit_predictor``: one launch, two where the exit has a translator.
 
-One program holds a slice of the state and takes its share of the K dot products; where the row is
-one slice it goes on to the end, otherwise the last program to arrive does. Sums are kept apart for
-the mean, so that a large mean does not eat the digits of LayerNorm.
+One program holds a slice of the state and computes its part of the K dot products; where the row is
+one slice it goes on to the end, otherwise the last program to finish does. What LayerNorm's mean
+subtracts is summed separately, so that a large mean does not cost digits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 import triton
@@ -16,21 +15,20 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.final_state import (
-    gate_launch,
     inverse_deviation,
     merged_moments,
     norm_parameters,
     slice_moments,
-    slicing,
+    state_arguments,
     state_slice,
     warps_for,
     write_state,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
 
 
 @triton.jit
-def form_logits(logits, SCALE: tl.constexpr, CAP: tl.constexpr):
+def scale_and_cap(logits, SCALE: tl.constexpr, CAP: tl.constexpr):
     """logits · SCALE, soft-capped unless CAP is 0."""
     logits = logits * SCALE
     if CAP != 0.0:
@@ -41,7 +39,7 @@ def form_logits(logits, SCALE: tl.constexpr, CAP: tl.constexpr):
 
 @triton.jit
 def _scatter(into, part, member, index):
-    """``into`` with ``part`` added at the places ``member``; a NaN stays where it is."""
+    """``into`` with ``part`` added at the indices ``member``; a NaN affects its own index alone."""
     return into + tl.sum(tl.where(index[:, None] == member[None, :], part[None, :], 0.0), 1)
 
 
@@ -50,15 +48,15 @@ def _decide(
     logits, draft, valid, row, previous_ptr, w1_ptr, b1_ptr, w2_ptr, b2_ptr, threshold_ptr,
     probability_ptr, probabilities_ptr, exits_ptr, num_drafts, width, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Softmax, features, MLP, threshold."""
+    """Draft probabilities, features, MLP, threshold: whether the row exits."""
     masked = tl.where(valid, logits, -float("inf"))
-    raised = tl.where(valid, tl.exp(logits - tl.max(masked, 0)), 0.0)
-    chances = raised / tl.sum(raised, 0)
+    exponentials = tl.where(valid, tl.exp(logits - tl.max(masked, 0)), 0.0)
+    probabilities = exponentials / tl.sum(exponentials, 0)
     here = row * num_drafts + draft
-    before = tl.load(previous_ptr + here, mask=valid, other=0.0).to(tl.float32)
-    change = tl.where(valid, chances - before, 0.0)
-    tl.store(probabilities_ptr + here, chances, mask=valid)
-    chances = tl.where(valid, chances, 0.0)
+    previous = tl.load(previous_ptr + here, mask=valid, other=0.0).to(tl.float32)
+    change = tl.where(valid, probabilities - previous, 0.0)
+    tl.store(probabilities_ptr + here, probabilities, mask=valid)
+    probabilities = tl.where(valid, probabilities, 0.0)
     logits = tl.where(valid, logits, 0.0)
     score = tl.zeros((BLOCK_W,), dtype=tl.float32)
     for start in range(0, width, BLOCK_W):
@@ -70,7 +68,7 @@ def _decide(
         w = tl.load(weights, mask=both, other=0.0).to(tl.float32)
         inner += tl.sum(w * logits[None, :], 1)
         w = tl.load(weights + num_drafts, mask=both, other=0.0).to(tl.float32)
-        inner += tl.sum(w * chances[None, :], 1)
+        inner += tl.sum(w * probabilities[None, :], 1)
         w = tl.load(weights + 2 * num_drafts, mask=both, other=0.0).to(tl.float32)
         inner += tl.sum(w * change[None, :], 1)
         inner = tl.where(inner < 0.0, 0.0, inner)
@@ -78,8 +76,8 @@ def _decide(
     total = tl.sum(score, 0) + tl.load(b2_ptr).to(tl.float32)
     probability = 1.0 / (1.0 + tl.exp(-total))
     tl.store(probability_ptr + row, probability)
-    leave = probability > tl.load(threshold_ptr).to(tl.float32)
-    tl.store(exits_ptr + row, leave.to(tl.uint8))
+    exits = probability > tl.load(threshold_ptr).to(tl.float32)
+    tl.store(exits_ptr + row, exits.to(tl.uint8))
 
 
 @triton.jit
@@ -107,18 +105,18 @@ def _exit_kernel(
     weighted = centred * weight
     draft = tl.arange(0, BLOCK_K)
     valid = draft < num_drafts
-    # of each draft's row of the LM head: with the state, with the norm's weight, with its bias
+    # dot products of each draft's row of the LM head: with the state, the norm's weight, its bias
     by_state = tl.zeros((BLOCK_K,), dtype=tl.float32)
     by_weight = tl.zeros((BLOCK_K,), dtype=tl.float32)
     by_bias = tl.zeros((BLOCK_K,), dtype=tl.float32)
     for start in range(0, num_drafts, GROUP):
         member = start + tl.arange(0, GROUP)
-        asked = member < num_drafts
+        drafted = member < num_drafts
         # a row of the LM head can start past 2**31 elements
-        token = tl.load(draft_ptr + row * num_drafts + member, mask=asked, other=0).to(tl.int64)
+        token = tl.load(draft_ptr + row * num_drafts + member, mask=drafted, other=0).to(tl.int64)
         head = tl.load(
             lm_head_ptr + token[:, None] * head_stride + column[None, :],
-            mask=asked[:, None] & inside[None, :], other=0.0,
+            mask=drafted[:, None] & inside[None, :], other=0.0,
         ).to(tl.float32)  # fmt: skip
         by_state = _scatter(by_state, tl.sum(head * weighted[None, :], 1), member, draft)
         if NORM == "layer" and SLICES > 1:
@@ -131,7 +129,7 @@ def _exit_kernel(
         deviation = inverse_deviation(squares, hidden_size, EPS, NORM)
         z = centred * deviation * weight + bias
         tl.store(z_ptr + row * hidden_size + column, z.to(z_ptr.dtype.element_ty), mask=inside)
-        logits = _finished(
+        logits = _finished_logits(
             by_state * deviation + by_bias, token, valid, head_scales_ptr, head_bias_ptr,
             LOGIT_SCALE, LOGIT_CAP,
         )  # fmt: skip
@@ -150,12 +148,12 @@ def _exit_kernel(
         tl.store(dots + draft * SLICES + segment, by_state)
         tl.store(dots + (BLOCK_K + draft) * SLICES + segment, by_weight)
         tl.store(dots + (2 * BLOCK_K + draft) * SLICES + segment, by_bias)
-        # every thread's stores before the one thread's count
+        # all threads' stores come before the one thread's count
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
             slices = tl.arange(0, BLOCK_SLICES)
             known = slices < SLICES
-            # what others wrote: not through this program's own cache
+            # other programs wrote these, so this one's L1 cache is bypassed
             means = tl.load(here + slices, mask=known, other=0.0, cache_modifier=".cg")
             total = tl.load(here + SLICES + slices, mask=known, other=0.0, cache_modifier=".cg")
             mean, deviation = merged_moments(
@@ -176,7 +174,7 @@ def _exit_kernel(
                         place + 2 * BLOCK_K * SLICES, mask=some, other=0.0, cache_modifier=".cg"
                     ), 1,
                 )  # fmt: skip
-            logits = _finished(
+            logits = _finished_logits(
                 raw, token, valid, head_scales_ptr, head_bias_ptr, LOGIT_SCALE, LOGIT_CAP
             )
             _decide(
@@ -191,14 +189,14 @@ def _exit_kernel(
 
 
 @triton.jit
-def _finished(
+def _finished_logits(
     raw, token, valid, head_scales_ptr, head_bias_ptr, SCALE: tl.constexpr, CAP: tl.constexpr
 ):
     if head_scales_ptr is not None:
         raw *= tl.load(head_scales_ptr + token, mask=valid, other=0.0).to(tl.float32)
     if head_bias_ptr is not None:
         raw += tl.load(head_bias_ptr + token, mask=valid, other=0.0).to(tl.float32)
-    return form_logits(raw, SCALE, CAP)
+    return scale_and_cap(raw, SCALE, CAP)
 
 
 def launches(
@@ -208,62 +206,39 @@ def launches(
     draft_ids: Tensor, previous: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
+    *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``exit_predictor`` launches, and its outputs (``given``, or new) once that has run."""
-    flat = scratch.flat
-    hidden, lm_head = scratch.rows_of(hidden), scratch.rows_of(lm_head)
+    """What ``exit_predictor`` launches, and its outputs (``out``, or new)."""
+    made, arguments, constants = state_arguments(
+        hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset,
+        scratch=scratch,
+    )  # fmt: skip
+    flat, lm_head = scratch.flat, scratch.rows_of(lm_head)
     (rows, hidden_size), (drafts, width) = hidden.shape, (draft_ids.shape[1], w1.shape[0])
-    made: list[KernelLaunch] = []
-    gate = arrived = None
-    if down is not None:
-        first, gate, arrived = gate_launch(hidden, down, scratch)
-        made.append(first)
-    share = slicing(hidden_size, up is not None)
-    block_k = power_of_two(drafts)
-    apart = share["SLICES"] > 1
-    if apart and arrived is None:
-        arrived = scratch.empty(rows, dtype=torch.int32).zero_()
+    slices, block_h, block_k = constants["SLICES"], constants["BLOCK_H"], power_of_two(drafts)
     probability, probabilities, z, exits = outputs_of(
-        hidden, given, probability=((rows,), torch.float32),
+        hidden, out, probability=((rows,), torch.float32),
         probabilities=((rows, drafts), torch.float32), z=((rows, hidden_size), hidden.dtype),
         exits=((rows,), torch.bool),
     )  # fmt: skip
-    arguments: dict[str, Any] = {
-        "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "scale_ptr": flat(scale),
-        "up_ptr": flat(up), "gate_ptr": gate, "norm_weight_ptr": flat(norm_weight),
-        "norm_bias_ptr": flat(norm_bias), "lm_head_ptr": lm_head, "head_stride": lm_head.stride(0),
+    arguments |= {
+        "lm_head_ptr": lm_head, "head_stride": lm_head.stride(0),
         "head_scales_ptr": flat(head_scales), "head_bias_ptr": flat(head_bias),
         "draft_ptr": flat(draft_ids), "previous_ptr": flat(previous), "w1_ptr": flat(w1),
         "b1_ptr": flat(b1), "w2_ptr": flat(w2), "b2_ptr": flat(b2), "threshold_ptr": threshold,
-        "state_ptr": scratch.empty(rows, hidden_size) if apart else None,
-        "moments_ptr": scratch.empty(rows, 2, share["SLICES"]) if apart else None,
-        "dots_ptr": scratch.empty(rows, 3, block_k, share["SLICES"]) if apart else None,
-        "arrived_ptr": arrived if apart else None, "probability_ptr": probability,
-        "probabilities_ptr": probabilities, "z_ptr": z, "exits_ptr": exits.view(torch.uint8),
-        "hidden_size": hidden_size, "rank": 0 if down is None else down.shape[0],
-        "num_drafts": drafts, "width": width,
+        "dots_ptr": scratch.empty(rows, 3, block_k, slices) if slices > 1 else None,
+        "probability_ptr": probability, "probabilities_ptr": probabilities, "z_ptr": z,
+        "exits_ptr": exits.view(torch.uint8), "num_drafts": drafts, "width": width,
     }  # fmt: skip
-    constants = {
-        **share, "NORM": norm, "EPS": eps, "WEIGHT_OFFSET": weight_offset,
-        "LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap,
-        "BLOCK_RANK": 1 if down is None else power_of_two(down.shape[0], 1, 128),
-        "BLOCK_K": block_k, "GROUP": min(power_of_two(4096 // share["BLOCK_H"], 4), block_k),
+    constants |= {
+        "LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap, "BLOCK_K": block_k,
+        "GROUP": min(power_of_two(4096 // block_h, 4), block_k),
         "BLOCK_W": power_of_two(min(1024 // block_k, width), 16),
     }  # fmt: skip
-    drafted = rows * drafts * hidden_size * lm_head.element_size()
-    read = drafted + size(
+    read = rows * drafts * hidden_size * lm_head.element_size() + size(
         hidden, scale, up, norm_weight, norm_bias, draft_ids, previous, w1, b1, w2, b2, z
     )
-    grid = (share["SLICES"], rows)
     made.append(
-        KernelLaunch(_exit_kernel, grid, arguments, constants, read, warps_for(share["BLOCK_H"]))
+        KernelLaunch(_exit_kernel, (slices, rows), arguments, constants, read, warps_for(block_h))
     )
     return made, (probability, probabilities, z, exits)
-
-
-def exit_predictor(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::exit_predictor``; see its definition in ``eepass.ops.fused``."""
-    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
-    run(made)
-    return outputs

@@ -1,8 +1,8 @@
-"""From a boundary to the state the LM head reads: translator and final norm.
+"""From a hidden state to the normed state the LM head reads: translator and final norm.
 
 A translator at hidden 4096 is 2 MB, too much for one program to read: ``_gate_kernel`` spreads its
-lower half over programs, a second launch its upper half over slices of the hidden state. The last
-program to arrive puts the slices together: no program waits for another.
+``down`` matrix over programs, a second launch its ``up`` matrix over slices of the hidden state.
+The last program to finish merges the slices: no program waits for another.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
-# columns of the state a program makes where a translator is to be read, and where not
+# columns of the state a program makes, with a translator and without
 SLICE = 64
 WIDE_SLICE = 8192
-# ranks of the translator's lower half a program makes
+# rows of the translator's ``down`` matrix a program multiplies
 GATES = 2
 
 
@@ -28,7 +28,7 @@ def _gate_kernel(
     hidden_ptr, hidden_stride, down_ptr, gate_ptr, arrived_ptr, hidden_size, rank, root,
     BLOCK_RANK: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
-    """‖h‖ · silu(A h/‖h‖·√H) for BLOCK_RANK ranks of one row; readies the row's counter."""
+    """‖h‖ · silu(A h/‖h‖·√H) for BLOCK_RANK ranks of one row; sets the row's counter to 0."""
     row = tl.program_id(1).to(tl.int64)
     ranks = tl.program_id(0) * BLOCK_RANK + tl.arange(0, BLOCK_RANK)
     known = ranks < rank
@@ -59,7 +59,7 @@ def state_slice(
     hidden_ptr, hidden_stride, scale_ptr, up_ptr, gate_ptr, row, column, inside, rank,
     BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """Columns of the (translated) boundary of ``row``, float32."""
+    """Columns of the (translated) hidden state of ``row``, float32."""
     h = tl.load(hidden_ptr + row * hidden_stride + column, mask=inside, other=0.0).to(tl.float32)
     if up_ptr is not None:
         scale = tl.load(scale_ptr + column, mask=inside, other=0.0).to(tl.float32)
@@ -78,7 +78,7 @@ def state_slice(
 
 @triton.jit
 def slice_moments(x, inside, count, NORM: tl.constexpr):
-    """Mean of x, x less its mean, and the sum of its squares; the mean is 0 but for LayerNorm."""
+    """Mean of x, x minus its mean, and the sum of its squares; without LayerNorm the mean is 0."""
     mean = 0.0
     if NORM == "layer":
         mean = tl.sum(x, 0) / count
@@ -126,11 +126,11 @@ def write_state(
     state_ptr, z_ptr, weight_ptr, bias_ptr, row, hidden_size, mean, deviation,
     WEIGHT_OFFSET: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The whole normed row, from the slices all programs have left in ``state``."""
+    """The whole normed row, from the slices that all programs have stored in ``state``."""
     for start in range(0, hidden_size, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < hidden_size
-        # another program wrote it: not through this one's own cache
+        # another program wrote it, so this one's L1 cache is bypassed
         x = tl.load(
             state_ptr + row * hidden_size + column, mask=inside, other=0.0, cache_modifier=".cg"
         )
@@ -146,7 +146,7 @@ def _state_kernel(
     NORM: tl.constexpr, EPS: tl.constexpr, WEIGHT_OFFSET: tl.constexpr, BLOCK_H: tl.constexpr,
     SLICES: tl.constexpr, BLOCK_SLICES: tl.constexpr, BLOCK_RANK: tl.constexpr,
 ):  # fmt: skip
-    """One slice of one row's normed state; readies what the head after it counts in."""
+    """One slice of one row's normed state; resets what the head's kernel after it counts in."""
     segment = tl.program_id(0)
     row = tl.program_id(1).to(tl.int64)
     column = segment * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -172,7 +172,7 @@ def _state_kernel(
         here = moments_ptr + row * 2 * SLICES
         tl.store(here + segment, mean)
         tl.store(here + SLICES + segment, squares)
-        # every thread's stores before the one thread's count
+        # all threads' stores come before the one thread's count
         tl.debug_barrier()
         if tl.atomic_add(arrived_ptr + row, 1, sem="acq_rel", scope="gpu") == SLICES - 1:
             slices = tl.arange(0, BLOCK_SLICES)
@@ -189,7 +189,7 @@ def _state_kernel(
 
 
 def slicing(hidden_size: int, translated: bool) -> dict[str, int]:
-    """How a row is shared out: one program, or as many as read a translator at full speed."""
+    """How a row is divided: one program, or as many as read a translator at full speed."""
     block = SLICE if translated else power_of_two(hidden_size, 32, WIDE_SLICE)
     slices = -(-hidden_size // block)
     return {"BLOCK_H": block, "SLICES": slices, "BLOCK_SLICES": power_of_two(slices)}
@@ -202,7 +202,7 @@ def warps_for(columns: int) -> int:
 def gate_launch(
     hidden: Tensor, down: Tensor, scratch: Scratch
 ) -> tuple[KernelLaunch, Tensor, Tensor]:
-    """The translator's lower half: gates [R, rank], and a counter a row at 0."""
+    """The translator's gates [R, rank], and a counter a row, set to 0."""
     rows, hidden_size = hidden.shape
     rank = down.shape[0]
     gate, arrived = scratch.empty(rows, rank), scratch.empty(rows, dtype=torch.int32)
@@ -216,45 +216,54 @@ def gate_launch(
     return KernelLaunch(_gate_kernel, grid, arguments, constants, size(hidden, down)), gate, arrived
 
 
-def state_launches(
+def state_arguments(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
-    norm: str, eps: float, weight_offset: float, best: Tensor, counted: Tensor,
-    scratch: Scratch,
-) -> tuple[list[KernelLaunch], Tensor]:  # fmt: skip
-    """The normed state z [R, H] in hidden's dtype, from translator and final norm.
-
-    On the way best [R] is set to the least int64 and counted [1] to 0.
-    """
-    flat = scratch.flat
-    hidden = scratch.rows_of(hidden)
+    norm: str, eps: float, weight_offset: float, *, scratch: Scratch,
+) -> tuple[list[KernelLaunch], dict[str, Any], dict[str, Any]]:  # fmt: skip
+    """What a kernel needs that makes the normed state of hidden [R, H] on its way: the launches
+    before it, and its arguments and constants as far as the state goes."""
+    flat, hidden = scratch.flat, scratch.rows_of(hidden)
     rows, hidden_size = hidden.shape
-    launches: list[KernelLaunch] = []
+    before: list[KernelLaunch] = []
     gate = arrived = None
     if down is not None:
-        first, gate, arrived = gate_launch(hidden, down, scratch)
-        launches.append(first)
-    share = slicing(hidden_size, up is not None)
-    z = scratch.empty(rows, hidden_size, dtype=hidden.dtype)
-    apart = share["SLICES"] > 1
-    if apart and arrived is None:
+        launch, gate, arrived = gate_launch(hidden, down, scratch)
+        before.append(launch)
+    slices = slicing(hidden_size, up is not None)
+    several = slices["SLICES"] > 1
+    if several and arrived is None:
         arrived = scratch.empty(rows, dtype=torch.int32).zero_()
     arguments: dict[str, Any] = {
         "hidden_ptr": hidden, "hidden_stride": hidden.stride(0), "scale_ptr": flat(scale),
         "up_ptr": flat(up), "gate_ptr": gate, "norm_weight_ptr": flat(norm_weight),
         "norm_bias_ptr": flat(norm_bias),
-        "state_ptr": scratch.empty(rows, hidden_size) if apart else None,
-        "moments_ptr": scratch.empty(rows, 2, share["SLICES"]) if apart else None,
-        "arrived_ptr": arrived if apart else None, "z_ptr": z, "best_ptr": best,
-        "counted_ptr": counted, "hidden_size": hidden_size,
+        "state_ptr": scratch.empty(rows, hidden_size) if several else None,
+        "moments_ptr": scratch.empty(rows, 2, slices["SLICES"]) if several else None,
+        "arrived_ptr": arrived if several else None, "hidden_size": hidden_size,
         "rank": 0 if down is None else down.shape[0],
     }  # fmt: skip
-    constants = {
-        **share, "NORM": norm, "EPS": eps, "WEIGHT_OFFSET": weight_offset,
+    constants: dict[str, Any] = {
+        **slices, "NORM": norm, "EPS": eps, "WEIGHT_OFFSET": weight_offset,
         "BLOCK_RANK": 1 if down is None else power_of_two(down.shape[0], 1, 128),
     }  # fmt: skip
-    grid = (share["SLICES"], rows)
+    return before, arguments, constants
+
+
+def state_launches(
+    *to_state: Any, best: Tensor, counted: Tensor, scratch: Scratch
+) -> tuple[list[KernelLaunch], Tensor]:
+    """The launches for ``state_arguments``' ``to_state``, and their result: z [R, H] in hidden's
+    dtype.
+
+    They also set best [R] to the least int64 and counted [1] to 0.
+    """
+    launches, arguments, constants = state_arguments(*to_state, scratch=scratch)
+    hidden, scale, _, up, norm_weight, norm_bias = to_state[:6]
+    z = scratch.empty(*hidden.shape, dtype=hidden.dtype)
+    arguments |= {"z_ptr": z, "best_ptr": best, "counted_ptr": counted}
+    grid = (constants["SLICES"], len(hidden))
     read = size(hidden, scale, up, norm_weight, norm_bias, z)
-    warps = warps_for(share["BLOCK_H"])
+    warps = warps_for(constants["BLOCK_H"])
     launches.append(KernelLaunch(_state_kernel, grid, arguments, constants, read, warps))
     return launches, z

@@ -1,4 +1,4 @@
-"""Rows of the LM head times a few states, read once; an order of logits that fits an int64."""
+"""A tile of the LM head times a few states, and logits as int64 keys that sort by value."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from eepass.codegen.kernels.exit_predictor import form_logits
+from eepass.codegen.kernels.exit_predictor import scale_and_cap
 from eepass.codegen.kernels.launch import Scratch, power_of_two
 
 
@@ -19,8 +19,8 @@ def head_tile(
     hidden_size, LOGIT_SCALE: tl.constexpr, LOGIT_CAP: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BLOCK_V, BLOCK_R] of rows ``token`` (int64) of the head: one state by sums of
-    products, several by the tensor cores."""
+    """Logits [BLOCK_V, BLOCK_R] of rows ``token`` (int64) of the head: with one state by sums of
+    products, with several on the tensor cores."""
     row = tl.arange(0, BLOCK_R)
     # a row of the LM head can start past 2**31 elements
     begin = lm_head_ptr + token[:, None] * head_stride
@@ -45,7 +45,7 @@ def head_tile(
         logits *= tl.load(head_scales_ptr + token, mask=known, other=0.0).to(tl.float32)[:, None]
     if head_bias_ptr is not None:
         logits += tl.load(head_bias_ptr + token, mask=known, other=0.0).to(tl.float32)[:, None]
-    return form_logits(logits, LOGIT_SCALE, LOGIT_CAP)
+    return scale_and_cap(logits, LOGIT_SCALE, LOGIT_CAP)
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def head_arguments(
     head_bias: Tensor | None,
     scratch: Scratch,
 ) -> dict[str, Any]:
-    """What ``head_tile`` wants of z [R, H] and the head."""
+    """Arguments of ``head_tile`` for z [R, H] and the head."""
     if lm_head.dtype == torch.float32 and z.dtype != torch.float32:
         z = scratch.copy(z, torch.float32)
     lm_head, flat = scratch.rows_of(lm_head), scratch.flat
@@ -88,9 +88,9 @@ def head_arguments(
 
 
 def head_blocks(rows: int, hidden_size: int, z: Tensor, tokens: int) -> dict[str, Any]:
-    """Tile of ``head_tile``: ``tokens`` rows of the head for one state, more for several.
+    """Block sizes of ``head_tile``: ``tokens`` rows of the head for one state, more for several.
 
-    Triton's interpreter multiplies no bf16 matrices; in float32 the products are the same.
+    Triton's interpreter cannot multiply bf16 matrices; in float32 the products are the same.
     """
     widen = bool(triton.knobs.runtime.interpret)
     if rows == 1:

@@ -1,4 +1,4 @@
-"""A kernel with its arguments: run where it stands, or compiled for a machine that is elsewhere."""
+"""A kernel launch as data: run on the device that is here, or compiled for another machine."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ ALIGNMENT = 16
 
 @dataclass(frozen=True, slots=True)
 class KernelLaunch:
-    """One launch of ``kernel``: ``arguments`` by name (None where a tensor is not there),
-    ``constants`` it is specialised for, and the bytes it cannot help reading or writing."""
+    """One launch of ``kernel``: ``arguments`` by name (None for an optional tensor that is absent),
+    the ``constants`` it is specialised for, and the bytes it has to read and write at least."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -35,24 +35,25 @@ class KernelLaunch:
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
-class Ready(Protocol):
-    """Kernels that are compiled already; ``launch`` says whether it had this one."""
+class CompiledKernels(Protocol):
+    """Kernels compiled ahead of time; ``launch`` returns False where it has no code for one."""
 
     def launch(self, launch: KernelLaunch) -> bool: ...
 
 
-def run(launches: Sequence[KernelLaunch], ready: Ready | None = None) -> None:
-    """Launch in order: what ``ready`` holds from there, the rest through Triton's compiler."""
+def run(launches: Sequence[KernelLaunch], compiled: CompiledKernels | None = None) -> None:
+    """Launch in order: with code from ``compiled`` where it has some, else Triton compiles."""
     for launch in launches:
-        if ready is None or not ready.launch(launch):
+        if compiled is None or not compiled.launch(launch):
             launch.run()
 
 
 class Scratch:
-    """Memory that launches need on the way, on the device of ``like``.
+    """Memory for intermediate results of launches, on the device of ``like``.
 
-    With a ``workspace`` (uint8 [N]) it is cut from there: nothing is allocated, as a step that is
-    captured wants it. ``bytes`` counts what was asked for; ``ValueError`` where it is too small.
+    With a ``workspace`` (uint8 [N]) tensors are views of it and nothing is allocated, as the
+    capture of a step requires; ``ValueError`` where it is too small. ``bytes`` counts what was
+    taken so far.
     """
 
     def __init__(self, like: Tensor, workspace: Tensor | None = None) -> None:
@@ -69,7 +70,7 @@ class Scratch:
             return torch.empty(shape, dtype=dtype, device=self.device)
         if self.bytes > len(self.workspace):
             raise ValueError(
-                f"workspace: {len(self.workspace)} bytes are too few; ask workspace_bytes"
+                f"workspace: {len(self.workspace)} bytes are too few; workspace_bytes says how many"
             )
         return self.workspace[begin : begin + length].view(dtype).view(shape)
 
@@ -77,38 +78,39 @@ class Scratch:
         return self.empty(*tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
 
     def flat(self, tensor: Tensor | None) -> Tensor | None:
-        """``tensor``, contiguous."""
+        """``tensor`` if it is contiguous, else a contiguous copy."""
         return tensor if tensor is None or tensor.is_contiguous() else self.copy(tensor)
 
     def rows_of(self, tensor: Tensor) -> Tensor:
-        """``tensor`` [N, M] such that each row is contiguous; its rows may lie anywhere."""
+        """``tensor`` [N, M] if each of its rows is contiguous, else a copy."""
         in_rows = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         return tensor if in_rows else self.copy(tensor)
 
 
 def outputs_of(
     like: Tensor,
-    given: Mapping[str, Tensor] | None,
+    out: Mapping[str, Tensor] | None,
     **expected: tuple[tuple[int, ...], torch.dtype],
 ) -> list[Tensor]:
-    """New tensors on the device of ``like``, or the ``given`` ones where the caller brings them
-    (pinned host memory among them); ``ValueError`` for one of another shape or dtype."""
-    if given is None:
+    """New tensors on the device of ``like``, or the caller's own ``out`` (which may lie in pinned
+    host memory); ``ValueError`` for one of another shape or dtype."""
+    if out is None:
         return [torch.empty(s, dtype=d, device=like.device) for s, d in expected.values()]
     for name, (shape, dtype) in expected.items():
-        out = given[name]
-        if tuple(out.shape) != shape or out.dtype != dtype or not out.is_contiguous():
+        found = out[name]
+        if tuple(found.shape) != shape or found.dtype != dtype or not found.is_contiguous():
             raise ValueError(
-                f"{name}: {out.dtype} {list(out.shape)}, expected {dtype} {list(shape)} contiguous"
+                f"{name}: {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)} "
+                "contiguous"
             )
-    return [given[name] for name in expected]
+    return [out[name] for name in expected]
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:
-    """The smallest power of two that holds n, between ``least`` and ``most``."""
+    """The smallest power of two that is at least n, kept between ``least`` and ``most``."""
     return int(min(max(triton.next_power_of_2(n), least), most))
 
 
 def size(*tensors: Tensor | None) -> int:
-    """Bytes of the tensors that are there."""
+    """Bytes of the tensors that are not None."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)

@@ -1,4 +1,4 @@
-"""Make the Triton kernels what the fused operators run on CUDA tensors."""
+"""Register the Triton kernels as what the fused operators run on CUDA tensors."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from eepass.codegen.kernels import (
     path_predictor,
     verify_head,
 )
-from eepass.codegen.kernels.launch import Ready, Scratch, run
+from eepass.codegen.kernels.launch import CompiledKernels, Scratch, run
 
-# what each operator launches, and its outputs
+# by operator, the function that makes its launches and outputs
 LAUNCHES: Mapping[str, Callable[..., Any]] = {
     "exit_predictor": exit_predictor.launches,
     "verify_head": verify_head.launches,
@@ -30,56 +30,57 @@ LAUNCHES: Mapping[str, Callable[..., Any]] = {
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def register_kernels(ready: Ready | None = None, key: str = "CUDA") -> None:
-    """Let tensors of the dispatch key go through the kernels from here on; without it they go
-    through the operators' eager definitions.
+def register_kernels(compiled: CompiledKernels | None = None, key: str = "CUDA") -> None:
+    """Run the fused operators through the kernels for tensors of dispatch key ``key``; until then
+    they run their reference implementations.
 
-    ``ready``: kernels that are compiled already (``cubins.Cubins``), taken where they fit; the rest
-    Triton compiles on first use. Once registered they stay; a call with others takes those.
+    ``compiled``: kernels compiled ahead of time (``cubins.Cubins``), used where they fit; the rest
+    Triton compiles on first use. Registering again without ``compiled`` changes nothing; with it,
+    those kernels replace the earlier ones.
     """
-    if key in _libraries and ready is None:
+    if key in _libraries and compiled is None:
         return
     unregister_kernels(key)
     library = torch.library.Library("eepass", "IMPL", key)
-    for name, launches in LAUNCHES.items():
-        library.impl(name, partial(_call, launches, ready))
+    for name in LAUNCHES:
+        library.impl(name, partial(run_kernels, name, compiled=compiled))
         if name != "fill_kv":
-            library.impl(f"{name}.into", partial(_call_into, launches, ready))
-    library.impl("fill_kv.table", partial(_fill_from_table, ready))
+            library.impl(f"{name}.into", partial(_run_into, name, compiled))
+    library.impl("fill_kv.table", partial(_fill_from_table, compiled))
     _libraries[key] = library
 
 
 def unregister_kernels(key: str = "CUDA") -> None:
-    """Back to the eager definitions."""
+    """Back to the reference implementations."""
     if (library := _libraries.pop(key, None)) is not None:
         library._destroy()
 
 
 def workspace_bytes(name: str, *arguments: Any) -> int:
-    """Bytes of workspace that ``eepass::<name>.into`` wants for ``arguments``."""
+    """Bytes of workspace that ``eepass::<name>.into`` needs for ``arguments``."""
     scratch = Scratch(arguments[0])
     LAUNCHES[name](*arguments, scratch=scratch)
     return scratch.bytes
 
 
-def _call(launches: Callable[..., Any], ready: Ready | None, *arguments: Any) -> Any:
-    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
-    run(made, ready)
+def run_kernels(name: str, *arguments: Any, compiled: CompiledKernels | None = None) -> Any:
+    """``eepass::<name>`` through its kernels, on the device of its arguments."""
+    launches, outputs = LAUNCHES[name](*arguments, scratch=Scratch(arguments[0]))
+    run(launches, compiled)
     return outputs or None
 
 
-def _call_into(
-    launches: Callable[..., Any],
-    ready: Ready | None,
+def _run_into(
+    name: str,
+    compiled: CompiledKernels | None,
     *arguments: Any,
     workspace: Tensor,
     **buffers: Tensor,
 ) -> None:
-    made, _ = launches(*arguments, scratch=Scratch(arguments[0], workspace), given=buffers)
-    run(made, ready)
+    scratch = Scratch(arguments[0], workspace)
+    run(LAUNCHES[name](*arguments, scratch=scratch, out=buffers)[0], compiled)
 
 
-def _fill_from_table(ready: Ready | None, *arguments: Any) -> None:
-    *given, table = arguments
-    made, _ = fill_kv.launches(*given, scratch=Scratch(arguments[0]), table=table)
-    run(made, ready)
+def _fill_from_table(compiled: CompiledKernels | None, *arguments: Any) -> None:
+    *fill, table = arguments
+    run(fill_kv.launches(*fill, scratch=Scratch(arguments[0]), table=table)[0], compiled)

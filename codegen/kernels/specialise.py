@@ -1,4 +1,4 @@
-"""Which code a launch needs: the choices Triton's just-in-time compiler makes, made ahead."""
+"""What a launch's code is specialised for: what Triton's just-in-time compiler would choose."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ POINTERS = {
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",
 }  # fmt: skip
 # Triton's type -> what PTX declares
-CELLS = {"i32": "u32", "i64": "u64", "fp32": "f32"}
+PTX_TYPES = {"i32": "u32", "i64": "u64", "fp32": "f32"}
 # Triton adds two pointers to scratch memory, null where a kernel uses none
-SCRATCH = ("u64", "u64")
+SCRATCH_POINTERS = ("u64", "u64")
 
 
 def specialisation(launch: KernelLaunch) -> tuple[dict[str, str], dict[Any, Any], dict[Any, Any]]:
-    """Signature, constants and attributes; a tensor without an address counts as aligned."""
+    """Signature, constants and attributes for Triton; a meta tensor counts as aligned."""
     signature: dict[str, str] = {}
     constants: dict[Any, Any] = dict(launch.constants)
     aligned: dict[Any, Any] = {}
@@ -46,13 +46,13 @@ def specialisation(launch: KernelLaunch) -> tuple[dict[str, str], dict[Any, Any]
 
 
 def key_of(launch: KernelLaunch, capability: int) -> str:
-    """The same for launches that need the same code."""
+    """A hash, equal for launches that need the same code."""
     parts = (launch.kernel.cache_key, capability, launch.warps, *specialisation(launch))
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
 def parameters_of(launch: KernelLaunch) -> tuple[tuple[str, ...], tuple[int | float, ...]]:
-    """The kernel's parameters as PTX declares them, and what this launch gives them."""
+    """The kernel's parameters as PTX declares them, and this launch's values for them."""
     types: list[str] = []
     values: list[int | float] = []
     signature, _, _ = specialisation(launch)
@@ -60,9 +60,9 @@ def parameters_of(launch: KernelLaunch) -> tuple[tuple[str, ...], tuple[int | fl
         if kind == "constexpr":
             continue
         value = launch.arguments[name]
-        types.append("u64" if kind.startswith("*") else CELLS[kind])
+        types.append("u64" if kind.startswith("*") else PTX_TYPES[kind])
         if isinstance(value, Tensor):
             value = 0 if value.is_meta else value.data_ptr()
-        # a negative integer goes by its bits
+        # a negative integer is passed as its unsigned bit pattern
         values.append(value % 2**32 if kind == "i32" else value % 2**64 if kind == "i64" else value)
-    return (*types, *SCRATCH), (*values, 0, 0)
+    return (*types, *SCRATCH_POINTERS), (*values, 0, 0)

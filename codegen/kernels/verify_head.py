@@ -1,7 +1,7 @@
-"""Triton kernel for ``eepass::verify_head``: the normed state first, then one reading of the head.
+"""Triton kernels for ``eepass::verify_head``: the normed state, then one pass over the LM head.
 
-Each program takes a few rows of the head and raises its state's best key; the last to arrive turns
-keys into tokens and looks for them among the draft.
+Each program multiplies a few rows of the head and updates each state's best key; the last to finish
+turns keys into tokens and looks for them among the draft tokens.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from eepass.codegen.kernels.head_rows import (
     key_index,
     sort_key,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, run, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
 
-# rows of the head a program reads for one state
+# rows of the head a program reads where there is one state
 TOKENS = 16
 
 
@@ -48,7 +48,7 @@ def _verify_kernel(
         tl.store(place, logits, mask=there[:, None] & real[None, :])
     keys = tl.where(there[:, None], sort_key(logits, token[:, None]), -0x8000000000000000)
     tl.atomic_max(best_ptr + row, tl.max(keys, 0), mask=real, sem="relaxed")
-    # every thread's maxima before the one thread's count
+    # all threads' maxima come before the one thread's count
     tl.debug_barrier()
     if tl.atomic_add(counted_ptr, 1, sem="acq_rel", scope="gpu") == tl.num_programs(0) - 1:
         best = tl.load(best_ptr + row, mask=real, other=0, cache_modifier=".cg")
@@ -71,17 +71,17 @@ def launches(
     lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, draft_ids: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    want_logits: bool, *, scratch: Scratch, given: Mapping[str, Tensor] | None = None,
+    want_logits: bool, *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``verify_head`` launches, and its outputs (``given``, or new) once that has run."""
+    """What ``verify_head`` launches, and its outputs (``out``, or new)."""
     rows, vocabulary, drafts = len(hidden), lm_head.shape[0], draft_ids.shape[1]
     best, counted = scratch.empty(rows, dtype=torch.long), scratch.empty(1, dtype=torch.int32)
     made, z = state_launches(
-        hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset, best, counted,
-        scratch,
+        hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset,
+        best=best, counted=counted, scratch=scratch,
     )  # fmt: skip
     token, known, logits = outputs_of(
-        hidden, given, token=((rows,), torch.long), known=((rows,), torch.bool),
+        hidden, out, token=((rows,), torch.long), known=((rows,), torch.bool),
         logits=((rows, vocabulary if want_logits else 0), torch.float32),
     )  # fmt: skip
     arguments: dict[str, Any] = {
@@ -100,10 +100,3 @@ def launches(
     read = size(lm_head, head_scales, head_bias, z, draft_ids, logits)
     made.append(KernelLaunch(_verify_kernel, grid, arguments, constants, read))
     return made, (token, known, logits)
-
-
-def verify_head(*arguments: Any) -> tuple[Tensor, ...]:
-    """``eepass::verify_head``; see its definition in ``eepass.ops.fused``."""
-    made, outputs = launches(*arguments, scratch=Scratch(arguments[0]))
-    run(made)
-    return outputs

@@ -8,22 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.ops.registry import define, fake
+from eepass.ops.registry import define
 
 
-@define("translate(Tensor hidden, Tensor scale, Tensor down, Tensor up) -> Tensor")
+@define(
+    "translate(Tensor hidden, Tensor scale, Tensor down, Tensor up) -> Tensor",
+    fake=lambda hidden: torch.empty_like(hidden),
+)
 def translate(hidden: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    """Low-rank map of a boundary to the basis of the final norm.
+    """Low-rank map of a hidden state to the basis of the final norm.
 
     s ⊙ h + ‖h‖ · B silu(A h/‖h‖·√H): hidden [R, H], scale [H], down A [rank, H], up B [H, rank]
     -> [R, H]. After the tuned lens of Belrose et al., 2023, in low rank and with a gate.
     """
     return translated(hidden.float(), scale, down, up).to(hidden.dtype)
-
-
-@fake("translate")
-def _(hidden: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(hidden)
 
 
 def translated(h: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -34,7 +32,10 @@ def translated(h: Tensor, scale: Tensor, down: Tensor, up: Tensor) -> Tensor:
     return scale.float() * h + length * (gate @ up.float().T)
 
 
-@define("draft_logits(Tensor z, Tensor lm_head, Tensor? bias, Tensor draft_ids) -> Tensor")
+@define(
+    "draft_logits(Tensor z, Tensor lm_head, Tensor? bias, Tensor draft_ids) -> Tensor",
+    fake=lambda z, draft_ids: z.new_empty(draft_ids.shape, dtype=torch.float32),
+)
 def draft_logits(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Tensor) -> Tensor:
     """Logits of ``draft_ids`` [R, K] alone, from z [R, H] and lm_head [V, H]; float32 [R, K]."""
     rows = lm_head[draft_ids].float()  # [R, K, H]
@@ -42,19 +43,15 @@ def draft_logits(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Ten
     return logits if bias is None else logits + bias[draft_ids].float()
 
 
-@fake("draft_logits")
-def _(z: Tensor, lm_head: Tensor, bias: Tensor | None, draft_ids: Tensor) -> Tensor:
-    return z.new_empty(draft_ids.shape, dtype=torch.float32)
-
-
 @define(
     "predict_exit(Tensor logits, Tensor previous, Tensor w1, Tensor b1, Tensor w2, Tensor b2)"
-    " -> (Tensor, Tensor)"
+    " -> (Tensor, Tensor)",
+    fake=lambda logits: (logits.new_empty(logits.shape[0]), torch.empty_like(logits)),
 )
 def predict_exit(
     logits: Tensor, previous: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Probability that leaving here is right, and the draft's probabilities for the next predictor.
+    """Probability that an exit here is right, and the draft's probabilities for the next predictor.
 
     Features: logits [R, K], their softmax, and its change since ``previous`` [R, K] (zeros at the
     first active predictor of a step); MLP w1 [W, 3K], b1 [W], w2 [W], b2 [1] with ReLU and
@@ -65,10 +62,3 @@ def predict_exit(
     inner = F.relu(features @ w1.float().T + b1.float())
     score = (inner * w2.float()).sum(-1) + b2.float()
     return score.sigmoid(), probabilities
-
-
-@fake("predict_exit")
-def _(
-    logits: Tensor, previous: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor
-) -> tuple[Tensor, Tensor]:
-    return logits.new_empty(logits.shape[0]), torch.empty_like(logits)

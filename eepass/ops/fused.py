@@ -1,20 +1,20 @@
-"""The ``eepass::`` operators that do a whole exit point, and what they mean.
+"""The ``eepass::`` operators that compute a whole exit point.
 
-Each is a chain of ``eepass.ops`` written as one operator, so that it can be one kernel. Shapes as
-there; P paths of at most D nodes, G groups of keys and values, C slots, D channels of a head.
+Each is a chain of the operators in ``eepass.ops.exits`` and ``eepass.ops.rows`` written as one, so
+that it can be one kernel. Shapes as there; P paths of at most D nodes, G groups of keys and values,
+C slots, D channels of a head.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.ops.exits import predict_exit, translated
-from eepass.ops.registry import define, fake
+from eepass.ops.registry import define
 
-# the way from a boundary to the logits, as ``plan.HeadChain`` describes it
+# from a hidden state to the logits, as ``kernel_forms.HeadChain`` describes it
 _TO_STATE = (
     "Tensor hidden, Tensor? scale, Tensor? down, Tensor? up, Tensor? norm_weight, Tensor? norm_bias"
 )
@@ -24,10 +24,26 @@ _LOGIT_FORM = "float logit_scale, float logit_cap"
 _PREDICTOR = "Tensor previous, Tensor w1, Tensor b1, Tensor w2, Tensor b2, Tensor threshold"
 
 
+def _floats(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _flags(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.bool)
+
+
+def _ids(like: Tensor, *shape: int) -> Tensor:
+    return like.new_empty(shape, dtype=torch.long)
+
+
 @define(
     f"exit_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, "
-    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda hidden, draft_ids: (
+        _floats(hidden, len(hidden)), _floats(hidden, *draft_ids.shape),
+        hidden.new_empty(hidden.shape), _flags(hidden, len(hidden)),
+    ),
+)  # fmt: skip
 def exit_predictor(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -36,31 +52,37 @@ def exit_predictor(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """All that one exit point asks: boundary -> probability float32 [R], draft probabilities
-    float32 [R, K], normed state z [R, H], exits bool [R].
+    """All that one exit point computes: hidden state -> probability float32 [R], draft
+    probabilities float32 [R, K], normed state z [R, H], exits bool [R].
 
     hidden [R, H]; ``translate``'s tensors or None; final norm ``norm`` ("rms", "layer" or "none")
     with weight [H] (``weight_offset`` is added: 1 + w) and bias; lm_head [V, H], int8 with
     ``head_scales`` [V] or floating, with bias [V]; logits · logit_scale, then soft-capped unless
-    ``logit_cap`` is 0; then as ``predict_exit``. ``exits`` is probability > threshold [1]: never
-    where NaN or infinity came in. In float32 between hidden and logits; z has hidden's dtype.
+    ``logit_cap`` is 0; then as ``predict_exit``. ``exits`` is probability > threshold [1]: a
+    non-finite hidden state never triggers an exit. In float32 between hidden and logits; z has
+    hidden's dtype.
     """
-    z = _final_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
+    z = _normed_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
     rows = lm_head[draft_ids].float()
     logits = (rows * z.unsqueeze(1)).sum(-1)
     if head_scales is not None:
         logits = logits * head_scales[draft_ids].float()
     if head_bias is not None:
         logits = logits + head_bias[draft_ids].float()
-    logits = _formed(logits, logit_scale, logit_cap)
+    logits = _scaled_and_capped(logits, logit_scale, logit_cap)
     probability, probabilities = predict_exit(logits, previous, w1, b1, w2, b2)
     return probability, probabilities, z.to(hidden.dtype), probability > threshold.float()
 
 
 @define(
     f"path_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, Tensor paths, "
-    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
-)
+    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=lambda hidden, draft_ids, paths: (
+        _floats(hidden, len(paths)), _floats(hidden, len(hidden)),
+        _floats(hidden, *draft_ids.shape), hidden.new_empty(hidden.shape),
+        _flags(hidden, len(paths)),
+    ),
+)  # fmt: skip
 def path_predictor(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -69,19 +91,19 @@ def path_predictor(
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor, paths: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``exit_predictor`` on the R nodes of a tree whose paths [P, D] are exited as one: float32
-    [P], then nodes' probability, draft probabilities and z, and exits bool [P].
+    """``exit_predictor`` on the R nodes of a tree whose paths [P, D] exit as a whole: probability
+    float32 [P], then the nodes' probability, draft probabilities and z, and exits bool [P].
 
-    A path, node numbers padded with -1, is a hyper-token: it leaves where the last of its nodes
+    A path, node numbers padded with -1, is a hyper-token: it exits where the last of its nodes
     does, so its probability is its nodes' smallest (NaN if one is). SpecEE, T3 (arXiv 2504.08850,
-    6). A path without nodes never leaves: its probability is 0.
+    6). A path without nodes never exits: its probability is 0.
     """
     node, probabilities, z, _ = exit_predictor(
         hidden, scale, down, up, norm_weight, norm_bias, lm_head, head_scales, head_bias,
         draft_ids, previous, w1, b1, w2, b2, threshold,
         norm, eps, weight_offset, logit_scale, logit_cap,
     )  # fmt: skip
-    # a probability is at most 1, so padding never is the smallest
+    # a probability is at most 1, so padding is never the smallest
     each = torch.where(paths >= 0, node[paths.clamp_min(0)], 1.0)
     path = torch.where((paths >= 0).any(-1), each.amin(-1), 0.0)
     return path, node, probabilities, z, path > threshold.float()
@@ -89,8 +111,12 @@ def path_predictor(
 
 @define(
     f"verify_head({_TO_STATE}, {_HEAD}, Tensor? hot_ids, Tensor draft_ids, "
-    f"{_NORM_FORM}, {_LOGIT_FORM}, bool want_logits) -> (Tensor, Tensor, Tensor)"
-)
+    f"{_NORM_FORM}, {_LOGIT_FORM}, bool want_logits) -> (Tensor, Tensor, Tensor)",
+    fake=lambda hidden, lm_head, want_logits: (
+        _ids(hidden, len(hidden)), _flags(hidden, len(hidden)),
+        _floats(hidden, len(hidden), len(lm_head) if want_logits else 0),
+    ),
+)  # fmt: skip
 def verify_head(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     norm_weight: Tensor | None, norm_bias: Tensor | None,
@@ -99,14 +125,14 @@ def verify_head(
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
     want_logits: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The likeliest token int64 [R] of a boundary, whether it is among draft_ids [R, K] (bool
-    [R]), and float32 logits [R, V], or [R, 0] unless ``want_logits``.
+    """The likeliest token int64 [R] after a hidden state, whether it is among draft_ids [R, K]
+    (bool [R]), and float32 logits [R, V], or [R, 0] unless ``want_logits``.
 
-    As ``exit_predictor``, save that the normed state is rounded to hidden's dtype, as the model
-    does. ``lm_head`` may hold the rows of ``hot_ids`` alone, which then name its tokens. Of equal
-    logits the first wins and NaN is largest, as in ``torch.argmax``.
+    As ``exit_predictor``, but the normed state is rounded to hidden's dtype, as in the model.
+    ``lm_head`` may hold the rows of the hot vocabulary alone; ``hot_ids`` are then their token ids.
+    Of equal logits the first wins and NaN is largest, as in ``torch.argmax``.
     """
-    z = _final_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
+    z = _normed_state(hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset)
     logits = _head_logits(
         z.to(hidden.dtype), lm_head, head_scales, head_bias, logit_scale, logit_cap
     )
@@ -116,14 +142,17 @@ def verify_head(
     return token, known, logits if want_logits else logits.new_empty(len(logits), 0)
 
 
-@define(f"draft_topk(Tensor z, {_HEAD}, Tensor? hot_ids, int k, {_LOGIT_FORM}) -> (Tensor, Tensor)")
+@define(
+    f"draft_topk(Tensor z, {_HEAD}, Tensor? hot_ids, int k, {_LOGIT_FORM}) -> (Tensor, Tensor)",
+    fake=lambda z, k: (_floats(z, len(z), k), _ids(z, len(z), k)),
+)
 def draft_topk(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The k likeliest tokens of z [R, H]: log-probabilities float32 [R, k], ids int64 [R, k].
 
-    Likeliest first; of equal logits the first; NaN before all else.
+    Sorted from the likeliest on; of equal logits the first wins; NaN is largest.
     """
     logits = _head_logits(z, lm_head, head_scales, head_bias, logit_scale, logit_cap)
     values, order = logits.sort(dim=-1, descending=True, stable=True)
@@ -135,7 +164,8 @@ def draft_topk(
     "fill_kv(Tensor hidden, Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] key_weights, "
     "Tensor[] key_biases, Tensor[] value_weights, Tensor[] value_biases, Tensor[] head_norms, "
     "Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, "
-    f"Tensor slots, {_NORM_FORM}, bool interleaved, str head_norm) -> ()"
+    f"Tensor slots, {_NORM_FORM}, bool interleaved, str head_norm) -> ()",
+    fake=lambda: None,
 )
 def fill_kv(
     hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
@@ -148,26 +178,25 @@ def fill_kv(
 ) -> None:  # fmt: skip
     """Write keys and values of hidden [R, H] at slots [R] of every skipped layer's cache.
 
-    A list holds one tensor a layer, or nothing where no layer has one: input norm [H], projections
-    [G, D, H] or [G·D, H] and biases [G, D] or [G·D] (views of what several share, perhaps), norm of
-    the keys' heads and its bias [D] or [G, D], keys and values [G, C, D]. ``head_norm`` ("rms",
-    "layer" or "none") goes with ``eps`` and ``weight_offset`` as ``norm`` does. Rotary values cos,
-    sin [R, N] turn the first N <= D channels, half against half or, ``interleaved``, each against
-    the next. In float32 up to the write.
+    Each list holds one tensor a layer, or is empty where no layer has one: input norm [H],
+    projections [G, D, H] or [G·D, H] and biases [G, D] or [G·D] (possibly views of a fused
+    projection), norm of the keys' heads and its bias [D] or [G, D], keys and values [G, C, D].
+    ``head_norm`` ("rms", "layer" or "none") goes with ``eps`` and ``weight_offset`` as ``norm``
+    does. The rotary embedding cos, sin [R, N] rotates the first N <= D channels: pairs are channels
+    i and i + N/2 or, where ``interleaved``, neighbours. In float32 up to the write.
     """
     for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
         x = _normed(
             hidden.float(), _at(norm_weights, layer), _at(norm_biases, layer), norm, eps,
             weight_offset,
         ).to(hidden.dtype).float()  # fmt: skip
-        groups, width = key.shape[0], key.shape[-1]
         k, v = (
             F.linear(
                 x,
                 weights[layer].float().reshape(-1, x.shape[-1]),
                 None if bias is None else bias.float().reshape(-1),
             )
-            .unflatten(-1, (groups, -1))
+            .unflatten(-1, (key.shape[0], -1))
             .transpose(0, 1)
             for weights, bias in (
                 (key_weights, _at(key_biases, layer)),
@@ -177,16 +206,22 @@ def fill_kv(
         weight, bias = _at(head_norms, layer), _at(head_biases, layer)
         k = _normed(k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset)
         if cos is not None and sin is not None:
-            turning, half = k[..., : cos.shape[-1]], cos.shape[-1] // 2
-            if interleaved:
-                pairs = turning.unflatten(-1, (half, 2))
-                turned = torch.stack([-pairs[..., 1], pairs[..., 0]], -1).flatten(-2)
-            else:
-                turned = torch.cat([-turning[..., half:], turning[..., :half]], -1)
-            turning = turning * cos.float() + turned * sin.float()
-            k = torch.cat([turning, k[..., cos.shape[-1] : width]], -1)
+            k = _rotated(k, cos.float(), sin.float(), interleaved)
         key[:, slots] = k.to(key.dtype)
         value[:, slots] = v.to(value.dtype)
+
+
+def _rotated(k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    """k [G, R, D] with the rotary embedding on as many channels as cos and sin [R, N] have."""
+    rotary = cos.shape[-1]
+    rotated, rest = k[..., :rotary], k[..., rotary:]
+    if interleaved:
+        even, odd = rotated[..., ::2], rotated[..., 1::2]
+        perpendicular = torch.stack([-odd, even], -1).flatten(-2)
+    else:
+        first, second = rotated.chunk(2, -1)
+        perpendicular = torch.cat([-second, first], -1)
+    return torch.cat([rotated * cos + perpendicular * sin, rest], -1)
 
 
 def _over_rows(tensor: Tensor | None) -> Tensor | None:
@@ -213,7 +248,7 @@ def _normed(
     return x if bias is None else x + bias.float()
 
 
-def _final_state(
+def _normed_state(
     hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
     weight: Tensor | None, bias: Tensor | None, norm: str, eps: float, offset: float,
 ) -> Tensor:  # fmt: skip
@@ -230,56 +265,11 @@ def _head_logits(
     logits = z.float() @ lm_head.float().T
     if scales is not None:
         logits = logits * scales.float()
-    return _formed(logits if bias is None else logits + bias.float(), logit_scale, logit_cap)
+    return _scaled_and_capped(
+        logits if bias is None else logits + bias.float(), logit_scale, logit_cap
+    )
 
 
-def _formed(logits: Tensor, scale: float, cap: float) -> Tensor:
+def _scaled_and_capped(logits: Tensor, scale: float, cap: float) -> Tensor:
     logits = logits * scale
     return logits if cap == 0 else torch.tanh(logits / cap) * cap
-
-
-@fake("exit_predictor")
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    draft_ids = rest[8]
-    probability = hidden.new_empty(len(hidden), dtype=torch.float32)
-    return (
-        probability,
-        probability.new_empty(draft_ids.shape),
-        hidden.new_empty(hidden.shape),
-        probability.new_empty(probability.shape, dtype=torch.bool),
-    )
-
-
-@fake("path_predictor")
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    draft_ids, paths = rest[8], rest[15]
-    path = hidden.new_empty(len(paths), dtype=torch.float32)
-    return (
-        path,
-        path.new_empty(len(hidden)),
-        path.new_empty(draft_ids.shape),
-        hidden.new_empty(hidden.shape),
-        path.new_empty(path.shape, dtype=torch.bool),
-    )
-
-
-@fake("verify_head")
-def _(hidden: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    columns = rest[5].shape[0] if rest[-1] else 0
-    token = hidden.new_empty(len(hidden), dtype=torch.long)
-    return (
-        token,
-        token.new_empty(token.shape, dtype=torch.bool),
-        hidden.new_empty(len(hidden), columns, dtype=torch.float32),
-    )
-
-
-@fake("draft_topk")
-def _(z: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    shape = (len(z), rest[4])
-    return z.new_empty(shape, dtype=torch.float32), z.new_empty(shape, dtype=torch.long)
-
-
-@fake("fill_kv")
-def _(*arguments: Any) -> None:
-    return None

@@ -1,9 +1,9 @@
-"""The fused operators once more, writing where their caller says: ``eepass::<name>.into``.
+"""The fused operators with outputs their caller gives: ``eepass::<name>.into``.
 
 For a step that is captured once and replayed: outputs lie at fixed addresses the runtime knows
-(device memory, or pinned host memory for a flag the host waits for), and what a kernel needs on the
-way is cut from a workspace, so that nothing is allocated. ``codegen.kernels.register`` says how
-large a workspace is; the meaning here needs none.
+(device memory, or pinned host memory for a flag the host waits for), and intermediate results in a
+workspace, so that nothing is allocated. ``codegen.kernels.register.workspace_bytes`` says how large
+it has to be; the reference implementations need none.
 
     exit_predictor.into(..., *, probability, probabilities, z, exits, workspace)
     path_predictor.into(..., *, path, node, probabilities, z, exits, workspace)
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eepass.ops import fused
-from eepass.ops.registry import define, fake
+from eepass.ops.registry import define
 
 OUTPUTS = {
     "exit_predictor": ("probability", "probabilities", "z", "exits"),
@@ -39,12 +39,15 @@ def _arguments(name: str) -> str:
 
 
 def _define_into(name: str, outputs: tuple[str, ...]) -> None:
-    meaning: Callable[..., Any] = getattr(fused, name)
-    given = ", ".join(f"Tensor(a{place}!) {out}" for place, out in enumerate(outputs))
+    reference: Callable[..., Any] = getattr(fused, name)
+    buffers_in_schema = ", ".join(f"Tensor(a{i}!) {out}" for i, out in enumerate(outputs))
 
-    @define(f"{name}.into({_arguments(name)}, *, {given}, Tensor(w!) workspace) -> ()")
+    @define(
+        f"{name}.into({_arguments(name)}, *, {buffers_in_schema}, Tensor(w!) workspace) -> ()",
+        fake=lambda: None,
+    )
     def into(*arguments: Any, workspace: Tensor, **buffers: Tensor) -> None:
-        for out, value in zip(outputs, meaning(*arguments), strict=True):
+        for out, value in zip(outputs, reference(*arguments), strict=True):
             buffer = buffers[out]
             alike = (buffer.shape, buffer.dtype) == (value.shape, value.dtype)
             if not alike or not buffer.is_contiguous():
@@ -54,21 +57,12 @@ def _define_into(name: str, outputs: tuple[str, ...]) -> None:
                 )
             buffer.copy_(value)
 
-    @fake(f"{name}.into")
-    def _(*arguments: Any, **buffers: Tensor) -> None:
-        return None
-
 
 for _name, _outputs in OUTPUTS.items():
     _define_into(_name, _outputs)
 
 
-@define(f"fill_kv.table({_arguments('fill_kv')}, Tensor table) -> ()")
+@define(f"fill_kv.table({_arguments('fill_kv')}, Tensor table) -> ()", fake=lambda: None)
 def fill_kv_table(*arguments: Any) -> None:
-    """``fill_kv`` with the table that its kernel reads; the meaning does not look at it."""
+    """``fill_kv`` with the table its kernel reads; the reference implementation needs none."""
     fused.fill_kv(*arguments[:-1])
-
-
-@fake("fill_kv.table")
-def _(*arguments: Any) -> None:
-    return None

@@ -1,4 +1,4 @@
-"""The ``eepass::`` operators over quantised weights, and what they mean.
+"""The ``eepass::`` operators over quantised weights.
 
 A quantised weight [N, K] is plain tensors: ``codes``, int8 [N, K] or uint8 [N, K/2] with two 4-bit
 codes a byte; ``scales`` [N, G] in float16, bfloat16 or float32, one for each K/G columns; ``mins``
@@ -17,14 +17,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.ops.exits import draft_logits
-from eepass.ops.registry import define, fake
+from eepass.ops.registry import define
 
 PAIRED = 64
 _WEIGHT = "Tensor codes, Tensor scales, Tensor? mins"
 _WEIGHTS = "Tensor[] codes, Tensor[] scales, Tensor?[] mins"
 
 
-@define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor")
+def _empty_values(codes: Tensor, dtype: torch.dtype) -> Tensor:
+    columns = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1)
+    return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
+
+
+@define(f"dequantize({_WEIGHT}, ScalarType dtype) -> Tensor", fake=_empty_values)
 def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The weight's values [N, K]."""
     if codes.dtype == torch.uint8:
@@ -39,44 +44,41 @@ def dequantize(codes: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.
     return values.float().flatten(-2).to(dtype)
 
 
-@define(f"quantized_linear(Tensor x, {_WEIGHT}, Tensor? bias, bool dynamic) -> Tensor")
+@define(
+    f"quantized_linear(Tensor x, {_WEIGHT}, Tensor? bias, bool dynamic) -> Tensor",
+    fake=lambda x, codes: x.new_empty(*x.shape[:-1], codes.shape[0]),
+)
 def quantized_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    dynamic: bool,
-) -> Tensor:
+    x: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None,
+    bias: Tensor | None, dynamic: bool,
+) -> Tensor:  # fmt: skip
     """A linear layer: x [..., K] -> [..., N] in the dtype of x."""
     if not dynamic:
         return F.linear(x, dequantize(codes, scales, mins, x.dtype), bias)
     return dynamic_logits(x, codes, scales, bias).to(x.dtype)
 
 
-@define(f"quantized_rows(Tensor x, {_WEIGHTS}, Tensor?[] biases, bool dynamic) -> Tensor[]")
+@define(
+    f"quantized_rows(Tensor x, {_WEIGHTS}, Tensor?[] biases, bool dynamic) -> Tensor[]",
+    fake=lambda x, codes: [x.new_empty(x.shape[0], weight.shape[0]) for weight in codes],
+)
 def quantized_rows(
-    x: Tensor,
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    mins: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dynamic: bool,
-) -> list[Tensor]:
+    x: Tensor, codes: Sequence[Tensor], scales: Sequence[Tensor], mins: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None], dynamic: bool,
+) -> list[Tensor]:  # fmt: skip
     """Linear layers over the same rows x [R, K] -> [R, N_i]."""
     weights = zip(codes, scales, mins, biases, strict=True)
     return [quantized_linear(x, *weight, dynamic) for weight in weights]
 
 
-@define(f"quantized_logits(Tensor x, {_WEIGHT}, Tensor? bias, bool dynamic) -> Tensor")
+@define(
+    f"quantized_logits(Tensor x, {_WEIGHT}, Tensor? bias, bool dynamic) -> Tensor",
+    fake=lambda x, codes: x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32),
+)
 def quantized_logits(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    dynamic: bool,
-) -> Tensor:
+    x: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None,
+    bias: Tensor | None, dynamic: bool,
+) -> Tensor:  # fmt: skip
     """``quantized_linear`` of x [R, K] with its sums left in float32 [R, N]."""
     if dynamic:
         return dynamic_logits(x, codes, scales, bias)
@@ -84,26 +86,26 @@ def quantized_logits(
     return logits if bias is None else logits + bias.float()
 
 
-@define(f"quantized_draft_logits(Tensor z, {_WEIGHT}, Tensor? bias, Tensor draft_ids) -> Tensor")
+@define(
+    f"quantized_draft_logits(Tensor z, {_WEIGHT}, Tensor? bias, Tensor draft_ids) -> Tensor",
+    fake=lambda z, draft_ids: z.new_empty(draft_ids.shape, dtype=torch.float32),
+)
 def quantized_draft_logits(
-    z: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    draft_ids: Tensor,
-) -> Tensor:
-    """``draft_logits`` of a quantised head: of its rows only those drafted are read."""
-    lows = None if mins is None else mins[draft_ids].flatten(0, 1)
-    rows = dequantize(
-        codes[draft_ids].flatten(0, 1), scales[draft_ids].flatten(0, 1), lows, z.dtype
-    )
-    places = torch.arange(draft_ids.numel(), device=z.device).view_as(draft_ids)
+    z: Tensor, codes: Tensor, scales: Tensor, mins: Tensor | None,
+    bias: Tensor | None, draft_ids: Tensor,
+) -> Tensor:  # fmt: skip
+    """``draft_logits`` of a quantised head: only the rows of the draft tokens are read."""
+    ids = draft_ids.flatten()
+    rows = dequantize(codes[ids], scales[ids], None if mins is None else mins[ids], z.dtype)
+    places = torch.arange(ids.numel(), device=z.device).view_as(draft_ids)
     logits = draft_logits(z, rows, None, places)
     return logits if bias is None else logits + bias[draft_ids].float()
 
 
-@define("dynamic_logits(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor")
+@define(
+    "dynamic_logits(Tensor x, Tensor codes, Tensor scales, Tensor? bias) -> Tensor",
+    fake=lambda x, codes: x.new_empty(*x.shape[:-1], codes.shape[0], dtype=torch.float32),
+)
 def dynamic_logits(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] rounded to int8 row by row, as torchao rounds activations -> float32 [..., N]."""
     rows = x.float()
@@ -122,65 +124,6 @@ def pack_int4(codes: Tensor) -> Tensor:
 
 
 def unpack_int4(packed: Tensor) -> Tensor:
-    """``pack_int4`` undone."""
+    """The inverse of ``pack_int4``."""
     pairs = packed.unflatten(-1, (-1, PAIRED // 2))
     return torch.stack([pairs & 15, pairs >> 4], -2).flatten(-3)
-
-
-@fake("dequantize")
-def _(codes: Tensor, scales: Tensor, mins: Tensor | None, dtype: torch.dtype) -> Tensor:
-    columns = codes.shape[-1] * (2 if codes.dtype == torch.uint8 else 1)
-    return codes.new_empty(*codes.shape[:-1], columns, dtype=dtype)
-
-
-@fake("quantized_linear")
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    dynamic: bool,
-) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
-@fake("quantized_rows")
-def _(
-    x: Tensor,
-    codes: Sequence[Tensor],
-    scales: Sequence[Tensor],
-    mins: Sequence[Tensor | None],
-    biases: Sequence[Tensor | None],
-    dynamic: bool,
-) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in codes]
-
-
-@fake("quantized_logits")
-def _(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    dynamic: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0], dtype=torch.float32)
-
-
-@fake("dynamic_logits")
-def _(x: Tensor, codes: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], codes.shape[0], dtype=torch.float32)
-
-
-@fake("quantized_draft_logits")
-def _(
-    z: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    mins: Tensor | None,
-    bias: Tensor | None,
-    draft_ids: Tensor,
-) -> Tensor:
-    return z.new_empty(draft_ids.shape, dtype=torch.float32)

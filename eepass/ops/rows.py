@@ -9,10 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.ops.registry import define, fake
+from eepass.ops.registry import define
 
 
-@define("linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]")
+@define(
+    "linear_rows(Tensor x, Tensor[] weights, Tensor?[] biases) -> Tensor[]",
+    fake=lambda x, weights: [x.new_empty(x.shape[0], w.shape[0]) for w in weights],
+)
 def linear_rows(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]
 ) -> list[Tensor]:
@@ -20,12 +23,10 @@ def linear_rows(
     return [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-@fake("linear_rows")
-def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-
-
-@define("logits_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+@define(
+    "logits_rows(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    fake=lambda x, weight: x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32),
+)
 def logits_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Logits x [R, H] · weight [V, H] in float32 [R, V], whatever the weights' dtype.
 
@@ -35,14 +36,12 @@ def logits_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return logits if bias is None else logits + bias.float()
 
 
-@fake("logits_rows")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
-
-
-@define("attend_rows(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor")
+@define(
+    "attend_rows(Tensor q, Tensor k, Tensor v, Tensor mask, float scale) -> Tensor",
+    fake=lambda q, v: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
+)
 def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """Grouped attention of few rows over a static cache.
+    """Grouped attention of a few rows over a static cache.
 
     q [Q, R, D], k [G, C, D], v [G, C, E] with Q a multiple of G, additive mask [R, C] whose lowest
     finite value forbids a slot -> [Q, R, E].
@@ -52,8 +51,3 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     scores = torch.einsum("qrd,qcd->qrc", q.float(), keys) * scale + mask.float()
     values = v.float().repeat_interleave(groups, 0)
     return torch.einsum("qrc,qce->qre", scores.softmax(-1), values).to(q.dtype)
-
-
-@fake("attend_rows")
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], v.shape[2])

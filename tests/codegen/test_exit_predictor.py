@@ -1,4 +1,6 @@
-"""exit_predictor in Triton's interpreter against its definition."""
+"""exit_predictor in Triton's interpreter against its reference implementation."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ each_case = pytest.mark.parametrize("case", EXITS.values(), ids=EXITS.keys())
 
 @pytest.fixture
 def kernel(interpreter):
-    from eepass.codegen.kernels.exit_predictor import exit_predictor
+    from eepass.codegen.kernels.register import run_kernels
 
-    return exit_predictor
+    return partial(run_kernels, "exit_predictor")
 
 
 @each_case
@@ -23,7 +25,7 @@ def test_as_defined(kernel, case):
 
 
 @pytest.mark.parametrize("norm", ("rms", "layer"))
-def test_a_state_wider_than_one_program_is_shared_out(kernel, monkeypatch, norm):
+def test_a_state_wider_than_one_program_is_divided(kernel, monkeypatch, norm):
     from eepass.codegen.kernels import final_state
 
     monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
@@ -49,10 +51,10 @@ def test_tensors_may_lie_anywhere(kernel):
 
 @pytest.mark.parametrize("rank", (0, 3), ids=("lens", "translated"))
 @pytest.mark.parametrize("bad", (float("nan"), float("inf"), -float("inf")), ids=str)
-def test_what_is_not_finite_never_leaves(kernel, rank, bad):
+def test_a_non_finite_hidden_state_never_triggers_an_exit(kernel, rank, bad):
     arguments = exit_case(rows=3, hidden=70, rank=rank)
     arguments[0][1, 69] = bad
-    # every row would leave if it could
+    # without it every row exits
     arguments[15].fill_(-1.0)
     probability, _, _, exits = found = kernel(*arguments)
     same(found[:2], fused.exit_predictor(*arguments)[:2])

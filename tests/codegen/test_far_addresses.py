@@ -28,37 +28,37 @@ def far(memory, rows):
 
 
 def test_exit_predictor(interpreter, memory):
-    from eepass.codegen.kernels.exit_predictor import exit_predictor
+    from eepass.codegen.kernels.register import run_kernels
 
     arguments = exit_case(hidden=64, drafts=4, head="int8", vocabulary=4)
     arguments[9] = torch.tensor([[3, 0, 2, 3]], dtype=torch.int32)
     expected = fused.exit_predictor(*arguments)
     arguments[6] = far(memory, arguments[6])
-    same(exit_predictor(*arguments), expected)
+    same(run_kernels("exit_predictor", *arguments), expected)
 
 
 @pytest.mark.parametrize("rows", (1, 3))
 def test_verify_head(interpreter, memory, rows):
-    from eepass.codegen.kernels.verify_head import verify_head
+    from eepass.codegen.kernels.register import run_kernels
 
     arguments = verify_case(rows, hidden=40, vocabulary=4, head="int8")
     expected = fused.verify_head(*arguments)
     arguments[6] = far(memory, arguments[6])
-    same(verify_head(*arguments), expected)
+    same(run_kernels("verify_head", *arguments), expected)
 
 
 def test_draft_topk(interpreter, memory):
-    from eepass.codegen.kernels.draft_topk import draft_topk
+    from eepass.codegen.kernels.register import run_kernels
 
     case = Case()
     arguments = [case.random(2, 40), *case.head(4, 40, "int8"), None, 4, 1.0, 0.0]
     expected = fused.draft_topk(*arguments)
     arguments[1] = far(memory, arguments[1])
-    same(draft_topk(*arguments), expected)
+    same(run_kernels("draft_topk", *arguments), expected)
 
 
 def test_fill_kv(interpreter, memory):
-    from eepass.codegen.kernels.fill_kv import fill_kv
+    from eepass.codegen.kernels.register import run_kernels
 
     found = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
     expected = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
@@ -69,7 +69,7 @@ def test_fill_kv(interpreter, memory):
     for place, argument in enumerate((9, 10)):
         found[argument] = [whole[32 * place :].as_strided((1, 4, 8), (8, APART, 1))]
         found[argument][0].zero_()
-    fill_kv(*found)
+    run_kernels("fill_kv", *found)
     fused.fill_kv(*expected)
     for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
         same([caches[0].contiguous()], [wanted[0][:, :4].contiguous()])

@@ -1,4 +1,4 @@
-"""The operators that write where they are told: same values, nothing allocated, misfits named."""
+"""Operators with given outputs: the same values, nothing allocated, wrong outputs refused."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ each_operator = pytest.mark.parametrize("name", CASES)
 
 
 def buffers_of(name, arguments):
-    """Outputs for the caller to give, full of what no kernel writes."""
+    """Outputs for the caller to give, filled with what no kernel writes."""
     from eepass.ops.into import OUTPUTS
 
     values = getattr(fused, name)(*arguments)
@@ -60,7 +60,7 @@ def workspace_for(name, arguments):
 
 
 @each_operator
-def test_the_meaning(name):
+def test_the_reference_implementation(name):
     arguments = CASES[name]()
     buffers, values = buffers_of(name, arguments)
     operator(name)(*arguments, **buffers, workspace=torch.empty(0, dtype=torch.uint8))
@@ -72,7 +72,7 @@ def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch
     arguments = CASES[name]()
     buffers, values = buffers_of(name, arguments)
     workspace = workspace_for(name, arguments)
-    # wherever the flags of the last time lie
+    # as an earlier step may have left it
     workspace.fill_(255)
     with monkeypatch.context() as patch:
         from eepass.codegen.kernels import launch
@@ -87,7 +87,7 @@ def test_the_kernels_write_there_and_allocate_nothing(name, kernels, monkeypatch
 
 
 def test_counters_are_ready_each_time(kernels, monkeypatch):
-    """Where a row is shared out without a translator, no kernel before sets them to 0."""
+    """Where a row is divided without a translator, no earlier kernel sets them to 0."""
     from eepass.codegen.kernels import final_state
 
     monkeypatch.setattr(final_state, "WIDE_SLICE", 32)
@@ -167,7 +167,7 @@ def test_kernels_are_what_runs_once_registered(interpreter, monkeypatch):
     from eepass.codegen.kernels import register
 
     arguments, seen = exit_case(hidden=40), []
-    monkeypatch.setattr(register, "run", lambda made, ready: seen.extend(made))
+    monkeypatch.setattr(register, "run", lambda made, compiled: seen.extend(made))
     register.register_kernels(key="CPU")
     torch.ops.eepass.exit_predictor(*arguments)
     assert [launch.name for launch in seen] == ["_exit_kernel"]
@@ -176,20 +176,20 @@ def test_kernels_are_what_runs_once_registered(interpreter, monkeypatch):
     assert len(seen) == 1
 
 
-def test_kernels_that_are_ready_are_taken_first(interpreter):
+def test_compiled_kernels_are_taken_first(interpreter):
     from eepass.codegen.kernels import register
 
-    class Ready:
+    class Compiled:
         def __init__(self):
-            self.asked = []
+            self.requested = []
 
         def launch(self, launch):
-            self.asked.append(launch.name)
+            self.requested.append(launch.name)
             return False
 
-    ready, arguments = Ready(), exit_case(hidden=40, rank=3)
-    register.register_kernels(ready, key="CPU")
+    compiled, arguments = Compiled(), exit_case(hidden=40, rank=3)
+    register.register_kernels(compiled, key="CPU")
     found = torch.ops.eepass.exit_predictor(*arguments)
     register.unregister_kernels("CPU")
-    assert ready.asked == ["_gate_kernel", "_exit_kernel"]
+    assert compiled.requested == ["_gate_kernel", "_exit_kernel"]
     same(found, fused.exit_predictor(*arguments))

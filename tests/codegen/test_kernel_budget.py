@@ -86,7 +86,7 @@ class Noting:
         self.cubins, self.names = ready_kernels(out, 86), []
     def launch(self, launch):
         kernel = self.cubins.find(launch)
-        ours = kernel is not None and kernel.entry == launch.name
+        ours = kernel is not None and kernel.name == launch.name
         fits = ours and kernel.parameters == parameters_of(launch)[0]
         self.names.append([launch.name, fits])
         return True

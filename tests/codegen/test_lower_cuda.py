@@ -72,7 +72,7 @@ def generate(ready):
     ]
 
 
-def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels, monkeypatch):
+def test_a_model_exits_where_the_uncompiled_one_does(splits, artifact, kernels, monkeypatch):
     report, seen = PassReport(), []
 
     def segments(config, plan, tensors, rows):
@@ -94,7 +94,7 @@ def test_a_model_leaves_where_the_uncompiled_one_does(splits, artifact, kernels,
     plain = early_exits(splits, artifact, eager_compile, None)
     expected = generate(plain)
     assert found == expected
-    assert {layers for _, layers in found} > {4}, "no token left early"
+    assert {layers for _, layers in found} > {4}, "no token exited early"
     assert {"_gate_kernel", "_exit_kernel", "_verify_kernel"} <= set(seen)
     assert not report.skipped and report.rewritten
     assert len(compiler.report["fused"]) >= 2 and not compiler.report["as traced"]

@@ -14,20 +14,19 @@ from eepass.passes.pipeline import split_decoder
 
 def real_inputs(segment, split):
     torch.manual_seed(0)
-    inputs = []
-    for node, role in zip(
-        segment.graph.graph.find_nodes(op="placeholder"), segment.inputs, strict=True
-    ):
-        value = node.meta["val"]
+    examples = segment.examples
+
+    def value_of(role):
+        like = examples[role]
         if role.kind == "parameter":
-            inputs.append(split.tensors[role.name].detach())
-        elif role.kind == "slots":
-            inputs.append(torch.arange(3, 3 + len(value)))
-        elif role.kind in ("keys", "values"):
-            inputs.append(torch.zeros(value.shape, dtype=value.dtype))
-        else:
-            inputs.append(torch.randn(value.shape).to(value.dtype))
-    return inputs
+            return split.tensors[role.name].detach()
+        if role.kind == "slots":
+            return torch.arange(3, 3 + len(like))
+        if role.kind in ("keys", "values"):
+            return torch.zeros(like.shape, dtype=like.dtype)
+        return torch.randn(like.shape).to(like.dtype)
+
+    return segment.arguments(value_of)
 
 
 def count(graph, target):
@@ -82,16 +81,15 @@ def test_logits_of_a_head_stay_in_float32():
     graph = copy.deepcopy(split.head.whole.graph)
     assert lower_logits(graph) == 1
     hidden = torch.randn(1, 1, 64).bfloat16()
-    inputs = [
-        hidden if role.kind == "hidden" else split.tensors[role.name].detach()
-        for role in split.head.whole.inputs
-    ]
+    inputs = split.head.whole.arguments(
+        lambda role: hidden if role.kind == "hidden" else split.tensors[role.name].detach()
+    )
     (logits,) = CpuCompiler()(split.head.whole.graph, "head", inputs, logits=True)(inputs)
     assert logits.dtype == torch.float32
 
 
 def test_a_second_start_calls_the_same_bare_code():
-    """What another process compiled before is handed out without anything wrapped around it."""
+    """What another process compiled before is returned without anything wrapped around it."""
     split, _ = split_decoder(tiny_model("llama"), 1, 64)
     inputs = real_inputs(split.layers[1], split)
     codes = [

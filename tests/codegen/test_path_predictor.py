@@ -1,4 +1,6 @@
-"""path_predictor in Triton's interpreter against its definition."""
+"""path_predictor in Triton's interpreter against its reference implementation."""
+
+from functools import partial
 
 import pytest
 import torch
@@ -11,9 +13,9 @@ PATHS = torch.tensor([[0, -1, -1], [0, 1, 3], [2, -1, -1], [-1, -1, -1]])
 
 @pytest.fixture
 def kernel(interpreter):
-    from eepass.codegen.kernels.path_predictor import path_predictor
+    from eepass.codegen.kernels.register import run_kernels
 
-    return path_predictor
+    return partial(run_kernels, "path_predictor")
 
 
 def arguments_of(**case):
@@ -31,7 +33,7 @@ def test_as_defined(kernel, case):
     found = kernel(*arguments)
     same(found, fused.path_predictor(*arguments))
     path, node, _, _, exits = found
-    # a path leaves with its last node, one without nodes never
+    # a path exits with its last node, one without nodes never
     assert path.tolist() == [node[0], node[[0, 1, 3]].min(), node[2], 0.0]
     arguments[15].fill_(-1.0)
     assert kernel(*arguments)[4].tolist() == [True] * 4

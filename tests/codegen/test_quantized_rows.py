@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from kernel_cases import same_bits
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.codegen.cpu.native import load_kernels
-from eepass.codegen.lower_quantized import lower_quantized, lower_quantized_logits
+from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.ops import exits as exit_ops
 from eepass.ops import quantized
 from eepass.ops.quantized import dequantize, pack_int4, unpack_int4
@@ -85,7 +86,7 @@ def test_a_row_has_the_same_bits_alone_and_with_others(dynamic):
 
         alone = torch.cat([run(row[None]) for row in x])
         for rows in (2, 4, 7, 8, 16, 64):
-            assert torch.equal(run(x[:rows]), alone[:rows])
+            same_bits(run(x[:rows]), alone[:rows])
 
 
 @pytest.mark.parametrize("rows", (1, 5, 8))
@@ -148,7 +149,7 @@ def _graph(rows):
 def test_lowering():
     graph, examples = _graph(4)
     expected = graph(*examples)
-    assert lower_quantized(graph) == 2
+    assert lower_linear(graph) == 2
     graph.graph.eliminate_dead_code()
     graph.recompile()
     calls = graph.graph.find_nodes(op="call_function", target=eager.quantized_rows.default)
@@ -160,8 +161,8 @@ def test_lowering():
 
 def test_many_rows_stay_products_of_matrices_and_heads_keep_their_sums():
     many, _ = _graph(65)
-    assert lower_quantized(many) == 0
+    assert lower_linear(many) == 0
     graph, examples = _graph(2)
-    assert lower_quantized_logits(graph) == 2
+    assert lower_logits(graph) == 2
     graph.recompile()
     assert all(logits.dtype == torch.float32 for logits in graph(*examples))

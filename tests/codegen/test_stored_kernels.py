@@ -48,7 +48,7 @@ def test_arguments_lie_as_the_driver_reads_them():
 def test_a_folder_is_read_as_it_was_written(folder):
     capability, found = read_kernels(folder, 86, SOURCES)
     assert capability == 80 and found.keys() == {"k1", "k2"}
-    assert found["k1"].entry == "_exit_kernel" and found["k1"].parameters == ("u64", "u32")
+    assert found["k1"].name == "_exit_kernel" and found["k1"].parameters == ("u64", "u32")
     assert (found["k1"].warps, found["k1"].shared_bytes) == (4, 256)
     assert found["k2"].code == b"\x7fELF code"
     assert json.loads((folder / "kernels.json").read_text())["rows"] == 1

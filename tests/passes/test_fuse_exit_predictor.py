@@ -226,7 +226,7 @@ def test_how_keys_and_values_are_made_is_read_and_tried(family):
 @pytest.mark.parametrize("family", ("llama", "cohere", *KV_FAMILIES, "gpt2"))
 def test_the_kernel_writes_what_the_layer_does(family, interpreter):
     """Keys and values of three boundaries at slots of their own, beside the eager layer's."""
-    from eepass.codegen.kernels.fill_kv import fill_kv
+    from eepass.codegen.kernels.register import run_kernels
 
     fill, tensors = layer_of(family)
     form = read_kv_fill(fill, tensors)
@@ -253,8 +253,8 @@ def test_the_kernel_writes_what_the_layer_does(family, interpreter):
         biases = [form.bias(tensors[bias], of)] if bias else []
         return [form.projection(tensors[weight], of)], biases
 
-    fill_kv(
-        rows, each(form.norm_weight), each(form.norm_bias),
+    run_kernels(
+        "fill_kv", rows, each(form.norm_weight), each(form.norm_bias),
         *projected(form.key_weight, form.key_bias, form.key_channels),
         *projected(form.value_weight, form.value_bias, form.value_channels),
         each(form.head_norm), each(form.head_bias), found["keys"], found["values"],
