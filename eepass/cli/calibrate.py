@@ -1,16 +1,18 @@
-"""``eepass calibrate``: an artefact's thresholds anew, for quantised weights."""
+"""``eepass calibrate``: new thresholds of an artefact, for quantised weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from eepass.cli.command import command
+from eepass.cli.console import console
+from eepass.cli.models import calibrate_artifact, load_model
 from eepass.cli.options import (
     ArtifactDir,
     Debug,
-    Device,
     Dtype,
     Json,
     Model,
@@ -19,9 +21,9 @@ from eepass.cli.options import (
     Raw,
     Threads,
 )
-from eepass.cli.running import calibrated, load, run, write_json
 
 
+@command
 def calibrate(
     model: Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
@@ -31,19 +33,12 @@ def calibrate(
     tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
     raw: Raw = False,
     json_file: Json = None,
-    device: Device = "cpu",
     dtype: Dtype = None,
     threads: Threads = 0,
     debug: Debug = False,
-) -> None:
-    """Find an artefact's thresholds anew for MODEL quantised; trains nothing, takes minutes."""
-
-    def work() -> None:
-        from eepass.cli.console import console
-
-        loaded = load(model, dtype, device, threads, quantize=quantize)
-        made = calibrated(loaded, artifact, out, prompts, tokens, raw)
-        console.print(f"artefact: {out}", highlight=False)
-        write_json(json_file, dict(made.report))
-
-    run(work, debug)
+) -> dict[str, Any]:
+    """Find an artefact's thresholds anew for quantised weights; trains nothing, takes minutes."""
+    loaded = load_model(model, dtype, threads, quantize=quantize)
+    made = calibrate_artifact(loaded, artifact, out, prompts, tokens, raw)
+    console.print(f"artefact: {out}", highlight=False)
+    return dict(made.report)
