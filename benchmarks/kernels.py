@@ -157,14 +157,15 @@ def copy_bandwidth() -> float:
 
 
 def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
-    """What a form gives, caches it wrote included."""
+    """The outputs of a form, including caches it wrote."""
     result = function(*arguments)
     if result is None:
         return [cache.clone() for cache in (*arguments[9], *arguments[10])]
     return list(result)
 
 
-def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
+def difference(found: list[Tensor], expected: list[Tensor]) -> str:
+    """How the outputs differ, or ""."""
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         if not b.numel():
             continue
@@ -185,10 +186,10 @@ def bytes_of(kernel: Any, arguments: list[Any]) -> int:
 
 
 def check(name: str, kernel: Any, eager: Callable[..., Any], make: Any) -> dict[str, Any]:
-    """The kernel in the interpreter: its bytes, and whether it is right."""
+    """The kernel in the interpreter: its bytes, and whether it is correct."""
     arguments = make()
     fused = getattr(kernel, kernel.__name__.rsplit(".", 1)[1])
-    fault = wrong(outputs(fused, arguments), outputs(eager, arguments))
+    fault = difference(outputs(fused, arguments), outputs(eager, arguments))
     row = {"bytes": bytes_of(kernel, arguments), "triton": fault or "right, not timed"}
     print(f"{name:26} {row}", flush=True)
     return row
@@ -207,7 +208,7 @@ def measure(name: str, kernel: Any, eager: Callable[..., Any], make: Any, copy: 
     graphs = {}
     for form, function in forms.items():
         try:
-            fault = wrong(outputs(function, arguments), expected)
+            fault = difference(outputs(function, arguments), expected)
             if not fault:
                 graphs[form] = captured(function, sets)
         except Exception as error:

@@ -277,10 +277,8 @@ def _replace_by_followed(figures: dict[str, Any], followed: dict[str, Any]) -> N
 
 
 def _weight_bytes(model: EarlyExitModel) -> int:
-    """Bytes a dense step reads: what layers and head take, not an embedding only looked up."""
+    """Bytes a dense step reads: those of layers and head, not of an embedding it looks up."""
     split = model.splits[1]
     segments = (*split.layers, split.head.whole)
-    read = {
-        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
-    }
+    read = {name for segment in segments for name in segment.parameters}
     return sum(model.decoder.tensors[name].nbytes for name in read)

@@ -122,17 +122,20 @@ class LiveAnswer:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
         # a cell that is too wide is folded, never cut short
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
+    console.print(f"\n{title}", style="bold", highlight=False, markup=False)
     console.print(made)
 
 
 def speed_up(value: float | None, spread: Mapping[str, Any]) -> str:
     """A measured ratio and the middle half of its blocks, or that the blocks disagree."""
     if value is None:
-        return f"unstable ({spread['lowest']:.1f}-{spread['highest']:.1f}x)"
+        ends = (spread["lowest"], spread["highest"])
+        lowest, highest = (f"{end:.1f}" if end < 10 else f"{end:.0f}" for end in ends)
+        return f"unstable ({lowest}-{highest}x)"
     return f"{value:.2f}x ({spread['lower']:.2f}-{spread['upper']:.2f})"

@@ -47,6 +47,9 @@ def test_generate(folder, tmp_path):
         file = tmp_path / f"{name}.json"
         code, said, _ = run("generate", folder, *common, *options, "--stats", "--json", file)
         assert code == 0 and "w" in said
+        # tables and a sentence, no raw dictionaries
+        assert "tokens a pass" in said and said.strip().endswith(".") and "{" not in said
+        assert ("dense, as asked: " in said) == (name == "dense")
         found[name] = json.loads(file.read_text())
         assert len(found[name]["ids"]) == 12
     assert found["dense"]["mean_exit_layer"] == 4 > found["early"]["mean_exit_layer"]
@@ -109,7 +112,16 @@ def test_bench(folder, prompts, tmp_path):
         exact = found["systems"][name]
         assert exact["exact_match"] == exact["agreement"] == 1.0
         assert {"accepted_per_pass", "near_ties", "rollbacks", "decision"} <= exact.keys()
-    assert found["t3_gain"] > 0 and found["ratios_to_dense"]["eepass-dense"] == 1.0
+    assert found["ratios_to_dense"]["eepass-dense"] == 1.0
+    # on a busy machine there may be no ratio, but there is always the blocks' range
+    measured = [(found["t3_gain"], found["t3_gain_spread"])]
+    for name in names:
+        measured.append((found["ratios"][name], found["ratios_spread"][name]))
+        measured.append((found["ratios_to_dense"][name], found["ratios_to_dense_spread"][name]))
+    for value, spread in measured:
+        assert 0 < spread["lowest"] <= spread["lower"] <= spread["upper"] <= spread["highest"]
+        assert spread["blocks"] == 2 and (value is None or spread["lower"] <= value)
+    assert found["systems"]["eepass-approximate"]["teacher_forced_ratio_to_dense_spread"]
     assert {"repetition_4gram", "dense_nll"} <= found["systems"]["eepass-dense"].keys()
     assert found["ratios"]["hf-compiled"] == 1.0
     assert (found["layers"], found["prompts"], found["new_tokens"]) == (4, 2, 10)
@@ -190,8 +202,6 @@ def test_bad_models_are_refused_in_one_line(tmp_path):
 def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
     usual = ("generate", folder, "--dtype", "fp32")
     assert "empty" in refused(*usual, "--prompt", "  ")
-    assert "one device" in refused(*usual, "--prompt", "w5", "--device", "cuda:0,cuda:1")
-    assert "CPU" in refused(*usual, "--prompt", "w5", "--device", "cuda")
     assert "fp7" in refused("generate", folder, "--prompt", "w5", "--dtype", "fp7")
     assert "kv='keep'" in refused(*usual, "--prompt", "w5", "--kv", "keep")
     assert "preset='fast'" in refused(*usual, "--prompt", "w5", "--preset", "fast")
