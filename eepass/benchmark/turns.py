@@ -20,9 +20,9 @@ from eepass.runtime.engine.engine import Engine
 
 # tokens of a block: on a CPU about a tenth of a second, and several passes even with drafts
 BLOCK_TOKENS = 16
-# How far apart the middle half of the blocks may lie, its upper end by its lower. Text alone spreads
-# those of speculation to about 1.7: drafts are right in one stretch and wrong in the next. More is
-# the machine's doing, and a median of such blocks is chance.
+# How far apart the middle half of the blocks may lie, its upper end by its lower. Text alone
+# spreads those of speculation to about 1.7: drafts are right in one stretch and wrong in the next.
+# More is the machine's doing, and a median of such blocks is chance.
 MOST_SPREAD = 2.0
 
 

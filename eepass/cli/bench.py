@@ -7,48 +7,34 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console, progress_bars, speed_up, table
 from eepass.cli.models import load_model, transform_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Json,
-    MaxLength,
-    Model,
-    Preset,
-    Prompts,
-    Raw,
-    Target,
-    Threads,
-    Trust,
-    exit_config,
-)
 from eepass.errors import InputError
 
 
 @command
 def bench(
-    model: Model,
-    artifact: ArtifactDir = None,
-    prompts: Prompts = None,
+    model: options.Model,
+    artifact: options.ArtifactDir = None,
+    prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=4)] = 128,
-    preset: Preset = "default",
-    target_agreement: Target = 0.98,
+    preset: options.Preset = "default",
+    target_agreement: options.Target = 0.98,
     frontier: Annotated[bool, typer.Option(help="Measure agreement against speed.")] = True,
     baselines: Annotated[bool, typer.Option(help="Measure Hugging Face as well.")] = True,
     beside: Annotated[
         list[str] | None, typer.Option("--with", help="Another system: llama.cpp.")
     ] = None,
-    max_length: MaxLength = None,
-    raw: Raw = False,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
+    max_length: options.MaxLength = None,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Measure speculation and early exit beside dense, compiled and eager, with their quality."""
     from eepass.benchmark import bench as benchmarking
@@ -57,7 +43,7 @@ def bench(
     from eepass.training.train import DEFAULT_PROMPTS
 
     texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
-    config = exit_config(preset, target_agreement=target_agreement)
+    config = options.exit_config(preset, target_agreement=target_agreement)
     loaded = load_model(model, dtype, threads, trust_native)
     if max_length is None and not loaded.transformed:
         max_length = usual_length(loaded.model, benchmarking.MAX_LENGTH)

@@ -7,35 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console
 from eepass.cli.models import calibrate_artifact, load_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Json,
-    Model,
-    Prompts,
-    Quantize,
-    Raw,
-    Threads,
-)
 
 
 @command
 def calibrate(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
-    prompts: Prompts = None,
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
+    prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
-    raw: Raw = False,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    debug: Debug = False,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Find an artefact's thresholds anew for quantised weights; trains nothing, takes minutes."""
     loaded = load_model(model, dtype, threads, quantize=quantize)

@@ -8,22 +8,22 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console, table
 from eepass.cli.models import load_model
-from eepass.cli.options import ArtifactDir, Debug, Dtype, Json, Model
 
 
 @command
 def codegen(
-    model: Model,
+    model: options.Model,
     target: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90.")] = "sm_90",
-    artifact: ArtifactDir = None,
+    artifact: options.ArtifactDir = None,
     rows: Annotated[int, typer.Option(help="Rows in a pass, 1 to 32.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for the compiled kernels.")] = None,
-    json_file: Json = None,
-    dtype: Dtype = "bf16",
-    debug: Debug = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = "bf16",
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Generate MODEL's GPU kernels and compile them; needs no GPU."""
     from eepass.bundle import gpu_kernels

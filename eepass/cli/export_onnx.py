@@ -7,37 +7,27 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console
 from eepass.cli.models import load_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Json,
-    MaxLength,
-    Model,
-    Preset,
-    Target,
-    Threads,
-    Trust,
-)
 
 
 @command
 def export_onnx(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder to write; an exported one is replaced.")],
-    artifact: ArtifactDir = None,
-    preset: Preset = "default",
-    target_agreement: Target = 0.98,
+    artifact: options.ArtifactDir = None,
+    preset: options.Preset = "default",
+    target_agreement: options.Target = 0.98,
     kv: Annotated[
         str, typer.Option(help="Keys and values of skipped layers: propagate or drop.")
     ] = "propagate",
-    max_length: MaxLength = None,
-    json_file: Json = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
+    max_length: options.MaxLength = None,
+    json_file: options.Json = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Write MODEL and its exits as ONNX in fp32: decode.onnx, prefill.onnx, their weights once."""
     from eepass.cli import onnx_model

@@ -9,26 +9,10 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import LiveAnswer, console
 from eepass.cli.models import load_model, transform_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Exits,
-    Guarantee,
-    Json,
-    Model,
-    Preset,
-    Quantize,
-    Raw,
-    Speculate,
-    Target,
-    Threads,
-    Trust,
-    exit_config,
-)
 from eepass.cli.outcome import show_outcome
 from eepass.onnx.files import is_onnx
 
@@ -36,10 +20,10 @@ from eepass.onnx.files import is_onnx
 @command
 def generate(
     context: typer.Context,
-    model: Model,
+    model: options.Model,
     prompt: Annotated[str, typer.Option(help="What to answer.")],
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every layer for every token.")
@@ -47,14 +31,14 @@ def generate(
     stats: Annotated[
         bool, typer.Option("--stats", help="Show where tokens exited, what was chosen and why.")
     ] = False,
-    preset: Preset = "default",
-    guarantee: Guarantee = "exact",
-    speculate: Speculate = "cascade",
-    exits: Exits = True,
+    preset: options.Preset = "default",
+    guarantee: options.Guarantee = "exact",
+    speculate: options.Speculate = "cascade",
+    exits: options.Exits = True,
     adaptive: Annotated[
         bool, typer.Option(help="Use each mechanism only where it is measured to pay.")
     ] = True,
-    target_agreement: Target = 0.98,
+    target_agreement: options.Target = 0.98,
     kv: Annotated[str, typer.Option(help="defer, propagate or drop.")] = "defer",
     temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all tokens.", min=0)] = 0,
@@ -63,12 +47,12 @@ def generate(
     repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="The same seed samples the same.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
-    raw: Raw = False,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Answer one prompt, tokens coloured by exit layer; MODEL may be an ONNX file."""
     if is_onnx(model):
@@ -81,7 +65,7 @@ def generate(
     from eepass.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    config = exit_config(
+    config = options.exit_config(
         preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
         target_agreement=target_agreement, kv=kv,
     )  # fmt: skip

@@ -8,41 +8,29 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console
 from eepass.cli.models import load_model, transform_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Json,
-    Model,
-    Preset,
-    Quantize,
-    Target,
-    Threads,
-    Trust,
-    exit_config,
-)
 from eepass.onnx.files import is_onnx
 
 
 @command
 def inspect(
     context: typer.Context,
-    model: Model,
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
+    model: options.Model,
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG of the exit graph.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the exit graph as code.")] = False,
-    preset: Preset = "default",
-    target_agreement: Target = 0.98,
+    preset: options.Preset = "default",
+    target_agreement: options.Target = 0.98,
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Show layers, segments, exits and the exit graph of MODEL, or of an ONNX file."""
     if is_onnx(model):
@@ -52,7 +40,7 @@ def inspect(
     from eepass import inspecting, pictures
     from eepass.lengths import usual_length
 
-    config = exit_config(preset).approximate(target_agreement)
+    config = options.exit_config(preset).approximate(target_agreement)
     loaded = load_model(model, dtype, threads, trust_native, quantize)
     length = None if loaded.transformed else usual_length(loaded.model, 192)
     ready = transform_model(loaded, artifact, config, length, dump=dump, exits_optional=True)

@@ -8,28 +8,28 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console, table
 from eepass.cli.models import load_model
-from eepass.cli.options import Debug, Dtype, Json, Model, Prompts, Raw, Threads, Trust
 
 
 @command
 def probe(
-    model: Model,
-    prompts: Prompts = None,
+    model: options.Model,
+    prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=2)] = 64,
     translate: Annotated[
         bool, typer.Option("--translate", help="Also fit translators, quickly.")
     ] = False,
     picture: Annotated[Path | None, typer.Option(help="PNG or SVG of agreement by layer.")] = None,
-    raw: Raw = False,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Report whether early exit will pay for MODEL: how early answers are known, what it allows."""
     from eepass import pictures

@@ -7,18 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console, progress_bars, table
 from eepass.cli.models import load_model
-from eepass.cli.options import Debug, Dtype, Json, Model, Prompts, Raw, Threads
 from eepass.errors import InputError
 
 
 @command
 def train(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact; resumed if it has begun.")],
-    prompts: Prompts = None,
+    prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to generate.", min=1000)] = 200_000,
     answers: Annotated[
         Path | None, typer.Option(help="The model's own answers as JSONL, instead of generating.")
@@ -32,14 +32,14 @@ def train(
     ] = 0,
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
-    raw: Raw = False,
+    raw: options.Raw = False,
     max_length: Annotated[
         int, typer.Option(help="Longer texts are cut here, in tokens.", min=64)
     ] = 512,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    debug: Debug = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Train translators, draft head, predictors and thresholds for MODEL, on its own answers."""
     from eepass.training import train as training

@@ -7,42 +7,33 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.command import command
 from eepass.cli.console import console
 from eepass.cli.models import calibrate_artifact, load_model
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Json,
-    MaxLength,
-    Model,
-    Quantize,
-    Threads,
-)
 from eepass.errors import InputError
 
 
 @command
 def transform(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder to write; a transformed one is replaced.")],
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
     rows: Annotated[
         str, typer.Option(help="Row counts to compile for: 1, and how many tokens go in a pass.")
     ] = "1,4,8,16",
-    max_length: MaxLength = None,
+    max_length: options.MaxLength = None,
     dense: Annotated[
         bool, typer.Option("--dense", help="Leave the artefact out: no token exits early.")
     ] = False,
     gpu: Annotated[
         list[str] | None, typer.Option(help="Also store kernels for this GPU: sm_80 to sm_90.")
     ] = None,
-    json_file: Json = None,
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    debug: Debug = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Write MODEL as a folder that runs at once: compiled, signed, without transformers."""
     from eepass.bundle.write import write_folder
