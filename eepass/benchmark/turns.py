@@ -141,7 +141,7 @@ class Block(NamedTuple):
 
 @dataclass(slots=True)
 class Answer:
-    """All tokens a system said, and the blocks they came in, the prompt's pass apart."""
+    """All tokens of an answer, and the blocks they came in, the prompt's pass apart."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)

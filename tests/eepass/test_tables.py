@@ -182,9 +182,9 @@ def test_a_planner_says_what_the_sentence_needs():
     assert wrong and planner.decision()["draft_hit_rate"] == 0.5
     for _ in range(60):
         planner.record("speculation", 4, 0.009, 3)
-    said = outcome.outcome(summary(), planner.decision())
-    assert said.startswith("speculation was fastest here: 1.9 tokens a pass, 3.0 ms a token")
-    assert said.endswith("a pass of 4 rows costs 9.0 ms, one row 7.0 ms; drafts hit 0.50.")
+    text = outcome.outcome(summary(), planner.decision())
+    assert text.startswith("speculation was fastest here: 1.9 tokens a pass, 3.0 ms a token")
+    assert text.endswith("a pass of 4 rows costs 9.0 ms, one row 7.0 ms; drafts hit 0.50.")
 
 
 def test_stats_end_in_tables_and_the_sentence(printed):

@@ -73,9 +73,9 @@ def test_a_reference_that_is_disturbed_half_the_time_gives_no_ratio():
     found = Machine().measure(disturbed=lambda now: 5.0 if now % 2000 < 1000 else 1.0)
     assert found.value is None
     assert found.upper > MOST_SPREAD * found.lower
-    said = found.to_json("ratio")
-    assert said["ratio"] is None and said["ratio_spread"]["lowest"] == 2.0
-    assert said["ratio_spread"]["highest"] == 10.0
+    written = found.to_json("ratio")
+    assert written["ratio"] is None and written["ratio_spread"]["lowest"] == 2.0
+    assert written["ratio_spread"]["highest"] == 10.0
 
 
 def test_two_blocks_that_disagree_give_no_ratio():
