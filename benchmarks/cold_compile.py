@@ -1,4 +1,4 @@
-"""Seconds of a cold start by depth: what isomorphic layers share is compiled once.
+"""Seconds of a cold start by depth: isomorphic layers are compiled once.
 
     python benchmarks/cold_compile.py [--layers 4 16 64] [--hidden 256] [--json out.json]
 
@@ -41,22 +41,22 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[4, 16, 64])
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--json", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     with fresh_cache():
-        # what the first compilation of a process costs beside
-        seconds(2, asked.hidden)
+        # the first compilation of a process also starts the compiler
+        seconds(2, options.hidden)
     found = {}
-    for layers in asked.layers:
+    for layers in options.layers:
         with fresh_cache():
-            found[layers] = seconds(layers, asked.hidden)
+            found[layers] = seconds(layers, options.hidden)
     least = min(times["compile"] for times in found.values())
     rows = [
         (str(n), f"{t['capture']:.1f}", f"{t['compile']:.1f}", f"{t['compile'] / least:.2f}")
         for n, t in found.items()
     ]
-    table("cold start", ["layers", "capture s", "compile s", "of the least"], rows)
-    if asked.json:
-        asked.json.write_text(json.dumps(found, indent=1) + "\n")
+    table("cold start", ["layers", "capture s", "compile s", "vs least"], rows)
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

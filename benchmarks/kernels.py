@@ -137,14 +137,15 @@ def copy_bandwidth() -> float:
 
 
 def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
-    """What a form gives, caches it wrote included."""
+    """The outputs of a form, including caches it wrote."""
     result = function(*arguments)
     if result is None:
         return [cache.clone() for cache in (*arguments[9], *arguments[10])]
     return list(result)
 
 
-def wrong(found: list[Tensor], expected: list[Tensor]) -> str:
+def difference(found: list[Tensor], expected: list[Tensor]) -> str:
+    """How the outputs differ, or ""."""
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
         if not b.numel():
             continue
@@ -173,10 +174,10 @@ def bytes_of(operator: str, arguments: list[Any]) -> int:
 
 
 def check(name: str, operator: str, make: Callable[[], list[Any]]) -> dict[str, Any]:
-    """The kernel in the interpreter: its bytes, and whether it is right."""
+    """The kernel in the interpreter: its bytes, and whether it is correct."""
     arguments = make()
     triton, eager = forms_of(operator)
-    fault = wrong(outputs(triton, arguments), outputs(eager, arguments))
+    fault = difference(outputs(triton, arguments), outputs(eager, arguments))
     row = {"bytes": bytes_of(operator, arguments), "triton": fault or "right, not timed"}
     print(f"{name:26} {row}", flush=True)
     return row
@@ -195,7 +196,7 @@ def measure(name: str, operator: str, make: Callable[[], list[Any]], copy: float
     graphs = {}
     for form, function in forms.items():
         try:
-            fault = wrong(outputs(function, arguments), expected)
+            fault = difference(outputs(function, arguments), expected)
             if not fault:
                 graphs[form] = captured(function, sets)
         except Exception as error:

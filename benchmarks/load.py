@@ -2,8 +2,8 @@
 
     python benchmarks/load.py [--tokens N]
 
-Under load a pass is full of rows, so drafts and exits have little to give: what counts is that the
-engine notices, and is not slower than dense. Answers must be the same.
+Under load a pass is full of rows, so drafts and exits gain little: what counts is that the engine
+chooses accordingly and is not slower than dense. Answers must be the same.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def main() -> None:
     for size in (1, 4, 8, 16):
         prompts = [loaded.encode(text) for text in texts[:size]]
         rates = {}
-        said = {}
+        answers = {}
         for engine in engines.values():
             run(engine, prompts, 8)
         for _ in range(3):
             for name, engine in engines.items():
-                said[name], seconds = run(engine, prompts, options.tokens)
+                answers[name], seconds = run(engine, prompts, options.tokens)
                 rate = size * (options.tokens - 1) / seconds
                 rates.setdefault(name, []).append(rate)
         best = {name: sorted(found)[1] for name, found in rates.items()}
-        same = sum(a == b for a, b in zip(said["dense"], said["exact"], strict=True))
+        same = sum(a == b for a, b in zip(answers["dense"], answers["exact"], strict=True))
         mode = engines["exact"].planner.decision(size)["mode"]
         rows.append(
             (

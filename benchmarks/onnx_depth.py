@@ -1,11 +1,11 @@
-"""What a token costs in ONNX Runtime by the layer it leaves at: exits skip work, or they do not.
+"""What a token costs in ONNX Runtime by its exit layer: whether exits skip work there.
 
     python benchmarks/onnx_depth.py [--model smollm2] [--threads T] [--rounds N] [--json FILE]
 
-Exported with an exit after every layer whose draft is the whole hot vocabulary, so that a threshold
-alone says where a token leaves; predictors and verification are run as in real use. Depths are
-measured in turns, in one process; medians. Then the model's own artefact: along one answer dense,
-and with its exits, in turns again.
+The model is exported with an exit after every layer whose draft is the whole hot vocabulary, so
+that a threshold alone decides where a token exits; predictors and verification run as in real use.
+Depths are measured in turns, in one process; medians. Then the model's own artefact: along one
+dense answer, without and with its exits, in turns again.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LENGTH = 512
 
 
 def every_layer(model: Any) -> Artifact:
-    """An artefact with an exit after each layer; its predictors say nothing of worth."""
+    """An artefact with an exit after each layer; its predictors are not trained."""
     config = model.config.get_text_config(decoder=True)
     depth = config.num_hidden_layers
     tensors = {"hot.ids": torch.arange(5, 5 + HOT, dtype=torch.int32)}
@@ -46,11 +46,11 @@ def every_layer(model: Any) -> Artifact:
 
 
 def by_depth(decoder: OnnxDecoder, ids: list[int], rounds: int) -> list[dict[str, float]]:
-    """Milliseconds a token, forced to leave at each depth; None is dense: no predictor runs."""
+    """Milliseconds a token, forced to exit at each depth; None is dense: no predictor runs."""
     depth = decoder.metadata.layers
-    wanted = [n for n in (1, 5, 10, 15, 20, 25, depth) if n <= depth]
+    depths = [n for n in (1, 5, 10, 15, 20, 25, depth) if n <= depth]
     decoder.prefill(ids)
-    seconds: dict[int | None, list[float]] = {n: [] for n in (*wanted, None)}
+    seconds: dict[int | None, list[float]] = {n: [] for n in (*depths, None)}
     for turn in range(rounds + 2):
         for layer, found in seconds.items():
             thresholds = decoder.dense()
@@ -61,7 +61,7 @@ def by_depth(decoder: OnnxDecoder, ids: list[int], rounds: int) -> list[dict[str
             step, _ = decoder.step(ids[-1], len(ids), recent, thresholds)
             took = perf_counter() - began
             if step.exit_layer != (layer or depth):
-                raise SystemExit(f"left at {step.exit_layer}, not at {layer}")
+                raise SystemExit(f"exited at {step.exit_layer}, not at {layer}")
             # the first two warm up
             if turn > 1:
                 found.append(took)
@@ -90,7 +90,7 @@ def along_an_answer(decoder: OnnxDecoder, ids: list[int], tokens: int) -> dict[s
             began = perf_counter()
             step, after = decoder.step(token, len(ids) + at, recent, thresholds)
             seconds[name].append(perf_counter() - began)
-        # the exits' keys and values stand: they come last
+        # the run with exits comes last, so its keys and values stay
         recent = after
         layers.append(step.exit_layer)
         agree += step.token == answer[at + 1]
@@ -126,7 +126,7 @@ def main() -> None:
             eepass.export_onnx(loaded, folder / "own", None, None, LENGTH)
             decoder = OnnxDecoder(folder / "own" / "decode.onnx", options.threads)
             found["own_artifact"] = along_an_answer(decoder, ids, options.tokens)
-    print("left after   ms/token   of dense")
+    print("exit layer   ms/token   of dense")
     for row in found["forced"]:
         print(f"{row['exit_layer'] or 'dense':>10} {row['ms']:>10} {row['of_dense']:>10}")
     print(found.get("own_artifact", ""))

@@ -2,11 +2,12 @@
 
     python benchmarks/quantised.py [--json quantised.json] [--with-llama] [--threads T]
 
-For each format the model is quantised, its thresholds are found anew, and dense decoding is
+For each format the model is quantised, its thresholds are calibrated, and dense decoding is
 measured beside exact speculation and early exit over the same quantised model, question by
-question (benchmarks/questions.jsonl), all systems of a format in turns. "gain" is dense time over
-the system's; "kept" what of the gain at bf16 remains; "agreement" the share of tokens equal to that
-same dense model's, along its answers. A quiet machine, two threads: about five minutes.
+question (benchmarks/questions.jsonl), all systems of a format in turns. "gain" is the speed-up over
+dense, null where blocks disagree too much (its spread stands beside it); "kept" the share of the
+gain at bf16 that remains; "agreement" the share of tokens equal to that same dense model's, along
+its answers. A quiet machine, two threads: about five minutes.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import torch
 import eepass
 from eepass.benchmark.baselines import LlamaCpp
 from eepass.benchmark.frontier import follow_pairs
+from eepass.benchmark.turns import Answer, EngineStream, Stream, decode_in_turns, speed_up
 from eepass.checkpoints.models import gguf_of
 from eepass.config import ExitConfig
+from eepass.inspecting import describe
 from eepass.training.corpus import read_prompts
 
 FORMATS = {
@@ -36,23 +39,12 @@ FORMATS = {
     "int8-dynamic": "int8-dynamic",
     "int4": "int4",
 }
-# neither trained nor calibrated on
+# used neither in training nor in calibration
 QUESTIONS = Path(__file__).parent / "questions.jsonl"
 MAX_LENGTH = 384
 
 
-def timed(engine: Any, ids: list[int], count: int) -> tuple[list[int], float]:
-    """An answer and its milliseconds a token, the prompt apart."""
-    answer: list[int] = []
-    began = perf_counter()
-    for step in engine.generate(ids, count, frozenset()):
-        if not answer:
-            began = perf_counter()
-        answer.append(step.token)
-    return answer, (perf_counter() - began) * 1e3 / (len(answer) - 1)
-
-
-def measured(name: str, options: argparse.Namespace, llama: Any) -> dict[str, Any]:
+def measured(name: str, options: argparse.Namespace, llama: LlamaCpp | None) -> dict[str, Any]:
     loaded = eepass.load("smollm2", quantize=FORMATS[name])
     artifact, seconds = loaded.artifact, 0.0
     if loaded.before is not None:
@@ -60,60 +52,56 @@ def measured(name: str, options: argparse.Namespace, llama: Any) -> dict[str, An
         artifact = eepass.calibrate(loaded, loaded.before, tokens=options.calibration_tokens)
         seconds = perf_counter() - began
     exact = ExitConfig()
-    left = exact.approximate(options.target)
+    early = exact.approximate(options.target)
     model = eepass.transform(loaded.model, artifact, exact, MAX_LENGTH)
     engines = {
         "dense": model.dense,
         "exact, speculating": model.configure(replace(exact, exits=False)),
-        "approximate, leaving early": model.configure(left),
+        "approximate, leaving early": model.configure(early),
     }
     prompts = [loaded.encode(text) for text in read_prompts(QUESTIONS, options.prompts)]
-    times: dict[str, list[float]] = {engine: [] for engine in engines}
-    beside: list[float] = []
-    pairs = []
-    same = 0
     for engine in engines.values():
-        timed(engine, prompts[0], 32)
-    for ids in prompts:
-        said = {}
-        for system, engine in engines.items():
-            said[system], ms = timed(engine, ids, options.tokens)
-            times[system].append(ms)
+        list(engine.generate(prompts[0], 32))
+    answers: dict[str, list[Answer]] = {}
+    for done, ids in enumerate(prompts):
+        streams: dict[str, Stream] = {
+            system: EngineStream.generate(engine, ids, options.tokens, frozenset())
+            for system, engine in engines.items()
+        }
         if llama is not None:
-            answer, spent = llama(ids)
-            beside.append(spent * 1e3 / (len(answer) - 1))
-        same += said["exact, speculating"] == said["dense"]
-        pairs.append((ids, said["dense"]))
-    engine = model.configure(left)
-    followed = follow_pairs(model, {"left": engine}, pairs, lambda *_: None)["left"]
-    dense = statistics.median(times["dense"])
+            tokens = llama.tokens(ids, options.tokens, frozenset())
+            streams["llama.cpp"] = Stream([token] for token in tokens)
+        for system, answer in decode_in_turns(streams, done).items():
+            answers.setdefault(system, []).append(answer)
+    dense = [answer.tokens for answer in answers["dense"]]
+    same = sum(a.tokens == b for a, b in zip(answers["exact, speculating"], dense, strict=True))
+    pairs = list(zip(prompts, dense, strict=True))
+    engine = model.configure(early)
+    followed = follow_pairs(model, {"early": engine}, pairs, lambda *_: None)["early"]
     found: dict[str, Any] = {
         "weights": loaded.form or "bf16",
         "calibration_seconds": round(seconds, 1),
-        "megabytes_a_pass": round(sum(eepass_bytes(model).values()) / 1e6, 1),
-        "dense_ms": round(dense, 2),
+        "megabytes_a_pass": round(sum(describe(model)["weights"].values()) / 1e6, 1),
+        "dense_ms": milliseconds(answers["dense"]),
         "exact_same_answers": f"{same} of {len(pairs)}",
         "agreement": round(followed["agreement"], 4),
         "exit_layer": round(followed["mean_exit_layer"], 2),
-        "following_gain": round(followed["ratio_to_dense"], 3),
+        "following_gain": followed["ratio_to_dense"],
+        "following_gain_spread": followed["ratio_to_dense_spread"],
     }
     for system in list(engines)[1:]:
-        pairs_of = zip(times["dense"], times[system], strict=True)
-        found[system] = {
-            "ms": round(statistics.median(times[system]), 2),
-            "gain": round(statistics.median(a / b for a, b in pairs_of), 3),
-        }
-    if beside:
-        pairs_of = zip(times["exact, speculating"], beside, strict=True)
-        found["llama_cpp_ms"] = round(statistics.median(beside), 2)
-        found["exact_of_llama_cpp"] = round(statistics.median(a / b for a, b in pairs_of), 3)
+        gain = speed_up(answers["dense"], answers[system])
+        found[system] = {"ms": milliseconds(answers[system]), **gain.to_json("gain")}
+    if llama is not None:
+        found["llama_cpp_ms"] = milliseconds(answers["llama.cpp"])
+        ratio = speed_up(answers["exact, speculating"], answers["llama.cpp"])
+        found |= ratio.to_json("exact_of_llama_cpp")
     return found
 
 
-def eepass_bytes(model: Any) -> dict[str, int]:
-    from eepass.inspecting import describe
-
-    return dict(describe(model)["weights"])
+def milliseconds(answers: list[Answer]) -> float:
+    """Median by prompt of the milliseconds a token."""
+    return round(1e3 * statistics.median(answer.seconds_per_token for answer in answers), 2)
 
 
 def main() -> None:
@@ -124,7 +112,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=list(FORMATS))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=64, help="of each answer")
-    parser.add_argument("--target", type=float, default=0.98, help="agreement asked for")
+    parser.add_argument("--target", type=float, default=0.98, help="agreement to keep")
     parser.add_argument("--calibration-tokens", type=int, default=2500)
     parser.add_argument("--with-llama", action="store_true", help="llama.cpp's Q4_1 in turns")
     parser.add_argument("--threads", type=int, default=0)
@@ -133,17 +121,16 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     llama = None
     if options.with_llama:
-        other = LlamaCpp(gguf_of("smollm2"), torch.get_num_threads(), MAX_LENGTH)
-        llama = other.timed(options.tokens, frozenset())
+        llama = LlamaCpp(gguf_of("smollm2"), torch.get_num_threads(), MAX_LENGTH)
     table: dict[str, Any] = {}
     for name in options.formats:
         table[name] = found = measured(name, options, llama)
         for system in ("exact, speculating", "approximate, leaving early"):
             if "bf16" in table:
-                gain = table["bf16"][system]["gain"] - 1
-                # a system that gains nothing at bf16 has no gain to keep
-                kept = (found[system]["gain"] - 1) / gain if gain > 0 else None
-                found[system]["kept"] = None if kept is None else round(kept, 3)
+                before, gain = table["bf16"][system]["gain"], found[system]["gain"]
+                # a system that gains nothing at bf16, or nothing measurable, has no gain to keep
+                known = before is not None and before > 1 and gain is not None
+                found[system]["kept"] = round((gain - 1) / (before - 1), 3) if known else None
         print(json.dumps({name: found}, indent=1), flush=True)
         gc.collect()
     if options.json is not None:

@@ -1,7 +1,7 @@
-"""``eepass doctor``: what is here, what of it will be used and why, and what supplies the rest.
+"""``eepass doctor``: what is installed, what of it will be used and why, what supplies the rest.
 
-Whoever asks has something that does not work: each part of the answer is found by itself, and what
-goes wrong on the way is the answer there.
+Something does not work for whoever runs this, so each part of the report is made by itself, and an
+error on the way is reported as that part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import eepass
 
 APT = "apt-get install g++"
-# extras that bring something to a user, and what
+# extras for users, and what each brings
 EXTRAS = {
     "serve": "eepass.serve, an OpenAI-compatible server",
     "ray": "replicas of the server on Ray Serve",
@@ -34,11 +34,11 @@ EXTRAS = {
 def doctor() -> dict[str, Any]:
     """What this machine has and how eepass will run on it; never raises.
 
-    ``versions`` of eepass, Python and what eepass needs; ``extras``: for each whether it works and
-    why not; ``cpu``, ``compiler``, ``cuda``, ``caches``, ``smollm2``: what was found; ``uses``: for
-    each choice what will be used, and why; ``missing``: what is not there, what for, and the
-    command that supplies it; ``ready``: whether everything eepass cannot do without is there. A
-    part that cannot be found out is ``{"error": why}``.
+    ``versions`` of eepass, Python and requirements; ``extras``: for each whether it works and why
+    not; ``cpu``, ``compiler``, ``cuda``, ``caches``, ``smollm2``: what was found; ``uses``: for
+    each choice what will be used, and why; ``missing``: what is missing, what it is for, and the
+    command that supplies it; ``ready``: whether nothing that eepass needs is missing. A part that
+    could not be determined is ``{"error": why}``.
     """
     found: dict[str, Any] = {
         "eepass": eepass.__version__,
@@ -57,16 +57,16 @@ def doctor() -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """What ``doctor`` found, for a person."""
+    """The result of ``doctor`` as text."""
     lines = [f"eepass {found['eepass']}"]
     for name in ("versions", "cpu", "compiler", "cuda", "caches", "smollm2"):
         parts = (f"{key} {value}" for key, value in found[name].items() if value not in ("", []))
         lines.append(f"{name}: {', '.join(parts)}")
     for extra, state in found["extras"].items():
-        lines.append(f"extra {extra}: {_said(state, 'works', 'why_not')}")
+        lines.append(f"extra {extra}: {_choice(state, 'works', 'why_not')}")
     lines.append("what will be used:")
     for name, choice in found["uses"].items():
-        lines.append(f"  {name}: {_said(choice, 'use', 'why')}")
+        lines.append(f"  {name}: {_choice(choice, 'use', 'why')}")
     for entry in found["missing"]:
         need = "MISSING" if entry["needed"] else "missing, if wanted"
         lines.append(f"{need}: {entry['what']}, for {entry['for']}: {entry['command']}")
@@ -74,20 +74,20 @@ def as_text(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _said(state: Any, value: str, why: str) -> str:
-    # of a part that could not be found out there is the reason alone
+def _choice(state: Any, value: str, why: str) -> str:
+    # a part that could not be determined holds an error message instead
     if not isinstance(state, dict):
         return str(state)
     answer = state[value]
-    said = ("works" if answer else "no") if isinstance(answer, bool) else str(answer)
-    return f"{said} ({state[why]})" if state[why] else said
+    text = ("works" if answer else "no") if isinstance(answer, bool) else str(answer)
+    return f"{text} ({state[why]})" if state[why] else text
 
 
 def _guarded(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return part()
     except Exception as error:
-        # a half-installed library may raise whatever it likes when it is asked
+        # a half-installed library may raise anything when it is imported
         return {"error": _first_line(error)}
 
 
@@ -117,9 +117,9 @@ def _checked(extra: str) -> Iterator[tuple[str, str, str]]:
     for text in _requirements():
         requirement = Requirement(text)
         marker = requirement.marker
-        here = marker is None or marker.evaluate({"extra": extra})
-        # what holds without an extra is eepass' own, not the extra's
-        if not here or (extra and (marker is None or marker.evaluate({"extra": ""}))):
+        applies = marker is None or marker.evaluate({"extra": extra})
+        # a requirement that applies without the extra is not the extra's
+        if not applies or (extra and (marker is None or marker.evaluate({"extra": ""}))):
             continue
         if requirement.name == "eepass":
             for inner in sorted(requirement.extras):
@@ -140,7 +140,7 @@ def _import_error(name: str) -> str:
     """Why the library ``name`` cannot be imported, or nothing."""
     module = name.replace("-", "_").lower()
     if find_spec(module) is None:
-        # installed under another name: that it is there has to do
+        # imported under another name: that it is installed has to do
         return ""
     try:
         importlib.import_module(module)
@@ -150,7 +150,7 @@ def _import_error(name: str) -> str:
 
 
 def _requirements() -> list[str]:
-    """What eepass requires, as its wheel says it, or in a checkout its pyproject.toml."""
+    """The requirements of eepass, from its wheel, or in a checkout from pyproject.toml."""
     project = Path(__file__).parents[1] / "pyproject.toml"
     if not project.is_file():
         return list(metadata.requires("eepass") or ())
@@ -167,20 +167,20 @@ def _requirements() -> list[str]:
 
 
 def _cpu() -> dict[str, Any]:
+    import torch
+
     from eepass.codegen.cpu.native import cpu_flags
 
     flags = set(cpu_flags())
-    found: dict[str, Any] = {
+    return {
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "avx512": "avx512f" in flags,
         "avx512_bf16": "avx512_bf16" in flags,
         "avx512_vnni": "avx512_vnni" in flags,
         "amx_bf16": "amx_bf16" in flags,
+        "threads": torch.get_num_threads(),
     }
-    import torch
-
-    return found | {"threads": torch.get_num_threads()}
 
 
 def _compiler() -> dict[str, Any]:
@@ -190,10 +190,10 @@ def _compiler() -> dict[str, Any]:
         path = find_compiler()
     except KernelsMissing as error:
         return {"path": None, "why": str(error)}
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=True)
     return {
         "path": path,
-        "version": said.stdout.strip().splitlines()[0],
+        "version": output.stdout.strip().splitlines()[0],
         "kernels_built": library_of(path).is_file(),
     }
 
@@ -208,7 +208,7 @@ def _cuda() -> dict[str, Any]:
         return {"built": None, "devices": [], "why": "this torch is built without CUDA"}
     if not torch.cuda.is_available():
         return {"built": built, "devices": [], "why": "torch finds no CUDA device"}
-    # there in builds with CUDA alone
+    # only builds with CUDA have it
     driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
     devices = []
     for index in range(torch.cuda.device_count()):
@@ -231,16 +231,19 @@ def _cuda() -> dict[str, Any]:
 
 
 def _caches() -> dict[str, Any]:
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
     from eepass.codegen.cpu.native import cache_dir
 
     path = cache_dir()
-    there = next(folder for folder in (path, *path.parents) if folder.exists())
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
     sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
-    found = {"path": str(path), "mb": round(sum(sizes) / 1e6, 1)}
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir()
-    return found | {"writable": os.access(there, os.W_OK), "inductor": inductor}
+    return {
+        "path": str(path),
+        "mb": round(sum(sizes) / 1e6, 1),
+        "writable": os.access(existing, os.W_OK),
+        "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(),
+    }
 
 
 def _smollm2() -> dict[str, Any]:
@@ -267,17 +270,10 @@ def _uses(found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device(cuda: dict[str, Any]) -> dict[str, str]:
-    from eepass.checkpoints.models import check_device
-    from eepass.errors import InputError
-
     why = cuda.get("error") or cuda.get("why")
-    if not cuda.get("devices"):
-        return {"use": "cpu", "why": why or "no CUDA device"}
-    try:
-        check_device("cuda")
-    except InputError as error:
-        return {"use": "cpu", "why": str(error)}
-    return {"use": "cuda", "why": f"{cuda['devices'][0]['name']}; --device cpu for the CPU"}
+    if cuda.get("devices"):
+        why = "commands run on the CPU; on a GPU call eepass.transform(model, ..., device='cuda')"
+    return {"use": "cpu", "why": why or "no CUDA device"}
 
 
 def _launch(cuda: dict[str, Any]) -> dict[str, str]:
@@ -296,7 +292,7 @@ def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
     if "error" in compiler:
         return {"use": "unknown", "why": compiler["error"]}
     if compiler["path"] is None:
-        why = f"{compiler['why']}; right, but slower"
+        why = f"{compiler['why']}; correct, but slower"
         return {"use": "eager definitions", "why": why}
     built = "built" if compiler["kernels_built"] else "built at the first use, in about 20 s"
     loops = "AVX-512 with bf16" if cpu.get("avx512_bf16") else "plain loops: no AVX-512 with bf16"
@@ -321,9 +317,9 @@ def _missing(found: dict[str, Any]) -> list[dict[str, Any]]:
     for part, purpose in own.items():
         if "error" in found[part]:
             add(f"{part}: {found[part]['error']}", purpose, again, needed=True)
-    for name, said in found["versions"].items():
-        if name not in ("python", "system", "error") and not said[:1].isdigit():
-            add(f"{name}: {said}", "eepass itself", "pip install eepass", needed=True)
+    for name, version in found["versions"].items():
+        if name not in ("python", "system", "error") and not version[:1].isdigit():
+            add(f"{name}: {version}", "eepass itself", "pip install eepass", needed=True)
     if found["compiler"].get("path", "") is None:
         add("g++", "the CPU kernels and inductor, without which nothing is compiled", APT)
     if not found["caches"].get("writable", True):

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from eepass.bundle.manifest import is_transformed
-from eepass.checkpoints.models import DTYPES, LoadedModel, check_device, load_checkpoint
+from eepass.checkpoints.models import DTYPES, LoadedModel, load_checkpoint
 from eepass.checkpoints.read_torchao import KINDS
 from eepass.errors import InputError
 
@@ -15,7 +15,6 @@ from eepass.errors import InputError
 def load(
     spec: str,
     dtype: str | None = None,
-    device: str = "cpu",
     trust_native: bool = False,
     quantize: str | None = None,
 ) -> LoadedModel:
@@ -31,7 +30,6 @@ def load(
         raise InputError(f"quantize={quantize!r}: known are keep, {', '.join(KINDS)}")
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r}: known are {', '.join(DTYPES)}")
-    check_device(device)
     path = Path(spec)
     if is_transformed(path):
         if quantize not in (None, "keep"):

@@ -15,8 +15,11 @@ import torch
 
 import eepass
 from eepass import pictures
+from eepass.benchmark.turns import Answer, EngineStream, decode_in_turns, speed_up
 from eepass.checkpoints.models import LoadedModel
-from eepass.cli.console import LiveAnswer, console, errors, table
+from eepass.cli import console as terminal
+from eepass.cli.console import LiveAnswer, console, errors
+from eepass.cli.outcome import outcome
 from eepass.config import ExitConfig
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.statistics import Statistics
@@ -46,82 +49,97 @@ def main() -> None:
         }
         for engine in systems.values():
             list(engine.generate(loaded.encode("Hello"), 24))
-    free = Statistics(model.decoder.num_layers)
+    # early exit by itself, for the picture
+    alone = Statistics(model.decoder.num_layers)
     totals = {name: Statistics(model.decoder.num_layers) for name in systems}
-    same = 0
+    answers: dict[str, list[Answer]] = {name: [] for name in systems}
+    agreeing = 0
     for prompt in PROMPTS:
         ids = loaded.encode(prompt)
-        answer_live(systems["lossless"], loaded, ids, prompt, options.tokens)
+        answer = answer_live(systems["lossless"], loaded, ids, prompt, options.tokens)
         with errors.status("the same in turns: dense, lossless, and early exit along the answer"):
-            same += side_by_side(systems, ids, options.tokens, loaded.stop)
+            found, agreed = measure(systems, ids, answer, options.tokens, loaded.stop)
+        agreeing += agreed
         for name, engine in systems.items():
+            answers[name].append(found[name])
             totals[name].add(engine.statistics)
-        # early exit by itself, for the picture
         engine = systems["early exit"]
         engine.statistics = Statistics(model.decoder.num_layers)
         list(engine.generate(ids, options.tokens, loaded.stop))
-        free.add(engine.statistics)
+        alone.add(engine.statistics)
         console.print()
-    show(totals, same / max(totals["early exit"].tokens, 1))
-    console.print(systems["lossless"].planner.decision())
+    show(totals, answers)
+    share = agreeing / max(totals["early exit"].tokens, 1)
+    decision = systems["lossless"].planner.decision()
+    console.print(
+        f"\nLossless gave the same text as dense; early exit agrees with {share:.1%} of it.\n"
+        f"Of the lossless ways, {outcome(totals['lossless'].summary(), decision)}",
+        highlight=False,
+    )
     file = Path("out") / "exit-layers.png"
-    pictures.exit_layers(free.exit_layers, file, "smollm2: where tokens left, early exit alone")
-    console.print(f"picture: {file}")
+    pictures.exit_layers(alone.exit_layers, file, "smollm2: where tokens exited, early exit alone")
+    console.print(f"Picture: {file}")
 
 
 def answer_live(
     engine: Engine, loaded: LoadedModel, ids: list[int], prompt: str, tokens: int
-) -> None:
-    def decode(said: list[int]) -> str:
-        return str(loaded.tokenizer.decode(said, skip_special_tokens=True))
+) -> list[int]:
+    """Show an answer as it comes; returns its tokens."""
 
+    def decode(generated: list[int]) -> str:
+        return str(loaded.tokenizer.decode(generated, skip_special_tokens=True))
+
+    answer = []
     with LiveAnswer(decode, engine.decoder.num_layers, prompt) as live:
         for step in engine.generate(ids, tokens, loaded.stop):
+            answer.append(step.token)
             if step.token not in loaded.stop:
                 live.add(*step)
+    return answer
 
 
-def side_by_side(
-    systems: dict[str, Engine], ids: list[int], tokens: int, stop: frozenset[int]
-) -> int:
-    """All systems on one prompt; early exit along the dense answer. How many of its tokens agree.
+def measure(
+    systems: dict[str, Engine], ids: list[int], answer: list[int], tokens: int, stop: frozenset[int]
+) -> tuple[dict[str, Answer], int]:
+    """All systems on one prompt, in turns; how many tokens of early exit agree with ``answer``,
+    which it follows.
 
-    Raises ``InputError`` if the lossless answer is another than the dense one.
+    Raises ``InputError`` if the lossless answer differs from the dense one.
     """
     for engine in systems.values():
         engine.statistics = Statistics(engine.decoder.num_layers)
-    answer = [step.token for step in systems["dense"].generate(ids, tokens, stop)]
-    lossless = [step.token for step in systems["lossless"].generate(ids, tokens, stop)]
-    if answer != lossless and not systems["lossless"].statistics.near_ties:
+    streams = {
+        name: EngineStream.follow(engine, ids, answer)
+        if name == "early exit"
+        else EngineStream.generate(engine, ids, tokens, stop)
+        for name, engine in systems.items()
+    }
+    found = decode_in_turns(streams)
+    different = found["lossless"].tokens != found["dense"].tokens
+    if different and not systems["lossless"].statistics.near_ties:
         raise eepass.InputError("the lossless answer differs from the dense one")
-    early = [step.token for step in systems["early exit"].follow(ids, answer)]
-    return sum(a == b for a, b in zip(answer[1:], early, strict=True))
+    early = streams["early exit"].followed
+    return found, sum(a == b.token for a, b in zip(answer[1:], early, strict=True))
 
 
-def show(totals: dict[str, Statistics], agreement: float) -> None:
-    dense = totals["dense"].summary()["ms_per_token"]
+def show(totals: dict[str, Statistics], answers: dict[str, list[Answer]]) -> None:
     rows = []
     for name, statistics in totals.items():
-        found = statistics.summary()
+        ratio, figures = speed_up(answers["dense"], answers[name]), statistics.summary()
         rows.append(
             (
                 name,
-                f"{found['ms_per_token']:.2f}",
-                f"{dense / found['ms_per_token']:.2f}x",
-                f"{found['accepted_per_pass']:.2f}",
-                f"{found['mean_exit_layer']:.1f}",
-                f"{found['predictor_share']:.1%}",
-                f"{found['draft_share']:.1%}",
-                f"{agreement:.3f}" if name == "early exit" else "same text",
+                f"{figures['ms_per_token']:.2f}",
+                terminal.speed_up(ratio.value, ratio.spread()),
+                f"{figures['accepted_per_pass']:.2f}",
+                f"{figures['mean_exit_layer']:.1f} of {statistics.num_layers}",
             )
         )
-    depth = totals["dense"].num_layers
-    table(
+    terminal.table(
         "the same prompts, measured in turns",
-        ("", "ms/token", "speed", "tokens a pass", f"exit layer of {depth}", "predictors",
-         "draft", "agreement"),
+        ("system", "ms/token", "speed", "tokens/pass", "exit layer"),
         rows,
-    )  # fmt: skip
+    )
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -50,36 +50,25 @@ class HfDecoder:
                 one_token, dynamic=False, fullgraph=True, options=options or None
             )
 
-    def timed(
-        self, new_tokens: int, stop: frozenset[int]
-    ) -> Callable[[list[int]], tuple[list[int], float]]:
-        """A function from a prompt to its answer and the seconds all tokens but the first took."""
+    def tokens(self, ids: list[int], new_tokens: int, stop: frozenset[int]) -> Iterator[int]:
+        """The answer to ``ids``, token by token; the first comes from the prompt's pass."""
+        for slots in self.step.slots:
+            if slots.start is not None:
+                slots.start.zero_()
+        token = self._next(self.step, ids, 0)
+        yield token
+        for position in range(len(ids), len(ids) + new_tokens - 1):
+            if token in stop:
+                return
+            token = self._next(self.decode, [token], position)
+            yield token
 
-        def run(ids: list[int]) -> tuple[list[int], float]:
-            for slots in self.step.slots:
-                if slots.start is not None:
-                    slots.start.zero_()
-            with torch.no_grad():
-                rows = len(ids)
-                logits = self.step(
-                    torch.tensor([ids]), torch.arange(rows)[None], self._masks(0, rows)
-                )
-                answer = [int(logits[0, -1].argmax())]
-                began = perf_counter()
-                while len(answer) < new_tokens and answer[-1] not in stop:
-                    position = rows + len(answer) - 1
-                    logits = self.decode(
-                        torch.tensor([[answer[-1]]]),
-                        torch.tensor([[position]]),
-                        self._masks(position, 1),
-                    )
-                    answer.append(int(logits[0, -1].argmax()))
-            return answer, perf_counter() - began
-
-        return run
-
-    def _masks(self, start: int, rows: int) -> dict[str, torch.Tensor]:
-        return {name: mask[:, :, start : start + rows] for name, mask in self.masks.items()}
+    @torch.no_grad()
+    def _next(self, step: Callable[..., torch.Tensor], ids: list[int], start: int) -> int:
+        rows = len(ids)
+        positions = torch.arange(start, start + rows)[None]
+        masks = {name: mask[:, :, start : start + rows] for name, mask in self.masks.items()}
+        return int(step(torch.tensor([ids]), positions, masks)[0, -1].argmax())
 
 
 def fastest_compiled(model: Any, cache_length: int, prompt: list[int]) -> tuple[str, HfDecoder]:
@@ -89,13 +78,20 @@ def fastest_compiled(model: Any, cache_length: int, prompt: list[int]) -> tuple[
         torch._dynamo.reset()
         decoder = HfDecoder(model, cache_length, options)
         with torch._inductor.config.patch(options):
-            run = decoder.timed(24, frozenset())
-            run(prompt)
-            seconds = min(run(prompt)[1] for _ in range(3))
+            _decode_seconds(decoder, prompt)
+            seconds = min(_decode_seconds(decoder, prompt) for _ in range(3))
         if best is None or seconds < best[0]:
             best = (seconds, name, decoder)
     assert best is not None
     return best[1], best[2]
+
+
+def _decode_seconds(decoder: HfDecoder, prompt: list[int], new_tokens: int = 24) -> float:
+    tokens = decoder.tokens(prompt, new_tokens, frozenset())
+    next(tokens)
+    began = perf_counter()
+    list(tokens)
+    return perf_counter() - began
 
 
 class LlamaCpp:
@@ -120,23 +116,17 @@ class LlamaCpp:
         except ValueError as error:
             raise InputError(f"{gguf_path}: llama.cpp cannot load it ({error})") from error
 
-    def timed(
-        self, new_tokens: int, stop: frozenset[int]
-    ) -> Callable[[list[int]], tuple[list[int], float]]:
-        """As ``HfDecoder.timed``; the prompt's tokens are the caller's, not llama.cpp's."""
-
-        def run(ids: list[int]) -> tuple[list[int], float]:
-            self.llama.reset()
+    def tokens(self, ids: list[int], new_tokens: int, stop: frozenset[int]) -> Iterator[int]:
+        """As ``HfDecoder.tokens``; the prompt is tokenised by the caller, not by llama.cpp."""
+        self.llama.reset()
+        for _ in range(new_tokens):
             self.llama.eval(ids)
-            answer = [self._best()]
-            began = perf_counter()
-            while len(answer) < new_tokens and answer[-1] not in stop:
-                self.llama.eval(answer[-1:])
-                answer.append(self._best())
-            return answer, perf_counter() - began
-
-        return run
+            token = self._best()
+            yield token
+            if token in stop:
+                return
+            ids = [token]
 
     def _best(self) -> int:
-        # the defaults draw at random
+        # llama.cpp's defaults sample at random
         return int(self.llama.sample(temp=0.0, repeat_penalty=1.0))

@@ -1,16 +1,17 @@
 """``eepass.bench``: lossless speculation and early exit against dense, compiled by others, eager.
 
-All systems run side by side in this process, prompt by prompt, on the same weights. Speed and exit
-layer of the frontier are taken on the positions agreement is: teacher-forced along the dense
-answer. Free-running figures stand beside them, with the repetition and the likelihood of what was
-said: a run that falls into repetition exits early and looks fast.
+All systems decode in turns in this process, on the same weights (``turns``). Speed and exit layer
+of the frontier are measured on the positions that agreement is: teacher-forced along the dense
+answer. Free-running figures stand beside them, with the repetition and the likelihood of the
+answers: a run that falls into repetition exits early and looks fast.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -18,7 +19,15 @@ import torch
 
 from eepass.benchmark.baselines import HfDecoder, fastest_compiled
 from eepass.benchmark.frontier import Notify, follow_pairs, frontier
-from eepass.benchmark.quality import judge, repetition_4gram
+from eepass.benchmark.quality import repetition_4gram, score_answer
+from eepass.benchmark.turns import (
+    BLOCK_TOKENS,
+    Answer,
+    EngineStream,
+    Stream,
+    decode_in_turns,
+    speed_up,
+)
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.config import ExitConfig
 from eepass.errors import InputError
@@ -28,7 +37,7 @@ from eepass.runtime.statistics import Statistics
 
 # prompt and answer together, where nobody asked for more
 MAX_LENGTH = 448
-# what approximate speculation is asked for
+# agreement that approximate speculation is to keep
 T3_TARGET = 0.99
 SHOWN = (
     "accepted_per_pass", "near_ties", "rollbacks", "mean_exit_layer", "draft_share",
@@ -36,27 +45,26 @@ SHOWN = (
 )  # fmt: skip
 
 
-class Timed(Protocol):
-    """Something that can be measured beside the engines: answers and the seconds they took."""
+class TokenStream(Protocol):
+    """Another system that is measured beside the engines: it answers token by token."""
 
-    def timed(
-        self, new_tokens: int, stop: frozenset[int]
-    ) -> Callable[[list[int]], tuple[list[int], float]]: ...
+    def tokens(self, ids: list[int], new_tokens: int, stop: frozenset[int]) -> Iterator[int]: ...
 
 
 @dataclass(slots=True)
-class _Run:
-    """One system's answers to all prompts."""
+class _System:
+    """A way of decoding and its answers to all prompts."""
 
-    answer: Callable[[list[int]], tuple[list[int], float]]
-    engine: Engine | None
-    said: list[list[int]]
-    seconds: list[float]
+    stream: Callable[[list[int]], Stream]
+    engine: Engine | None = None
+    answers: list[Answer] = field(default_factory=list)
 
     def ms_per_token(self) -> list[float]:
-        """By prompt; the first token is the prompt's."""
-        pairs = zip(self.said, self.seconds, strict=True)
-        return [1e3 * seconds / max(len(said) - 1, 1) for said, seconds in pairs]
+        """By prompt, the prompt's pass apart; 0 for an answer of one token."""
+        return [1e3 * answer.seconds_per_token for answer in self.answers]
+
+    def tokens(self) -> list[list[int]]:
+        return [answer.tokens for answer in self.answers]
 
 
 def bench(
@@ -68,14 +76,14 @@ def bench(
     raw: bool = False,
     frontier_too: bool = True,
     baselines: bool = True,
-    others: dict[str, Timed] | None = None,
+    others: dict[str, TokenStream] | None = None,
     notify: Notify = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """Measure; ``notify(stage, done, total)`` says how far it is; ``others``: further systems.
+    """Measure; ``notify(stage, done, total)`` reports progress; ``others``: further systems.
 
-    Ratios are speed-ups: the reference's time by the system's own, above 1 is faster. Raises
-    ``InputError`` when no prompt fits, and when an exact answer is not the dense one for another
-    reason than a near tie.
+    Ratios are speed-ups: the reference's time by the system's own, above 1 is faster; None where
+    they could not be measured (``turns.SpeedUp``). Raises ``InputError`` when no prompt fits, and
+    when an exact answer differs from the dense one for another reason than a near tie.
     """
     config = config or ExitConfig()
     if baselines:
@@ -88,42 +96,57 @@ def bench(
     pairs = [(ids, answer) for ids, answer in zip(encoded, answers, strict=True) if len(answer) > 2]
     if not pairs:
         raise InputError("the model answers every prompt with one token: nothing to measure")
-    runs, variant = _systems(loaded, model, config, new_tokens, pairs[0][0], baselines, others)
-    _run_all(runs, [ids for ids, _ in pairs], notify)
-    systems = {name: _figures(model, run, runs, pairs, notify) for name, run in runs.items()}
+    systems, variant = _systems(
+        loaded, model, config, new_tokens, pairs[0][0], baselines, others or {}
+    )
+    _decode_all(systems, [ids for ids, _ in pairs], notify)
+    figures = {
+        name: _figures(model, system, systems["eepass-dense"], pairs, notify)
+        for name, system in systems.items()
+    }
     if variant:
-        systems["hf-compiled"]["variant"] = variant
+        figures["hf-compiled"]["variant"] = variant
     bandwidth = copy_bandwidth()
     reference = "hf-compiled" if baselines else "eepass-dense"
     weight_seconds = _weight_bytes(model) / bandwidth
-    times = {name: figures["ms_per_token"] for name, figures in systems.items()}
     result: dict[str, Any] = {
         "model": loaded.name,
         "config": config.to_json(),
         "layers": model.decoder.num_layers,
         "prompts": len(pairs),
         "new_tokens": new_tokens,
+        "block_tokens": BLOCK_TOKENS,
         "threads": torch.get_num_threads(),
         "dtype": str(model.decoder.kv.keys[0].dtype).removeprefix("torch."),
         "copy_bandwidth_gb_s": bandwidth / 1e9,
-        "systems": systems,
+        "systems": figures,
         "reference": reference,
-        "ratios": {name: times[reference] / ms for name, ms in times.items()},
-        "ratios_to_dense": {name: times["eepass-dense"] / ms for name, ms in times.items()},
-        "t3_gain": times["eepass-speculative"] / times["eepass-speculative-t3"],
-        "roofline_fraction": {name: 1e3 * weight_seconds / ms for name, ms in times.items()},
+        **_ratios("ratios", systems, reference),
+        **_ratios("ratios_to_dense", systems, "eepass-dense"),
+        **speed_up(
+            systems["eepass-speculative"].answers, systems["eepass-speculative-t3"].answers
+        ).to_json("t3_gain"),
+        "roofline_fraction": {
+            name: 1e3 * weight_seconds / found["ms_per_token"] for name, found in figures.items()
+        },
     }
-    presets = ("default", "paper") if frontier_too else ()
-    result["frontier"] = [
-        point
-        for preset in presets
-        for point in frontier(
-            model, replace(ExitConfig.preset(preset), kv=config.kv), pairs, notify
-        )
-    ]
-    result["by_position"] = _follow(model, config, pairs, systems["eepass-approximate"], notify)
+    presets = [replace(ExitConfig.preset(name), kv=config.kv) for name in ("default", "paper")]
+    result["frontier"] = frontier(model, presets, pairs, notify) if frontier_too else []
+    approximate = model.configure(config.approximate())
+    followed = follow_pairs(model, {"it": approximate}, pairs, notify)["it"]
+    _replace_by_followed(figures["eepass-approximate"], followed)
+    result["by_position"] = followed["by_position"]
     model.configure(config)
     return result
+
+
+def _ratios(name: str, systems: dict[str, _System], reference: str) -> dict[str, Any]:
+    """Speed-ups of all systems over ``reference``, and their blocks' ranges beside them."""
+    found = {n: speed_up(systems[reference].answers, s.answers) for n, s in systems.items()}
+    return {
+        name: {system: ratio.value for system, ratio in found.items()},
+        f"{name}_spread": {system: ratio.spread() for system, ratio in found.items()},
+    }
 
 
 def copy_bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
@@ -155,8 +178,8 @@ def _systems(
     new_tokens: int,
     example: list[int],
     baselines: bool,
-    others: dict[str, Timed] | None,
-) -> tuple[dict[str, _Run], str]:
+    others: dict[str, TokenStream],
+) -> tuple[dict[str, _System], str]:
     if model.artifact is None:
         raise InputError("early exit needs an artefact: run eepass train")
     target = min(T3_TARGET, model.artifact.presets[config.name].most)
@@ -171,96 +194,78 @@ def _systems(
         ),
     }
     variant = ""
-    timed: dict[str, Callable[[list[int]], tuple[list[int], float]]] = {}
+    foreign: dict[str, TokenStream] = {}
     if baselines:
-        hf = HfDecoder(loaded.model, model.decoder.cache_length)
-        timed["hf-eager"] = hf.timed(new_tokens, model.stop)
-        variant, compiled = fastest_compiled(loaded.model, model.decoder.cache_length, example)
-        timed["hf-compiled"] = compiled.timed(new_tokens, model.stop)
-    for name, other in (others or {}).items():
-        timed[name] = other.timed(new_tokens, model.stop)
-    runs = {name: _Run(answer, None, [], []) for name, answer in timed.items()}
+        foreign["hf-eager"] = HfDecoder(loaded.model, model.decoder.cache_length)
+        variant, foreign["hf-compiled"] = fastest_compiled(
+            loaded.model, model.decoder.cache_length, example
+        )
+    foreign |= others
+
+    def stream_of(system: TokenStream, ids: list[int]) -> Stream:
+        return Stream([token] for token in system.tokens(ids, new_tokens, model.stop))
+
+    systems = {name: _System(partial(stream_of, system)) for name, system in foreign.items()}
     for name, engine in engines.items():
-        runs[name] = _Run(_timed_engine(engine, new_tokens, model.stop), engine, [], [])
-    return runs, variant
+        stream = partial(EngineStream.generate, engine, new_tokens=new_tokens, stop=model.stop)
+        systems[name] = _System(stream, engine)
+    return systems, variant
 
 
-def _timed_engine(
-    engine: Engine, new_tokens: int, stop: frozenset[int]
-) -> Callable[[list[int]], tuple[list[int], float]]:
-    def run(ids: list[int]) -> tuple[list[int], float]:
-        answer: list[int] = []
-        began = perf_counter()
-        for step in engine.generate(ids, new_tokens, stop):
-            if not answer:
-                began = perf_counter()  # the prompt is behind, decoding begins
-            answer.append(step.token)
-        # catching up what is pending is part of the price
-        return answer, perf_counter() - began
-
-    return run
-
-
-def _run_all(runs: dict[str, _Run], prompts: Sequence[list[int]], notify: Notify) -> None:
-    """Each system answers each prompt by itself, one after another per prompt."""
-    for done, run in enumerate(runs.values()):
-        notify("warming up", done, len(runs))
-        run.answer(prompts[0])  # not counted
-        if run.engine is not None:
-            run.engine.statistics = Statistics(run.engine.decoder.num_layers)
+def _decode_all(systems: dict[str, _System], prompts: Sequence[list[int]], notify: Notify) -> None:
+    """Every system answers every prompt: a prompt at a time, in turns."""
+    for done, system in enumerate(systems.values()):
+        notify("warming up", done, len(systems))
+        for _ in system.stream(prompts[0]).passes:
+            pass  # not counted
+        if system.engine is not None:
+            system.engine.statistics = Statistics(system.engine.decoder.num_layers)
     for done, ids in enumerate(prompts):
         notify("free running", done, len(prompts))
-        for run in runs.values():
-            answer, seconds = run.answer(ids)
-            run.said.append(answer)
-            run.seconds.append(seconds)
+        streams = {name: system.stream(ids) for name, system in systems.items()}
+        for name, answer in decode_in_turns(streams, done).items():
+            systems[name].answers.append(answer)
 
 
 def _figures(
     model: EarlyExitModel,
-    run: _Run,
-    runs: dict[str, _Run],
+    system: _System,
+    dense: _System,
     pairs: Sequence[tuple[list[int], list[int]]],
     notify: Notify,
 ) -> dict[str, Any]:
-    ms = run.ms_per_token()
-    typical = statistics.median(ms)
+    ms = system.ms_per_token()
+    if not any(ms):
+        raise InputError("a system answers every prompt with one token: nothing to measure")
+    typical = statistics.median(filter(None, ms))
     found: dict[str, Any] = {"ms_per_token": typical, "tokens_per_s": 1e3 / typical}
-    if run.engine is None:
+    if system.engine is None:
         return found
-    dense = runs["eepass-dense"]
-    slower = zip(dense.ms_per_token(), ms, strict=True)
-    found["worst_ratio_to_dense"] = min(its / own for its, own in slower)
-    same = [own == other for own, other in zip(run.said, dense.said, strict=True)]
+    answers = system.tokens()
+    ratios = (its / own for its, own in zip(dense.ms_per_token(), ms, strict=True) if own)
+    found["worst_ratio_to_dense"] = min(ratios)
+    same = [own == other for own, other in zip(answers, dense.tokens(), strict=True)]
     found["exact_match"] = sum(same) / len(same)
-    summary = run.engine.statistics.summary()
+    summary = system.engine.statistics.summary()
     found |= {name: summary[name] for name in SHOWN}
     notify("likelihood of the answers", 0, 1)
-    judged = [judge(model, ids, said) for (ids, _), said in zip(pairs, run.said, strict=True)]
-    tokens = sum(j.tokens for j in judged)
-    found["agreement"] = sum(j.agreeing for j in judged) / tokens
-    found["dense_nll"] = sum(j.nll for j in judged) / tokens
-    found["repetition_4gram"] = repetition_4gram(run.said)
-    if len(run.engine.options.modes) > 1:
-        found["decision"] = run.engine.planner.decision()
-    exact = run.engine.options.guarantee == "exact" and run.engine is not model.dense
+    scores = [score_answer(model, ids, own) for (ids, _), own in zip(pairs, answers, strict=True)]
+    tokens = sum(score.tokens for score in scores)
+    found["agreement"] = sum(score.agreeing for score in scores) / tokens
+    found["dense_nll"] = sum(score.nll for score in scores) / tokens
+    found["repetition_4gram"] = repetition_4gram(answers)
+    if len(system.engine.options.modes) > 1:
+        found["decision"] = system.engine.planner.decision()
+    exact = system.engine.options.guarantee == "exact" and system.engine is not model.dense
     if exact and not all(same) and not summary["near_ties"]:
         raise InputError("an exact answer differs from the dense one without a near tie: a defect")
     return found
 
 
-def _follow(
-    model: EarlyExitModel,
-    config: ExitConfig,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    figures: dict[str, Any],
-    notify: Notify,
-) -> list[dict[str, Any]]:
-    """Teacher-forced figures of plain early exit, in place of the free-running ones; returns them
-    by position in the answer."""
-    engine = model.configure(config.approximate())
-    followed = follow_pairs(model, {"approximate": engine}, pairs, notify)["approximate"]
-    figures["teacher_forced_ratio_to_dense"] = followed["ratio_to_dense"]
+def _replace_by_followed(figures: dict[str, Any], followed: dict[str, Any]) -> None:
+    """Put teacher-forced figures of plain early exit in place of the free-running ones."""
+    for end in ("", "_spread"):
+        figures[f"teacher_forced_ratio_to_dense{end}"] = followed[f"ratio_to_dense{end}"]
     figures["free_running_agreement"] = figures["agreement"]
     figures |= {
         name: followed[name]
@@ -269,15 +274,11 @@ def _follow(
             "predictor_share", "draft_share", "verify_share", "full_head_rate", "exit_layers",
         )
     }  # fmt: skip
-    by_position: list[dict[str, Any]] = followed["by_position"]
-    return by_position
 
 
 def _weight_bytes(model: EarlyExitModel) -> int:
-    """Bytes a dense step reads: what layers and head take, not an embedding only looked up."""
+    """Bytes a dense step reads: those of layers and head, not of an embedding it looks up."""
     split = model.splits[1]
     segments = (*split.layers, split.head.whole)
-    read = {
-        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
-    }
+    read = {name for segment in segments for name in segment.parameters}
     return sum(model.decoder.tensors[name].nbytes for name in read)

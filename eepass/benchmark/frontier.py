@@ -1,80 +1,79 @@
-"""Agreement against speed, both taken along the dense answer (teacher forcing)."""
+"""Agreement against speed, both measured along the dense answer (teacher forcing)."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from eepass.benchmark.quality import by_position
+from eepass.benchmark.turns import Answer, EngineStream, decode_in_turns, speed_up
 from eepass.config import ExitConfig
 from eepass.model import EarlyExitModel
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.sequence import DecodedToken
+from eepass.runtime.statistics import Statistics
 
 TARGETS = (0.90, 0.94, 0.975, 0.99)
+# tokens each engine decodes before anything counts
+WARM_UP = 32
+SHOWN = (
+    "agreement", "ms_per_token", "ratio_to_dense", "ratio_to_dense_spread", "mean_exit_layer",
+    "predictor_share", "draft_share", "verify_share", "full_head_rate", "active_predictors",
+    "false_verify_rate",
+)  # fmt: skip
 Notify = Callable[[str, int, int], None]
 Pairs = Sequence[tuple[list[int], list[int]]]
 
 
 def frontier(
-    model: EarlyExitModel,
-    preset: ExitConfig,
-    pairs: Pairs,
-    notify: Notify,
+    model: EarlyExitModel, presets: Sequence[ExitConfig], pairs: Pairs, notify: Notify
 ) -> list[dict[str, Any]]:
-    """One point for each of ``TARGETS``, every preset as plain early exit."""
-    points = []
-    for target in TARGETS:
-        config = replace(preset.approximate(target), threshold=None)
-        engine = model.configure(config)
-        measured = follow_pairs(model, {"exits": engine}, pairs, notify)["exits"]
-        kept = (
-            "agreement", "ms_per_token", "ratio_to_dense", "mean_exit_layer", "predictor_share",
-            "draft_share", "verify_share", "full_head_rate", "active_predictors",
-            "false_verify_rate",
-        )  # fmt: skip
-        points.append(
-            {"preset": preset.name, "target": target, **{name: measured[name] for name in kept}}
+    """One point for each preset and each of ``TARGETS``, as plain early exit, all in turns."""
+    settings = [(preset, target) for preset in presets for target in TARGETS]
+    engines = {
+        f"{preset.name} {target}": model.configure(
+            replace(preset.approximate(target), threshold=None)
         )
-    return points
+        for preset, target in settings
+    }
+    found = follow_pairs(model, engines, pairs, notify)
+    return [
+        {"preset": preset.name, "target": target, **{name: measured[name] for name in SHOWN}}
+        for (preset, target), measured in zip(settings, found.values(), strict=True)
+    ]
 
 
 def follow_pairs(
-    model: EarlyExitModel,
-    engines: dict[str, Engine],
-    pairs: Pairs,
-    notify: Notify,
+    model: EarlyExitModel, engines: Mapping[str, Engine], pairs: Pairs, notify: Notify
 ) -> dict[str, dict[str, Any]]:
-    """Teacher-force dense and ``engines`` along the dense answers, alternating prompt by prompt."""
+    """Teacher-force dense and ``engines`` along the dense answers, all in turns."""
     everything = {"dense": model.dense, **engines}
+    ids, answer = pairs[0]
     for engine in everything.values():
-        engine.follow(*pairs[0])  # warm-up, compiles what is missing
-        engine.statistics = type(engine.statistics)(model.decoder.num_layers)
-    ratios: dict[str, list[float]] = {name: [] for name in engines}
+        engine.follow(ids, answer[:WARM_UP])  # compiles what is missing
+        engine.statistics = Statistics(model.decoder.num_layers)
+    answers: dict[str, list[Answer]] = {name: [] for name in everything}
     followed: dict[str, list[tuple[list[DecodedToken], list[int]]]] = {name: [] for name in engines}
     for done, (ids, answer) in enumerate(pairs):
         notify("teacher forcing", done, len(pairs))
-        seconds: dict[str, float] = {}
-        dense: list[int] = []
-        for name, engine in everything.items():
-            before = engine.statistics.seconds
-            steps = engine.follow(ids, answer)
-            seconds[name] = engine.statistics.seconds - before
-            if name == "dense":
-                dense = [step.token for step in steps]
-            else:
-                followed[name].append((steps, dense))
-                ratios[name].append(seconds["dense"] / seconds[name])
-    found = {}
-    for name, engine in engines.items():
-        found[name] = engine.statistics.summary()
-        stretches = by_position(followed[name])
-        total = sum(stretch["tokens"] for stretch in stretches)
-        agreeing = sum(stretch["tokens"] * stretch["agreement"] for stretch in stretches)
-        found[name]["agreement"] = agreeing / total
-        found[name]["by_position"] = stretches
-        found[name]["ratio_to_dense"] = model.dense.statistics.seconds / engine.statistics.seconds
-        found[name]["median_ratio_to_dense"] = statistics.median(ratios[name])
-    return found
+        streams = {n: EngineStream.follow(e, ids, answer) for n, e in everything.items()}
+        for name, found in decode_in_turns(streams, done).items():
+            answers[name].append(found)
+        for name in engines:
+            followed[name].append((streams[name].followed, answers["dense"][-1].tokens))
+    return {
+        name: engine.statistics.summary()
+        | _agreement(followed[name])
+        | speed_up(answers["dense"], answers[name]).to_json("ratio_to_dense")
+        for name, engine in engines.items()
+    }
+
+
+def _agreement(
+    followed: Sequence[tuple[Sequence[DecodedToken], Sequence[int]]],
+) -> dict[str, Any]:
+    stretches = by_position(followed)
+    total = sum(stretch["tokens"] for stretch in stretches)
+    agreeing = sum(stretch["tokens"] * stretch["agreement"] for stretch in stretches)
+    return {"agreement": agreeing / total, "by_position": stretches}

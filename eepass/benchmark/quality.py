@@ -1,4 +1,4 @@
-"""What an answer is worth: repetition, likelihood under the dense model, agreement with it."""
+"""Quality of answers: repetition, likelihood under the dense model, agreement with it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from eepass.runtime.engine.sequence import DecodedToken
 SHORTEST = 16
 
 
-class Judged(NamedTuple):
-    """Over an answer's tokens: negative log-likelihood (nats, summed), how many are the dense
-    argmax after what came before them, how many there are."""
+class Score(NamedTuple):
+    """Over an answer's tokens: negative log-likelihood (nats, summed), how many of them are the
+    dense argmax given the tokens before, how many there are."""
 
     nll: float
     agreeing: int
@@ -25,7 +25,7 @@ class Judged(NamedTuple):
 
 
 def repetition_4gram(answers: Sequence[Sequence[int]]) -> float:
-    """Share of 4-grams that were said before in the same answer."""
+    """Share of 4-grams that repeat an earlier one of the same answer."""
     repeated = total = 0
     for answer in answers:
         grams = Counter(tuple(answer[i : i + 4]) for i in range(len(answer) - 3))
@@ -37,17 +37,17 @@ def repetition_4gram(answers: Sequence[Sequence[int]]) -> float:
 def by_position(
     answers: Sequence[tuple[Sequence[DecodedToken], Sequence[int]]],
 ) -> list[dict[str, Any]]:
-    """Agreement and mean exit layer by the place of a token in its answer.
+    """Agreement and mean exit layer by the position of a token in its answer.
 
-    ``answers``: what was said after each token of an answer, and the dense argmax there. Each
-    stretch is as long as all before it; ``first`` and ``last`` count tokens from 1, and the
-    first token, which is the prompt's, is in none.
+    ``answers``: for each, the tokens found by teacher forcing and the dense argmax at the same
+    positions. Each stretch is as long as all before it; ``first`` and ``last`` count tokens from
+    1, and the first token, which comes from the prompt's pass, is in none.
     """
     stretches: dict[int, list[tuple[int, bool]]] = {}
     for steps, dense in answers:
-        for place, (step, wanted) in enumerate(zip(steps, dense, strict=True), 2):
+        for place, (step, expected) in enumerate(zip(steps, dense, strict=True), 2):
             stretch = max(place.bit_length(), SHORTEST.bit_length() - 1)
-            stretches.setdefault(stretch, []).append((step.exit_layer, step.token == wanted))
+            stretches.setdefault(stretch, []).append((step.exit_layer, step.token == expected))
     return [
         {
             "first": 2 if 1 << stretch <= SHORTEST else 1 << (stretch - 1),
@@ -60,8 +60,8 @@ def by_position(
     ]
 
 
-def judge(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> Judged:
-    """What the dense model says of ``answer`` after ``prompt``."""
+def score_answer(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> Score:
+    """Score ``answer`` by the dense model's logits after ``prompt``."""
     kept: list[torch.Tensor] = []
     last = model.decoder.num_layers
 
@@ -70,10 +70,10 @@ def judge(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> Judged
             kept.append(hidden.clone())
 
     model.dense.prefill([*prompt, *answer[:-1]], keep)
-    states = torch.cat(kept, 1)[:, len(prompt) - 1 :]
+    hidden = torch.cat(kept, 1)[:, len(prompt) - 1 :]
     nll, agreeing = 0.0, 0
     for place, token in enumerate(answer):
-        logits = model.decoder.logits(states[:, place : place + 1])[0, 0]
+        logits = model.decoder.logits(hidden[:, place : place + 1])[0, 0]
         nll -= float(logits.log_softmax(-1)[token])
         agreeing += int(logits.argmax()) == token
-    return Judged(nll, agreeing, len(answer))
+    return Score(nll, agreeing, len(answer))

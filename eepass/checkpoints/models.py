@@ -141,19 +141,6 @@ def original_of(loaded: LoadedModel, purpose: str) -> Any:
     return loaded.model
 
 
-def check_device(device: str) -> None:
-    """Raise ``InputError`` for devices this runtime cannot use."""
-    if "," in device or device in ("auto", "balanced"):
-        raise InputError(
-            f"--device {device}: eepass runs on one device; for several, use vLLM or SGLang"
-        )
-    if device != "cpu":
-        raise InputError(
-            f"--device {device}: commands run on the CPU; on a GPU call "
-            "eepass.transform(model, artifact=..., device='cuda'), or use --device cpu"
-        )
-
-
 def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

@@ -2,74 +2,131 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from typing import Annotated, Any
 
 import typer
 
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Device,
-    Dtype,
-    Json,
-    MaxLength,
-    Model,
-    Preset,
-    Prompts,
-    Raw,
-    Target,
-    Threads,
-    Trust,
-)
-from eepass.cli.requests import config_of, other_systems
-from eepass.cli.running import load, run, transformed, write_json
+from eepass.cli import options
+from eepass.cli.command import command
+from eepass.cli.console import console, progress_bars, speed_up, table
+from eepass.cli.models import load_model, transform_model
+from eepass.errors import InputError
 
 
+@command
 def bench(
-    model: Model,
-    artifact: ArtifactDir = None,
-    prompts: Prompts = None,
+    model: options.Model,
+    artifact: options.ArtifactDir = None,
+    prompts: options.Prompts = None,
     limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=4)] = 128,
-    preset: Preset = "default",
-    target_agreement: Target = 0.98,
+    preset: options.Preset = "default",
+    target_agreement: options.Target = 0.98,
     frontier: Annotated[bool, typer.Option(help="Measure agreement against speed.")] = True,
     baselines: Annotated[bool, typer.Option(help="Measure Hugging Face as well.")] = True,
     beside: Annotated[
         list[str] | None, typer.Option("--with", help="Another system: llama.cpp.")
     ] = None,
-    max_length: MaxLength = None,
-    raw: Raw = False,
-    json_file: Json = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
-) -> None:
+    max_length: options.MaxLength = None,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
     """Measure speculation and early exit beside dense, compiled and eager, with their quality."""
+    from eepass.benchmark import bench as benchmarking
+    from eepass.lengths import usual_length
+    from eepass.training.corpus import read_prompts
+    from eepass.training.train import DEFAULT_PROMPTS
 
-    def work() -> None:
-        from eepass.benchmark import bench as benchmarking
-        from eepass.cli.console import progress_bars, show_bench
-        from eepass.lengths import usual_length
-        from eepass.training.corpus import read_prompts
-        from eepass.training.train import DEFAULT_PROMPTS
+    texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+    config = options.exit_config(preset, target_agreement=target_agreement)
+    loaded = load_model(model, dtype, threads, trust_native)
+    if max_length is None and not loaded.transformed:
+        max_length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
+    ready = transform_model(loaded, artifact, config, max_length)
+    others = _other_systems(beside or [], model, threads, ready.decoder.longest)
+    with progress_bars() as bars:
+        result = benchmarking.bench(
+            loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others, bars.notify
+        )
+    show(result)
+    return result
 
-        texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
-        config = config_of(preset, target_agreement=target_agreement)
-        loaded = load(model, dtype, device, threads, trust_native)
-        length = max_length
-        if length is None and not loaded.transformed:
-            length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
-        ready = transformed(loaded, artifact, False, config, length)
-        others = other_systems(beside or [], model, threads, ready.decoder.longest)
-        with progress_bars() as bars:
-            result = benchmarking.bench(
-                loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others,
-                bars.notify,
-            )  # fmt: skip
-        show_bench(result)
-        write_json(json_file, result)
 
-    run(work, debug)
+def _other_systems(names: list[str], model: str, threads: int, max_length: int) -> dict[str, Any]:
+    """The systems named by ``--with``; ``InputError`` for one unknown or not installed."""
+    import torch
+
+    from eepass.benchmark.baselines import LlamaCpp
+    from eepass.checkpoints.models import gguf_of
+
+    if unknown := sorted(set(names) - {"llama.cpp"}):
+        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
+    if not names:
+        return {}
+    return {"llama.cpp": LlamaCpp(gguf_of(model), threads or torch.get_num_threads(), max_length)}
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The tables of a benchmark; ``--json`` has the other figures."""
+    systems, reference = result["systems"], result["reference"]
+    ratios = {f"vs {reference.removeprefix('eepass-')}": "ratios", "vs dense": "ratios_to_dense"}
+    table(
+        f"{result['model']}: {result['prompts']} prompts x {result['new_tokens']} tokens, "
+        f"{result['dtype']}, {result['threads']} threads",
+        ("system", "ms/token", *ratios),
+        [
+            (
+                name,
+                f"{figures['ms_per_token']:.2f}",
+                *(
+                    speed_up(result[key][name], result[f"{key}_spread"][name])
+                    for key in ratios.values()
+                ),
+            )
+            for name, figures in systems.items()
+        ],
+    )
+    console.print(
+        f"A ratio is the median of blocks of {result['block_tokens']} tokens, systems in turns; "
+        "in brackets the middle half of them. Above 1 is faster.",
+        highlight=False,
+    )
+    table(
+        "answers",
+        ("system", "tokens/pass", "exit layer", "agreement", "same text"),
+        [
+            (
+                name, f"{figures['accepted_per_pass']:.2f}", f"{figures['mean_exit_layer']:.1f}",
+                f"{figures['agreement']:.3f}", f"{figures['exact_match']:.2f}",
+            )
+            for name, figures in systems.items()
+            if "agreement" in figures
+        ],
+    )  # fmt: skip
+    table(
+        "early exit along the dense answer, by position in the answer",
+        ("tokens", "count", "agreement", "exit layer"),
+        [
+            (f"{s['first']} to {s['last']}", str(s["tokens"]), f"{s['agreement']:.4f}",
+             f"{s['mean_exit_layer']:.1f}")
+            for s in result["by_position"]
+        ],
+    )  # fmt: skip
+    if result["frontier"]:
+        table(
+            "early exit along the dense answer, by target",
+            ("preset", "target", "agreement", "exit layer", "vs dense"),
+            [
+                (
+                    p["preset"], f"{p['target']:.3f}", f"{p['agreement']:.4f}",
+                    f"{p['mean_exit_layer']:.1f}",
+                    speed_up(p["ratio_to_dense"], p["ratio_to_dense_spread"]),
+                )
+                for p in result["frontier"]
+            ],
+        )  # fmt: skip

@@ -1,49 +1,34 @@
-"""``eepass calibrate``: an artefact's thresholds anew, for quantised weights."""
+"""``eepass calibrate``: new thresholds of an artefact, for quantised weights."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Prompts,
-    Quantize,
-    Raw,
-    Threads,
-)
-from eepass.cli.running import calibrated, load, run, write_json
+from eepass.cli import options
+from eepass.cli.command import command
+from eepass.cli.console import console
+from eepass.cli.models import calibrate_artifact, load_model
 
 
+@command
 def calibrate(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
-    prompts: Prompts = None,
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
+    prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
-    raw: Raw = False,
-    json_file: Json = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    debug: Debug = False,
-) -> None:
-    """Find an artefact's thresholds anew for MODEL quantised; trains nothing, takes minutes."""
-
-    def work() -> None:
-        from eepass.cli.console import console
-
-        loaded = load(model, dtype, device, threads, quantize=quantize)
-        made = calibrated(loaded, artifact, out, prompts, tokens, raw)
-        console.print(f"artefact: {out}", highlight=False)
-        write_json(json_file, dict(made.report))
-
-    run(work, debug)
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
+    """Find an artefact's thresholds anew for quantised weights; trains nothing, takes minutes."""
+    loaded = load_model(model, dtype, threads, quantize=quantize)
+    made = calibrate_artifact(loaded, artifact, out, prompts, tokens, raw)
+    console.print(f"artefact: {out}", highlight=False)
+    return dict(made.report)

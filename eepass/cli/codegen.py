@@ -2,48 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Dtype,
-    Json,
-    Model,
-)
-from eepass.cli.running import load, run, write_json
+from eepass.cli import options
+from eepass.cli.command import command
+from eepass.cli.console import console, table
+from eepass.cli.models import load_model
 
 
+@command
 def codegen(
-    model: Model,
+    model: options.Model,
     target: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90.")] = "sm_90",
-    artifact: ArtifactDir = None,
+    artifact: options.ArtifactDir = None,
     rows: Annotated[int, typer.Option(help="Rows in a pass, 1 to 32.")] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder for the compiled kernels.")] = None,
-    json_file: Json = None,
-    dtype: Dtype = "bf16",
-    debug: Debug = False,
-) -> None:
+    json_file: options.Json = None,
+    dtype: options.Dtype = "bf16",
+    debug: options.Debug = False,
+) -> dict[str, Any]:
     """Generate MODEL's GPU kernels and compile them; needs no GPU."""
+    from eepass.bundle import gpu_kernels
 
-    def work() -> None:
-        from eepass.bundle import gpu_kernels
-        from eepass.cli.console import console, table
-
-        gpu_kernels.capability_of(target)
-        loaded = load(model, dtype, "cpu", 0)
-        with console.status(f"compiling for {target}"):
-            found = gpu_kernels.compile_kernels(
-                loaded.model, artifact or loaded.artifact, target, rows, out
-            )
-        table(
-            f"{model} on {target}, {rows} rows: predicted, not measured",
-            ("kernel", "registers", "spills", "shared", "bytes", "µs"),
-            [(name, *(str(value) for value in k.values())) for name, k in found["kernels"].items()],
+    gpu_kernels.capability_of(target)
+    loaded = load_model(model, dtype, 0)
+    with console.status(f"compiling for {target}"):
+        found = gpu_kernels.compile_kernels(
+            loaded.model, artifact or loaded.artifact, target, rows, out
         )
-        write_json(json_file, found)
+    show(found, f"{model} on {target}, {rows} rows: predicted, not measured")
+    return found
 
-    run(work, debug)
+
+def show(found: Mapping[str, Any], title: str) -> None:
+    table(
+        title,
+        ("kernel", "registers", "spills", "shared", "bytes", "µs"),
+        [(name, *(str(value) for value in k.values())) for name, k in found["kernels"].items()],
+    )

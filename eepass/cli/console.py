@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, tinted text, tables."""
+"""What a person sees in the terminal: progress, coloured text, tables."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -53,12 +54,12 @@ def progress_bars() -> Iterator[BarProgress]:
         yield BarProgress(bars)
 
 
-# tokens given together come so soon after one another, in seconds
+# tokens of one pass come so soon after one another, in seconds
 SAME_PASS = 1e-3
 
 
-def tint(layer: int, depth: int) -> str:
-    """Colour of a token by the layer it left at: green early, grey all the way."""
+def colour(layer: int, depth: int) -> str:
+    """Colour of a token by its exit layer: green early, grey after all layers."""
     if layer >= depth:
         return "grey70"
     share = min(max((layer / depth - 0.6) / 0.4, 0.0), 1.0)
@@ -68,8 +69,8 @@ def tint(layer: int, depth: int) -> str:
 class LiveAnswer:
     """Text as it streams, with running tokens per second.
 
-    A token is tinted by the layer it left at; green are those that came along with the one before,
-    from the same pass.
+    A token is coloured by its exit layer; green are those that came from the same pass as the one
+    before.
     """
 
     def __init__(self, decode: Any, depth: int, title: str) -> None:
@@ -97,12 +98,12 @@ class LiveAnswer:
         self.passes += not along
         self.ids.append(token)
         self.layers += layer
-        # a token may be part of a character, and reads as what stands before it has it
-        known = self.decode(self.ids[self.context : self.shown])
+        # a token may be part of a character, and its text depends on the tokens before it
+        before = self.decode(self.ids[self.context : self.shown])
         whole = self.decode(self.ids[self.context :])
         if not whole.endswith("�"):
-            style = "green" if along else tint(layer, self.depth)
-            self.text.append(whole[len(known) :], style=style)
+            style = "green" if along else colour(layer, self.depth)
+            self.text.append(whole[len(before) :], style=style)
             self.context, self.shown = self.shown, len(self.ids)
         self.live.update(self._render())
         # drawing is not decoding
@@ -121,79 +122,20 @@ class LiveAnswer:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    made = Table(title=title, title_justify="left")
+    made = Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(column, justify="left" if index == 0 else "right")
+        # a cell that is too wide is folded, never cut short
+        made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:
         made.add_row(*row)
+    console.print(f"\n{title}", style="bold", highlight=False, markup=False)
     console.print(made)
 
 
-def show_bench(result: Mapping[str, Any]) -> None:
-    """The tables of a benchmark."""
-    rows = []
-    for name, figures in result["systems"].items():
-        rows.append(
-            (
-                name,
-                f"{figures['ms_per_token']:.2f}",
-                f"{figures['tokens_per_s']:.1f}",
-                f"{result['ratios'][name]:.2f}x",
-                f"{result['ratios_to_dense'][name]:.2f}x",
-                f"{result['roofline_fraction'][name]:.2f}",
-                *(
-                    _cell(figures.get(key), form)
-                    for key, form in (
-                        ("accepted_per_pass", "{:.2f}"),
-                        ("exact_match", "{:.2f}"),
-                        ("near_ties", "{}"),
-                        ("rollbacks", "{}"),
-                        ("mean_exit_layer", "{:.1f}"),
-                        ("agreement", "{:.3f}"),
-                        ("draft_share", "{:.1%}"),
-                        ("repetition_4gram", "{:.3f}"),
-                        ("dense_nll", "{:.3f}"),
-                    )
-                ),
-            )
-        )
-    columns = (
-        "free running", "ms/token", "tokens/s", f"of {result['reference']}", "of dense",
-        "of roofline", "a pass", "same", "near ties", "rollbacks", "exit layer", "agreement",
-        "draft", "4-gram rep.", "dense nll",
-    )  # fmt: skip
-    table(
-        f"{result['model']}: {result['prompts']} prompts x {result['new_tokens']} tokens, "
-        f"{result['dtype']}, {result['threads']} threads",
-        columns,
-        rows,
-    )
-    table(
-        "leaving early, along the dense answer, by position in the answer",
-        ("tokens", "count", "agreement", "exit layer"),
-        [
-            (f"{s['first']} to {s['last']}", str(s["tokens"]), f"{s['agreement']:.4f}",
-             f"{s['mean_exit_layer']:.1f}")
-            for s in result["by_position"]
-        ],
-    )  # fmt: skip
-    if result["frontier"]:
-        table(
-            "teacher-forced frontier",
-            ("preset", "target", "agreement", "ms/token", "of dense", "exit layer", "predictors",
-             "draft", "verify", "whole heads"),
-            [
-                (
-                    p["preset"], f"{p['target']:.3f}", f"{p['agreement']:.4f}",
-                    f"{p['ms_per_token']:.2f}", f"{p['ratio_to_dense']:.3f}x",
-                    f"{p['mean_exit_layer']:.1f}", f"{p['predictor_share']:.1%}",
-                    f"{p['draft_share']:.1%}", f"{p['verify_share']:.1%}",
-                    f"{p['full_head_rate']:.1%}",
-                )
-                for p in result["frontier"]
-            ],
-        )  # fmt: skip
-
-
-def _cell(value: float | None, form: str) -> str:
-    return "" if value is None else form.format(value)
+def speed_up(value: float | None, spread: Mapping[str, Any]) -> str:
+    """A measured ratio and the middle half of its blocks, or that the blocks disagree."""
+    if value is None:
+        ends = (spread["lowest"], spread["highest"])
+        lowest, highest = (f"{end:.1f}" if end < 10 else f"{end:.0f}" for end in ends)
+        return f"unstable ({lowest}-{highest}x)"
+    return f"{value:.2f}x ({spread['lower']:.2f}-{spread['upper']:.2f})"

@@ -10,9 +10,9 @@ import typer
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Say it as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say what is installed here, what eepass will use of it and why, and what is missing."""
+    """Report what is installed here, what eepass will use and why, and what is missing."""
     from eepass import doctoring
 
     found = doctoring.doctor()

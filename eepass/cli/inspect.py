@@ -4,71 +4,55 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from eepass.cli.options import (
-    ArtifactDir,
-    Debug,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Preset,
-    Quantize,
-    Target,
-    Threads,
-    Trust,
-)
-from eepass.cli.requests import config_of
-from eepass.cli.running import load, run, transformed, write_json
+from eepass.cli import options
+from eepass.cli.command import command
+from eepass.cli.console import console
+from eepass.cli.models import load_model, transform_model
 from eepass.onnx.files import is_onnx
 
 
+@command
 def inspect(
     context: typer.Context,
-    model: Model,
-    artifact: ArtifactDir = None,
-    quantize: Quantize = "keep",
+    model: options.Model,
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG of the exit graph.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the exit graph as code.")] = False,
-    preset: Preset = "default",
-    target_agreement: Target = 0.98,
+    preset: options.Preset = "default",
+    target_agreement: options.Target = 0.98,
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
-    json_file: Json = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    trust_native: Trust = False,
-    debug: Debug = False,
-) -> None:
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
     """Show layers, segments, exits and the exit graph of MODEL, or of an ONNX file."""
+    if is_onnx(model):
+        from eepass.cli import onnx_model
 
-    def work() -> None:
-        if is_onnx(model):
-            from eepass.cli import onnx_model
+        return onnx_model.inspect(context, model)
+    from eepass import inspecting, pictures
+    from eepass.lengths import usual_length
 
-            return write_json(json_file, onnx_model.inspect(context, model))
-        from eepass import inspecting, pictures
-        from eepass.cli.console import console
-        from eepass.lengths import usual_length
-
-        config = config_of(preset).approximate(target_agreement)
-        loaded = load(model, dtype, device, threads, trust_native, quantize)
-        length = None if loaded.transformed else usual_length(loaded.model, 192)
-        ready = transformed(loaded, artifact, False, config, length, dump, exits_optional=True)
-        found = inspecting.describe(ready)
-        for name, value in found.items():
-            if name == "exits":
-                console.print(f"exits: {[e['layer'] for e in value]}")
-            else:
-                console.print(f"{name}: {value}", highlight=False)
-        if picture is not None:
-            pictures.exit_graph(ready.splits[1], ready.plan, picture, model)
-            console.print(f"picture: {picture}")
-        if code:
-            sys.stdout.write(inspecting.code_of(ready) + "\n")
-        write_json(json_file, found)
-
-    run(work, debug)
+    config = options.exit_config(preset).approximate(target_agreement)
+    loaded = load_model(model, dtype, threads, trust_native, quantize)
+    length = None if loaded.transformed else usual_length(loaded.model, 192)
+    ready = transform_model(loaded, artifact, config, length, dump=dump, exits_optional=True)
+    found = inspecting.describe(ready)
+    for name, value in found.items():
+        if name == "exits":
+            console.print(f"exits: {[e['layer'] for e in value]}")
+        else:
+            console.print(f"{name}: {value}", highlight=False)
+    if picture is not None:
+        pictures.exit_graph(ready.splits[1], ready.plan, picture, model)
+        console.print(f"picture: {picture}")
+    if code:
+        sys.stdout.write(inspecting.code_of(ready) + "\n")
+    return found

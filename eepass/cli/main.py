@@ -31,7 +31,7 @@ for command in (
 
 def main() -> None:
     """Entry point of the ``eepass`` command."""
-    # transformers imports torchao wherever it is installed, and that is said to nobody's use here
+    # transformers imports torchao wherever it is installed; its warnings help nobody here
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     app()

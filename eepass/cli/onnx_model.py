@@ -16,7 +16,7 @@ from eepass.onnx.files import decode_file
 
 # options that apply to a graph that is exported already
 ALWAYS = {"model", "debug", "json_file"}
-GENERATE = {"prompt", "max_new_tokens", "dense", "stats", "raw", "threads", "device"} | ALWAYS
+GENERATE = {"prompt", "max_new_tokens", "dense", "stats", "raw", "threads"} | ALWAYS
 
 
 def refuse_others(context: typer.Context, allowed: set[str]) -> None:
@@ -33,7 +33,7 @@ def refuse_others(context: typer.Context, allowed: set[str]) -> None:
 
 def generate(
     context: typer.Context, model: str, prompt: str, max_new_tokens: int, dense: bool, stats: bool,
-    raw: bool, device: str, threads: int,
+    raw: bool, threads: int,
 ) -> dict[str, Any]:  # fmt: skip
     """Answer one prompt in ONNX Runtime; returns the answer and its exit layers."""
     from eepass.checkpoints.tokenizer import FolderTokenizer, encode
@@ -41,8 +41,6 @@ def generate(
     from eepass.onnx.runtime import OnnxDecoder
 
     refuse_others(context, GENERATE)
-    if device != "cpu":
-        raise InputError(f"--device {device}: an ONNX file runs on the CPU; use --device cpu")
     file = decode_file(model)
     tokenizer = FolderTokenizer(file.parent)
     ids = encode(tokenizer, prompt, raw)
@@ -89,10 +87,10 @@ def export(
     """Export to ONNX; returns the report."""
     from dataclasses import replace
 
-    from eepass.cli.requests import config_of
+    from eepass.cli.options import exit_config
     from eepass.onnx.export import export_onnx
 
-    config = replace(config_of(preset).approximate(target), kv=kv)
+    config = replace(exit_config(preset).approximate(target), kv=kv)
     return export_onnx(loaded, out, artifact, config, max_length, notify)
 
 

@@ -1,9 +1,9 @@
-"""Options that several commands share."""
+"""Options that several commands share, and the ``ExitConfig`` they describe."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -13,7 +13,6 @@ Model = Annotated[
         help="Hugging Face folder or id, a .gguf file, smollm2, or a folder eepass transform wrote."
     ),
 ]
-Device = Annotated[str, typer.Option(help="Where to run; commands run on the CPU.")]
 Dtype = Annotated[
     str | None, typer.Option(help="bf16 (the default) or fp32; a transformed folder has its own.")
 ]
@@ -38,7 +37,7 @@ MaxLength = Annotated[
 ]
 Preset = Annotated[str, typer.Option(help="default, or paper: the method as published.")]
 Target = Annotated[
-    float, typer.Option(help="Agreement with the dense answer to keep, where that is approximate.")
+    float, typer.Option(help="Agreement with the dense answer to keep where output is approximate.")
 ]
 Guarantee = Annotated[str, typer.Option(help="exact: the dense answer; approximate: as published.")]
 Speculate = Annotated[
@@ -47,8 +46,21 @@ Speculate = Annotated[
 Quantize = Annotated[
     str,
     typer.Option(
-        help="keep: a GGUF file's own, where there are kernels for it; none: bf16 or fp32; "
+        help="keep: the GGUF file's own, where there are kernels for it; none: bf16 or fp32; "
         "int8, int4 or int8-dynamic: with torchao."
     ),
 ]
-Exits = Annotated[bool, typer.Option(help="Let tokens leave early.")]
+Exits = Annotated[bool, typer.Option(help="Let tokens exit early.")]
+
+
+def exit_config(preset: str, **options: Any) -> Any:
+    """The ``ExitConfig`` of a preset with ``options``; ``ValueError`` for what is not allowed."""
+    from dataclasses import replace
+
+    from eepass.config import ExitConfig
+
+    base = ExitConfig.preset(preset)
+    if preset == "paper":
+        # the published method leaves no other choices
+        options = {k: v for k, v in options.items() if k in ("target_agreement", "kv")}
+    return replace(base, **options)

@@ -7,24 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from eepass.cli.options import (
-    Debug,
-    Device,
-    Dtype,
-    Json,
-    Model,
-    Prompts,
-    Raw,
-    Threads,
-)
-from eepass.cli.running import load, run, write_json
+from eepass.cli import options
+from eepass.cli.command import command
+from eepass.cli.console import console, progress_bars, table
+from eepass.cli.models import load_model
 from eepass.errors import InputError
 
 
+@command
 def train(
-    model: Model,
+    model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact; resumed if it has begun.")],
-    prompts: Prompts = None,
+    prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to generate.", min=1000)] = 200_000,
     answers: Annotated[
         Path | None, typer.Option(help="The model's own answers as JSONL, instead of generating.")
@@ -32,48 +26,46 @@ def train(
     samples: Annotated[
         int, typer.Option(help="Further answers to each prompt, sampled.", min=0)
     ] = 0,
-    temperature: Annotated[float, typer.Option(help="What they are sampled at.", min=0.1)] = 0.7,
+    temperature: Annotated[float, typer.Option(help="Of those samples.", min=0.1)] = 0.7,
     own_prompts: Annotated[
         int, typer.Option(help="Prompts the model writes itself, beside those given.", min=0)
     ] = 0,
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
-    raw: Raw = False,
+    raw: options.Raw = False,
     max_length: Annotated[
-        int, typer.Option(help="What is longer is cut here, in tokens.", min=64)
+        int, typer.Option(help="Longer texts are cut here, in tokens.", min=64)
     ] = 512,
-    json_file: Json = None,
-    device: Device = "cpu",
-    dtype: Dtype = None,
-    threads: Threads = 0,
-    debug: Debug = False,
-) -> None:
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
     """Train translators, draft head, predictors and thresholds for MODEL, on its own answers."""
+    from eepass.training import train as training
 
-    def work() -> None:
-        from eepass.cli.console import console, progress_bars, table
-        from eepass.training import train as training
+    loaded = load_model(model, dtype, threads)
+    with progress_bars() as bars:
+        artifact = training.train(
+            loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
+            _draft(draft), steps, own_prompts, progress=bars,
+        )  # fmt: skip
+    show(artifact)
+    console.print(f"artefact: {out}")
+    return dict(artifact.report)
 
-        loaded = load(model, dtype, device, threads)
-        with progress_bars() as bars:
-            artifact = training.train(
-                loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
-                _draft(draft), steps, own_prompts, progress=bars,
-            )  # fmt: skip
-        for name, part in artifact.presets.items():
-            table(
-                f"{name}: expected on held-out answers",
-                ("target", "agreement", "exit layer", "speed-up (bytes)"),
-                [
-                    (f"{c.target}", f"{c.agreement:.4f}", f"{c.mean_exit_layer:.1f}",
-                     f"{c.speedup:.2f}x")
-                    for c in part.calibrations
-                ],
-            )  # fmt: skip
-        console.print(f"artefact: {out}")
-        write_json(json_file, dict(artifact.report))
 
-    run(work, debug)
+def show(artifact: Any) -> None:
+    for name, part in artifact.presets.items():
+        table(
+            f"{name}: expected on held-out answers",
+            ("target", "agreement", "exit layer", "speed-up (bytes)"),
+            [
+                (f"{c.target}", f"{c.agreement:.4f}", f"{c.mean_exit_layer:.1f}",
+                 f"{c.speedup:.2f}x")
+                for c in part.calibrations
+            ],
+        )  # fmt: skip
 
 
 def _draft(name: str) -> Any:

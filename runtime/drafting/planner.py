@@ -202,10 +202,14 @@ class Planner:
     def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The way of decoding in use and the figures it was chosen by, in milliseconds."""
         used = {mode: arm for mode, arm in self._arms(batch).items() if arm.passes}
+        trials = sum(trials for _, trials in self.seen.values())
+        hits = sum(hits for hits, _ in self.seen.values())
         return {
             "mode": self.best(batch),
+            "modes": list(self.modes),
             "ms_per_token": {mode: round(1e3 * arm.per_token, 2) for mode, arm in used.items()},
             "passes": {mode: arm.passes for mode, arm in used.items()},
             "pass_ms": {rows: round(1e3 * cost, 2) for rows, cost in self.costs.items()},
             "draft_ms": round(1e3 * self.draft_seconds, 2),
+            "draft_hit_rate": round(hits / trials, 3) if trials else None,
         }

@@ -10,7 +10,7 @@ from eepass.errors import InputError
 
 
 class FakeLlama:
-    """Says the number of tokens it was given so far."""
+    """Answers with the number of tokens it was given so far."""
 
     def __init__(self, model_path, **options):
         if "bad" in model_path:
@@ -37,12 +37,10 @@ def llama_cpp(monkeypatch):
 def test_llama_cpp_decodes_greedily_until_told_to_stop(tmp_path):
     decoder = LlamaCpp(tmp_path / "m.gguf", threads=2, context=64)
     assert decoder.llama.options["n_threads"] == decoder.llama.options["n_threads_batch"] == 2
-    answer, seconds = decoder.timed(4, frozenset())([7, 7, 7])
-    assert answer == [3, 4, 5, 6]
-    assert seconds > 0
+    assert list(decoder.tokens([7, 7, 7], 4, frozenset())) == [3, 4, 5, 6]
     # the last token of an answer is never run
     assert decoder.llama.seen == [7, 7, 7, 3, 4, 5]
-    assert decoder.timed(9, frozenset({5}))([7, 7, 7])[0] == [3, 4, 5]
+    assert list(decoder.tokens([7, 7, 7], 9, frozenset({5}))) == [3, 4, 5]
     greedy = {"temp": 0.0, "repeat_penalty": 1.0}
     assert all(sampling == greedy for sampling in decoder.llama.sampling)
 

