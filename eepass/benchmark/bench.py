@@ -181,6 +181,7 @@ def _systems(
         timed[name] = other.timed(new_tokens, model.stop)
     runs = {name: _Run(answer, None, [], []) for name, answer in timed.items()}
     for name, engine in engines.items():
+        assert isinstance(engine, Engine)
         runs[name] = _Run(_timed_engine(engine, new_tokens, model.stop), engine, [], [])
     return runs, variant
 
@@ -259,6 +260,7 @@ def _follow(
     """Teacher-forced figures of plain early exit, in place of the free-running ones; returns them
     by position in the answer."""
     engine = model.configure(config.approximate())
+    assert isinstance(engine, Engine)
     followed = follow_pairs(model, {"approximate": engine}, pairs, notify)["approximate"]
     figures["teacher_forced_ratio_to_dense"] = followed["ratio_to_dense"]
     figures["free_running_agreement"] = figures["agreement"]

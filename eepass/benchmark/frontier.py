@@ -29,6 +29,7 @@ def frontier(
     for target in TARGETS:
         config = replace(preset.approximate(target), threshold=None)
         engine = model.configure(config)
+        assert isinstance(engine, Engine)
         measured = follow_pairs(model, {"exits": engine}, pairs, notify)["exits"]
         kept = (
             "agreement", "ms_per_token", "ratio_to_dense", "mean_exit_layer", "predictor_share",

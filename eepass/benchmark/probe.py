@@ -57,7 +57,9 @@ def probe(
     for ids in fitting:
         answer = [step.token for step in model.dense.generate(ids, new_tokens, loaded.stop)]
         if len(answer) > 1:
-            parts.append(_boundaries(model.dense, ids, answer))
+            dense_engine = model.dense
+            assert isinstance(dense_engine, Engine)
+            parts.append(_boundaries(dense_engine, ids, answer))
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
     boundaries = [torch.cat(layer) for layer in zip(*parts, strict=True)]

@@ -69,7 +69,8 @@ def judge(model: EarlyExitModel, prompt: list[int], answer: list[int]) -> Judged
         if layer == last:
             kept.append(hidden.clone())
 
-    model.dense.prefill([*prompt, *answer[:-1]], keep)
+    dense: Any = model.dense
+    dense.prefill([*prompt, *answer[:-1]], keep)
     states = torch.cat(kept, 1)[:, len(prompt) - 1 :]
     nll, agreeing = 0.0, 0
     for place, token in enumerate(answer):

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from eepass.hf.logits_processing import (
 )
 from eepass.hf.prepared import in_use
 from eepass.runtime.engine.batch import Request, decode_batch
+from eepass.runtime.engine.engine import Engine
 
 # what generate makes for the forward call of the model, and the engine has no need of
 NOT_NEEDED = {
@@ -59,10 +61,14 @@ def generate(
     logits processors, stopping criteria and streamers, each called once for every token that is
     final. Each row is decoded by itself: processors and criteria see its ids with its padding, one
     row at a time, and its neighbours change nothing. Seeds come from torch's generator, or from a
-    ``seed`` of the generation config. Raises ``InputError`` for what the engine cannot honour, by
+    ``seed`` of the generation config.
+
+    transformers hands a callable neither streamer nor tokenizer; ``eepass.prepare(model)`` makes it
+    do so, for streaming and stop strings. Raises ``InputError`` for what cannot be honoured, by
     name.
     """
-    del tokenizer  # whoever needs it, stop strings, has it
+    del tokenizer  # the criterion of stop strings has it
+    _refuse_withheld(inspect.currentframe(), streamer, assistant_model)
     _refuse(generation_config, assistant_model, model_kwargs)
     own = _own_tokens(input_ids, model_kwargs)
     padding = input_ids.shape[1] - own.sum(1)
@@ -73,7 +79,9 @@ def generate(
     keep = bool(wants and (generation_config.output_scores or generation_config.output_logits))
 
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
-        approximate = transformed.engine.options.guarantee == "approximate"
+        engine = transformed.engine
+        assert isinstance(engine, Engine) and transformed.config is not None
+        approximate = transformed.config.guarantee == "approximate"
         native = native_options(logits_processor, padding)
         refuse_processors(logits_processor, native is not None, approximate)
         if keep and approximate:
@@ -92,7 +100,7 @@ def generate(
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         answers = _Answers(input_ids, requests, criteria, streamer, pad)
-        with closing(decode_batch(transformed.engine, requests)) as steps:
+        with closing(decode_batch(engine, requests)) as steps:
             for request, token in steps:
                 answers.add(request, token)
     sequences = answers.sequences()
@@ -107,6 +115,23 @@ def generate(
             kept = [getattr(row, name) for row in processors]
             result[name] = _by_token(kept, answers.lengths, new)
     return GenerateDecoderOnlyOutput(**result)
+
+
+def _refuse_withheld(own: FrameType | None, streamer: Any, assistant_model: Any) -> None:
+    """Raise ``InputError`` for what transformers' ``generate`` was given and did not hand on.
+
+    It drops a streamer in silence where ``custom_generate`` is a callable; only its own variables
+    show that there was one.
+    """
+    caller = own.f_back if own is not None else None
+    if caller is None or caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return
+    for name, received in (("streamer", streamer), ("assistant_model", assistant_model)):
+        if received is None and caller.f_locals.get(name) is not None:
+            raise InputError(
+                f"{name}: transformers does not hand it to a callable; call eepass.prepare(model) "
+                "once, then model.generate(...) without custom_generate"
+            )
 
 
 class _Answers:
@@ -250,37 +275,3 @@ def _by_token(
         torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
         for at in range(new)
     )
-
-
-def _hand_on_streamers() -> None:
-    """Let transformers hand streamer and tokenizer to ``generate`` as it does to its own methods.
-
-    A callable given as ``custom_generate`` gets neither: they are dropped without a word, and stop
-    strings cannot be used at all.
-    """
-    original = GenerationMixin._extract_generation_mode_kwargs
-
-    @functools.wraps(original)
-    def extract(
-        self: Any,
-        custom_generate: Any,
-        kwargs: dict[str, Any],
-        synced_gpus: Any,
-        assistant_model: Any,
-        streamer: Any,
-    ) -> dict[str, Any]:
-        given = {
-            "tokenizer": kwargs.get("tokenizer"),
-            "assistant_model": assistant_model,
-            "streamer": streamer,
-        }
-        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
-        if custom_generate is generate:
-            found |= {name: value for name, value in given.items() if value is not None}
-        return found
-
-    mixin: Any = GenerationMixin
-    mixin._extract_generation_mode_kwargs = extract
-
-
-_hand_on_streamers()
