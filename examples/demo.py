@@ -36,7 +36,7 @@ def main() -> None:
 
     with errors.status("converting smollm2 (once)"):
         loaded = eepass.load("smollm2")
-    with errors.status("tracing the decoder, finding its layers, compiling one of thirty"):
+    with errors.status("tracing the decoder, finding its layers"):
         model = eepass.transform(loaded.model, loaded.artifact, max_length=320, stop=loaded.stop)
     with errors.status("compiling for one row to sixteen, measuring what they cost (once)"):
         systems = {
@@ -72,8 +72,8 @@ def main() -> None:
 def answer_live(
     engine: Engine, loaded: LoadedModel, ids: list[int], prompt: str, tokens: int
 ) -> None:
-    def decode(said: list[int]) -> str:
-        return str(loaded.tokenizer.decode(said, skip_special_tokens=True))
+    def decode(tokens: list[int]) -> str:
+        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
 
     with LiveAnswer(decode, engine.decoder.num_layers, prompt) as live:
         for step in engine.generate(ids, tokens, loaded.stop):

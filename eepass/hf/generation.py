@@ -30,7 +30,7 @@ from eepass.hf.prepared import in_use
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.engine.engine import Engine
 
-# what generate makes for the forward call of the model, and the engine has no need of
+# what ``generate`` prepares for the forward call of the model; the engine needs none of it
 NOT_NEEDED = {
     "attention_mask",
     "past_key_values",
@@ -75,8 +75,8 @@ def generate(
     limit, stop, criteria = _ends(stopping_criteria, input_ids.shape[1])
     pad = _pad_token(generation_config, len(input_ids), bool(stop or criteria))
     prompts = [ids[mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
-    wants = generation_config.return_dict_in_generate
-    keep = bool(wants and (generation_config.output_scores or generation_config.output_logits))
+    as_dict = generation_config.return_dict_in_generate
+    keep = bool(as_dict and (generation_config.output_scores or generation_config.output_logits))
 
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
         engine = transformed.engine
@@ -106,7 +106,7 @@ def generate(
     sequences = answers.sequences()
     if streamer is not None:
         streamer.end()
-    if not wants:
+    if not as_dict:
         return sequences
     result: dict[str, Any] = {"sequences": sequences}
     new = sequences.shape[1] - input_ids.shape[1]
@@ -135,7 +135,7 @@ def _refuse_withheld(own: FrameType | None, streamer: Any, assistant_model: Any)
 
 
 class _Answers:
-    """The tokens of all rows; asks the criteria after each, and streams what all rows have."""
+    """The tokens of all rows; evaluates the criteria after each, streams what all rows have."""
 
     def __init__(
         self,
@@ -157,9 +157,9 @@ class _Answers:
         if self.criteria:
             row = self.input_ids[self.requests.index(request)]
             ids = torch.cat([row, row.new_tensor(new)])[None]
-            # each is asked, as each may count
-            answers = [_said_yes(criterion, ids) for criterion in self.criteria]
-            ended = any(answers) or ended
+            # all of them, since each may count its calls
+            met = [_is_met(criterion, ids) for criterion in self.criteria]
+            ended = any(met) or ended
         request.enough = ended
         if self.streamer is not None:
             self._stream()
@@ -175,7 +175,7 @@ class _Answers:
         return torch.cat([self.input_ids, self.input_ids.new_tensor(rows)], 1)
 
     def _stream(self) -> None:
-        """Hand on tokens [B] that every row has, or pads where it has ended."""
+        """Stream tokens [B] that every row has, with padding for rows that have ended."""
         while any(len(new) > self.streamed for new in self.new.values()) and all(
             len(new) > self.streamed or request.enough for request, new in self.new.items()
         ):
@@ -185,18 +185,18 @@ class _Answers:
             self.streamer.put(torch.tensor(column))
 
 
-def _said_yes(criterion: Any, ids: Tensor) -> bool:
-    answer = criterion(ids, None)
-    if torch.is_tensor(answer) and answer.numel() != 1:
+def _is_met(criterion: Any, ids: Tensor) -> bool:
+    met = criterion(ids, None)
+    if torch.is_tensor(met) and met.numel() != 1:
         raise InputError(
-            f"{type(criterion).__name__}: asked about one row, it answered for {answer.numel()}; "
-            "eepass asks the criteria row by row"
+            f"{type(criterion).__name__}: given one row, it returned values for {met.numel()}; "
+            "eepass evaluates the criteria row by row"
         )
-    return bool(answer)
+    return bool(met)
 
 
 def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], StoppingCriteriaList]:
-    """How many tokens may follow, which end a row, and the criteria to ask besides."""
+    """The most new tokens, the end tokens, and the other criteria."""
     limit, stop, others = 1 << 30, frozenset[int](), StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
@@ -211,15 +211,15 @@ def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], Sto
 
 
 def _own_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """Which of ids [B, T] are the rows' own, and not padding."""
+    """Which of ids [B, T] are the rows' own and not padding, bool [B, T]."""
     mask = model_kwargs.get("attention_mask")
     own = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     if own.shape != input_ids.shape:
         raise InputError(f"attention_mask {list(own.shape)}: must be as input_ids")
-    # from the first own token on, all are
+    # padding may only come first
     if not own[:, -1].all() or (own.int().diff(dim=1) < 0).any():
         raise InputError(
-            "attention_mask: zeros may stand only on the left of a prompt, as padding; use "
+            "attention_mask: zeros are allowed only on the left of a prompt, as padding; use "
             "padding_side='left'"
         )
     positions = model_kwargs.get("position_ids")
@@ -232,7 +232,7 @@ def _own_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
 def _pad_token(generation_config: Any, rows: int, may_end_early: bool) -> int:
     pad = getattr(generation_config, "_pad_token_tensor", None)
     if pad is None and rows > 1 and may_end_early:
-        raise InputError("pad_token_id: needed, as rows may end at different lengths")
+        raise InputError("pad_token_id: set one, since rows may end at different lengths")
     return 0 if pad is None else int(pad)
 
 
@@ -245,7 +245,7 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
         )
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise InputError(
-            f"{mode.value}: eepass decodes greedily or by sampling; leave out what asks for it "
+            f"{mode.value}: eepass decodes greedily or by sampling; leave out the option for it "
             "(num_beams, penalty_alpha, dola_layers, constraints), or use custom_generate=None"
         )
     if generation_config.return_dict_in_generate:
@@ -269,7 +269,7 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
 def _by_token(
     rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], new: int
 ) -> tuple[Tensor, ...]:
-    """For each new token what [B, V] the rows kept; zeros where a row had ended."""
+    """For each new token the values [B, V] that the rows kept; zeros for rows that had ended."""
     nothing = torch.zeros_like(rows[0][0])
     return tuple(
         torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
