@@ -15,7 +15,7 @@ from torch import Tensor
 from eepass.checkpoints.artifact import Artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.executors import CapturedSteps, ExitParts, Measured, draft_for, engine_for, step_options
+from eepass.executors import CapturedSteps, ExitParts, Measured, draft_for, engine_for
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import exit_tensors, fits_captured_steps, is_dense, settle
@@ -131,60 +131,44 @@ class EarlyExitModel:
     def engine(self) -> Engine | CapturedSteps:
         """What decodes as configured; dense where nothing was."""
         if self._engine is None:
-            with torch.no_grad(), making_tensors_on(self.decoder.device):
-                self._engine = self._make_engine()
+            config = self.config or ExitConfig()
+            self._engine = self._make_engine(config, self._is_dense, self._force)
         return self._engine
 
     @property
     def dense(self) -> Engine | CapturedSteps:
         """The same without exits and drafts, over the same weights and cache."""
         if self._dense is None:
-            self._dense = self._make_dense()
+            self._dense = self._make_engine(ExitConfig(), dense=True, force=None)
         return self._dense
 
-    def _make_dense(self) -> Engine | CapturedSteps:
-        if self.launching is None:
-            return Engine(self.decoder)
-        return self._capture(self.launching, ExitConfig(), None, None)
-
-    def _make_engine(self) -> Engine | CapturedSteps:
-        config = self.config
-        if config is None or self._is_dense:
-            return self._make_dense()
-        if self.launching is not None and self._force is not None:
-            return self._capture(self.launching, config, None, self._force)
-        if self.launching is not None and fits_captured_steps(config):
-            parts = None if is_dense(config) else self._exit_parts(config)
-            return self._capture(self.launching, config, parts, None)
-        parts = self._exit_parts(config)
-        small = None if self.draft_model is None else self.draft_model.decoder
-        draft = draft_for(self.decoder, config, parts, small, trace=self.folder is None)
-        return engine_for(self.decoder, config, parts, draft, self._measured)
-
-    def _capture(
-        self,
-        launching: Launching,
-        config: ExitConfig,
-        parts: ExitParts | None,
-        force: int | None,
-    ) -> CapturedSteps:
-        options = step_options(self.decoder, config, parts, self.stop, force)
-        compiler = self._compiler
-        return CapturedSteps(
-            self.decoder, options, launching, parts,
-            lambda: getattr(compiler(), "fuse", None), self.debug,
-        )  # fmt: skip
+    def _make_engine(
+        self, config: ExitConfig, dense: bool, force: int | None
+    ) -> Engine | CapturedSteps:
+        decoder, compiler = self.decoder, self._compiler
+        plain = dense or force is not None
+        with torch.no_grad(), making_tensors_on(decoder.device):
+            if self.launching is not None and (plain or fits_captured_steps(config)):
+                parts = None if plain or is_dense(config) else self._exit_parts(config)
+                return CapturedSteps(
+                    decoder, config, parts, self.launching, self.stop, force,
+                    lambda: getattr(compiler(), "fuse", None), self.debug,
+                )  # fmt: skip
+            if dense:
+                return Engine(decoder)
+            parts = self._exit_parts(config)
+            small = None if self.draft_model is None else self.draft_model.decoder
+            draft = draft_for(decoder, config, parts, small, trace=self.folder is None)
+            return engine_for(decoder, config, parts, draft, self._measured)
 
     def _exit_parts(self, config: ExitConfig) -> ExitParts | None:
-        plan, segments_for = self.plan, self.segments_for
+        plan, segments_for, own = self.plan, self.segments_for, self.decoder.tensors
         if plan is None or self.artifact is None:
             return None
-        own = self.decoder.tensors
         tensors = exit_tensors(config.name, self.artifact, own, self.splits[1])
         tensors = with_thresholds(tensors, plan)
-        return ExitParts(
-            plan, tensors, lambda rows: segments_for(config, plan, {**own, **tensors}, rows)
-        )
+        every = {**own, **tensors}
+        return ExitParts(plan, tensors, lambda rows: segments_for(config, plan, every, rows))
 
     def stream(
         self, ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None

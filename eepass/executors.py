@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property
 from typing import cast
 
 import torch
@@ -37,7 +37,7 @@ ALWAYS_ACTIVE = 2
 # trees of drafts are no larger: on a few CPU cores more rows cost more than they bring
 TREE_ROWS = 8
 # rows of the largest pass of a captured step
-STEP_ROWS = 32
+MOST_STEP_ROWS = 32
 GREEDY = Sampling()
 
 
@@ -51,27 +51,21 @@ class ExitParts:
 
 
 class Measured:
-    """What the planner and the verifier measure on a decoder, once, when it is first needed."""
+    """What is measured on a decoder once, when it is first needed."""
 
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
-        self._seconds: dict[int, float] = {}
-        self._noise: float | None = None
 
-    def planner(self, draft: Draft | None) -> Planner:
-        if not self._seconds:
-            rows = [size for size in self._decoder.buckets if size <= TREE_ROWS]
-            self._seconds = pass_seconds(self._decoder, rows, at=256)
-        seconds = draft.call_seconds() if draft is not None else 0.0
-        expected = draft.expected if draft is not None else 1.0
-        return Planner(dict(self._seconds), seconds, expected)
+    @cached_property
+    def pass_seconds(self) -> dict[int, float]:
+        rows = [size for size in self._decoder.buckets if size <= TREE_ROWS]
+        return pass_seconds(self._decoder, rows, at=256)
 
+    @cached_property
     def logit_noise(self) -> float:
-        if self._noise is None:
-            # rows that go one by one have the same logits wherever they stand
-            stepwise = self._decoder.splits[1].stepwise
-            self._noise = 0.0 if stepwise else logit_noise(self._decoder)
-        return self._noise
+        # rows that go one by one have the same logits wherever they stand
+        stepwise = self._decoder.splits[1].stepwise
+        return 0.0 if stepwise else logit_noise(self._decoder)
 
 
 def engine_for(
@@ -82,16 +76,25 @@ def engine_for(
     measured: Measured,
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures."""
-    exits = schedule = planner = None
+    exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
         if config.schedule:
             schedule = PredictorSchedule(parts.plan.ranking, ALWAYS_ACTIVE)
     modes = cast(tuple[Mode, ...], config.modes)
     options = Options(config.guarantee, config.kv, config.pending, modes)
-    if len(modes) > 1 or draft is not None:
-        planner = partial(measured.planner, draft)
-    return Engine(decoder, exits, schedule, draft, options, planner, measured.logit_noise)
+
+    def planner() -> Planner:
+        costs = dict(measured.pass_seconds)
+        if draft is None:
+            return Planner(costs, 0.0, 1.0)
+        return Planner(costs, draft.call_seconds(), draft.expected)
+
+    plans = len(modes) > 1 or draft is not None
+    return Engine(
+        decoder, exits, schedule, draft, options,
+        planner if plans else None, lambda: measured.logit_noise,
+    )  # fmt: skip
 
 
 def draft_for(
@@ -134,17 +137,28 @@ class CapturedSteps:
     def __init__(
         self,
         decoder: Decoder,
-        options: StepOptions,
+        config: ExitConfig,
+        parts: ExitParts | None,
         launching: Launching,
-        parts: ExitParts | None = None,
+        stop: frozenset[int],
+        force: int | None = None,
         fuse: Callable[[], Fuse | None] = lambda: None,
         debug: bool = False,
     ) -> None:
         """``parts``: exits, None for a dense or forced step. ``fuse``: what compiles the updates of
         a step's state, if anything does. ``debug``: assert at each step that nothing has moved
         since it was captured."""
-        self.decoder, self.launching = decoder, launching
-        self._options, self._parts, self._fuse, self._debug = options, parts, fuse, debug
+        self._options = StepOptions(
+            kv=config.kv,
+            pending=config.pending,
+            buckets=tuple(size for size in decoder.buckets if size <= MOST_STEP_ROWS),
+            ranking=parts.plan.ranking if parts is not None and config.schedule else (),
+            always=ALWAYS_ACTIVE,
+            force=force,
+            stop=tuple(sorted(stop)),
+        )
+        self.decoder, self._launching = decoder, launching
+        self._parts, self._fuse, self._debug = parts, fuse, debug
         self._steps: StepEngine | None = None
         self._report: Callable[[], LaunchReport] | None = None
         self._notes: tuple[str, ...] = ()
@@ -202,7 +216,7 @@ class CapturedSteps:
             exits = None if self._parts is None else self._exit_points(self._parts, draws)
             options = replace(self._options, draws=draws)
             self._steps, self._report = make_engine(
-                self.decoder, exits, options, self.launching, self._fuse(), self._debug
+                self.decoder, exits, options, self._launching, self._fuse(), self._debug
             )
         return self._steps
 
@@ -236,23 +250,3 @@ class CapturedSteps:
         if fused is None:
             self._notes = tuple(f"kernels of exit points: {reason}" for _, reason in report.skipped)
         return fused
-
-
-def step_options(
-    decoder: Decoder,
-    config: ExitConfig,
-    parts: ExitParts | None,
-    stop: frozenset[int],
-    force: int | None,
-) -> StepOptions:
-    """How captured steps decode under ``config``."""
-    options = StepOptions(
-        kv=config.kv,
-        pending=config.pending,
-        buckets=tuple(size for size in decoder.buckets if size <= STEP_ROWS),
-        stop=tuple(sorted(stop)),
-        force=force,
-    )
-    if parts is not None and config.schedule:
-        options = replace(options, ranking=parts.plan.ranking, always=ALWAYS_ACTIVE)
-    return options

@@ -88,11 +88,8 @@ def refuse_length(model: Any, length: int) -> None:
     knows positions for; does not wait for the lock."""
     with _registry_lock:
         prepared = _registry.get(model)
-    if prepared is not None:
-        _refuse_length(prepared, model, length)
-
-
-def _refuse_length(prepared: Prepared, model: Any, length: int) -> None:
+    if prepared is None:
+        return
     if prepared.max_length is not None and length > prepared.max_length:
         raise InputError(
             f"prompt and answer need up to {length} tokens, and the model is prepared for "
@@ -106,7 +103,7 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         raise InputError(f"{type(model).__name__}: an encoder-decoder; eepass wants a decoder")
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    _refuse_length(prepared, model, length)
+    refuse_length(model, length)
     current = prepared.transformed
     if current is not None and prepared.stamp != _stamp(model):
         logger.warning("the model's weights have changed: transforming it again")

@@ -45,14 +45,13 @@ def _mode_kwargs(
 ) -> dict[str, Any]:
     """What transformers hands to its own decoding methods, for ``eepass.generate`` as well: a
     callable given as ``custom_generate`` gets no streamer, and stop strings find no tokenizer."""
+    options = (custom_generate, kwargs, synced_gpus, assistant_model, streamer)
     given = {
         "tokenizer": kwargs.get("tokenizer"),
         "assistant_model": assistant_model,
         "streamer": streamer,
     }
-    found: dict[str, Any] = type(model)._extract_generation_mode_kwargs(
-        model, custom_generate, kwargs, synced_gpus, assistant_model, streamer
-    )
+    found: dict[str, Any] = type(model)._extract_generation_mode_kwargs(model, *options)
     if custom_generate is generate:
         found |= {name: value for name, value in given.items() if value is not None}
     return found
