@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 from time import perf_counter
+from typing import Any
 
 import torch
 
@@ -23,6 +24,7 @@ from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
 from eepass.plan import ExitSegments
+from eepass.planning import exit_tensors
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.statistics import Statistics
 
@@ -47,8 +49,10 @@ def main() -> None:
     config = ExitConfig().approximate(0.98)
     model = eepass.transform(loaded.model, loaded.artifact, config, 448)
     decoder, plan = model.decoder, model.plan
-    assert plan is not None
-    segments, tensors = model._exits(config)
+    assert plan is not None and model.artifact is not None
+    engine: Any = model.engine
+    segments = engine.exits
+    tensors = exit_tensors(config.name, model.artifact, decoder.tensors, model.splits[1])
     tensors |= plan.threshold_tensors()
     every = {**decoder.tensors, **tensors}
 

@@ -1,255 +1,36 @@
-"""``eepass.transform``: a decoder in, the same decoder that stops early out."""
+"""``eepass.transform``: a decoder in, the same decoder that exits early out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact, load_artifact, refuse_other_model
 from eepass.checkpoints.quantized_weights import weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
 from eepass.config import ExitConfig
-from eepass.errors import InputError, PassError
+from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
+from eepass.errors import EngineError, InputError, PassError
+from eepass.executors import ALWAYS_ACTIVE
 from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassReport
-from eepass.plan import ExitPlan, ExitSegments
-from eepass.planning import exit_tensors, make_plan, without_artifact, without_guesses
-from eepass.runtime.decoder.costs import logit_noise, pass_seconds
-from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.decoder.stepwise import StepwiseDecoder
-from eepass.runtime.drafting.drafts import Cascade, Draft, EagleTree, NgramDraft
-from eepass.runtime.drafting.eagle import EagleDraft
-from eepass.runtime.drafting.model_draft import ModelDraft
-from eepass.runtime.drafting.planner import Mode, Planner
-from eepass.runtime.engine.engine import Engine, Options
-from eepass.runtime.engine.sequence import DecodedToken
-from eepass.runtime.exits.exits import Exits
-from eepass.runtime.exits.scheduler import PredictorSchedule
-from eepass.runtime.sampling import Sampling
-from eepass.runtime.statistics import Statistics
+from eepass.runtime.step.launching import choose, require_device, require_room, running_out
 from eepass.segments import SplitDecoder
 
-if TYPE_CHECKING:
-    from eepass.step_model import StepModel
-
+__all__ = [
+    "ALWAYS_ACTIVE", "ARTIFACT", "MAX_LENGTH", "PREFILL_ROWS", "STEP_ROWS", "EarlyExitModel",
+    "split_model", "transform",
+]  # fmt: skip
 PREFILL_ROWS = 64
 MAX_LENGTH = 1024
-# two rows cost what four do, three more what eight do; what there is must be compiled
+# on a CPU two rows cost what four do, three more what eight do, and each count is compiled
 STEP_ROWS = (1, 4, 8, 16)
-# trees are no larger: on a few CPU cores more rows cost more than they bring
-TREE_ROWS = 8
-ALWAYS_ACTIVE = 2
-# where a transformed folder keeps its artefact
-ARTIFACT = "artifact"
-# the segments at the exits of a plan for some rows, and how the plan was asked for
-SegmentsFor = Callable[[ExitConfig, ExitPlan, Mapping[str, Tensor], int], ExitSegments]
+CUDA_ROWS = (1, 2, 4, 8, 16, 32)
 
 
-class EarlyExitModel:
-    """A transformed decoder; ``generate`` is what ``transform`` promises.
-
-    One model serves one sequence at a time. ``dense`` is the same runtime without exits and drafts,
-    over the same weights and cache. ``folder``: where it was read from, if from one that ``eepass
-    transform`` wrote; such a model comes with a ``compiler`` that has compiled and ``segments_for``
-    that traces nothing.
-    """
-
-    def __init__(
-        self,
-        splits: Mapping[int, SplitDecoder],
-        report: PassReport,
-        stop: frozenset[int],
-        artifact: Artifact | None,
-        draft_model: EarlyExitModel | None = None,
-        compiler: Any = None,
-        segments_for: SegmentsFor | None = None,
-        folder: Path | None = None,
-    ) -> None:
-        self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
-        self.draft_model, self.folder = draft_model, folder
-        self.segments_for = segments_for or self._traced_segments
-        self.compiler = compiler if compiler is not None else _cpu_compiler()
-        if splits[1].stepwise:
-            self.decoder: Decoder = StepwiseDecoder(splits[1], self.compiler)
-        else:
-            self.decoder = Decoder(splits, self.compiler)
-        self.dense = Engine(self.decoder)
-        self.engine = self.dense
-        self.config: ExitConfig | None = None
-        self.plan: ExitPlan | None = None
-        self._costs: dict[int, float] = {}
-        self._noise: float | None = None
-
-    def configure(self, config: ExitConfig) -> Engine:
-        """Use ``config`` from now on; returns its engine (statistics start at zero).
-
-        Raises ``InputError`` where the artefact does not hold what the config asks for.
-        """
-        exits = schedule = None
-        tensors: dict[str, Tensor] = {}
-        config = without_guesses(config, self.splits[1])
-        if self.artifact is None:
-            config = without_artifact(config, self.draft_model is not None)
-        else:
-            exits, tensors = self._exits(config)
-            if config.schedule:
-                schedule = PredictorSchedule(exits.plan.ranking, ALWAYS_ACTIVE)
-        draft = self._draft(config, tensors)
-        modes = cast(tuple[Mode, ...], config.modes)
-        options = Options(config.guarantee, config.kv, config.pending, modes)
-        planner = partial(self._planner, draft) if len(modes) > 1 or draft is not None else None
-        self.engine = Engine(
-            self.decoder, exits, schedule, draft, options, planner, self._logit_noise
-        )
-        self.config = config
-        return self.engine
-
-    def _exits(self, config: ExitConfig) -> tuple[Exits, dict[str, Tensor]]:
-        assert self.artifact is not None
-        plan = make_plan(config, self.artifact, self.decoder.num_layers)
-        tensors = exit_tensors(config.name, self.artifact, self.decoder.tensors, self.splits[1])
-        every = {**self.decoder.tensors, **tensors}
-
-        def segments(rows: int) -> ExitSegments:
-            return self.segments_for(config, plan, every, rows)
-
-        self.plan = plan
-        # what fused predictors read; the others count on the plan
-        device = tensors["hot.ids"].device
-        tensors |= {name: t.to(device) for name, t in plan.threshold_tensors().items()}
-        return Exits(self.decoder, plan, segments, tensors), tensors
-
-    def _traced_segments(
-        self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
-    ) -> ExitSegments:
-        # tracing is what a model that was compiled ahead of time does without
-        from eepass.passes.exits.insert_predictors import insert_predictors
-
-        # not fused: on a CPU inductor's code for the segments is faster (benchmarks/exit_share.py)
-        return insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
-
-    def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
-        source = config.speculate
-        if source == "model":
-            if self.draft_model is None:
-                raise InputError("speculate='model': give transform a draft_model")
-            return ModelDraft(self.draft_model.decoder)
-        trained = "eagle.mix" in tensors
-        if source == "ngram" or (source == "cascade" and not trained):
-            return NgramDraft()
-        if source in ("eagle", "cascade") or config.draft == "eagle":
-            if not trained:
-                raise InputError(
-                    f"speculate={source!r}: the artefact has no draft head; run eepass train "
-                    "--draft eagle, or ask for cascade or ngram"
-                )
-            trace = self.folder is None
-            eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler, trace=trace))
-            return Cascade(eagle) if source == "cascade" else eagle
-        return None
-
-    def _planner(self, draft: Draft | None) -> Planner:
-        if not self._costs:
-            rows = [size for size in self.decoder.buckets if size <= TREE_ROWS]
-            self._costs = pass_seconds(self.decoder, rows, at=256)
-        seconds = draft.call_seconds() if draft is not None else 0.0
-        expected = draft.expected if draft is not None else 1.0
-        return Planner(dict(self._costs), seconds, expected)
-
-    def _logit_noise(self) -> float:
-        if self._noise is None:
-            # rows that go one by one are the same wherever they stand
-            stepwise = self.splits[1].stepwise
-            self._noise = 0.0 if stepwise else logit_noise(self.decoder)
-        return self._noise
-
-    def stream(
-        self, ids: Sequence[int], max_new_tokens: int = 128, sampling: Sampling | None = None
-    ) -> Iterator[DecodedToken]:
-        """Tokens after ``ids``, each with the layers it took, as they are confirmed."""
-        return self.engine.generate(list(ids), max_new_tokens, self.stop, sampling or Sampling())
-
-    def generate(
-        self,
-        input_ids: Tensor | Sequence[int],
-        max_new_tokens: int = 128,
-        sampling: Sampling | None = None,
-    ) -> Tensor:
-        """Continuation of one prompt: ids [1, T] (or T) -> [1, T + new], end token included.
-
-        Greedy without ``sampling``.
-
-        Raises ``InputError`` for several prompts at once, and for a prompt and an answer that do
-        not fit together.
-        """
-        ids = torch.as_tensor(input_ids)
-        if ids.ndim == 2 and ids.shape[0] != 1:
-            raise InputError(f"one prompt at a time, not {ids.shape[0]}")
-        prompt = ids.reshape(-1).tolist()
-        if len(prompt) + max_new_tokens > self.decoder.longest:
-            raise InputError(
-                f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer, and room "
-                f"for {self.decoder.longest} together: {self.decoder.remedy}, or ask for fewer "
-                "new tokens"
-            )
-        with torch.no_grad():
-            new = [step.token for step in self.stream(prompt, max_new_tokens, sampling)]
-        return torch.tensor([[*prompt, *new]])
-
-    @property
-    def statistics(self) -> Statistics:
-        return self.engine.statistics
-
-    @property
-    def artifact_folder(self) -> Path | None:
-        return None if self.folder is None else (self.folder / ARTIFACT).resolve()
-
-    def _embedding(self) -> Tensor:
-        for role in self.splits[1].embed.inputs:
-            if role.kind == "parameter" and self.decoder.tensors[role.name].ndim == 2:
-                return self.decoder.tensors[role.name]
-        raise InputError("the draft head needs the token embedding, and none was found")
-
-
-@overload
-def transform(
-    model: Any,
-    artifact: str | Path | Artifact | None = None,
-    config: ExitConfig | None = None,
-    max_length: int | None = None,
-    stop: frozenset[int] = frozenset(),
-    dump: Path | None = None,
-    draft_model: EarlyExitModel | None = None,
-) -> EarlyExitModel: ...
-@overload
-def transform(
-    model: Any,
-    artifact: str | Path | Artifact | None = None,
-    config: ExitConfig | None = None,
-    max_length: int | None = None,
-    stop: frozenset[int] = frozenset(),
-    *,
-    device: str | torch.device,
-    launch: str = "auto",
-    debug: bool = False,
-) -> StepModel: ...
-@overload
-def transform(
-    model: Any,
-    artifact: str | Path | Artifact | None = None,
-    config: ExitConfig | None = None,
-    max_length: int | None = None,
-    stop: frozenset[int] = frozenset(),
-    *,
-    launch: str,
-    debug: bool = False,
-) -> StepModel: ...
 def transform(
     model: Any,
     artifact: str | Path | Artifact | None = None,
@@ -262,53 +43,67 @@ def transform(
     device: str | torch.device | None = None,
     launch: str | None = None,
     debug: bool = False,
-) -> EarlyExitModel | StepModel:
-    """Transform a Hugging Face causal LM (on the CPU, fp32 or bf16, eval mode).
+) -> EarlyExitModel:
+    """Transform a Hugging Face causal LM (fp32 or bf16, on a GPU fp16 too; eval mode).
 
-    Layers that torchao quantised are replaced in ``model`` by ones that say the same and can be
-    compiled; exact then means: as the quantised model says it.
+    Traces, splits and lays out the weights; compiling waits for the first token. Layers that
+    torchao quantised are replaced in ``model`` by equivalent ones that can be compiled; exact then
+    means the answer of the quantised model.
 
-    One that is transformed already (``eepass.load`` of a folder ``eepass transform`` wrote) is
-    configured anew over the same code, weights and cache; it has its own artefact or none.
-    ``artifact``: a folder written by ``eepass.train``; without one no token leaves early, and
-    drafts come from the prompt. ``max_length``: prompt and answer together, 1024 if not given, and
-    no more than the model knows positions for.
-    ``stop``: end tokens. ``dump``: folder for the graph before and after each pass.
-    ``draft_model``: a small transformed model of the same vocabulary, for ``speculate="model"``.
-    With ``device`` "cuda", or a ``launch`` mode on either device, decode steps run by themselves:
-    the result is a ``StepModel``, approximate unless ``config`` says otherwise (dense without an
-    artefact). ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without),
-    "host" (segment by segment), "interpret" (on a CPU, mistrusting every launch), "auto" (the best
-    there is). ``debug``: assert at each step that nothing has moved since it was captured.
-    Raises ``InputError`` for a model or artefact that does not fit, with the reason;
+    A model that is transformed already is configured anew over the same code, weights and cache;
+    it has its own artefact or none.
+    ``artifact``: a folder written by ``eepass.train``; without one no token exits early, and
+    draft tokens come from the prompt. ``config``: ``ExitConfig()``, exact, unless given, on every
+    device. ``max_length``: prompt and answer together, 1024 if not given, and no more than the
+    model knows positions for. ``stop``: end tokens. ``dump``: folder for the graph before and
+    after each pass. ``draft_model``: a small transformed model of the same vocabulary, for
+    ``speculate="model"``.
+    ``device`` "cuda" moves the model there. With ``device`` or ``launch``, approximate early exit
+    and dense decoding go by captured steps; exact answers go through the engine on the same
+    device. ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without), "host"
+    (segment by segment), "interpret" (on a CPU, every launch checked), "auto" (the best there is).
+    ``debug``: assert at each step that nothing has moved since it was captured.
+    Raises ``InputError`` for a model, artefact or config that does not fit, with the reason;
     ``EngineError`` for a device or launch mode that is not to be had.
     """
-    steps = device is not None or launch is not None
-    if steps and (dump is not None or draft_model is not None):
+    captured = device is not None or launch is not None
+    if captured and (dump is not None or draft_model is not None):
         raise InputError("dump and draft_model go with neither device= nor launch=")
     if isinstance(model, EarlyExitModel):
-        if steps:
+        if captured:
             raise InputError("device= and launch= want the original model, not a transformed one")
         if dump is not None:
             raise InputError(f"the passes are done in {model.folder}: give the original model")
-        return _again(model, artifact, config, max_length, draft_model)
+        made = _sharing(model, artifact, max_length, draft_model)
+        made.record(config)
+        return made
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
+    launching = compiler = None
+    if captured:
+        target = _device(device or "cpu", model)
+        launching = choose(launch or "auto", target)
+        compiler = _cuda_compiler() if target.type == "cuda" else None
     read_quantized(model)
     loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if loaded is not None:
         refuse_other_model(loaded, model, "artifact")
-    if steps:
-        from eepass.step_model import step_model
-
-        return step_model(
-            model, loaded, config, max_length, stop, device or "cpu", launch or "auto", debug
-        )
-    splits, report = split_model(model, max_length, STEP_ROWS, dump)
-    with torch.no_grad():
-        transformed = EarlyExitModel(splits, report, stop, loaded, draft_model)
-        transformed.configure(config or ExitConfig())
-    return transformed
+    with running_out("moving the model and tracing it"):
+        if captured:
+            _move(model, target, max_length)
+        rows = CUDA_ROWS if compiler is not None else STEP_ROWS
+        with making_tensors_on(next(model.parameters()).device):
+            splits, report = split_model(model, max_length, rows, dump)
+            if captured and splits[1].stepwise:
+                raise InputError(
+                    f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
+                )
+            made = EarlyExitModel(
+                splits, report, stop, loaded, draft_model, compiler,
+                launching=launching, debug=debug,
+            )  # fmt: skip
+    made.record(config)
+    return made
 
 
 def split_model(
@@ -329,13 +124,13 @@ def split_model(
             raise InputError(f"{type(model).__name__} cannot be transformed: {error}") from error
 
 
-def _again(
+def _sharing(
     model: EarlyExitModel,
     artifact: str | Path | Artifact | None,
-    config: ExitConfig | None,
     max_length: int | None,
     draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
+    """Another model over the code of ``model``, with its artefact or none."""
     room = model.decoder.longest
     if max_length is not None and max_length > room:
         raise InputError(
@@ -345,22 +140,52 @@ def _again(
     own: Any = model.artifact
     if isinstance(artifact, (str, Path)):
         own = artifact if Path(artifact).resolve() == model.artifact_folder else None
-    other = copy(model)
-    if artifact is None:
-        other.artifact = None
-    elif artifact is not own:
+    if artifact is not None and artifact is not own:
         raise InputError(
             f"{artifact}: a transformed model has its own artefact, compiled in; "
             "transform the original one with this artefact"
         )
+    other = model.share(model.launching)
     other.draft_model = draft_model
-    with torch.no_grad():
-        other.configure(config or ExitConfig())
+    if artifact is None:
+        other.artifact = None
     return other
 
 
-def _cpu_compiler() -> Any:
-    # imports all of inductor, which a model that was compiled ahead of time does without
-    from eepass.codegen.lower_cpu import CpuCompiler
+def _device(device: str | torch.device, model: Any) -> torch.device:
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"device={str(device)!r}: must be cpu or cuda") from error
+    require_device(target, next(model.parameters()).dtype)
+    return target
 
-    return CpuCompiler()
+
+def _move(model: Any, target: torch.device, max_length: int | None) -> None:
+    """Move ``model``; ``EngineError`` beforehand where its weights and cache do not fit."""
+    if target.type == "cuda":
+        config = model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = (
+            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        )
+        size = next(model.parameters()).element_size()
+        length = max_length or usual_length(model, MAX_LENGTH)
+        # twice: a trace needs a cache of its own for a while
+        needed = 2 * 2 * config.num_hidden_layers * heads * width * size * (length + 64)
+        if next(model.parameters()).device.type != "cuda":
+            needed += sum(p.nbytes for p in model.parameters())
+        require_room(target, int(needed))
+    model.to(target)
+
+
+def _cuda_compiler() -> Any:
+    from eepass.codegen.lower_cuda import CudaCompiler
+
+    try:
+        from eepass.codegen.kernels.register import register_kernels
+    except ImportError as error:
+        raise EngineError(f"{error}: pip install 'eepass[gpu]'") from error
+    # logits and exit points are kernels
+    register_kernels()
+    return CudaCompiler()

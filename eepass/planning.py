@@ -1,4 +1,4 @@
-"""What a configuration and an artefact come to: the exits of a plan, and the tensors they read."""
+"""What a configuration and an artefact come to: a plan of exits, and the tensors they read."""
 
 from __future__ import annotations
 
@@ -14,13 +14,52 @@ from eepass.errors import InputError
 from eepass.plan import ExitPlan, ExitPoint
 from eepass.segments import SplitDecoder
 
-# wrong guesses of exact mode cost time alone, so tokens leave more freely
+# in exact mode a wrong exit costs time alone, so the thresholds are lower
 EXACT_TARGET = 0.9
+# of a trained draft head
+DRAFT_HEAD = "eagle.mix"
 
 
-def without_guesses(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
-    """``config`` as far as it goes with ``split``: recurrent states take nothing back, and where
-    slots are counted a tree of drafts stands wrongly."""
+def settle(
+    config: ExitConfig, artifact: Artifact | None, split: SplitDecoder, draft_model: bool
+) -> tuple[ExitConfig, ExitPlan | None]:
+    """``config`` as far as this model and artefact can follow it, and its exits (None without an
+    artefact). ``draft_model``: whether there is one.
+
+    Raises ``InputError`` where it asks for what they do not hold.
+    """
+    config = without_rollback(config, split)
+    if config.speculate == "model" and not draft_model:
+        raise InputError("speculate='model': give transform a draft_model")
+    if artifact is None:
+        return without_artifact(config), None
+    plan = make_plan(config, artifact, len(split.layers))
+    source = config.speculate
+    trained_head = source == "eagle" or (source in ("lens", "off") and config.draft == "eagle")
+    if trained_head and DRAFT_HEAD not in artifact.tensors:
+        raise InputError(
+            f"speculate={source!r}: the artefact has no draft head; run eepass train "
+            "--draft eagle, or ask for cascade or ngram"
+        )
+    return config, plan
+
+
+def is_dense(config: ExitConfig) -> bool:
+    """Whether ``config`` asks for neither early exits nor several tokens a pass."""
+    return not config.exits and config.speculate in ("off", "lens")
+
+
+def fits_captured_steps(config: ExitConfig) -> bool:
+    """Whether a captured step, which is never rolled back, can decode so: dense, or approximate
+    with one token a pass and drafts from a hidden state."""
+    one_token = config.speculate in ("off", "lens")
+    early = config.guarantee == "approximate" and one_token and config.draft != "eagle"
+    return is_dense(config) or early
+
+
+def without_rollback(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
+    """``config`` without what ``split`` cannot do: recurrent states cannot be rolled back, and
+    where biases go by slot a tree of drafts would have wrong ones."""
     if split.stepwise and config.guarantee == "exact":
         return replace(config, exits=False, draft="lens", speculate="off")
     if split.stepwise or (split.counts_slots and config.speculate != "lens"):
@@ -28,15 +67,12 @@ def without_guesses(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
     return config
 
 
-def without_artifact(config: ExitConfig, draft_model: bool) -> ExitConfig:
-    """``config`` as far as it goes without anything trained; ``InputError`` if it asks for more."""
-    if config.guarantee == "approximate":
+def without_artifact(config: ExitConfig) -> ExitConfig:
+    """``config`` without what is trained; ``InputError`` where it needs that."""
+    if config.guarantee == "approximate" and not is_dense(config):
         raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
-    source = config.speculate
-    if source == "model" and not draft_model:
-        raise InputError("speculate='model': give transform a draft_model")
-    if source in ("cascade", "eagle"):
-        source = "ngram"
+    trained = config.speculate in ("cascade", "eagle")
+    source = "ngram" if trained else config.speculate
     return replace(config, exits=False, draft="lens", speculate=source)
 
 

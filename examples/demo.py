@@ -39,7 +39,7 @@ def main() -> None:
 
     with errors.status("converting smollm2 (once)"):
         loaded = eepass.load("smollm2")
-    with errors.status("tracing the decoder, finding its layers, compiling one of thirty"):
+    with errors.status("tracing the decoder, finding its layers"):
         model = eepass.transform(loaded.model, loaded.artifact, max_length=320, stop=loaded.stop)
     with errors.status("compiling for one row to sixteen, measuring what they cost (once)"):
         systems = {

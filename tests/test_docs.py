@@ -64,7 +64,7 @@ def test_the_python_of_a_page_runs(page, folder, monkeypatch, capsys):
         # who waits for a server ends it
         monkeypatch.setattr(Server, "wait", Server.kill_server)
     monkeypatch.chdir(folder)
-    monkeypatch.setattr("eepass.model._cpu_compiler", AsTraced)
+    monkeypatch.setattr("eepass.early_exit_model._cpu_compiler", AsTraced)
     torch.use_deterministic_algorithms(False)
     # the blocks of a page go on from one another, those of the README are by themselves
     segments = blocks if page == "README.md" else ["\n\n".join(blocks)]

@@ -22,7 +22,12 @@ MAY_IMPORT = {
     "lengths": {"passes"},
     "checkpoints": {"codegen", "files"},
     "planning": {"checkpoints"},
-    "model": {"checkpoints", "codegen", "lengths", "passes", "planning", "runtime"},
+    "executors": {"passes", "planning", "runtime"},
+    "early_exit_model": {"checkpoints", "codegen", "executors", "passes", "planning", "runtime"},
+    "model": {
+        "checkpoints", "codegen", "early_exit_model", "executors", "lengths", "passes", "planning",
+        "runtime",
+    },
     "inspecting": {"model", "passes", "planning"},
     "bundle": {
         "checkpoints", "codegen", "files", "inspecting", "model", "passes", "pictures", "planning",

@@ -25,7 +25,6 @@ from eepass.passes.pipeline import split_for_rows
 from eepass.planning import make_plan
 from eepass.runtime.exits.exits import Found, RowState
 from eepass.runtime.step.launching import choose
-from eepass.step_model import StepModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +70,7 @@ class Engine:
             raise Missing(str(error)) from error
 
     def ready(self, how: How) -> Any:
-        """What decodes so: an engine, or a ``StepModel`` around one."""
+        """What decodes so: an engine, or a model whose steps are captured."""
         if how.name == "exact" and self._launching is not None:
             raise Missing("exact answers go layer by layer, in mode engine")
         if how not in self._made:
@@ -139,7 +138,7 @@ class Engine:
     def _make(self, how: How) -> Any:
         if self._launching is None:
             return self._make_engine(how)
-        made = StepModel(self.early, self._launching)
+        made = self.early.share(self._launching)
         if how.name == "dense":
             made.configure(dense=True)
         elif how.name == "forced":
@@ -149,16 +148,17 @@ class Engine:
         return made
 
     def _make_engine(self, how: How) -> Any:
+        early = self.early.share()
         if how.name == "dense":
-            return self.early.dense
-        engine = self.early.configure(_config(how, self.bench))
+            return early.dense
+        engine: Any = early.configure(_config(how, self.bench))
         if how.name == "forced":
             engine.schedule = None
             engine.exits = _Forced(engine.exits, how.layer, self)
         return engine
 
     def _close(self, made: Any) -> None:
-        if isinstance(made, StepModel):
+        if isinstance(made, EarlyExitModel):
             made.close()
             self.bench.empty_cache()
 
@@ -226,10 +226,7 @@ def transform(bench: Bench, model: Any, artifact: bool) -> EarlyExitModel:
     bench.require_device()
     given = bench.artifact if artifact else None
     if bench.on_cuda:
-        made = eepass.transform(model, given, max_length=bench.max_length, device="cuda")
-        # each way of decoding captures a step of its own
-        made.close()
-        return made.model
+        return eepass.transform(model, given, max_length=bench.max_length, device="cuda")
     if not bench.options.tiny:
         return eepass.transform(model, given, max_length=bench.max_length)
     # the tiny model is not timed, and so need not be compiled

@@ -132,11 +132,11 @@ def bench(
     }
     presets = [replace(ExitConfig.preset(name), kv=config.kv) for name in ("default", "paper")]
     result["frontier"] = frontier(model, presets, pairs, notify) if frontier_too else []
-    approximate = model.configure(config.approximate())
+    approximate = model.host_engine(config.approximate())
     followed = follow_pairs(model, {"it": approximate}, pairs, notify)["it"]
     _replace_by_followed(figures["eepass-approximate"], followed)
     result["by_position"] = followed["by_position"]
-    model.configure(config)
+    model.host_engine(config)
     return result
 
 
@@ -167,7 +167,7 @@ def _dense_answers(
     answers = []
     for done, ids in enumerate(encoded):
         notify("dense answers", done, len(encoded))
-        answers.append([s.token for s in model.dense.generate(ids, new_tokens, model.stop)])
+        answers.append([s.token for s in model.host_engine().generate(ids, new_tokens, model.stop)])
     return answers
 
 
@@ -185,11 +185,11 @@ def _systems(
     target = min(T3_TARGET, model.artifact.presets[config.name].most)
     exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
     engines = {
-        "eepass-dense": model.dense,
-        "eepass-approximate": model.configure(config.approximate()),
-        "eepass-exact": model.configure(replace(exact, exits=True, speculate="off")),
-        "eepass-speculative": model.configure(replace(exact, exits=False)),
-        "eepass-speculative-t3": model.configure(
+        "eepass-dense": model.host_engine(),
+        "eepass-approximate": model.host_engine(config.approximate()),
+        "eepass-exact": model.host_engine(replace(exact, exits=True, speculate="off")),
+        "eepass-speculative": model.host_engine(replace(exact, exits=False)),
+        "eepass-speculative-t3": model.host_engine(
             replace(exact, guarantee="approximate", exits=True, target_agreement=target)
         ),
     }
@@ -256,7 +256,7 @@ def _figures(
     found["repetition_4gram"] = repetition_4gram(answers)
     if len(system.engine.options.modes) > 1:
         found["decision"] = system.engine.planner.decision()
-    exact = system.engine.options.guarantee == "exact" and system.engine is not model.dense
+    exact = system.engine.options.guarantee == "exact" and system.engine is not model.host_engine()
     if exact and not all(same) and not summary["near_ties"]:
         raise InputError("an exact answer differs from the dense one without a near tie: a defect")
     return found

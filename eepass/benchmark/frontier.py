@@ -32,7 +32,7 @@ def frontier(
     """One point for each preset and each of ``TARGETS``, as plain early exit, all in turns."""
     settings = [(preset, target) for preset in presets for target in TARGETS]
     engines = {
-        f"{preset.name} {target}": model.configure(
+        f"{preset.name} {target}": model.host_engine(
             replace(preset.approximate(target), threshold=None)
         )
         for preset, target in settings
@@ -48,7 +48,7 @@ def follow_pairs(
     model: EarlyExitModel, engines: Mapping[str, Engine], pairs: Pairs, notify: Notify
 ) -> dict[str, dict[str, Any]]:
     """Teacher-force dense and ``engines`` along the dense answers, all in turns."""
-    everything = {"dense": model.dense, **engines}
+    everything = {"dense": model.host_engine(), **engines}
     ids, answer = pairs[0]
     for engine in everything.values():
         engine.follow(ids, answer[:WARM_UP])  # compiles what is missing

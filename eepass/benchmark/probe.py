@@ -55,9 +55,9 @@ def probe(
     lens = _Lens(model)
     parts: list[list[Tensor]] = []
     for ids in fitting:
-        answer = [step.token for step in model.dense.generate(ids, new_tokens, loaded.stop)]
+        answer = [step.token for step in model.host_engine().generate(ids, new_tokens, loaded.stop)]
         if len(answer) > 1:
-            parts.append(_hidden_states(model.dense, ids, answer))
+            parts.append(_hidden_states(model.host_engine(), ids, answer))
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
     states = [torch.cat(layer) for layer in zip(*parts, strict=True)]

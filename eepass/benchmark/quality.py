@@ -69,7 +69,7 @@ def score_answer(model: EarlyExitModel, prompt: list[int], answer: list[int]) ->
         if layer == last:
             kept.append(hidden.clone())
 
-    model.dense.prefill([*prompt, *answer[:-1]], keep)
+    model.host_engine().prefill([*prompt, *answer[:-1]], keep)
     hidden = torch.cat(kept, 1)[:, len(prompt) - 1 :]
     nll, agreeing = 0.0, 0
     for place, token in enumerate(answer):

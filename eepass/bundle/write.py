@@ -143,7 +143,7 @@ class _Writer:
         self.notify(f"compiling exits and drafts of the preset {preset}")
         # one threshold for all: every exit that was trained is in the plan
         config = replace(ExitConfig.preset(preset), threshold=0.5)
-        engine = ready.configure(config)
+        engine: Any = ready.configure(config)
         assert engine.exits is not None and ready.plan is not None and ready.artifact is not None
         engine.exits.prepare(max(ROW_COUNTS))
         if engine.draft is not None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,8 +28,9 @@ from eepass.hf.logits_processing import (
 )
 from eepass.hf.prepared import in_use
 from eepass.runtime.engine.batch import Request, decode_batch
+from eepass.runtime.engine.engine import Engine
 
-# what generate makes for the forward call of the model, and the engine has no need of
+# what ``generate`` prepares for the forward call of the model; the engine needs none of it
 NOT_NEEDED = {
     "attention_mask",
     "past_key_values",
@@ -59,21 +61,27 @@ def generate(
     logits processors, stopping criteria and streamers, each called once for every token that is
     final. Each row is decoded by itself: processors and criteria see its ids with its padding, one
     row at a time, and its neighbours change nothing. Seeds come from torch's generator, or from a
-    ``seed`` of the generation config. Raises ``InputError`` for what the engine cannot honour, by
+    ``seed`` of the generation config.
+
+    transformers hands a callable neither streamer nor tokenizer; ``eepass.prepare(model)`` makes it
+    do so, for streaming and stop strings. Raises ``InputError`` for what cannot be honoured, by
     name.
     """
-    del tokenizer  # whoever needs it, stop strings, has it
+    del tokenizer  # the criterion of stop strings has it
+    _refuse_withheld(inspect.currentframe(), streamer, assistant_model)
     _refuse(generation_config, assistant_model, model_kwargs)
     own = _own_tokens(input_ids, model_kwargs)
     padding = input_ids.shape[1] - own.sum(1)
     limit, stop, criteria = _ends(stopping_criteria, input_ids.shape[1])
     pad = _pad_token(generation_config, len(input_ids), bool(stop or criteria))
     prompts = [ids[mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
-    wants = generation_config.return_dict_in_generate
-    keep = bool(wants and (generation_config.output_scores or generation_config.output_logits))
+    as_dict = generation_config.return_dict_in_generate
+    keep = bool(as_dict and (generation_config.output_scores or generation_config.output_logits))
 
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
-        approximate = transformed.engine.options.guarantee == "approximate"
+        engine = transformed.engine
+        assert isinstance(engine, Engine) and transformed.config is not None
+        approximate = transformed.config.guarantee == "approximate"
         native = native_options(logits_processor, padding)
         refuse_processors(logits_processor, native is not None, approximate)
         if keep and approximate:
@@ -92,13 +100,13 @@ def generate(
             for prompt, sampling in zip(prompts, samplings, strict=True)
         ]
         answers = _Answers(input_ids, requests, criteria, streamer, pad)
-        with closing(decode_batch(transformed.engine, requests)) as steps:
+        with closing(decode_batch(engine, requests)) as steps:
             for request, token in steps:
                 answers.add(request, token)
     sequences = answers.sequences()
     if streamer is not None:
         streamer.end()
-    if not wants:
+    if not as_dict:
         return sequences
     result: dict[str, Any] = {"sequences": sequences}
     new = sequences.shape[1] - input_ids.shape[1]
@@ -109,8 +117,25 @@ def generate(
     return GenerateDecoderOnlyOutput(**result)
 
 
+def _refuse_withheld(own: FrameType | None, streamer: Any, assistant_model: Any) -> None:
+    """Raise ``InputError`` for what transformers' ``generate`` was given and did not hand on.
+
+    It drops a streamer in silence where ``custom_generate`` is a callable; only its own variables
+    show that there was one.
+    """
+    caller = own.f_back if own is not None else None
+    if caller is None or caller.f_code is not inspect.unwrap(GenerationMixin.generate).__code__:
+        return
+    for name, received in (("streamer", streamer), ("assistant_model", assistant_model)):
+        if received is None and caller.f_locals.get(name) is not None:
+            raise InputError(
+                f"{name}: transformers does not hand it to a callable; call eepass.prepare(model) "
+                "once, then model.generate(...) without custom_generate"
+            )
+
+
 class _Answers:
-    """The tokens of all rows; asks the criteria after each, and streams what all rows have."""
+    """The tokens of all rows; evaluates the criteria after each, streams what all rows have."""
 
     def __init__(
         self,
@@ -132,9 +157,9 @@ class _Answers:
         if self.criteria:
             row = self.input_ids[self.requests.index(request)]
             ids = torch.cat([row, row.new_tensor(new)])[None]
-            # each is asked, as each may count
-            answers = [_said_yes(criterion, ids) for criterion in self.criteria]
-            ended = any(answers) or ended
+            # all of them, since each may count its calls
+            met = [_is_met(criterion, ids) for criterion in self.criteria]
+            ended = any(met) or ended
         request.enough = ended
         if self.streamer is not None:
             self._stream()
@@ -150,7 +175,7 @@ class _Answers:
         return torch.cat([self.input_ids, self.input_ids.new_tensor(rows)], 1)
 
     def _stream(self) -> None:
-        """Hand on tokens [B] that every row has, or pads where it has ended."""
+        """Stream tokens [B] that every row has, with padding for rows that have ended."""
         while any(len(new) > self.streamed for new in self.new.values()) and all(
             len(new) > self.streamed or request.enough for request, new in self.new.items()
         ):
@@ -160,18 +185,18 @@ class _Answers:
             self.streamer.put(torch.tensor(column))
 
 
-def _said_yes(criterion: Any, ids: Tensor) -> bool:
-    answer = criterion(ids, None)
-    if torch.is_tensor(answer) and answer.numel() != 1:
+def _is_met(criterion: Any, ids: Tensor) -> bool:
+    met = criterion(ids, None)
+    if torch.is_tensor(met) and met.numel() != 1:
         raise InputError(
-            f"{type(criterion).__name__}: asked about one row, it answered for {answer.numel()}; "
-            "eepass asks the criteria row by row"
+            f"{type(criterion).__name__}: given one row, it returned values for {met.numel()}; "
+            "eepass evaluates the criteria row by row"
         )
-    return bool(answer)
+    return bool(met)
 
 
 def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], StoppingCriteriaList]:
-    """How many tokens may follow, which end a row, and the criteria to ask besides."""
+    """The most new tokens, the end tokens, and the other criteria."""
     limit, stop, others = 1 << 30, frozenset[int](), StoppingCriteriaList()
     for criterion in criteria:
         if type(criterion) is MaxLengthCriteria:
@@ -186,15 +211,15 @@ def _ends(criteria: Iterable[Any], width: int) -> tuple[int, frozenset[int], Sto
 
 
 def _own_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
-    """Which of ids [B, T] are the rows' own, and not padding."""
+    """Which of ids [B, T] are the rows' own and not padding, bool [B, T]."""
     mask = model_kwargs.get("attention_mask")
     own = torch.ones_like(input_ids, dtype=torch.bool) if mask is None else mask != 0
     if own.shape != input_ids.shape:
         raise InputError(f"attention_mask {list(own.shape)}: must be as input_ids")
-    # from the first own token on, all are
+    # padding may only come first
     if not own[:, -1].all() or (own.int().diff(dim=1) < 0).any():
         raise InputError(
-            "attention_mask: zeros may stand only on the left of a prompt, as padding; use "
+            "attention_mask: zeros are allowed only on the left of a prompt, as padding; use "
             "padding_side='left'"
         )
     positions = model_kwargs.get("position_ids")
@@ -207,7 +232,7 @@ def _own_tokens(input_ids: Tensor, model_kwargs: dict[str, Any]) -> Tensor:
 def _pad_token(generation_config: Any, rows: int, may_end_early: bool) -> int:
     pad = getattr(generation_config, "_pad_token_tensor", None)
     if pad is None and rows > 1 and may_end_early:
-        raise InputError("pad_token_id: needed, as rows may end at different lengths")
+        raise InputError("pad_token_id: set one, since rows may end at different lengths")
     return 0 if pad is None else int(pad)
 
 
@@ -220,7 +245,7 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
         )
     if mode not in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
         raise InputError(
-            f"{mode.value}: eepass decodes greedily or by sampling; leave out what asks for it "
+            f"{mode.value}: eepass decodes greedily or by sampling; leave out the option for it "
             "(num_beams, penalty_alpha, dola_layers, constraints), or use custom_generate=None"
         )
     if generation_config.return_dict_in_generate:
@@ -244,43 +269,9 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
 def _by_token(
     rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], new: int
 ) -> tuple[Tensor, ...]:
-    """For each new token what [B, V] the rows kept; zeros where a row had ended."""
+    """For each new token the values [B, V] that the rows kept; zeros for rows that had ended."""
     nothing = torch.zeros_like(rows[0][0])
     return tuple(
         torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
         for at in range(new)
     )
-
-
-def _hand_on_streamers() -> None:
-    """Let transformers hand streamer and tokenizer to ``generate`` as it does to its own methods.
-
-    A callable given as ``custom_generate`` gets neither: they are dropped without a word, and stop
-    strings cannot be used at all.
-    """
-    original = GenerationMixin._extract_generation_mode_kwargs
-
-    @functools.wraps(original)
-    def extract(
-        self: Any,
-        custom_generate: Any,
-        kwargs: dict[str, Any],
-        synced_gpus: Any,
-        assistant_model: Any,
-        streamer: Any,
-    ) -> dict[str, Any]:
-        given = {
-            "tokenizer": kwargs.get("tokenizer"),
-            "assistant_model": assistant_model,
-            "streamer": streamer,
-        }
-        found = original(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
-        if custom_generate is generate:
-            found |= {name: value for name, value in given.items() if value is not None}
-        return found
-
-    mixin: Any = GenerationMixin
-    mixin._extract_generation_mode_kwargs = extract
-
-
-_hand_on_streamers()

@@ -1,4 +1,4 @@
-"""transformers' logits processors: as the engine's own sampling where that does the same."""
+"""transformers' logits processors, as the engine's own sampling where that is equivalent."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ NATIVE: dict[type, str] = {
 
 
 def native_options(processors: Sequence[Any], padding: Tensor) -> dict[str, float] | None:
-    """The fields of ``Sampling`` that do what ``processors`` do, or None if none do.
+    """The fields of ``Sampling`` that are equivalent to ``processors``, or None if there are none.
 
-    ``padding``: how many tokens [B] at each row's left are none of its own.
+    ``padding``: the number of padding tokens [B] at each row's left.
     """
     order = list(NATIVE)
     places = [order.index(type(p)) if type(p) in NATIVE else -1 for p in processors]
@@ -61,10 +61,10 @@ def native_options(processors: Sequence[Any], padding: Tensor) -> dict[str, floa
 class RowProcessors:
     """Calls ``processors`` for one row of a batch, the way ``generate`` does.
 
-    They see token ids [B, T] with the row's padding, and logits [B, V]: this row's, B times, so
-    that a processor which goes by the row's number finds its own. Where there are several rows each
-    has processors of its own, as a state they keep is that of one text. ``logits`` and ``scores``
-    hold, for each token in order, what the model said and what became of it, if ``keep``.
+    They get token ids [B, T] with the row's padding, and logits [B, V]: this row's, B times, so
+    that a processor which reads the row's number finds its own. Where there are several rows each
+    gets a copy of the processors, whose state is that of one text. With ``keep``, ``logits`` and
+    ``scores`` hold the model's logits and the processed ones of each token, in order.
     """
 
     def __init__(
@@ -116,7 +116,7 @@ def refuse_processors(processors: Sequence[Any], native: bool, approximate: bool
         plain = native and not isinstance(processor, RepetitionPenaltyLogitsProcessor)
         if approximate and not plain:
             raise InputError(
-                f"{name}: needs all logits of a token, and one that leaves early has but a few; "
+                f"{name}: needs all logits of a token, and an early exit computes but a few; "
                 "use guarantee='exact'"
             )
 

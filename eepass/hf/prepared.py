@@ -1,4 +1,4 @@
-"""Hugging Face models and their transformed decoders, kept together as long as the model is."""
+"""Hugging Face models and their transformed decoders, kept as long as the model lives."""
 
 from __future__ import annotations
 
@@ -18,25 +18,23 @@ from eepass.checkpoints.read_torchao import read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.lengths import refuse_longer, usual_length
-from eepass.model import PREFILL_ROWS, EarlyExitModel, transform
+from eepass.model import MAX_LENGTH, PREFILL_ROWS, EarlyExitModel, transform
 
-# tokens, prompt and answer together, where nobody asked for more
-USUAL_LENGTH = 1024
 logger = logging.getLogger("eepass")
 
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """What belongs to one model; whoever uses ``transformed`` holds ``lock``."""
+    """What belongs to one model; ``transformed`` is used with ``lock`` held."""
 
     artifact: str | Path | Artifact | None = "auto"
     config: ExitConfig = field(default_factory=ExitConfig)
-    # None grows as prompts and answers need it
+    # None: grows as prompts and answers need it
     max_length: int | None = None
     transformed: EarlyExitModel | None = None
-    # of the weights it was made from
+    # of the weights that ``transformed`` was made from
     stamp: tuple[tuple[int, int], ...] = ()
-    # a streamer that generates would wait for itself
+    # reentrant: a streamer may call generate
     lock: threading.RLock = field(default_factory=threading.RLock)
 
 
@@ -48,12 +46,16 @@ def register(
     model: Any, artifact: str | Path | Artifact | None, config: ExitConfig, max_length: int | None
 ) -> EarlyExitModel:
     """Transform ``model`` anew, as asked for, and keep the result with it."""
-    with _registry_lock:
-        prepared = _registry.setdefault(model, Prepared())
+    prepared = _entry(model)
     with prepared.lock:
         prepared.artifact, prepared.config, prepared.max_length = artifact, config, max_length
         prepared.transformed = None
-        return _transformed(prepared, model, max_length or usual_length(model, USUAL_LENGTH))
+        return _transformed(prepared, model, max_length or usual_length(model, MAX_LENGTH))
+
+
+def _entry(model: Any) -> Prepared:
+    with _registry_lock:
+        return _registry.setdefault(model, Prepared())
 
 
 def is_prepared(model: Any) -> bool:
@@ -65,11 +67,10 @@ def is_prepared(model: Any) -> bool:
 def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
     """The transformed ``model``, with room for ``length`` tokens, for this thread alone.
 
-    Made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was asked
-    for, or the model knows positions for.
+    It is made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was
+    asked for, or the model knows positions for.
     """
-    with _registry_lock:
-        prepared = _registry.setdefault(model, Prepared())
+    prepared = _entry(model)
     with prepared.lock:
         yield _transformed(prepared, model, length)
 
@@ -79,20 +80,16 @@ def compile_now(model: Any) -> None:
     with in_use(model, 1) as transformed, torch.no_grad():
         few = 4
         prompt = [0] * min(PREFILL_ROWS, transformed.decoder.longest - few)
-        for _ in transformed.engine.generate(prompt, few):
-            pass
+        list(transformed.engine.generate(prompt, few))
 
 
 def refuse_length(model: Any, length: int) -> None:
     """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for, or the model
-    knows positions for; waits for nobody."""
+    knows positions for; does not wait for the lock."""
     with _registry_lock:
         prepared = _registry.get(model)
-    if prepared is not None:
-        _refuse_length(prepared, model, length)
-
-
-def _refuse_length(prepared: Prepared, model: Any, length: int) -> None:
+    if prepared is None:
+        return
     if prepared.max_length is not None and length > prepared.max_length:
         raise InputError(
             f"prompt and answer need up to {length} tokens, and the model is prepared for "
@@ -103,11 +100,11 @@ def _refuse_length(prepared: Prepared, model: Any, length: int) -> None:
 
 def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
     if getattr(model.config, "is_encoder_decoder", False):
-        raise InputError(f"{type(model).__name__}: encoder and decoder; eepass wants a decoder")
+        raise InputError(f"{type(model).__name__}: an encoder-decoder; eepass wants a decoder")
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
-    _refuse_length(prepared, model, length)
-    limit, current = prepared.max_length, prepared.transformed
+    refuse_length(model, length)
+    current = prepared.transformed
     if current is not None and prepared.stamp != _stamp(model):
         logger.warning("the model's weights have changed: transforming it again")
         current = None
@@ -122,12 +119,12 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
     if current is None:
         prepared.transformed = None
         read_quantized(model)
-        if limit is None:
-            limit = usual_length(model, max(USUAL_LENGTH, 1 << (length - 1).bit_length()))
-        artifact = prepared.artifact
-        if artifact == "auto":
-            artifact = found_artifact(model)
-        current = transform(model, artifact, prepared.config, limit)
+        longest = prepared.max_length
+        if longest is None:
+            longest = usual_length(model, max(MAX_LENGTH, 1 << (length - 1).bit_length()))
+        own = prepared.artifact
+        artifact = found_artifact(model) if own == "auto" else own
+        current = transform(model, artifact, prepared.config, longest)
         prepared.transformed, prepared.stamp = current, _stamp(model)
     return current
 

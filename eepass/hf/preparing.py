@@ -29,5 +29,29 @@ def prepare(
     for a model or artefact that does not fit, with the reason.
     """
     transformed = register(model, artifact, config or ExitConfig(), max_length)
+    # on this model alone: no other one, and no class of transformers, is changed
+    model._extract_generation_mode_kwargs = functools.partial(_mode_kwargs, model)
     model.generate = functools.partial(type(model).generate, model, custom_generate=generate)
     return transformed
+
+
+def _mode_kwargs(
+    model: Any,
+    custom_generate: Any,
+    kwargs: dict[str, Any],
+    synced_gpus: Any,
+    assistant_model: Any,
+    streamer: Any,
+) -> dict[str, Any]:
+    """What transformers hands to its own decoding methods, for ``eepass.generate`` as well: a
+    callable given as ``custom_generate`` gets no streamer, and stop strings find no tokenizer."""
+    options = (custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+    given = {
+        "tokenizer": kwargs.get("tokenizer"),
+        "assistant_model": assistant_model,
+        "streamer": streamer,
+    }
+    found: dict[str, Any] = type(model)._extract_generation_mode_kwargs(model, *options)
+    if custom_generate is generate:
+        found |= {name: value for name, value in given.items() if value is not None}
+    return found

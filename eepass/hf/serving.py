@@ -22,10 +22,10 @@ except ImportError as error:  # fastapi, uvicorn, openai
     raise InputError(f"serving needs pip install 'eepass[serve]' ({error})") from error
 
 STARTING_SECONDS = 30
-# tokens, where the model was not prepared
+# tokens of prompt and answer, where the model was not prepared
 USUAL_TEXT = 4096
 TEXT_PARTS = ("text", "input_text", "output_text")
-# fields transformers' server leaves aside though they change the answer, and what asks for nothing
+# fields that transformers' server ignores though they change the answer, with their neutral values
 NOT_HONOURED: dict[str, tuple[Any, ...]] = {
     "best_of": (None, 1),
     "echo": (None, False),
@@ -45,10 +45,10 @@ def serve(
     log_level: str = "error",
     warm_up: bool = True,
 ) -> Server:
-    """Answer the OpenAI protocol at ``host``:``port``, in a thread of its own, with ``loaded``.
+    """Serve ``loaded`` by the OpenAI protocol at ``host``:``port``, in a thread of its own.
 
-    Its model's ``generate`` is what answers; ``eepass.prepare`` it first to say how, and how long
-    texts may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
+    The model's own ``generate`` answers; ``eepass.prepare`` it first to say how, and how long texts
+    may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
     compile before the first request, not at it. Raises ``InputError`` if the address is taken.
     """
     server = Server(loaded, host, port, log_level)
@@ -66,7 +66,7 @@ def openai_app(loaded: LoadedModel) -> Any:
 
 
 class Server(Serve):
-    """``transformers.cli.serve.Serve`` with one model in it, which it neither loads nor unloads."""
+    """``transformers.cli.serve.Serve`` with one fixed model, which it neither loads nor unloads."""
 
     def __init__(self, loaded: LoadedModel, host: str, port: int, log_level: str) -> None:
         self._loaded = loaded
@@ -77,25 +77,25 @@ class Server(Serve):
 
     @property
     def url(self) -> str:
-        """Where clients find it: their ``base_url``."""
+        """The ``base_url`` of clients."""
         address = self.server.servers[0].sockets[0].getsockname()
         return f"http://{self.server.config.host}:{address[1]}/v1"
 
     def start_server(self) -> None:
-        """Called by ``Serve`` when all is built: put the model in, but do not listen yet."""
-        self._inject()
+        """Called by ``Serve`` when all is built: set the model, but do not listen yet."""
+        self._set_model()
         for handler in (self._chat_handler, self._completion_handler, self._response_handler):
-            _sharpen(handler)
+            _add_checks(handler)
         app: Any = self.server.config.app
         app.add_exception_handler(ValueError, _bad_request)
 
     def listen(self) -> None:
-        """Begin to answer."""
+        """Start to accept requests."""
         config = self.server.config
         config.log_level = "warning"
         config.configure_logging()
         try:
-            # asked beforehand: uvicorn would end its thread without a word to us
+            # tried beforehand: uvicorn would end its thread without an error here
             socket.create_server((config.host, config.port)).close()
         except OSError as error:
             raise InputError(
@@ -116,12 +116,12 @@ class Server(Serve):
         except KeyboardInterrupt:
             self.kill_server()
 
-    def _inject(self) -> None:
+    def _set_model(self) -> None:
         manager: Any = self._model_manager
         loaded = self._loaded
         manager.force_model = loaded.name
         manager.model_timeout = -1
-        # asked for again after a reset, and never to be looked for on a hub
+        # called again after a reset; never looks for the model on a hub
         manager._load_model = lambda *args, **kwargs: loaded.model
         manager._load_processor = lambda *args, **kwargs: loaded.tokenizer
         entry = {"id": loaded.name, "object": "model", "created": 0, "owned_by": "eepass"}
@@ -130,10 +130,10 @@ class Server(Serve):
         manager.load_model_and_processor(key)
 
 
-def _sharpen(handler: Any) -> None:
-    """Let a handler refuse what it would leave aside or break at, and sample where it is asked to.
+def _add_checks(handler: Any) -> None:
+    """Make a handler refuse what it would ignore or fail at, and sample where a request says so.
 
-    What a stream cannot do has to be said before the stream begins.
+    What a stream cannot do is refused before the stream begins, while a status can still be sent.
     """
     validate, build = handler._validate_request, handler._build_generation_config
     streaming = handler._streaming
@@ -150,7 +150,7 @@ def _sharpen(handler: Any) -> None:
         config = build(body, *args, **kwargs)
         if body.get("temperature") or (body.get("top_p") or 1) < 1:
             config.do_sample = body.get("temperature") != 0
-        # set in torch's generator it would be another request's by the time this one is decoded
+        # in torch's global generator it could be another request's by the time this one is decoded
         config.seed = body.get("seed")
         return config
 

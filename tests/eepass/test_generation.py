@@ -1,5 +1,6 @@
 """``generate(custom_generate=eepass.generate)`` against transformers' own loop."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -10,6 +11,7 @@ import torch
 from models import VOCABULARY, random_artifact, tiny_model, tiny_tokenizer
 from transformers import (
     AutoModelForCausalLM,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     StoppingCriteria,
@@ -472,3 +474,36 @@ def test_other_callables_get_what_transformers_gives_them(model):
 
     model.generate(PROMPT, custom_generate=own, streamer=Recorder(), max_new_tokens=4)
     assert "streamer" not in seen
+
+
+def test_transformers_itself_is_not_patched(model):
+    """What prepare changes is the one model it is given."""
+    for name in ("generate", "_extract_generation_mode_kwargs"):
+        assert getattr(GenerationMixin, name).__module__ == "transformers.generation.utils"
+        assert name in vars(model) and name not in vars(type(model))
+
+
+def test_a_streamer_that_transformers_withholds_is_refused():
+    """Only a prepared model hands it to a callable; dropped in silence it would say nothing."""
+    bare = tiny_model("llama", num_hidden_layers=1)
+    bare.generation_config.update(eos_token_id=None, pad_token_id=0)
+    options = {"max_new_tokens": 4, "do_sample": False, "custom_generate": eepass.generate}
+    for name, value in (("streamer", Recorder()), ("assistant_model", bare)):
+        with pytest.raises(InputError, match=rf"{name}: .*call eepass.prepare\(model\)"):
+            bare.generate(PROMPT, **options, **{name: value})
+    assert bare.generate(PROMPT, **options).shape == (1, 14)
+    eepass.prepare(bare, None, max_length=64)
+    streamer = Recorder()
+    bare.generate(PROMPT, **options, streamer=streamer)
+    assert len(streamer.put_values) == 1 + 4 and streamer.ended == 1
+
+
+def test_a_copy_of_a_prepared_model_is_its_own(model):
+    """It hands on what it is given, and is transformed by itself."""
+    other = copy.deepcopy(model)
+    streamer = Recorder()
+    expected = model.generate(PROMPT, max_new_tokens=4, do_sample=False)
+    found = other.generate(PROMPT, max_new_tokens=4, do_sample=False, streamer=streamer)
+    assert torch.equal(found, expected) and streamer.ended == 1
+    with in_use(other, 1) as mine, in_use(model, 1) as theirs:
+        assert mine is not theirs

@@ -7,11 +7,12 @@ from models import eager_compile, random_artifact, tiny_model
 import eepass
 from eepass.config import ExitConfig
 from eepass.errors import EngineError, InputError
+from eepass.executors import CapturedSteps
 from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import Sampling
-from eepass.runtime.step.launching import choose
-from eepass.step_model import StepModel
+from eepass.runtime.step.launching import choose, make_engine
 
 PROMPT = [5, 9, 44, 7, 8]
 CPU = torch.device("cpu")
@@ -36,8 +37,8 @@ def said(model, count=40, prompt=PROMPT):
 
 @pytest.fixture(scope="module", params=("host", "interpret"))
 def steps(request, transformed):
-    """The compiled tiny llama, its steps run by themselves."""
-    return StepModel(transformed, choose(request.param, CPU))
+    """The compiled tiny llama, its decode steps captured."""
+    return transformed.share(choose(request.param, CPU))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -70,13 +71,16 @@ def test_dense_steps_and_forced_exits(transformed, steps):
     steps.configure(dense=True)
     assert [token for token, _ in said(steps, 20)] == dense
     steps.configure(CONFIGS["default"])
-    steps.engine = steps.dense
-    assert [token for token, _ in said(steps, 20)] == dense
+    assert isinstance(steps.dense, CapturedSteps)
+    assert [step.token for step in steps.dense.generate(PROMPT, 20)] == dense
     steps.configure(CONFIGS["drop"], force=2)
     assert [layer for _, layer in said(steps, 6)] == [4, 2, 2, 2, 2, 2]
     for layer in (0, 5):
         with pytest.raises(InputError, match="from 1 to 4"):
-            steps.configure(force=layer)
+            steps.configure(CONFIGS["drop"], force=layer)
+    for model, config in ((steps, ExitConfig()), (transformed, CONFIGS["drop"])):
+        with pytest.raises(InputError, match="force=2: wants an approximate config"):
+            model.configure(config, force=2)
 
 
 def test_drawn_tokens_hang_on_the_seed_alone(steps):
@@ -113,12 +117,12 @@ def test_exact_answers_go_through_the_engine(transformed, steps):
     with torch.no_grad():
         dense = [step.token for step in transformed.dense.generate(PROMPT, 20)]
     assert [token for token, _ in said(steps, 20)] == dense
-    steps.configure()
+    steps.configure(CONFIGS["default"])
     assert steps.launch_report.mode == steps.launching.mode
 
 
 def test_the_report_says_how_and_what_it_costs(steps):
-    steps.configure()
+    steps.configure(CONFIGS["default"])
     list(steps.stream(PROMPT, 8))
     report = steps.launch_report
     assert report.mode == steps.launching.mode and report.reason
@@ -129,14 +133,17 @@ def test_the_report_says_how_and_what_it_costs(steps):
 
 
 def test_a_model_is_transformed_for_steps(llama):
-    """From the door: no artefact is dense, and nothing is compiled for more than is asked."""
+    """By ``launch=``: exact unless asked otherwise; dense by captured steps."""
     model = eepass.transform(llama, max_length=128, launch="host", stop=frozenset({64}))
-    assert isinstance(model, StepModel)
+    exact = model.generate([PROMPT], max_new_tokens=30)
+    assert model.launch_report.mode == "engine"
+    model.configure(dense=True)
     found = model.generate([PROMPT], max_new_tokens=30)
+    assert model.launch_report.mode == "host"
     with torch.no_grad():
         expected = llama.generate(torch.tensor([PROMPT]), max_new_tokens=30, do_sample=False,
                                   eos_token_id=64)  # fmt: skip
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected) and torch.equal(exact, expected)
     with pytest.raises(InputError, match="one prompt at a time, not 2"):
         model.generate([PROMPT, PROMPT])
     with pytest.raises(EngineError, match="no repetition_penalty"):
@@ -179,8 +186,83 @@ def test_steps_of_other_families(family):
             splits, report, frozenset(), random_artifact(model), compiler=eager_compile
         )
         early.configure(CONFIGS["eager to leave"])
-    steps = StepModel(early, choose("interpret", CPU))
+    steps = early.share(choose("interpret", CPU))
     steps.configure(CONFIGS["eager to leave"])
     expected = said(early, 30)
     assert said(steps, 30) == expected
     assert {layer for _, layer in expected} != {4}
+
+
+class Counted:
+    """A compiler that counts its calls and runs graphs as they were traced."""
+
+    kernels_missing = ""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, *args, **options):
+        self.calls += 1
+        return eager_compile(*args, **options)
+
+
+@pytest.fixture
+def compilers(monkeypatch):
+    """Those made since; the models of a test compile through them."""
+    made = []
+
+    def new():
+        made.append(Counted())
+        return made[-1]
+
+    monkeypatch.setattr("eepass.early_exit_model._cpu_compiler", new)
+    return made
+
+
+@pytest.mark.parametrize(
+    "where",
+    ({}, {"device": "cpu"}, {"launch": "host"}, {"launch": "interpret"}),
+    ids=("plain", "device", "host", "interpret"),
+)
+def test_class_and_guarantee_are_the_same_everywhere(llama, compilers, where):
+    """And building compiles nothing, nor do configurations: the first token does."""
+    artifact = random_artifact(llama)
+    del artifact.tensors["eagle.mix"]
+    model = eepass.transform(llama, artifact, max_length=128, **where)
+    assert type(model) is EarlyExitModel and model.config == ExitConfig()
+    assert not compilers
+    engine = model.configure(ExitConfig(adaptive=False))
+    assert isinstance(engine, Engine) and engine.options.guarantee == "exact"
+    early = model.configure(CONFIGS["eager to leave"])
+    assert isinstance(early, CapturedSteps if where else Engine)
+    with pytest.raises(InputError, match="give transform a draft_model"):
+        model.configure(ExitConfig(speculate="model"))
+    with pytest.raises(InputError, match="has no draft head; run eepass train"):
+        model.configure(ExitConfig(speculate="eagle", exits=False))
+    # what was refused changed nothing
+    assert model.engine is early and not compilers
+    model.configure(ExitConfig(adaptive=False))
+    answer = [token for token, _ in said(model)]
+    assert sum(compiler.calls for compiler in compilers) > 0
+    assert model.statistics.rollbacks and model.launch_report.mode == "engine"
+    assert answer == [step.token for step in model.dense.generate(PROMPT, 40)]
+
+
+def test_steps_are_captured_when_they_are_needed(llama, monkeypatch):
+    captured = []
+    monkeypatch.setattr(
+        "eepass.executors.make_engine",
+        lambda *args: captured.append(args) or make_engine(*args),
+    )
+    monkeypatch.setattr("eepass.early_exit_model._cpu_compiler", lambda: eager_compile)
+    early = CONFIGS["eager to leave"]
+    model = eepass.transform(llama, random_artifact(llama), early, 128, launch="host")
+    model.configure(early)
+    assert not captured
+    first = said(model, 10)
+    assert len(captured) == 1 and model.launch_report.mode == "host"
+    list(model.stream(PROMPT, 4, Sampling(temperature=1.0, seed=1)))
+    assert len(captured) == 2
+    assert said(model, 10) == first and len(captured) == 2
+    model.close()
+    assert said(model, 10) == first and len(captured) == 3

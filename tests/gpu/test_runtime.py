@@ -9,6 +9,7 @@ from models import random_artifact, tiny_model
 import eepass
 from eepass.config import ExitConfig
 from eepass.errors import EngineError
+from eepass.model import EarlyExitModel
 from eepass.runtime.step.data import StepError
 
 pytestmark = [
@@ -28,25 +29,28 @@ def said(model, prompt=PROMPTS[0], count=40):
 def on_cpu():
     """The reference: the interpreter, on the CPU, over the same weights."""
     model = tiny_model()
-    return eepass.transform(model, random_artifact(model), max_length=128, launch="interpret")
+    return eepass.transform(model, random_artifact(model), EAGER, 128, launch="interpret")
 
 
 @pytest.fixture(scope="module", params=MODES)
 def on_gpu(request):
     model = tiny_model()
     try:
-        yield eepass.transform(
+        made = eepass.transform(
             model,
             random_artifact(model),
+            EAGER,
             max_length=128,
             device="cuda",
             launch=request.param,
             debug=True,
         )
+        assert made.launch_report.mode == request.param
     except EngineError as error:
         if "conditional" not in str(error) and "cuda-bindings" not in str(error):
             raise
         pytest.skip(f"{request.param}: {error}")
+    return made
 
 
 @pytest.mark.parametrize("kv", ("defer", "propagate", "drop"))
@@ -96,7 +100,7 @@ def test_the_report(on_gpu):
 
 
 def test_a_step_asks_the_host_nothing(on_gpu):
-    engine = on_gpu.configure(EAGER)
+    engine = on_gpu.configure(EAGER).steps
     if on_gpu.launch_report.mode == "host":
         pytest.skip("the host is in charge")
     said(on_gpu)
@@ -111,10 +115,22 @@ def test_a_step_asks_the_host_nothing(on_gpu):
 
 
 def test_a_tensor_that_moves_is_found(on_gpu):
-    engine = on_gpu.configure(EAGER)
+    engine = on_gpu.configure(EAGER).steps
     engine.step["token"].data = engine.step["token"].clone()
     with pytest.raises(StepError, match="token: no longer at the address"):
         said(on_gpu)
+
+
+def test_the_guarantee_is_the_configs(on_gpu):
+    """Exact without asking, token for token the dense answer; what is captured stays apart."""
+    assert type(on_gpu) is EarlyExitModel
+    on_gpu.configure()
+    assert on_gpu.launch_report.mode == "engine" and on_gpu.config.guarantee == "exact"
+    exact = [token for token, _ in said(on_gpu)]
+    on_gpu.configure(dense=True)
+    assert on_gpu.launch_report.mode != "engine"
+    assert exact == [token for token, _ in said(on_gpu)]
+    on_gpu.configure(EAGER)
 
 
 def test_memory_is_freed_with_the_model():
@@ -149,7 +165,9 @@ def test_out_of_memory_leaves_a_usable_process():
         del taken
         torch.cuda.empty_cache()
     made = eepass.transform(tiny_model(), device="cuda", max_length=128)
-    assert len(said(made)) == 40
+    for dense in (False, True):
+        made.configure(dense=dense)
+        assert len(said(made)) == 40
 
 
 def test_bfloat16_goes_through_every_mode():

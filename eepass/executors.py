@@ -1,0 +1,252 @@
+"""What decodes for a model: the engine, pass by pass from the host, or captured decode steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.passes.report import PassReport
+from eepass.plan import ExitPlan, ExitSegments, FusedExits
+from eepass.planning import DRAFT_HEAD
+from eepass.runtime.decoder.costs import logit_noise, pass_seconds
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.drafts import Cascade, Draft, EagleTree, NgramDraft
+from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.planner import Mode, Planner
+from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.sequence import DecodedToken
+from eepass.runtime.exits.exits import Exits
+from eepass.runtime.exits.scheduler import PredictorSchedule
+from eepass.runtime.sampling import Sampling
+from eepass.runtime.statistics import Statistics
+from eepass.runtime.step.build import Fuse
+from eepass.runtime.step.engine import StepEngine
+from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.launching import Launching, LaunchReport, make_engine
+from eepass.runtime.step.layout import StepOptions
+
+ALWAYS_ACTIVE = 2
+# trees of drafts are no larger: on a few CPU cores more rows cost more than they bring
+TREE_ROWS = 8
+# rows of the largest pass of a captured step
+MOST_STEP_ROWS = 32
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True)
+class ExitParts:
+    """The exits of a plan: the tensors they read, and their segments for a number of rows."""
+
+    plan: ExitPlan
+    tensors: dict[str, Tensor]
+    segments: Callable[[int], ExitSegments]
+
+
+class Measured:
+    """What is measured on a decoder once, when it is first needed."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+
+    @cached_property
+    def pass_seconds(self) -> dict[int, float]:
+        rows = [size for size in self._decoder.buckets if size <= TREE_ROWS]
+        return pass_seconds(self._decoder, rows, at=256)
+
+    @cached_property
+    def logit_noise(self) -> float:
+        # rows that go one by one have the same logits wherever they stand
+        stepwise = self._decoder.splits[1].stepwise
+        return 0.0 if stepwise else logit_noise(self._decoder)
+
+
+def engine_for(
+    decoder: Decoder,
+    config: ExitConfig,
+    parts: ExitParts | None,
+    draft: Draft | None,
+    measured: Measured,
+) -> Engine:
+    """The engine that decodes as ``config`` says; its first sequence compiles and measures."""
+    exits = schedule = None
+    if parts is not None:
+        exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
+        if config.schedule:
+            schedule = PredictorSchedule(parts.plan.ranking, ALWAYS_ACTIVE)
+    modes = cast(tuple[Mode, ...], config.modes)
+    options = Options(config.guarantee, config.kv, config.pending, modes)
+
+    def planner() -> Planner:
+        costs = dict(measured.pass_seconds)
+        if draft is None:
+            return Planner(costs, 0.0, 1.0)
+        return Planner(costs, draft.call_seconds(), draft.expected)
+
+    plans = len(modes) > 1 or draft is not None
+    return Engine(
+        decoder, exits, schedule, draft, options,
+        planner if plans else None, lambda: measured.logit_noise,
+    )  # fmt: skip
+
+
+def draft_for(
+    decoder: Decoder,
+    config: ExitConfig,
+    parts: ExitParts | None,
+    draft_decoder: Decoder | None,
+    trace: bool,
+) -> Draft | None:
+    """Where ``config`` takes its draft tokens from. ``trace``: whether a trained head has still to
+    be traced, or was compiled ahead of time."""
+    source = config.speculate
+    if source == "model":
+        assert draft_decoder is not None
+        return ModelDraft(draft_decoder)
+    tensors = parts.tensors if parts is not None else {}
+    if source == "ngram" or (source == "cascade" and DRAFT_HEAD not in tensors):
+        return NgramDraft()
+    if source in ("eagle", "cascade") or config.draft == "eagle":
+        head = EagleDraft(tensors, _embedding(decoder), decoder.compile, trace=trace)
+        return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
+    return None
+
+
+def _embedding(decoder: Decoder) -> Tensor:
+    for role in decoder.splits[1].embed.inputs:
+        if role.kind == "parameter" and decoder.tensors[role.name].ndim == 2:
+            return decoder.tensors[role.name]
+    raise InputError("the draft head needs the token embedding, and none was found")
+
+
+class CapturedSteps:
+    """Decodes with steps captured as a whole, at first use; answers to what an ``Engine`` does.
+
+    A token that exits early is final: steps are approximate, or dense where nothing exits early.
+    Sampling wants another step than greedy decoding, which need not sort logits; it is captured
+    when it is first asked for.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        config: ExitConfig,
+        parts: ExitParts | None,
+        launching: Launching,
+        stop: frozenset[int],
+        force: int | None = None,
+        fuse: Callable[[], Fuse | None] = lambda: None,
+        debug: bool = False,
+    ) -> None:
+        """``parts``: exits, None for a dense or forced step. ``fuse``: what compiles the updates of
+        a step's state, if anything does. ``debug``: assert at each step that nothing has moved
+        since it was captured."""
+        self._options = StepOptions(
+            kv=config.kv,
+            pending=config.pending,
+            buckets=tuple(size for size in decoder.buckets if size <= MOST_STEP_ROWS),
+            ranking=parts.plan.ranking if parts is not None and config.schedule else (),
+            always=ALWAYS_ACTIVE,
+            force=force,
+            stop=tuple(sorted(stop)),
+        )
+        self.decoder, self._launching = decoder, launching
+        self._parts, self._fuse, self._debug = parts, fuse, debug
+        self._steps: StepEngine | None = None
+        self._report: Callable[[], LaunchReport] | None = None
+        self._notes: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> StepEngine:
+        """The captured step and its loop."""
+        return self._captured(draws=False)
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        max_new_tokens: int,
+        stop: frozenset[int] = frozenset(),
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[DecodedToken]:
+        """Tokens after ``ids``; one of ``stop``, or of the model's own end tokens, is the last."""
+        steps = self._captured(draws=not sampling.greedy)
+        for token in steps.generate(ids, max_new_tokens, sampling):
+            yield token
+            if token.token in stop:
+                return
+
+    def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[DecodedToken]:
+        """Teacher forcing: what would follow each token of ``answer`` but the last, given it."""
+        return self.steps.follow(ids, answer)
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.steps.statistics
+
+    @statistics.setter
+    def statistics(self, fresh: Statistics) -> None:
+        self.steps.statistics = fresh
+
+    @property
+    def launch_report(self) -> LaunchReport:
+        """How steps are launched, and what they cost besides."""
+        self._captured(draws=False)
+        assert self._report is not None
+        report = self._report()
+        report.missing = (*report.missing, *self._notes)
+        return report
+
+    def close(self) -> None:
+        """Give back what was captured; it is captured again when it is next used."""
+        if self._steps is not None:
+            self._steps.close()
+        self._steps, self._report = None, None
+
+    def _captured(self, draws: bool) -> StepEngine:
+        # a step that draws decodes greedily too
+        if self._steps is None or (draws and not self._steps.draws):
+            self.close()
+            exits = None if self._parts is None else self._exit_points(self._parts, draws)
+            options = replace(self._options, draws=draws)
+            self._steps, self._report = make_engine(
+                self.decoder, exits, options, self._launching, self._fuse(), self._debug
+            )
+        return self._steps
+
+    def _exit_points(self, parts: ExitParts, draws: bool) -> ExitPoints:
+        """Exit points as kernels where they can be; their differences from the segments are noted.
+
+        Kernels keep logits to themselves, and sampling needs them.
+        """
+        self._notes = ()
+        decoder, plan, tensors = self.decoder, parts.plan, parts.tensors
+        with torch.no_grad(), torch.device(decoder.device):
+            segments = parts.segments(1)
+            plain = ExitPoints(decoder, plan, segments, tensors)
+            if decoder.device.type != "cuda" or draws:
+                return plain
+            fused = self._fused(parts)
+            if fused is None:
+                return plain
+            kernels = ExitPoints(decoder, plan, segments, tensors, fused)
+            if reason := kernels.differ_from(plain):
+                self._notes = (f"kernels of exit points: {reason}",)
+                return plain
+            return kernels
+
+    def _fused(self, parts: ExitParts) -> FusedExits | None:
+        from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+
+        report = PassReport()
+        every = {**self.decoder.tensors, **parts.tensors}
+        fused = fuse_exit_predictor(self.decoder.splits[1], parts.plan, every, report)
+        if fused is None:
+            self._notes = tuple(f"kernels of exit points: {reason}" for _, reason in report.skipped)
+        return fused
