@@ -23,9 +23,12 @@ from eepass.planning import exit_tensors, make_plan, without_artifact, without_g
 from eepass.runtime.decoder.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
-from eepass.runtime.drafting.drafts import Cascade, Draft, EagleTree, NgramDraft
-from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.drafting.cascade import Cascade
+from eepass.runtime.drafting.draft import Draft
+from eepass.runtime.drafting.eagle_head import EagleHead
+from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.engine.sequence import DecodedToken
@@ -150,7 +153,7 @@ class EarlyExitModel:
                     "--draft eagle, or ask for cascade or ngram"
                 )
             trace = self.folder is None
-            eagle = EagleTree(EagleDraft(tensors, self._embedding(), self.compiler, trace=trace))
+            eagle = EagleTree(EagleHead(tensors, self._embedding(), self.compiler, trace=trace))
             return Cascade(eagle) if source == "cascade" else eagle
         return None
 
@@ -192,11 +195,11 @@ class EarlyExitModel:
         if ids.ndim == 2 and ids.shape[0] != 1:
             raise InputError(f"one prompt at a time, not {ids.shape[0]}")
         prompt = ids.reshape(-1).tolist()
-        if len(prompt) + max_new_tokens > self.decoder.longest:
+        if len(prompt) + max_new_tokens > self.decoder.max_sequence_length:
             raise InputError(
                 f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer, and room "
-                f"for {self.decoder.longest} together: {self.decoder.remedy}, or ask for fewer "
-                "new tokens"
+                f"for {self.decoder.max_sequence_length} together: {self.decoder.length_hint}, or "
+                "ask for fewer new tokens"
             )
         with torch.no_grad():
             new = [step.token for step in self.stream(prompt, max_new_tokens, sampling)]
@@ -336,7 +339,7 @@ def _again(
     max_length: int | None,
     draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
-    room = model.decoder.longest
+    room = model.decoder.max_sequence_length
     if max_length is not None and max_length > room:
         raise InputError(
             f"max_length={max_length}: this was transformed for texts of {room} tokens; shorten "

@@ -63,7 +63,7 @@ def bench(
         if length is None and not loaded.transformed:
             length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
         ready = transformed(loaded, artifact, False, config, length)
-        others = other_systems(beside or [], model, threads, ready.decoder.longest)
+        others = other_systems(beside or [], model, threads, ready.decoder.max_sequence_length)
         with progress_bars() as bars:
             result = benchmarking.bench(
                 loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others,

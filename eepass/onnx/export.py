@@ -17,6 +17,7 @@ from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_text
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
+from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
 from eepass.files import replace_dir_atomically
 from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
@@ -24,7 +25,6 @@ from eepass.onnx.graph import OnnxBuilder, OnnxValue
 from eepass.passes.functional.value_exits import DecodeStep
 from eepass.passes.functional.value_step import PromptStep
 from eepass.planning import exit_tensors
-from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 from eepass.segments import SplitDecoder
 
 # weights are mapped into memory
@@ -152,7 +152,7 @@ def _decode_step(
 
 def _radius(config: ExitConfig, split: SplitDecoder) -> int:
     """How far from the last exits predictors are asked; without a schedule everywhere."""
-    return RADIUS if config.schedule else len(split.layers)
+    return SCHEDULE_RADIUS if config.schedule else len(split.layers)
 
 
 def _metadata(
@@ -181,7 +181,7 @@ def _metadata(
         "draft_layer": plan.draft_layer,
         "draft_tokens": plan.draft_tokens,
         "exits": {str(point.layer): point.threshold for point in plan.exits},
-        "window": WINDOW,
+        "window": SCHEDULE_WINDOW,
         "radius": _radius(config, split),
         "always": ALWAYS_ACTIVE,
     }
@@ -225,7 +225,7 @@ class _Writer:
             limits[point.layer] = point.threshold
         ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
         position = build.input("position", torch.zeros(1, dtype=torch.long))
-        recent = build.input("recent", torch.zeros(WINDOW, dtype=torch.long))
+        recent = build.input("recent", torch.zeros(SCHEDULE_WINDOW, dtype=torch.long))
         threshold = build.input("threshold", limits)
         build.default(threshold, limits)
         caches = _caches(build, step)

@@ -72,7 +72,7 @@ class CallerExits:
 
         choose = keep if self.full is None else None
         found, state = self.exits.check(layer, hidden, state, self.asked, statistics, choose)
-        if len(found.answers) < self.batch:
+        if len(found.tokens) < self.batch:
             return None, state
         if self.full is None:
             return self._among_hot(seen[0][: self.batch]), state

@@ -8,12 +8,12 @@ from models import eager_compile, random_artifact, tiny_model
 
 from eepass.config import ExitConfig
 from eepass.errors import PassError
+from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
 from eepass.model import ALWAYS_ACTIVE, EarlyExitModel, split_model
 from eepass.passes.functional import return_kv_rows
 from eepass.passes.functional.value_exits import DecodeStep
 from eepass.passes.functional.value_step import Call, PromptStep
 from eepass.planning import exit_tensors
-from eepass.runtime.exits.scheduler import RADIUS, WINDOW
 
 PROMPT = [5 + (7 * i) % 120 for i in range(21)]
 STEPS = 24
@@ -50,7 +50,7 @@ class Stepper:
         segments = ready.segments_for(ready.config, plan, tensors, 1)
         self.build, self.plan = Eager(tensors), plan
         self.prompt = PromptStep(splits[max(splits)], splits[1])
-        self.decode = DecodeStep(splits[1], segments, plan, RADIUS, ALWAYS_ACTIVE)
+        self.decode = DecodeStep(splits[1], segments, plan, SCHEDULE_RADIUS, ALWAYS_ACTIVE)
         self.caches = self.decode.empty_caches()
         assert self.prompt.caches == self.decode.caches
 
@@ -75,7 +75,7 @@ class Stepper:
         thresholds = torch.full((depth + 1,), 2.0)
         for point in self.plan.exits:
             thresholds[point.layer] = point.threshold
-        recent = torch.tensor([0] * (WINDOW - 1) + [depth])
+        recent = torch.tensor([0] * (SCHEDULE_WINDOW - 1) + [depth])
         steps = [(self.prefill(ids), depth)]
         for position in range(len(ids), len(ids) + count - 1):
             token, layer, recent, *rows = self.decode.build(

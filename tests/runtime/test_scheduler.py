@@ -1,7 +1,9 @@
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eepass.runtime.exits.scheduler import RADIUS, REMEMBERED, WINDOW, PredictorSchedule
+from eepass.exit_rule import SCHEDULE_WINDOW, near_last_exits
+from eepass.runtime.exits.scheduler import HISTORY, PredictorSchedule
 
 
 def test_all_exits_are_active_until_something_is_known():
@@ -21,9 +23,11 @@ def test_it_remembers_a_window_and_no_more(exits):
     schedule = PredictorSchedule(tuple(range(1, 31)), 0)
     for layer in exits:
         schedule.record(layer)
-    assert len(schedule.recent) <= REMEMBERED
-    near = {e for e in range(1, 31) if any(abs(e - x) <= RADIUS for x in exits[-WINDOW:])}
-    assert schedule.active() == near
+    assert len(schedule.recent) <= HISTORY
+    # the rule that the device follows
+    layers = torch.arange(1, 31)
+    near = near_last_exits(layers, torch.tensor(exits[-SCHEDULE_WINDOW:]))
+    assert schedule.active() == set(layers[near].tolist())
 
 
 def test_a_new_sequence_starts_afresh():
