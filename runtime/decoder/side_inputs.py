@@ -24,14 +24,14 @@ KEPT_CHUNKS = 32
 class Row(NamedTuple):
     """One row of a pass: the token at ``position`` of the sequence that begins at slot ``first``.
 
-    It attends to the ``position + 1 - len(over)`` slots from ``first`` on, and to those in
-    ``over``: of the draft tokens on its path, itself the last.
+    It attends to the ``position + 1 - len(path_slots)`` slots from ``first`` on, and to
+    ``path_slots``: those of the draft tokens on its path, itself the last.
     """
 
     first: int
     position: int
     slot: int
-    over: tuple[int, ...] = ()
+    path_slots: tuple[int, ...] = ()
 
 
 class Place(NamedTuple):
@@ -151,19 +151,19 @@ class SideInputs:
         # rows of one tree attend to the same slots up to its root
         lines: dict[tuple[int, int], list[int]] = {}
         for index, row in enumerate(rows):
-            lines.setdefault((row.first, row.position + 1 - len(row.over)), []).append(index)
+            lines.setdefault((row.first, row.position + 1 - len(row.path_slots)), []).append(index)
         for (first, count), members in lines.items():
             indices = self._tensor([index_of[rows[index].position] for index in members])
             mask[members, ..., first : first + count] = by_row[indices, ..., :count]
         # a slot's value goes by the position of the token in it (biases, windows)
-        over = [
-            (index, slot, index_of[row.position], row.position - len(row.over) + 1 + depth)
+        single = [
+            (index, slot, index_of[row.position], row.position - len(row.path_slots) + 1 + depth)
             for index, row in enumerate(rows)
-            for depth, slot in enumerate(row.over)
+            for depth, slot in enumerate(row.path_slots)
         ]
-        over += [(index, slot, 0, 0) for index, slot in enumerate(spare, len(rows))]
-        if over:
-            mask_rows, slots, indices, attended = self._tensor(over).unbind(1)
+        single += [(index, slot, 0, 0) for index, slot in enumerate(spare, len(rows))]
+        if single:
+            mask_rows, slots, indices, attended = self._tensor(single).unbind(1)
             # advanced indices in front and behind: what lies between comes last
             mask[mask_rows, ..., slots] = by_row[indices, ..., attended]
         return mask.movedim(0, dim).contiguous()

@@ -20,9 +20,10 @@ from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.engine.batch_scheduler import BatchScheduler
+from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
 from eepass.runtime.engine.prefill import OnLayer, prefill
-from eepass.runtime.engine.scheduled_sequence import ScheduledSequence, norm_last_hidden
+from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
 from eepass.runtime.exits.exits import Exits
@@ -71,7 +72,7 @@ class Engine:
         self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
         self._to_measure = (planner, noise)
         self.statistics = Statistics(decoder.num_layers)
-        self.verifier = Verifier(decoder, options.guarantee == "exact")
+        self.verifier = Verifier(decoder.num_layers, options.guarantee == "exact")
         self.scheduler = BatchScheduler(
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
@@ -130,8 +131,8 @@ class Engine:
             schedule=self.schedule.fresh() if self.schedule is not None else None,
         )
         try:
-            hidden = prefill(sequence, decoder, self.exits, on_layer)
-            token = self.verifier.first_token(hidden, sequence)
+            logits = prefill(sequence, decoder, self.exits, on_layer)
+            token = self.verifier.next_token(logits, sequence, sequence.tokens)
         except BaseException:
             # also on Ctrl-C: the caller has no sequence that it could end
             decoder.kv.release(first_slot)
@@ -227,11 +228,12 @@ class Engine:
             raise EngineError("the prompt is empty: give at least one token")
         if len(ids) > capacity:
             raise EngineError(
-                f"the prompt has {len(ids)} tokens, the cache room for {capacity}: {hint}"
+                f"the prompt has {len(ids)} tokens, and the cache has room for {capacity}: {hint}"
             )
         if capacity > longest:
             raise EngineError(
-                f"capacity={capacity}: a sequence may have at most {longest} tokens: {hint}"
+                f"{capacity} tokens of prompt and answer are asked for, and a sequence may have "
+                f"at most {longest}: {hint}"
             )
         if not self.verifier.exact and self.exits is not None and sampling.repetition_penalty != 1:
             raise EngineError(
@@ -261,21 +263,4 @@ class Engine:
         )
         forward_pass.run(batch, self.scheduler.predictor_drafts(batch, self.statistics))
         self.verifier.verify(forward_pass, batch, self.statistics)
-        self.statistics.passes += 1
-        if self.exits is not None and layers is not None:
-            norm_last_hidden(batch, self.exits)
-        for one in batch:
-            self._commit(one)
-
-    def _commit(self, scheduled: ScheduledSequence) -> None:
-        sequence, rolled_back = scheduled.sequence, scheduled.num_kept is not None
-        before = sequence.num_confirmed
-        scheduled.commit(self.decoder.kv)
-        exited_early = scheduled.exit_layer < self.decoder.num_layers
-        if not (self.verifier.exact and exited_early):
-            sequence.num_confirmed = len(sequence.tokens)
-        self.statistics.rollbacks += rolled_back
-        for step in sequence.decoded(before, sequence.num_confirmed):
-            self.statistics.record_exit(step.exit_layer)
-        if scheduled.tree is not None and not rolled_back:
-            self.planner.learn(scheduled.tree, scheduled.path)
+        commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)

@@ -35,6 +35,24 @@ class PassRow:
     row: Row
 
 
+class RowLogits:
+    """Logits [R, V] by sequence, node and position; ``used``: which rows were read."""
+
+    def __init__(self, values: Tensor, rows: SequenceOf[PassRow]) -> None:
+        self.values = values
+        self._at = {(row.scheduled, row.node, row.position): at for at, row in enumerate(rows)}
+        self.used: list[int] = []
+
+    def has(self, scheduled: ScheduledSequence, node: int, position: int) -> bool:
+        return (scheduled, node, position) in self._at
+
+    def of(self, scheduled: ScheduledSequence, node: int, position: int) -> Tensor:
+        """Logits [1, V] of a row."""
+        row = self._at[scheduled, node, position]
+        self.used.append(row)
+        return self.values[row : row + 1]
+
+
 class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
@@ -52,8 +70,7 @@ class ForwardPass:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
         self.feature_layers = frozenset(feature_layers)
         self.kv_policy = kv_policy
-        # after the last layer: the rows that went through all of them, and their hidden states
-        # [1, R, H], padded
+        # the rows on this layer and their hidden states [1, R, H], padded
         self.rows: list[PassRow] = []
         self.hidden: Tensor | None = None
         self._place: Place | None = None
@@ -81,6 +98,23 @@ class ForwardPass:
                 return
         self._note_last_hidden()
 
+    def lm_head(self, every_row: bool) -> RowLogits:
+        """LM head logits of the rows that went through all layers: of ``every_row``, or of those
+        whose next token no exit has decided."""
+        needed = [
+            index
+            for index, row in enumerate(self.rows)
+            if every_row or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
+        ]
+        hidden = self.hidden
+        if hidden is None or not needed:
+            return RowLogits(torch.zeros(0, 1), [])
+        size = self.decoder.bucket(len(needed))
+        if len(needed) < len(self.rows) or size < hidden.shape[1]:
+            hidden = hidden[:, torch.tensor(needed + needed[-1:] * (size - len(needed)))]
+        self.statistics.full_heads += len(needed)
+        return RowLogits(self.decoder.logits(hidden)[0], [self.rows[index] for index in needed])
+
     def _embed(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None) -> None:
         """Start with the nodes of all trees."""
         ids: list[int] = []
@@ -91,8 +125,8 @@ class ForwardPass:
             for node in range(len(one.tree)):
                 path = one.tree.path(node)
                 position = root + len(path)
-                over = tuple(first + root + n for n in path)
-                row = Row(first, position, first + root + node, over)
+                slots = tuple(first + root + n for n in path)
+                row = Row(first, position, first + root + node, slots)
                 self.rows.append(PassRow(one, node, position, row))
             ids += one.tree.tokens
         if not self.rows:

@@ -18,8 +18,7 @@ OnLayer = Callable[[int, Tensor], None]
 def prefill(
     sequence: Sequence, decoder: Decoder, exits: Exits | None, on_layer: OnLayer | None = None
 ) -> Tensor:
-    """Run the tokens of ``sequence``; the hidden state [1, 1, H] of the last one after the last
-    layer.
+    """Run the tokens of ``sequence``; the LM head logits [1, V] of the last one.
 
     The draft gets each chunk as soon as it is done, so that the hidden states of a whole prompt are
     never in memory at once. ``on_layer`` is called as in ``Decoder.forward``.
@@ -51,4 +50,4 @@ def prefill(
             draft.follow(chunk, shifted)
     if previous is not None:
         sequence.features[len(ids) - 1] = previous[0]
-    return hidden[:, -1:]
+    return decoder.logits(hidden[:, -1:])[0]

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
-from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.sequence import Sequence
-from eepass.runtime.exits.exits import Choose, Exits
+from eepass.runtime.exits.exits import Choose
 
 
 @dataclass(slots=True, eq=False)
@@ -67,44 +64,3 @@ class ScheduledSequence:
             if token in sequence.stop or before + count >= sequence.max_new_tokens:
                 self.new_tokens, self.path = self.new_tokens[:count], self.path[:count]
                 return
-
-    def commit(self, kv: KvCache) -> None:
-        """Write the decision into the sequence and its slots of the cache."""
-        sequence, draft = self.sequence, self.sequence.draft
-        features = None
-        if draft is not None and draft.feature_layers is not None:
-            if self.path:
-                features = self._features(draft.feature_layers)
-            elif self.num_kept is not None:
-                features = sequence.features[self.num_kept - 1]
-        if self.num_kept is not None:
-            sequence.roll_back(self.num_kept)
-        elif self.path:
-            root = sequence.first_slot + sequence.position
-            kv.move([root + node for node in self.path], root, self.exit_layer)
-        sequence.append(self.new_tokens, self.exit_layer, features)
-        sequence.trim_pending()
-
-    def _features(self, layers: SequenceOf[int]) -> Tensor:
-        """The draft's features [n, F * H] of the path's nodes: z and the hidden states after
-        ``layers``."""
-        rows = [torch.stack([self.z[node] for node in self.path])]
-        for layer in layers:
-            rows.append(torch.stack([self._hidden_after(layer, node) for node in self.path]))
-        return torch.cat(rows, -1)
-
-    def _hidden_after(self, layer: int, node: int) -> Tensor:
-        """Hidden state [H] of a node after ``layer``, or after the last layer it did reach."""
-        if (node, layer) in self.hidden_after:
-            return self.hidden_after[node, layer]
-        reached = [n for (owner, n) in self.hidden_after if owner == node]
-        return self.hidden_after[node, max(reached)] if reached else self.z[node]
-
-
-def norm_last_hidden(batch: SequenceOf[ScheduledSequence], exits: Exits) -> None:
-    """Compute z for the path nodes that went through all layers, in one call."""
-    nodes = [(one, node) for one in batch for node in one.path if node in one.last_hidden]
-    if nodes:
-        hidden = torch.stack([one.last_hidden[node] for one, node in nodes])
-        for (one, node), z in zip(nodes, exits.final(hidden[None])[0], strict=True):
-            one.z[node] = z

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from eepass.errors import EngineError
-from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.engine.forward_pass import PENDING, ForwardPass
+from eepass.runtime.engine.forward_pass import PENDING, ForwardPass, RowLogits
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.exits.exits import Choose
@@ -36,8 +35,8 @@ class Verifier:
     answer may differ from the dense one.
     """
 
-    def __init__(self, decoder: Decoder, exact: bool, noise: float = 0.0) -> None:
-        self.decoder, self.exact, self.noise = decoder, exact, noise
+    def __init__(self, num_layers: int, exact: bool, noise: float = 0.0) -> None:
+        self.num_layers, self.exact, self.noise = num_layers, exact, noise
 
     def exit_sampler(self, sequence: Sequence) -> Choose | None:
         """How an exit chooses its token: the argmax (None), or sampled where exits are final."""
@@ -52,10 +51,6 @@ class Verifier:
 
         return choose
 
-    def first_token(self, hidden: Tensor, sequence: Sequence) -> int:
-        """The next token of a prompt, from its last hidden state [1, 1, H]."""
-        return self._next_token(self.decoder.logits(hidden)[0], sequence, sequence.tokens)
-
     def verify(
         self,
         forward_pass: ForwardPass,
@@ -63,28 +58,28 @@ class Verifier:
         statistics: Statistics,
     ) -> None:
         """Fill in each sequence's path and new tokens, and what is rolled back."""
-        logits = self._lm_head(forward_pass, statistics)
+        logits = forward_pass.lm_head(every_row=self.exact)
         for one in batch:
-            if one.exit_layer == self.decoder.num_layers and not one.path:
+            if one.exit_layer == self.num_layers and not one.path:
                 agreed = not self.exact or self._verify_pending(one, logits)
                 if agreed and one.tree is not None:
                     self._accept_drafts(one, logits)
             one.collect_new_tokens()
         self._count_near_ties(logits, statistics)
 
-    def _verify_pending(self, scheduled: ScheduledSequence, logits: _Logits) -> bool:
+    def _verify_pending(self, scheduled: ScheduledSequence, logits: RowLogits) -> bool:
         """Whether the last layer agrees with the exits of all tokens that have caught up."""
         sequence = scheduled.sequence
         for position in sorted(scheduled.caught_up):
             row = logits.of(scheduled, PENDING, position)
             context = sequence.tokens[: position + 1]
-            token = self._next_token(row, sequence, context)
+            token = self.next_token(row, sequence, context)
             if token != sequence.tokens[position + 1]:
                 scheduled.reject_after(position, token)
                 return False
         return True
 
-    def _accept_drafts(self, scheduled: ScheduledSequence, logits: _Logits) -> None:
+    def _accept_drafts(self, scheduled: ScheduledSequence, logits: RowLogits) -> None:
         """Walk down the tree while a draft token equals the next token of the node before it."""
         sequence = scheduled.sequence
         context = list(sequence.tokens)
@@ -93,12 +88,12 @@ class Verifier:
             scheduled.path.append(node)
             if self.exact or node not in scheduled.next_tokens:
                 row = logits.of(scheduled, node, len(context) - 1)
-                scheduled.next_tokens[node] = self._next_token(row, sequence, context)
+                scheduled.next_tokens[node] = self.next_token(row, sequence, context)
             context.append(scheduled.next_tokens[node])
             node = self._accepted_child(scheduled, node, len(context) - 1, logits)
 
     def _accepted_child(
-        self, scheduled: ScheduledSequence, node: int, position: int, logits: _Logits
+        self, scheduled: ScheduledSequence, node: int, position: int, logits: RowLogits
     ) -> int | None:
         """The child of ``node`` that is its next token, unless an exit that was wrong has dropped
         its row."""
@@ -109,26 +104,7 @@ class Verifier:
                 return child if decided or logits.has(scheduled, child, position) else None
         return None
 
-    def _lm_head(self, forward_pass: ForwardPass, statistics: Statistics) -> _Logits:
-        """LM head logits of the rows that went through all layers and lack a next token."""
-        rows, hidden = forward_pass.rows, forward_pass.hidden
-        needed = [
-            index
-            for index, row in enumerate(rows)
-            if self.exact or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
-        ]
-        if hidden is None or not needed:
-            return _Logits(torch.zeros(0, 1), {})
-        size = self.decoder.bucket(len(needed))
-        if len(needed) < len(rows) or size < hidden.shape[1]:
-            hidden = hidden[:, torch.tensor(needed + needed[-1:] * (size - len(needed)))]
-        values = self.decoder.logits(hidden)[0]
-        statistics.full_heads += len(needed)
-        kept = [rows[index] for index in needed]
-        at = {(row.scheduled, row.node, row.position): index for index, row in enumerate(kept)}
-        return _Logits(values, at)
-
-    def _next_token(self, logits: Tensor, sequence: Sequence, context: SequenceOf[int]) -> int:
+    def next_token(self, logits: Tensor, sequence: Sequence, context: SequenceOf[int]) -> int:
         """The token that follows ``context`` by its logits [1, V]."""
         sampling = sequence.sampling
         if sampling.greedy:
@@ -142,27 +118,10 @@ class Verifier:
             )
         return token
 
-    def _count_near_ties(self, logits: _Logits, statistics: Statistics) -> None:
+    def _count_near_ties(self, logits: RowLogits, statistics: Statistics) -> None:
         if not (self.exact and logits.used and self.noise):
             return
         used = logits.values[logits.used]
         best = used.max(-1)
         second = used.scatter(-1, best.indices[:, None], -torch.inf).amax(-1)
         statistics.near_ties += int((best.values - second <= self.noise).sum())
-
-
-class _Logits:
-    """Logits [R, V], and the row of each sequence's node at a position; ``used``: rows read."""
-
-    def __init__(self, values: Tensor, at: dict[tuple[ScheduledSequence, int, int], int]) -> None:
-        self.values, self._at = values, at
-        self.used: list[int] = []
-
-    def has(self, scheduled: ScheduledSequence, node: int, position: int) -> bool:
-        return (scheduled, node, position) in self._at
-
-    def of(self, scheduled: ScheduledSequence, node: int, position: int) -> Tensor:
-        """Logits [1, V] of a row."""
-        row = self._at[scheduled, node, position]
-        self.used.append(row)
-        return self.values[row : row + 1]

@@ -433,7 +433,7 @@ def test_the_cache_grows_unless_its_length_was_asked_for(caplog, monkeypatch):
 
     def transform(model, artifact, config, max_length):
         asked.append(max_length)
-        return SimpleNamespace(decoder=SimpleNamespace(longest=max_length))
+        return SimpleNamespace(decoder=SimpleNamespace(max_sequence_length=max_length))
 
     monkeypatch.setattr(prepared, "transform", transform)
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=6000)

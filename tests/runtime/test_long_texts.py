@@ -160,7 +160,7 @@ def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
     for mask, name in names.items():
         for index, row in enumerate(rows):
             seen = (place.sides[name][0, 0, index] == 0).nonzero().flatten().tolist()
-            line = [*range(64, 100), *row.over]
+            line = [*range(64, 100), *row.path_slots]
             allowed = whole[mask][0, 0, row.position, : row.position + 1] == 0
             wanted = [slot for slot, yes in zip(line, allowed.tolist(), strict=True) if yes]
             assert seen == wanted
@@ -195,7 +195,7 @@ def test_up_to_the_last_position_the_model_knows(family):
             assert generated == plain.answer(ids, 45 - len(ids))
     with pytest.raises(EngineError, match=r"45 tokens.*knows 44 positions"):
         Engine(decoder).start(text(45))
-    with pytest.raises(EngineError, match="capacity=50: a sequence may have at most 44 tokens"):
+    with pytest.raises(EngineError, match=r"50 tokens.*are asked for.*at most 44: the model"):
         Engine(decoder).start(text(30), capacity=50)
     # two of that length fit the cache all the same
     engine, ids = Engine(decoder), text(30)

@@ -107,7 +107,7 @@ def test_a_tree_without_its_mask_gives_another_answer(decoder, plain, monkeypatc
     original = decoder.side_inputs.gather
 
     def everything(rows, size):
-        return original([row._replace(over=()) for row in rows], size)
+        return original([row._replace(path_slots=()) for row in rows], size)
 
     answers = set()
     for gather in (original, everything):
