@@ -7,7 +7,6 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
@@ -64,8 +63,4 @@ def logit_noise(decoder: Decoder) -> float:
 def _logits(decoder: Decoder, rows: list[Row], tokens: list[int]) -> Tensor:
     """Logits [n, V] of ``tokens`` run at ``rows``."""
     hidden = decoder.forward(tokens, rows, decoder.cache_length)
-    size = decoder.bucket(len(tokens))
-    if size > len(tokens):
-        padding = hidden[:, -1:].expand(-1, size - len(tokens), -1)
-        hidden = torch.cat([hidden, padding], 1)
-    return decoder.logits(hidden)[0, : len(tokens)].clone()
+    return decoder.logits(hidden)[0].clone()

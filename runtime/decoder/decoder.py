@@ -119,16 +119,15 @@ class Decoder:
         positions = [row.position for row in rows]
         positions += [min(last + 1 + i, self.num_positions - 1) for i in range(size - count)]
         ids = [*tokens, *[tokens[-1]] * (size - count)]
-        hidden = self.embed(self._ids(ids), self._ids(positions), place.slots)
+        ids_tensor = torch.tensor([ids], device=self.device)
+        positions_tensor = torch.tensor([positions], device=self.device)
+        hidden = self.embed(ids_tensor, positions_tensor, place.slots)
         for layer in range(self.num_layers + 1):
             if layer:
                 hidden = self.run_layer(layer - 1, hidden, place)
             if on_layer is not None:
                 on_layer(layer, hidden[:, :count])
         return hidden[:, :count]
-
-    def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor([values], device=self.device)
 
     def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
         """Hidden state [1, R, H] before layer number ``layer``, from 0 on, to the one after it; R a
@@ -149,8 +148,11 @@ class Decoder:
         self._fills[layer](hidden, place)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [1, R, V] of hidden states after the last layer [1, R, H], R a bucket."""
+        """Logits float32 [1, n, V] of hidden states after the last layer [1, n, H]."""
         rows = hidden.shape[1]
+        if rows not in self.buckets:
+            padding = hidden[:, -1:].expand(-1, self.bucket(rows) - rows, -1)
+            return self.logits(torch.cat([hidden, padding], 1))[:, :rows]
         if rows not in self._heads:
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
         return self._heads[rows](hidden, None)

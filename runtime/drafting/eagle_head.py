@@ -52,11 +52,13 @@ class EagleHead:
         self.feature_layers: tuple[int, ...] = tuple(tensors["eagle.features"].tolist())
         self.length = 0
         self._embedding, self._compile, self._traces = embedding, compile, trace
-        self._rows = tuple(sorted(rows))
-        if self._rows[-1] > RING - WINDOW:
+        self.row_counts, self.dtype = tuple(sorted(rows)), dtype
+        if self.row_counts[-1] > RING - WINDOW:
             raise ValueError(f"rows={rows}: at most {RING - WINDOW} at once")
         self._sources = {n: tensors[f"eagle.{n}"].to(dtype) for n in ("mix", "carry")}
         self._layer = [tensors[f"eagle.{name}"].to(dtype) for name in LAYER]
+        # the width of the features of one token: F * H
+        self.feature_size = int(self._sources["mix"].shape[1])
         heads = self._layer[LAYER.index("q")].shape[0] // HEAD_WIDTH
         keys = torch.zeros(1, heads, TREE + RING, HEAD_WIDTH, dtype=dtype)
         hot = [tensors.get(f"{own}hot.head{end}") for end in ("", ".scales", ".mins")]
@@ -83,7 +85,7 @@ class EagleHead:
         """
         if not tokens:
             raise ValueError("tokens is empty: there is nothing to extend by")
-        largest = self._rows[-1]
+        largest = self.row_counts[-1]
         for begin in range(0, len(tokens), largest):
             chunk = list(tokens[begin : begin + largest])
             count, size = len(chunk), self._bucket(len(chunk))
@@ -162,23 +164,10 @@ class EagleHead:
         other._extended = False
         return other
 
-    @property
-    def row_counts(self) -> tuple[int, ...]:
-        return self._rows
-
-    @property
-    def hidden_dtype(self) -> torch.dtype:
-        return self._embedding.dtype
-
-    @property
-    def feature_size(self) -> int:
-        """Width of the features of one token: F · H."""
-        return int(self._sources["mix"].shape[1])
-
     def _bucket(self, count: int) -> int:
-        if not 0 < count <= self._rows[-1]:
-            raise ValueError(f"{count} rows at once: expected 1 to {self._rows[-1]}")
-        return next(size for size in self._rows if size >= count)
+        if not 0 < count <= self.row_counts[-1]:
+            raise ValueError(f"{count} rows at once: expected 1 to {self.row_counts[-1]}")
+        return next(size for size in self.row_counts if size >= count)
 
     def _run(
         self, source: str, tokens: list[int], feature: Tensor, inputs: list[Tensor]

@@ -103,7 +103,7 @@ class EagleTree:
 
     def call_seconds(self) -> float:
         head = self.head.fresh()
-        dtype = head.hidden_dtype
+        dtype = head.dtype
         # every row count is compiled here, not while a sequence waits
         for count in head.row_counts:
             head.extend([0] * count, torch.zeros(count, head.feature_size, dtype=dtype))

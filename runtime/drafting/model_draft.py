@@ -91,5 +91,4 @@ class ModelDraft:
             begin += count
             hidden = hidden[:, -last:]
         self.num_cached = len(tokens)
-        padding = hidden[:, -1:].expand(-1, self.decoder.bucket(last) - last, -1)
-        return self.decoder.logits(torch.cat([hidden, padding], 1))[0, :last]
+        return self.decoder.logits(hidden)[0]

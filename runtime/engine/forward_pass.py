@@ -35,22 +35,8 @@ class PassRow:
     row: Row
 
 
-class RowLogits:
-    """Logits [R, V] by sequence, node and position; ``used``: which rows were read."""
-
-    def __init__(self, values: Tensor, rows: SequenceOf[PassRow]) -> None:
-        self.values = values
-        self._at = {(row.scheduled, row.node, row.position): at for at, row in enumerate(rows)}
-        self.used: list[int] = []
-
-    def has(self, scheduled: ScheduledSequence, node: int, position: int) -> bool:
-        return (scheduled, node, position) in self._at
-
-    def of(self, scheduled: ScheduledSequence, node: int, position: int) -> Tensor:
-        """Logits [1, V] of a row."""
-        row = self._at[scheduled, node, position]
-        self.used.append(row)
-        return self.values[row : row + 1]
+# logits [1, V] by the row's sequence, node and position
+RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 
 
 class ForwardPass:
@@ -106,14 +92,17 @@ class ForwardPass:
             for index, row in enumerate(self.rows)
             if every_row or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
         ]
-        hidden = self.hidden
-        if hidden is None or not needed:
-            return RowLogits(torch.zeros(0, 1), [])
-        size = self.decoder.bucket(len(needed))
-        if len(needed) < len(self.rows) or size < hidden.shape[1]:
-            hidden = hidden[:, torch.tensor(needed + needed[-1:] * (size - len(needed)))]
+        if self.hidden is None or not needed:
+            return {}
         self.statistics.full_heads += len(needed)
-        return RowLogits(self.decoder.logits(hidden)[0], [self.rows[index] for index in needed])
+        hidden = self.hidden
+        if len(needed) < len(self.rows):
+            hidden = hidden[:, torch.tensor(needed)]
+        rows = [self.rows[index] for index in needed]
+        logits = self.decoder.logits(hidden)[0].split(1)
+        return {
+            (r.scheduled, r.node, r.position): one for r, one in zip(rows, logits, strict=False)
+        }
 
     def _embed(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None) -> None:
         """Start with the nodes of all trees."""

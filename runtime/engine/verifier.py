@@ -58,28 +58,31 @@ class Verifier:
         statistics: Statistics,
     ) -> None:
         """Fill in each sequence's path and new tokens, and what is rolled back."""
-        logits = forward_pass.lm_head(every_row=self.exact)
+        logits, used = forward_pass.lm_head(every_row=self.exact), list[Tensor]()
         for one in batch:
             if one.exit_layer == self.num_layers and not one.path:
-                agreed = not self.exact or self._verify_pending(one, logits)
+                agreed = not self.exact or self._verify_pending(one, logits, used)
                 if agreed and one.tree is not None:
-                    self._accept_drafts(one, logits)
+                    self._accept_drafts(one, logits, used)
             one.collect_new_tokens()
-        self._count_near_ties(logits, statistics)
+        self._count_near_ties(used, statistics)
 
-    def _verify_pending(self, scheduled: ScheduledSequence, logits: RowLogits) -> bool:
+    def _verify_pending(
+        self, scheduled: ScheduledSequence, logits: RowLogits, used: list[Tensor]
+    ) -> bool:
         """Whether the last layer agrees with the exits of all tokens that have caught up."""
         sequence = scheduled.sequence
         for position in sorted(scheduled.caught_up):
-            row = logits.of(scheduled, PENDING, position)
-            context = sequence.tokens[: position + 1]
-            token = self.next_token(row, sequence, context)
+            used.append(logits[scheduled, PENDING, position])
+            token = self.next_token(used[-1], sequence, sequence.tokens[: position + 1])
             if token != sequence.tokens[position + 1]:
                 scheduled.reject_after(position, token)
                 return False
         return True
 
-    def _accept_drafts(self, scheduled: ScheduledSequence, logits: RowLogits) -> None:
+    def _accept_drafts(
+        self, scheduled: ScheduledSequence, logits: RowLogits, used: list[Tensor]
+    ) -> None:
         """Walk down the tree while a draft token equals the next token of the node before it."""
         sequence = scheduled.sequence
         context = list(sequence.tokens)
@@ -87,8 +90,8 @@ class Verifier:
         while node is not None:
             scheduled.path.append(node)
             if self.exact or node not in scheduled.next_tokens:
-                row = logits.of(scheduled, node, len(context) - 1)
-                scheduled.next_tokens[node] = self.next_token(row, sequence, context)
+                used.append(logits[scheduled, node, len(context) - 1])
+                scheduled.next_tokens[node] = self.next_token(used[-1], sequence, context)
             context.append(scheduled.next_tokens[node])
             node = self._accepted_child(scheduled, node, len(context) - 1, logits)
 
@@ -101,7 +104,7 @@ class Verifier:
         for child in scheduled.tree.children(node):
             if scheduled.tree.tokens[child] == scheduled.next_tokens[node]:
                 decided = child in scheduled.next_tokens and not self.exact
-                return child if decided or logits.has(scheduled, child, position) else None
+                return child if decided or (scheduled, child, position) in logits else None
         return None
 
     def next_token(self, logits: Tensor, sequence: Sequence, context: SequenceOf[int]) -> int:
@@ -118,10 +121,7 @@ class Verifier:
             )
         return token
 
-    def _count_near_ties(self, logits: RowLogits, statistics: Statistics) -> None:
-        if not (self.exact and logits.used and self.noise):
-            return
-        used = logits.values[logits.used]
-        best = used.max(-1)
-        second = used.scatter(-1, best.indices[:, None], -torch.inf).amax(-1)
-        statistics.near_ties += int((best.values - second <= self.noise).sum())
+    def _count_near_ties(self, used: list[Tensor], statistics: Statistics) -> None:
+        if self.exact and used and self.noise:
+            best = torch.cat(used).topk(2).values
+            statistics.near_ties += int((best[:, 0] - best[:, 1] <= self.noise).sum())
