@@ -25,7 +25,7 @@ ROOM = 320
 
 def run(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[list[list[int]], float]:
     """All prompts together; their answers, and seconds of decoding."""
-    sequences = [engine.start(ids, tokens, room=ROOM) for ids in prompts]
+    sequences = [engine.start(ids, tokens, capacity=ROOM) for ids in prompts]
     began = perf_counter()
     while going := [s for s in sequences if not s.finished]:
         if steps := [s for s in going if not s.at_its_end]:
@@ -34,7 +34,7 @@ def run(engine: Engine, prompts: list[list[int]], tokens: int) -> tuple[list[lis
             engine.catch_up(ends)
     seconds = perf_counter() - began
     engine.reset()
-    return [s.tokens[s.prompt_length : s.confirmed] for s in sequences], seconds
+    return [s.tokens[s.prompt_length : s.num_confirmed] for s in sequences], seconds
 
 
 def main() -> None:

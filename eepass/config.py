@@ -1,4 +1,4 @@
-"""How a decoder is to be left early."""
+"""The options of early exit."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ class ExitConfig:
     # one threshold for every exit instead of the calibrated ones
     threshold: float | None = None
     kv: Literal["defer", "propagate", "drop"] = "defer"
-    # where draft tokens come from: an early translated boundary, or the trained one-layer head
+    # where draft tokens come from: a translated early hidden state, or the trained one-layer head
     draft: Literal["lens", "eagle"] = "lens"
     verify: Literal["hot", "full"] = "hot"
     translators: bool = True
     schedule: bool = True
-    # tokens that may wait for the deeper layers
+    # how many tokens may be pending, that is, have skipped the deeper layers so far
     pending: int = 7
-    # exact: the dense answer, guesses taken back where they were wrong; approximate: as published
+    # exact: the dense answer, wrong exits are rolled back; approximate: as published
     guarantee: Literal["exact", "approximate"] = "exact"
-    # whether tokens may leave early at all
+    # whether tokens may exit early at all
     exits: bool = True
-    # who drafts several tokens ahead to be checked in one pass; lens: early exits alone
+    # what drafts several tokens to be verified in one pass; lens: early exits alone
     speculate: Literal["cascade", "eagle", "ngram", "model", "lens", "off"] = "cascade"
     # use each mechanism only where measured costs and acceptance say that it pays
     adaptive: bool = True
@@ -53,10 +53,10 @@ class ExitConfig:
         if self.kv != "defer" and (self.guarantee == "exact" or self.speculate != "off"):
             self._refuse("kv", "defer, where answers are exact or several tokens go in one pass")
         if self.draft == "eagle" and self.exits and self.speculate not in ("off", "lens"):
-            self._refuse("draft", "lens, where several tokens go in one pass and may leave early")
+            self._refuse("draft", "lens, where several tokens go in one pass and may exit early")
 
     def approximate(self, target: float | None = None) -> ExitConfig:
-        """Plain early exit: committed at once, one token a pass, nothing switched off."""
+        """Plain early exit: one token a pass, committed at once, in every pass."""
         target = self.target_agreement if target is None else target
         return replace(
             self, guarantee="approximate", exits=True, speculate="off", adaptive=False,

@@ -222,11 +222,11 @@ class EarlyExitModel:
         if ids.ndim == 2 and ids.shape[0] != 1:
             raise InputError(f"one prompt at a time, not {ids.shape[0]}")
         prompt = ids.reshape(-1).tolist()
-        if len(prompt) + max_new_tokens > self.decoder.longest:
+        if len(prompt) + max_new_tokens > self.decoder.max_sequence_length:
             raise InputError(
                 f"{len(prompt)} tokens of prompt and up to {max_new_tokens} of answer, and room "
-                f"for {self.decoder.longest} together: {self.decoder.remedy}, or ask for fewer "
-                "new tokens"
+                f"for {self.decoder.max_sequence_length} together: {self.decoder.length_hint}, or "
+                "ask for fewer new tokens"
             )
         new = [step.token for step in self.stream(prompt, max_new_tokens, sampling)]
         return torch.tensor([[*prompt, *new]])

@@ -17,9 +17,12 @@ from eepass.plan import ExitPlan, ExitSegments, FusedExits
 from eepass.planning import DRAFT_HEAD
 from eepass.runtime.decoder.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.drafting.drafts import Cascade, Draft, EagleTree, NgramDraft
-from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.drafting.cascade import Cascade
+from eepass.runtime.drafting.draft import Draft
+from eepass.runtime.drafting.eagle_head import EagleHead
+from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.engine.sequence import DecodedToken
@@ -114,7 +117,7 @@ def draft_for(
     if source == "ngram" or (source == "cascade" and DRAFT_HEAD not in tensors):
         return NgramDraft()
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        head = EagleDraft(tensors, _embedding(decoder), decoder.compile, trace=trace)
+        head = EagleHead(tensors, _embedding(decoder), decoder.compile, trace=trace)
         return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
     return None
 

@@ -131,7 +131,7 @@ def _sharing(
     draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
     """Another model over the code of ``model``, with its artefact or none."""
-    room = model.decoder.longest
+    room = model.decoder.max_sequence_length
     if max_length is not None and max_length > room:
         raise InputError(
             f"max_length={max_length}: this was transformed for texts of {room} tokens; shorten "

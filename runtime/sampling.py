@@ -1,10 +1,4 @@
-"""What token comes next when it is drawn: the target's distribution, and drafts checked against it.
-
-Greedy decoding compares: ``greedy`` and ``matching_child``. Sampling turns logits into
-``probabilities`` and lets ``accept`` keep a draft token or draw another one, so that what comes out
-is distributed as without drafts (speculative sampling, arXiv 2211.17192; several children of one
-node, arXiv 2305.09781).
-"""
+"""The next token from logits: greedy, or drawn from a distribution with transformers' options."""
 
 from __future__ import annotations
 
@@ -17,11 +11,11 @@ from torch import Tensor
 
 # below it scaled logits leave the range of float32
 COLDEST = 1e-5
-# how many of the most probable tokens are looked at for top_p before all are sorted
+# how many of the most probable tokens are sorted for top_p, before all are
 NUCLEUS_SIZES = (256, 2048, 16384)
-# tokens summed as one when a draw looks for its place
+# tokens in a block of the cumulated sum that a draw searches
 BLOCK = 256
-# scores [1, V] of logits [1, V] that follow the tokens given; may change the logits in place
+# maps the tokens so far and the logits [1, V] after them to scores [1, V], perhaps in place
 Process = Callable[[Sequence[int], Tensor], Tensor]
 
 
@@ -42,7 +36,7 @@ class Sampling:
     repetition_penalty: float = 1.0
     # None draws differently every time
     seed: int | None = None
-    # done to the logits of each token before anything else, once and in order; exact answers only
+    # applied to each token's logits before anything else, once and in order; exact decoding only
     process: Process | None = None
 
     def __post_init__(self) -> None:
@@ -113,54 +107,6 @@ def probabilities(
     return p if ids is None else torch.zeros_like(scores).scatter_(-1, ids, p)
 
 
-def matching_child(token: Tensor, proposed: Tensor) -> Tensor:
-    """Index [R] of the first child in ``proposed`` [R, C] that is ``token`` [R], else -1."""
-    if not proposed.shape[1]:
-        return torch.full_like(token, -1)
-    hit = proposed == token[:, None]
-    return torch.where(hit.any(-1), hit.int().argmax(-1), -1)
-
-
-def accept(
-    p: Tensor, proposed: Tensor, q: Tensor | None, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """The token [R] that follows, and the index [R] of the child it is, -1 for none of them.
-
-    Each row is one node: ``p`` [R, V] its target distribution, ``proposed`` [R, C] its children,
-    -1 where there is none. The token is distributed as ``p`` whatever the children are, provided
-    that child c was drawn from ``q[:, c]`` [R, C, V], *given the children before it*: for children
-    drawn from one draft distribution without replacement, ``q[:, c]`` is that distribution with the
-    earlier children taken out and normalised again. A drawn child must not be left out for the
-    token it is: that changes what it was drawn from. ``q=None`` says that the children were chosen,
-    not drawn (the draft's top tokens, for instance).
-    """
-    if q is None:
-        # refusing each point mass in turn and drawing from what is left gives child c with
-        # probability p(c): the same as one draw from p that may hit a child
-        token = draw(p, generator)
-        return token, matching_child(token, proposed)
-    rows, children = proposed.shape
-    chance = _uniform((rows, children + 1), p, generator)
-    token = proposed.new_full((rows,), -1)
-    index = token.clone()
-    residual = p
-    for child in range(children):
-        x = proposed[:, child]
-        tried = (index < 0) & (x >= 0)
-        place = x.clamp(min=0)[:, None]
-        p_x, q_x = residual.gather(1, place)[:, 0], q[:, child].gather(1, place)[:, 0]
-        # u < p / q without the division
-        taken = tried & (chance[:, child] * q_x < p_x)
-        token, index = token.where(~taken, x), index.masked_fill(taken, child)
-        refused = tried & ~taken
-        if refused.any():
-            residual = torch.where(refused[:, None], _residual(residual, q[:, child]), residual)
-    left = (index < 0).nonzero()[:, 0]
-    if len(left):
-        token[left] = _invert(residual[left], chance[left, -1])
-    return token, index
-
-
 def draw(p: Tensor, generator: torch.Generator) -> Tensor:
     """One token [R] from each row of ``p`` [R, V], which need not sum to one."""
     return _invert(p, _uniform((p.shape[0],), p, generator))
@@ -211,13 +157,6 @@ def _most_probable(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
         if (top.sum(-1, dtype=torch.float64) >= sampling.top_p).all():
             break
     return top, ids
-
-
-def _residual(p: Tensor, q: Tensor) -> Tensor:
-    rest = (p - q).clamp_(min=0)
-    mass = rest.sum(-1, keepdim=True)
-    # p equals q: only rounding leads here, and p is as good as any
-    return torch.where(mass > 0, rest / mass, p)
 
 
 def _uniform(shape: tuple[int, ...], p: Tensor, generator: torch.Generator) -> Tensor:

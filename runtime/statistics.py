@@ -1,4 +1,4 @@
-"""What an engine counts while it decodes."""
+"""Counts and times of an engine while it decodes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 class Statistics:
     """Counts over the tokens decoded since the last reset; times in seconds.
 
-    ``exit_layers[e]`` is the number of tokens that left after e layers; ``wanted`` how often a
-    predictor asked to leave, ``refused`` how often verification then said no. ``rollbacks``: wrong
-    guesses taken back; ``near_ties``: answers whose two best logits lie within the noise.
+    ``exit_layers[e]``: tokens that exited after e layers; ``wanted``: how often a predictor wanted
+    to exit, ``refused``: how often verification then rejected it; ``rollbacks``: how often an exit
+    turned out wrong; ``near_ties``: tokens whose two best logits differ by no more than the noise;
+    ``full_heads``: rows of the LM head over the whole vocabulary.
     """
 
     num_layers: int
@@ -34,7 +35,7 @@ class Statistics:
     def __post_init__(self) -> None:
         self.exit_layers = self.exit_layers or [0] * (self.num_layers + 1)
 
-    def left_at(self, layer: int) -> None:
+    def record_exit(self, layer: int) -> None:
         self.tokens += 1
         self.exit_layers[layer] += 1
 

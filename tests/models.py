@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
-from eepass.runtime.drafting import eagle
-from eepass.runtime.exits.exits import Found, RowState
+from eepass.runtime.drafting.eagle_layer import shapes
+from eepass.runtime.exits.exits import ExitDecision, RowState
 from eepass.training.predictors import WIDTH
 
 VOCABULARY = 160
@@ -77,7 +77,7 @@ def tiny_model(family: str = "llama", **changes: Any) -> Any:
 
 
 def random_artifact(model: Any, draft_layer: int = 1, k: int = 16) -> Artifact:
-    """An artefact whose predictors say yes about half the time, on every exit."""
+    """An artefact whose predictors want to exit about half the time, at every exit."""
     generator = torch.Generator().manual_seed(1)
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
@@ -102,7 +102,7 @@ def random_artifact(model: Any, draft_layer: int = 1, k: int = 16) -> Artifact:
             tensors[name + "w2"] = random(WIDTH, scale=0.2)
             tensors[name + "b2"] = torch.zeros(1)
     tensors["eagle.features"] = torch.tensor([1, 2], dtype=torch.int32)
-    for name, shape in eagle.shapes(width, features=3).items():
+    for name, shape in shapes(width, features=3).items():
         value = random(*shape, scale=shape[-1] ** -0.5) if len(shape) > 1 else torch.ones(shape)
         tensors[f"eagle.{name}"] = value
 
@@ -125,8 +125,8 @@ def eager_compile(graph: Any, structure: str, examples: Any, *, logits: bool = F
 
 
 class ForcedExits:
-    """Exits by order: in pass t (counted from 0 since ``turn`` was set to -1) the first row asked
-    leaves after ``orders[t]`` layers, saying ``answers[t]``; past the end of the orders, none."""
+    """Exits by order: in pass t (counted from 0 since ``turn`` was set to -1) the first row that is
+    evaluated exits after ``orders[t]`` layers with token ``answers[t]``; in later passes, none."""
 
     def __init__(self, num_layers: int, orders: list[int], answers: list[int]) -> None:
         self.thresholds = dict.fromkeys(range(1, num_layers + 1), 0.5)
@@ -141,11 +141,17 @@ class ForcedExits:
         return hidden
 
     def check(
-        self, layer: int, hidden: Tensor, state: RowState, asked: Any, statistics: Any, choose: Any
-    ) -> tuple[Found, RowState]:
+        self,
+        layer: int,
+        hidden: Tensor,
+        state: RowState,
+        evaluated: Any,
+        statistics: Any,
+        choose: Any,
+    ) -> tuple[ExitDecision, RowState]:
         wanted = self.turn < len(self.orders) and self.orders[self.turn] == layer
-        answers = {asked[0]: self.answers[self.turn]} if wanted else {}
-        return Found(answers, hidden), state
+        tokens = {evaluated[0]: self.answers[self.turn]} if wanted else {}
+        return ExitDecision(tokens, hidden), state
 
 
 def tiny_tokenizer() -> Any:

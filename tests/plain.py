@@ -1,4 +1,4 @@
-"""What the engine does, written down plainly: no cache, no trees, no catching up."""
+"""A reference for the engine, written plainly: no cache, no trees, no catch-up."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from models import VOCABULARY
 
 from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
-from eepass.runtime.exits.exits import Found, RowState
+from eepass.runtime.exits.exits import ExitDecision, RowState
 
 
 class PlainEngine:
@@ -28,14 +28,14 @@ class PlainEngine:
         return self.known[key]
 
     def answer(self, ids, count, stop=frozenset()):
-        said = []
-        while len(said) < count and not (said and said[-1] in stop):
-            said.append(self.next_token([*ids, *said]))
-        return said
+        generated = []
+        while len(generated) < count and not (generated and generated[-1] in stop):
+            generated.append(self.next_token([*ids, *generated]))
+        return generated
 
 
 class RandomDraft:
-    """Trees at random, with what the plain engine would say put in with chance ``right``."""
+    """Random trees; a token is the one of the plain engine with probability ``right``."""
 
     feature_layers = None
     expected = 1.5
@@ -51,7 +51,7 @@ class RandomDraft:
     def propose(self, root, budget: Budget):
         assert self.tokens[-1] == root
         tree = Tree([root])
-        # more than there is room for as well: nobody has to trust a draft
+        # more than fit into a pass as well: the engine must not rely on a draft
         for _ in range(self.random.randint(0, self.most)):
             parent = self.random.randrange(len(tree))
             path = [tree.tokens[node] for node in tree.path(parent)]
@@ -73,7 +73,7 @@ class RandomDraft:
 
 
 class RandomExits:
-    """Exits at random rows and layers; the guess is right with chance ``right``."""
+    """Exits at random rows and layers; their token is right with probability ``right``."""
 
     def __init__(self, engine_of, plain, num_layers, seed, often=0.4, right=0.6):
         self.thresholds = dict.fromkeys(range(1, num_layers + 1), 0.5)
@@ -87,13 +87,13 @@ class RandomExits:
     def final(self, hidden):
         return hidden
 
-    def check(self, layer, hidden, state, asked, statistics, choose):
-        rows = self.engine_of().rows_on_their_way()
-        answers = {}
-        for row in asked:
+    def check(self, layer, hidden, state, evaluated, statistics, choose):
+        texts = self.engine_of().current_texts()
+        tokens = {}
+        for row in evaluated:
             if self.random.random() < self.often:
                 if self.random.random() < self.right:
-                    answers[row] = self.plain.next_token(rows[row])
+                    tokens[row] = self.plain.next_token(texts[row])
                 else:
-                    answers[row] = self.random.randint(3, VOCABULARY - 1)
-        return Found(answers, hidden), state
+                    tokens[row] = self.random.randint(3, VOCABULARY - 1)
+        return ExitDecision(tokens, hidden), state

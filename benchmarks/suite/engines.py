@@ -23,7 +23,7 @@ from eepass.errors import EngineError
 from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
 from eepass.planning import make_plan
-from eepass.runtime.exits.exits import Found, RowState
+from eepass.runtime.exits.exits import ExitDecision, RowState
 from eepass.runtime.step.launching import choose
 
 
@@ -190,9 +190,9 @@ class _Forced:
     def check(
         self, layer: int, hidden: Tensor, state: RowState, asked: Sequence[int], statistics: Any,
         choose: Any = None,
-    ) -> tuple[Found, RowState]:  # fmt: skip
+    ) -> tuple[ExitDecision, RowState]:  # fmt: skip
         best = self._engine.exit_logits(layer, hidden[0], forced=True).argmax(-1).tolist()
-        return Found({row: best[row] for row in asked}, self.final(hidden)[0]), state
+        return ExitDecision({row: best[row] for row in asked}, self.final(hidden)[0]), state
 
 
 def _config(how: How, bench: Bench) -> ExitConfig:

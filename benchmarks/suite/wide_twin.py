@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.errors import InputError
-from eepass.runtime.drafting.eagle import LAYER
+from eepass.runtime.drafting.eagle_layer import LAYER
 
 # families whose modules are linear layers, embeddings and norms over whole hidden states or heads
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")

@@ -89,7 +89,7 @@ def bench(
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
-    encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.longest]
+    encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.max_sequence_length]
     if not encoded:
         raise InputError("no prompt fits the cache together with its answer: raise max_length")
     answers = _dense_answers(model, encoded, new_tokens, notify)

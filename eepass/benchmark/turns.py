@@ -74,13 +74,13 @@ class EngineStream(Stream):
     ) -> Iterator[list[int]]:
         engine = self.engine
         sequence = self.sequence = engine.start(ids, new_tokens, stop)
-        yield [step.token for step in sequence.take()]
+        yield [step.token for step in sequence.take_confirmed()]
         while not sequence.finished:
             if sequence.at_its_end:
                 engine.catch_up([sequence])
             else:
                 engine.step([sequence])
-            yield [step.token for step in sequence.take()]
+            yield [step.token for step in sequence.take_confirmed()]
         self._end()
 
     def _follow(self, ids: list[int], answer: list[int]) -> Iterator[list[int]]:
@@ -104,12 +104,12 @@ class EngineStream(Stream):
     def pause(self) -> None:
         if self.sequence is not None:
             self._saved = [tensor.clone() for tensor in self._state()]
-            self.engine.decoder.kv.release(self.sequence.first)
+            self.engine.decoder.kv.release(self.sequence.first_slot)
 
     def resume(self) -> None:
         if self.sequence is not None:
-            first = self.engine.decoder.kv.allocate(self.sequence.room)
-            assert first == self.sequence.first
+            first = self.engine.decoder.kv.allocate(self.sequence.capacity)
+            assert first == self.sequence.first_slot
             for tensor, saved in zip(self._state(), self._saved, strict=True):
                 tensor.copy_(saved)
 

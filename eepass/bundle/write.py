@@ -195,7 +195,7 @@ class _Writer:
             threads=torch.get_num_threads(),
             fingerprint=fingerprint(loaded.model),
             dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            max_length=decoder.longest,
+            max_length=decoder.max_sequence_length,
             rows=list(decoder.buckets),
             stop=sorted(loaded.stop),
             artifact=self.artifact is not None,

@@ -48,7 +48,7 @@ def bench(
     if max_length is None and not loaded.transformed:
         max_length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
     ready = transform_model(loaded, artifact, config, max_length)
-    others = _other_systems(beside or [], model, threads, ready.decoder.longest)
+    others = _other_systems(beside or [], model, threads, ready.decoder.max_sequence_length)
     with progress_bars() as bars:
         result = benchmarking.bench(
             loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others, bars.notify

@@ -79,7 +79,7 @@ def compile_now(model: Any) -> None:
     """Compile what a first ``generate`` would, and measure what passes cost."""
     with in_use(model, 1) as transformed, torch.no_grad():
         few = 4
-        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.longest - few)
+        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.max_sequence_length - few)
         list(transformed.engine.generate(prompt, few))
 
 
@@ -108,12 +108,12 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
     if current is not None and prepared.stamp != _stamp(model):
         logger.warning("the model's weights have changed: transforming it again")
         current = None
-    if current is not None and current.decoder.longest < length:
+    if current is not None and current.decoder.max_sequence_length < length:
         logger.warning(
             "%d tokens, and room for %d: transforming the model again; "
             "prepare(model, max_length=...) says beforehand how long texts get",
             length,
-            current.decoder.longest,
+            current.decoder.max_sequence_length,
         )
         current = None
     if current is None:

@@ -137,7 +137,7 @@ class ShapedStep:
             state.schedule.record(layers)
         state.statistics.passes += 1
         for _ in range(self.step.batch):
-            state.statistics.left_at(layers)
+            state.statistics.record_exit(layers)
         self._states.keep(cache, state)
         if self.wanted.stats is not None:
             self.wanted.stats(state.statistics)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eepass.files import write_tensors_atomically
-from eepass.runtime.drafting.eagle import shapes
+from eepass.runtime.drafting.eagle_layer import shapes
 from eepass.training.unrolling import Lines, unroll
 
 STEPS = 4

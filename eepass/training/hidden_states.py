@@ -84,7 +84,7 @@ def collect(
     begin = store.examples_done
     for index in range(begin, len(examples)):
         example = examples[index]
-        ids = [*example.prompt, *example.answer][: engine.decoder.longest]
+        ids = [*example.prompt, *example.answer][: engine.decoder.max_sequence_length]
         first, last = len(example.prompt) - 1, len(ids) - 1
         wanted = {*store.layers, *store.features, engine.decoder.num_layers}
         kept: dict[int, list[Tensor]] = {layer: [] for layer in wanted}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.runtime.drafting.eagle import WINDOW, eagle_layer, mixed, rotary
+from eepass.runtime.drafting.eagle_layer import WINDOW, eagle_layer, mixed, rotary
 
 
 class Lines(NamedTuple):

@@ -1,4 +1,4 @@
-"""The static KV cache: a pool of slots, in which each sequence has a region of its own."""
+"""The static KV cache: slots, of which each sequence has a contiguous region."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from torch import Tensor
 class KvCache:
     """Keys and values per layer, and which slots belong to a sequence.
 
-    A token's slot is its position, counted from the start of its sequence's region. Slots nobody
-    has written hold finite rubbish, masked until overwritten.
+    A token's slot is its position, counted from the first slot of its sequence. Other slots hold
+    stale but finite values, masked until they are overwritten.
     """
 
     def __init__(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> None:
-        """``like``: a key and a value tensor [1, G, C, D] per layer. The last ``scratch`` slots
-        take what padding rows write and belong to no region."""
+        """``like``: a key and a value tensor [1, G, C, D] per layer. The last ``scratch`` slots are
+        for what padding rows write, and belong to no sequence."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         # of recurrent layers, by name
         self.states: dict[str, Tensor] = {}
-        # layers of one shape lie in one tensor, so that moving rows is one operation for all
+        # layers of one shape share one tensor, so that moving rows is one operation for all
         self._stacks: list[tuple[list[int], Tensor]] = []
         for kind, found in ((0, self.keys), (1, self.values)):
             shapes = [pair[kind].shape for pair in like]
-            places: dict[int, Tensor] = {}
+            by_layer: dict[int, Tensor] = {}
             for shape in dict.fromkeys(shapes):
                 layers = [i for i, other in enumerate(shapes) if other == shape]
                 example = like[layers[0]][kind]
                 # zeros, never empty: a NaN in a masked slot would poison attention
                 stack = torch.zeros(len(layers), *shape, dtype=example.dtype, device=example.device)
                 self._stacks.append((layers, stack))
-                places |= dict(zip(layers, stack.unbind(), strict=True))
-            found += [places[layer] for layer in range(len(like))]
+                by_layer |= dict(zip(layers, stack.unbind(), strict=True))
+            found += [by_layer[layer] for layer in range(len(like))]
         self.scratch = self.slots - scratch
         self._regions: list[tuple[int, int]] = []
 
@@ -44,34 +44,34 @@ class KvCache:
 
     @property
     def unused(self) -> bool:
-        """Whether no sequence has a region."""
+        """Whether no slots are reserved."""
         return not self._regions
 
-    def allocate(self, room: int) -> int | None:
-        """First slot of a free region of ``room`` slots, or None if there is none."""
-        begin = self._free(room)
+    def allocate(self, count: int) -> int | None:
+        """Reserve ``count`` contiguous slots; the first of them, or None if there are none."""
+        begin = self._find_free(count)
         if begin is not None:
-            self._regions = sorted([*self._regions, (begin, room)])
+            self._regions = sorted([*self._regions, (begin, count)])
         return begin
 
-    def fits(self, room: int) -> bool:
-        """Whether a region of ``room`` slots is free."""
-        return self._free(room) is not None
+    def fits(self, count: int) -> bool:
+        """Whether ``count`` contiguous slots are free."""
+        return self._find_free(count) is not None
 
-    def _free(self, room: int) -> int | None:
+    def _find_free(self, count: int) -> int | None:
         begin = 0
         for first, size in self._regions:
-            if first - begin >= room:
+            if first - begin >= count:
                 break
             begin = first + size
-        return begin if begin + room <= self.scratch else None
+        return begin if begin + count <= self.scratch else None
 
     def release(self, first: int) -> None:
+        """Free the slots that were reserved from ``first`` on."""
         self._regions = [region for region in self._regions if region[0] != first]
 
     def blank(self, layer: int, slots: Tensor) -> None:
-        """Leave holes at ``slots`` [R]: zeros, which later tokens attend to as the paper's code has
-        them do."""
+        """Write zeros to ``slots`` [R]; later tokens attend to them, as in the paper's code."""
         self.keys[layer].index_fill_(2, slots, 0)
         self.values[layer].index_fill_(2, slots, 0)
 

@@ -1,7 +1,7 @@
 """Lay weights out as they are read: one after another, in large pages where the system has them.
 
-A pass reads every weight once. Weights allocated one by one in small pages cost page walks and stop
-the memory's stream at each end; in one block the next layer's weights arrive with this one's last.
+A pass reads every weight once. Weights allocated one by one in small pages cost page walks and
+interrupt hardware prefetching at each end; in one block the stream continues into the next weight.
 """
 
 import contextlib
@@ -22,29 +22,29 @@ def settle_weights(weights: Iterable[Tensor]) -> int:
     memory shared with other processes stay where they are. Only where the system knows large pages
     (Linux).
     """
-    homes: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
+    groups: dict[tuple[int, torch.Size, torch.dtype], list[Tensor]] = {}
     for weight in weights:
-        here = weight.device.type == "cpu" and not weight.is_shared()
-        if here and weight.is_contiguous() and weight.numel():
-            homes.setdefault((weight.data_ptr(), weight.shape, weight.dtype), []).append(weight)
-    sizes = [-(-same[0].nbytes // ALIGNMENT) * ALIGNMENT for same in homes.values()]
+        movable = weight.device.type == "cpu" and not weight.is_shared()
+        if movable and weight.is_contiguous() and weight.numel():
+            groups.setdefault((weight.data_ptr(), weight.shape, weight.dtype), []).append(weight)
+    sizes = [-(-same[0].nbytes // ALIGNMENT) * ALIGNMENT for same in groups.values()]
     if not sizes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
-    places = accumulate(sizes, initial=next(iter(homes))[0])
-    if len(homes) > 1 and all(home[0] == place for home, place in zip(homes, places, strict=False)):
-        # they lie so already
+    addresses = accumulate(sizes, initial=next(iter(groups))[0])
+    if len(groups) > 1 and all(key[0] == at for key, at in zip(groups, addresses, strict=False)):
+        # they are laid out so already
         return sum(sizes)
     block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # a kernel without large pages refuses, and small ones serve too
+    # a kernel without large pages refuses; small pages do as well
     with contextlib.suppress(OSError):
         block.madvise(mmap.MADV_HUGEPAGE)
     offset = 0
-    for same, size in zip(homes.values(), sizes, strict=True):
+    for same, size in zip(groups.values(), sizes, strict=True):
         old = same[0].data
-        home = torch.frombuffer(block, dtype=old.dtype, count=old.numel(), offset=offset)
-        home = home.view(old.shape)
-        home.copy_(old)
+        moved = torch.frombuffer(block, dtype=old.dtype, count=old.numel(), offset=offset)
+        moved = moved.view(old.shape)
+        moved.copy_(old)
         for weight in same:
-            weight.data = home
+            weight.data = moved
         offset += size
     return sum(sizes)

@@ -69,7 +69,7 @@ class CallerExits:
 
         choose = keep if self.full is None else None
         found, state = self.exits.check(layer, hidden, state, self.all_rows, statistics, choose)
-        if len(found.answers) < self.batch:
+        if len(found.tokens) < self.batch:
             return None, state
         if self.full is None:
             return self._from_hot(seen[0][: self.batch]), state

@@ -1,4 +1,4 @@
-"""Measured at start: what a pass costs by rows, and how far logits differ between row counts."""
+"""Measurements: seconds of a pass by row count, and how far logits differ between row counts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from functools import partial
 from statistics import median
 from time import perf_counter
 
-import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 
 ROUNDS = 7
-# how many tokens the noise is taken from, and how far above the worst seen it is set
+# how many tokens the noise is measured on, and how far above the largest difference it is set
 SAMPLE, MARGIN = 8, 2.0
 
 
 def pass_seconds(decoder: Decoder, row_counts: list[int], at: int) -> dict[int, float]:
-    """Median seconds of a whole pass, head included, by row count; ``at``: tokens in the cache."""
+    """Median seconds of a whole pass, LM head included, by row count, after ``at`` tokens."""
     costs = {}
     for rows in row_counts:
         at = min(at, decoder.capacity - rows)
@@ -44,7 +43,7 @@ def logit_noise(decoder: Decoder) -> float:
     """How far the gap between the two best logits may differ between row counts.
 
     Runs a few tokens one by one and again as one path of a tree, with gaps between its slots. Zero
-    where the kernels sum a row the same way wherever it stands.
+    where the kernels sum a row in the same order whatever its slot and the row count.
     """
     tokens = [(7 + 13 * index) % 97 for index in range(2 * SAMPLE)]
     alone = [_logits(decoder, [Row(0, at, at)], [token])[0] for at, token in enumerate(tokens)]
@@ -56,16 +55,12 @@ def logit_noise(decoder: Decoder) -> float:
     worst = 0.0
     for one, other in zip(alone[SAMPLE:], together, strict=True):
         best = one.topk(2).indices
-        gap, again = one[best].diff(), other[best].diff()
-        worst = max(worst, float((gap - again).abs()))
+        gap, other_gap = one[best].diff(), other[best].diff()
+        worst = max(worst, float((gap - other_gap).abs()))
     return MARGIN * worst
 
 
 def _logits(decoder: Decoder, rows: list[Row], tokens: list[int]) -> Tensor:
     """Logits [n, V] of ``tokens`` run at ``rows``."""
     hidden = decoder.forward(tokens, rows, decoder.cache_length)
-    size = decoder.bucket(len(tokens))
-    if size > len(tokens):
-        padding = hidden[:, -1:].expand(-1, size - len(tokens), -1)
-        hidden = torch.cat([hidden, padding], 1)
-    return decoder.logits(hidden)[0, : len(tokens)].clone()
+    return decoder.logits(hidden)[0].clone()

@@ -1,4 +1,4 @@
-"""A split decoder made runnable: compiled segments, their weights bound, its KV cache.
+"""A split decoder made runnable: compiled segments with their weights, and the KV cache.
 
 Segments exist for several row counts (buckets); rows that fill no bucket are padded.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import Segment, SplitDecoder
+from eepass.segments import Input, Segment, SplitDecoder
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
@@ -32,29 +32,29 @@ class Decoder:
         first = self.splits[self.buckets[0]]
         self.num_layers = len(first.layers)
         self.hidden_size = first.hidden_size
-        # of boundaries
+        # of hidden states
         self.dtype = first.boundary.dtype
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
         self.compile = compile
-        # what padding rows write lies past the last token
+        # padding rows write behind the last token
         self.capacity = self.cache_length - self.buckets[-1]
-        # positions the model knows, and so the longest sequence
-        self.known = first.positions
-        self.positions = min(self.cache_length, self.known or self.cache_length)
-        self.longest = min(self.capacity, self.positions)
-        self.kv = self._new_cache(_kv_examples(first), self.buckets[-1])
+        # positions the model has embeddings for, None where it has no table of them
+        self.max_positions = first.positions
+        self.num_positions = min(self.cache_length, self.max_positions or self.cache_length)
+        self.max_sequence_length = min(self.capacity, self.num_positions)
+        self.kv = self._new_cache(_kv_examples(first, self.device), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
-        self._layers: dict[int, list[_Bound]] = {}
-        self._fills: list[_Bound] = []
-        self._heads: dict[int, _Bound] = {}
+        self._layers: dict[int, list[_BoundSegment]] = {}
+        self._fills: list[_BoundSegment] = []
+        self._heads: dict[int, _BoundSegment] = {}
 
     @property
-    def remedy(self) -> str:
-        """What to do where ``longest`` is too short."""
-        if self.longest < self.capacity or self.longest == self.known:
-            return f"the model knows {self.known} positions: shorten it"
+    def length_hint(self) -> str:
+        """What to do about a text longer than ``max_sequence_length``."""
+        if self.max_sequence_length == self.max_positions:
+            return f"the model knows {self.max_positions} positions: shorten it"
         return "shorten it or raise max_length"
 
     def _new_cache(self, like: Sequence[tuple[Tensor, Tensor]], scratch: int) -> KvCache:
@@ -65,15 +65,17 @@ class Decoder:
         return next(size for size in self.buckets if size >= rows)
 
     def prepare(self, rows: int) -> None:
-        """Compile what a pass of ``rows`` needs, if it is not yet."""
+        """Compile the layers for ``rows``, if they are not yet."""
         if rows not in self._layers:
             split = self.splits[rows]
             self._layers[rows] = [self._bind(layer, rows) for layer in split.layers]
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
-        """Where ``rows`` stand, padded to ``size``; ``end``: where their sequence's region ends.
+        """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
+        sequence end.
 
-        Neighbours in a region that begins at slot 0 are cheap, if the padding fits behind them.
+        Contiguous rows of a sequence that begins at slot 0 are cheap, if the padding fits behind
+        them.
         """
         head = rows[0]
         if head.slot + size <= end and all(
@@ -84,22 +86,16 @@ class Decoder:
         return self.side_inputs.gather(rows, size)
 
     def embed(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:
-        """Boundary 0 [1, R, H] of ids and positions [1, R], R a bucket, written to slots [R]."""
+        """The hidden state before layer 0 [1, R, H] of ids and positions [1, R], R a bucket; the
+        rows' slots are slots [R]."""
         split = self.splits[ids.shape[1]]
-        arguments = []
-        for role in split.embed.inputs:
-            if role.kind == "ids":
-                arguments.append(ids)
-            elif role.kind == "positions":
-                arguments.append(positions)
-            else:
-                arguments.append(self.tensors[role.name])
-        outputs = split.embed.graph(*arguments)
-        if isinstance(outputs, Tensor):
-            return outputs
-        for name, value in zip(split.embed_outputs[1:], outputs[1:], strict=True):
+        given = {"ids": ids, "positions": positions}
+        hidden, *sides = split.embed.run(
+            lambda role: given[role.kind] if role.kind in given else self.tensors[role.name]
+        )
+        for name, value in zip(split.embed_outputs[1:], sides, strict=True):
             self.side_inputs.store(name, value, slots)
-        return outputs[0]
+        return hidden
 
     def forward(
         self,
@@ -109,20 +105,23 @@ class Decoder:
         on_layer: Callable[[int, Tensor], None] | None = None,
         size: int | None = None,
     ) -> Tensor:
-        """Run ``tokens`` through all layers where ``rows`` say; last boundary [1, n, H], n their
-        number.
+        """Run ``tokens`` at ``rows`` through all layers; hidden state after the last [1, n, H], n
+        their number.
 
-        ``end``: as for ``place``. ``on_layer(layer, hidden)`` sees each boundary [1, n, H].
-        ``size``: the bucket to run in, the smallest that fits by default.
+        ``end``: as for ``place``. ``on_layer(layer, hidden)`` gets the hidden state [1, n, H] after
+        each number of layers, from 0 on. ``size``: the bucket to run in, the smallest that fits by
+        default.
         """
         count = len(tokens)
         size = self.bucket(count) if size is None else size
         place = self.place(rows, size, end)
         last = rows[-1].position
         positions = [row.position for row in rows]
-        positions += [min(last + 1 + i, self.positions - 1) for i in range(size - count)]
+        positions += [min(last + 1 + i, self.num_positions - 1) for i in range(size - count)]
         ids = [*tokens, *[tokens[-1]] * (size - count)]
-        hidden = self.embed(self._ids(ids), self._ids(positions), place.slots)
+        ids_tensor = torch.tensor([ids], device=self.device)
+        positions_tensor = torch.tensor([positions], device=self.device)
+        hidden = self.embed(ids_tensor, positions_tensor, place.slots)
         for layer in range(self.num_layers + 1):
             if layer:
                 hidden = self.run_layer(layer - 1, hidden, place)
@@ -130,11 +129,9 @@ class Decoder:
                 on_layer(layer, hidden[:, :count])
         return hidden[:, :count]
 
-    def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor([values], device=self.device)
-
     def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
-        """Boundary ``layer`` -> ``layer + 1`` for hidden [1, R, H], R a bucket.
+        """Hidden state [1, R, H] before layer number ``layer``, from 0 on, to the one after it; R a
+        bucket.
 
         Writes keys and values of the rows to their slots; lengths are the caller's.
         """
@@ -144,14 +141,18 @@ class Decoder:
         return self._layers[rows][layer](hidden, place)
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
-        """Keys and values of one row at ``layer`` from whatever boundary [1, 1, H] is given."""
+        """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
+        of any layer."""
         if not self._fills:
             self._fills = [self._bind(fill, 1) for fill in self.splits[1].kv_fills]
         self._fills[layer](hidden, place)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits float32 [1, R, V] of last boundaries [1, R, H], R a bucket."""
+        """Logits float32 [1, n, V] of hidden states after the last layer [1, n, H]."""
         rows = hidden.shape[1]
+        if rows not in self.buckets:
+            padding = hidden[:, -1:].expand(-1, self.bucket(rows) - rows, -1)
+            return self.logits(torch.cat([hidden, padding], 1))[:, :rows]
         if rows not in self._heads:
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
         return self._heads[rows](hidden, None)
@@ -162,8 +163,8 @@ class Decoder:
         """``bind_parameters`` with the model's tensors and ``extra``."""
         return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
-    def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _Bound:
-        bound = _Bound(segment, self.tensors, self.kv)
+    def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _BoundSegment:
+        bound = _BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
         bound.compiled = self.compile(segment.graph, segment.structure, examples, logits=logits)
@@ -182,32 +183,25 @@ def bind_parameters(
     return lambda *inputs: compiled([*inputs, *parameters])
 
 
-class _Bound:
-    """A segment with its weights and cache in place; the rest is filled in per call."""
+class _BoundSegment:
+    """A segment whose arguments are filled in once, all but those that come with each call."""
+
+    compiled: Compiled
 
     def __init__(self, segment: Segment, tensors: Mapping[str, Tensor], kv: KvCache) -> None:
-        self.compiled: Compiled = _not_compiled
-        self.template: list[Any] = []
-        self.hidden_at = -1
-        self.slots_at: list[int] = []
-        self.side_at: list[tuple[int, str]] = []
-        for place, role in enumerate(segment.inputs):
-            value: Any = None
-            if role.kind == "parameter":
-                value = tensors[role.name]
-            elif role.kind == "keys":
-                value = kv.keys[role.layer]
-            elif role.kind == "values":
-                value = kv.values[role.layer]
-            elif role.kind == "state":
-                value = kv.states[role.name]
-            elif role.kind == "hidden":
-                self.hidden_at = place
-            elif role.kind == "slots":
-                self.slots_at.append(place)
-            else:
-                self.side_at.append((place, role.name))
-            self.template.append(value)
+        fixed: dict[str, Callable[[Input], Tensor]] = {
+            "parameter": lambda role: tensors[role.name],
+            "keys": lambda role: kv.keys[role.layer],
+            "values": lambda role: kv.values[role.layer],
+            "state": lambda role: kv.states[role.name],
+        }
+        self.template: list[Any] = segment.arguments(
+            lambda role: fixed[role.kind](role) if role.kind in fixed else None
+        )
+        kinds = [role.kind for role in segment.inputs]
+        self.hidden_at = kinds.index("hidden") if "hidden" in kinds else -1
+        self.slots_at = [at for at, kind in enumerate(kinds) if kind == "slots"]
+        self.side_at = [(at, r.name) for at, r in enumerate(segment.inputs) if r.kind == "side"]
 
     def arguments(self, hidden: Tensor, place: Place | None) -> list:
         arguments = self.template.copy()
@@ -224,25 +218,14 @@ class _Bound:
         return self.compiled(self.arguments(hidden, place))[0]
 
 
-def _kv_examples(split: SplitDecoder) -> list[tuple[Tensor, Tensor]]:
-    device = next(iter(split.tensors.values())).device
+def _kv_examples(split: SplitDecoder, device: torch.device) -> list[tuple[Tensor, Tensor]]:
     pairs = []
     for layer in split.layers:
-        # a layer that keeps none has none of no width
+        # a layer without keys or values gets ones of no width
         found = dict.fromkeys(("keys", "values"), torch.empty(1, 0, split.cache_length, 0))
-        for node, role in zip(
-            layer.graph.graph.find_nodes(op="placeholder"), layer.inputs, strict=True
-        ):
+        for role, like in layer.examples.items():
             if role.kind in found:
-                # shapes may be of no device; the cache lies where the weights do
-                found[role.kind] = _real(node.meta["val"], device)
+                # examples may be on no device; the cache is where the weights are
+                found[role.kind] = torch.empty(like.shape, dtype=like.dtype, device=device)
         pairs.append((found["keys"], found["values"]))
     return pairs
-
-
-def _real(fake: Tensor, device: torch.device) -> Tensor:
-    return torch.empty(fake.shape, dtype=fake.dtype, device=device)
-
-
-def _not_compiled(inputs: list[Tensor]) -> Sequence[Tensor]:
-    raise RuntimeError("this segment was not compiled")

@@ -1,8 +1,8 @@
-"""A decoder with recurrent layers: what a token leaves in a state cannot be taken out again.
+"""A decoder with recurrent layers: a token's update of a state cannot be undone.
 
-So no row is ever padded, guessed or taken back: rows of a pass go through a layer one by one, in
-their order. A token that left early still waits and is taken along later, since each layer's state
-only wants to see all tokens in order.
+So no row is ever padding, a draft token, or rolled back, and the rows of a pass go through a layer
+one by one, in order. Tokens may still exit early and catch up later, since each layer's state only
+needs all tokens in order.
 """
 
 from __future__ import annotations
@@ -59,23 +59,21 @@ class StepwiseDecoder(Decoder):
 
 
 class RecurrentCache(KvCache):
-    """Room for one sequence, whose states start from nothing."""
+    """The cache of one sequence, whose states start from zero."""
 
     def __init__(
         self, like: Sequence[tuple[Tensor, Tensor]], scratch: int, split: SplitDecoder
     ) -> None:
         super().__init__(like, scratch)
         for layer in split.layers:
-            placeholders = layer.graph.graph.find_nodes(op="placeholder")
-            for node, role in zip(placeholders, layer.inputs, strict=True):
+            for role, example in layer.examples.items():
                 if role.kind == "state":
-                    value = node.meta["val"]
-                    self.states[role.name] = torch.zeros(value.shape, dtype=value.dtype)
+                    self.states[role.name] = torch.zeros(example.shape, dtype=example.dtype)
 
-    def allocate(self, room: int) -> int | None:
+    def allocate(self, count: int) -> int | None:
         for state in self.states.values() if self.unused else ():
             state.zero_()
-        return super().allocate(room)
+        return super().allocate(count)
 
-    def _free(self, room: int) -> int | None:
-        return super()._free(room) if self.unused else None
+    def _find_free(self, count: int) -> int | None:
+        return super()._find_free(count) if self.unused else None

@@ -1,4 +1,4 @@
-"""Drafts from a small language model of the same vocabulary: a chain, each token its likeliest."""
+"""Draft tokens from a small language model of the same vocabulary: its greedy continuation."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 from eepass.runtime.decoder.costs import pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
-from eepass.runtime.drafting.drafts import NgramDraft
+from eepass.runtime.drafting.draft import MODEL
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
-MODEL = 2
-# tokens look-up may name for one pass of the small model
-GUESSES = 4
+# draft tokens of look-up for one pass of the small model
+LOOK_UP = 4
 
 
 class ModelDraft:
-    """``decoder``: the small model, its cache for one sequence at a time.
+    """``decoder``: the small model; its cache holds one sequence at a time.
 
-    Prompt look-up drafts for it: what look-up names is checked by one pass of the small model
-    instead of a pass for each token (the vertical cascade of Chen et al., 2024).
+    Prompt look-up drafts for the small model, which verifies these tokens in one pass instead of
+    one pass a token (the vertical cascade of Chen et al., 2024).
     """
 
     feature_layers: tuple[int, ...] | None = None
@@ -33,40 +33,42 @@ class ModelDraft:
         self.decoder = decoder
         self.ngram = NgramDraft()
         # how many tokens the small model's cache holds
-        self.run = 0
+        self.num_cached = 0
 
     def follow(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
         self.ngram.follow(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
-        held = self.ngram.tokens
-        most = min(budget.most, self.decoder.longest - len(held) - GUESSES)
+        text = self.ngram.tokens
+        most = min(budget.most, self.decoder.max_sequence_length - len(text) - LOOK_UP)
         node, joint = 0, 1.0
         drafted: list[int] = []
         while len(drafted) < most:
-            guessed, matched = self.ngram.continuation(drafted, GUESSES)
-            guessed = guessed if matched > 1 else []
-            best = self._run([*held, *drafted, *guessed], len(guessed) + 1).softmax(-1).max(-1)
-            for place, (token, chance) in enumerate(
-                zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            found, matched = self.ngram.continuation(drafted, LOOK_UP)
+            found = found if matched > 1 else []
+            logits = self._run([*text, *drafted, *found], len(found) + 1)
+            chances, tokens = logits.softmax(-1).max(-1)
+            for index, (token, likely) in enumerate(
+                zip(tokens.tolist(), chances.tolist(), strict=True)
             ):
-                bin = (MODEL, min(len(drafted), 4), budget.bin(chance))
-                joint *= budget.chance(bin, prior=chance)
-                node = tree.add(token, node, budget.chance(bin, prior=chance), bin)
+                bin = (MODEL, min(len(drafted), 4), budget.bin(likely))
+                chance = budget.chance(bin, prior=likely)
+                joint *= chance
+                node = tree.add(token, node, chance, bin)
                 drafted.append(token)
-                if len(drafted) >= most or guessed[place : place + 1] != [token]:
+                if len(drafted) >= most or found[index : index + 1] != [token]:
                     break
-            # what it ran of a guess that was wrong is written over
-            self.run = min(self.run, len(held) + len(drafted) - 1)
+            # the cache's slots after a rejected token are overwritten
+            self.num_cached = min(self.num_cached, len(text) + len(drafted) - 1)
             if not budget.worth_a_call([], [joint]):
                 break
-        self.run = min(self.run, len(held))
+        self.num_cached = min(self.num_cached, len(text))
         return tree
 
     def truncate(self, length: int) -> None:
         self.ngram.truncate(length)
-        self.run = min(self.run, length)
+        self.num_cached = min(self.num_cached, length)
 
     def call_seconds(self) -> float:
         return pass_seconds(self.decoder, [1], at=0)[1]
@@ -75,11 +77,11 @@ class ModelDraft:
         return ModelDraft(self.decoder)
 
     def _run(self, tokens: list[int], last: int) -> Tensor:
-        """Run what the cache does not hold of ``tokens``; logits [last, V] after the last ones."""
+        """Run the tokens that are not cached yet; logits [last, V] after the last ``last`` ones."""
         hidden = torch.zeros(0)
-        begin, largest = min(self.run, len(tokens) - last), self.decoder.buckets[-1]
+        begin, largest = min(self.num_cached, len(tokens) - last), self.decoder.buckets[-1]
         while begin < len(tokens):
-            # the tokens whose logits are wanted go in one chunk
+            # the rows whose logits are returned go in one chunk
             ahead = len(tokens) - last - begin
             count = len(tokens) - begin if ahead + last <= largest else min(ahead, largest)
             rows = [Row(0, at, at) for at in range(begin, begin + count)]
@@ -88,6 +90,5 @@ class ModelDraft:
             )
             begin += count
             hidden = hidden[:, -last:]
-        self.run = len(tokens)
-        padding = hidden[:, -1:].expand(-1, self.decoder.bucket(last) - last, -1)
-        return self.decoder.logits(torch.cat([hidden, padding], 1))[0, :last]
+        self.num_cached = len(tokens)
+        return self.decoder.logits(hidden)[0]

@@ -1,4 +1,4 @@
-"""Draft tokens as a tree: each path from the root is one way the answer may go on."""
+"""Draft tokens as a tree: each path from the root is one possible continuation."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class Tree:
-    """Node 0 is the root, the last token decoded; the others are drafts.
+    """Node 0 is the root, the last token decoded; the others are draft tokens.
 
-    ``chances[i]`` estimates that node i is right where its parent is; ``bins[i]`` names the
-    estimate, so that it can learn. Parents come before their children.
+    ``chances[i]`` is the estimated probability that node i is accepted if its parent is, and
+    ``bins[i]`` the bin it was estimated from. Parents come before their children.
     """
 
     tokens: list[int]
@@ -23,8 +23,8 @@ class Tree:
         return len(self.tokens)
 
     def add(self, token: int, parent: int, chance: float, bin: tuple[int, ...] | None) -> int:
-        """A node for ``token`` after ``parent``; one that is there already keeps the larger
-        chance. Returns its index."""
+        """Index of a node for ``token`` below ``parent``: a new one, or the one that is there, with
+        the larger of the two chances."""
         for node in self.children(parent):
             if self.tokens[node] == token:
                 if chance > self.chances[node]:
@@ -40,7 +40,7 @@ class Tree:
         return (i for i in range(node + 1, len(self.parents)) if self.parents[i] == node)
 
     def path(self, node: int) -> list[int]:
-        """Nodes from below the root down to ``node``."""
+        """The nodes from below the root down to ``node``."""
         found = []
         while node > 0:
             found.append(node)
@@ -48,24 +48,24 @@ class Tree:
         return found[::-1]
 
     def joint(self) -> list[float]:
-        """Estimated chance of each node to be on the right path."""
+        """Estimated probability of each node to be accepted."""
         found = [1.0]
         for node in range(1, len(self)):
             found.append(found[self.parents[node]] * self.chances[node])
         return found
 
     def keep(self, nodes: Sequence[int]) -> Tree:
-        """The tree of ``nodes`` (with a node its parents), the likeliest path first."""
+        """The tree of ``nodes``, which include their parents, the likeliest path first."""
         kept = set(nodes) | {0}
-        made = Tree([self.tokens[0]])
+        result = Tree([self.tokens[0]])
         stack = [(0, -1)]
         while stack:
             node, parent = stack.pop()
-            place = 0 if node == 0 else made._append(self, node, parent)
-            inside = [child for child in self.children(node) if child in kept]
-            inside.sort(key=lambda child: self.chances[child])
-            stack += [(child, place) for child in inside]
-        return made
+            index = 0 if node == 0 else result._append(self, node, parent)
+            children = [child for child in self.children(node) if child in kept]
+            children.sort(key=lambda child: self.chances[child])
+            stack += [(child, index) for child in children]
+        return result
 
     def _append(self, other: Tree, node: int, parent: int) -> int:
         self.tokens.append(other.tokens[node])

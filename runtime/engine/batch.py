@@ -1,4 +1,4 @@
-"""Several prompts through one engine: as many together as its cache has room for."""
+"""Several prompts through one engine: as many at a time as its cache has slots for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from eepass.runtime.sampling import Sampling
 
 @dataclass(slots=True, eq=False)
 class Request:
-    """A prompt and what follows it: at most ``limit`` tokens, up to the first of ``stop``.
+    """A prompt to continue by at most ``limit`` tokens, up to the first of ``stop``.
 
-    Whoever reads the tokens may set ``enough``: none of this prompt follow then.
+    The consumer of the tokens may set ``enough``: then no more of this request follow.
     """
 
     ids: list[int]
@@ -26,7 +26,7 @@ class Request:
     enough: bool = False
 
     @property
-    def room(self) -> int:
+    def slots(self) -> int:
         """Slots of the cache it needs."""
         return len(self.ids) + self.limit
 
@@ -36,29 +36,32 @@ def decode_batch(
 ) -> Generator[tuple[Request, int], None, None]:
     """Tokens of ``requests`` as they are confirmed, those of one request in order.
 
-    A request waits until the cache has room for it; one that ends makes room for the next. When
-    the iterator ends, is closed, or fails, none of them is in the cache any more. Raises
-    ``EngineError`` for a prompt that is empty, or that does not fit into the empty cache.
+    A request starts when the cache has enough free slots for it. When the iterator ends, is closed,
+    or fails, none of the requests is in the cache any more. Raises ``EngineError`` for a prompt
+    that is empty, or that does not fit into the empty cache.
     """
-    waiting = deque(requests)
+    queue = deque(requests)
     running: dict[Sequence, Request] = {}
     try:
-        while waiting or running:
-            while waiting and (not running or engine.decoder.kv.fits(waiting[0].room)):
-                request = waiting.popleft()
-                # alone it takes the whole cache: neighbours in front are the cheapest to place
-                alone = engine.decoder.longest if len(requests) == 1 else 0
-                room = max(request.room, alone)
+        while queue or running:
+            while queue and (not running or engine.decoder.kv.fits(queue[0].slots)):
+                request = queue.popleft()
+                # alone it takes the whole cache: contiguous rows from slot 0 on are the cheapest
+                alone = engine.decoder.max_sequence_length if len(requests) == 1 else 0
                 sequence = engine.start(
-                    request.ids, request.limit, request.stop, request.sampling, room
+                    request.ids,
+                    request.limit,
+                    request.stop,
+                    request.sampling,
+                    capacity=max(request.slots, alone),
                 )
                 running[sequence] = request
-            yield from _take(engine, running)
+            yield from _deliver_confirmed(engine, running)
             ending = [sequence for sequence in running if sequence.at_its_end]
             if ending:
-                # nothing follows but the word of the deeper layers
+                # all that is missing is the last layer's verification
                 engine.catch_up(ending)
-                yield from _take(engine, running)
+                yield from _deliver_confirmed(engine, running)
             if going := [sequence for sequence in running if not sequence.at_its_end]:
                 engine.step(going)
     finally:
@@ -66,10 +69,12 @@ def decode_batch(
             engine.end(sequence)
 
 
-def _take(engine: Engine, running: dict[Sequence, Request]) -> Iterator[tuple[Request, int]]:
-    """Hand on what is confirmed, and let go of what is done."""
+def _deliver_confirmed(
+    engine: Engine, running: dict[Sequence, Request]
+) -> Iterator[tuple[Request, int]]:
+    """Yield the confirmed tokens and end the sequences that are done."""
     for sequence, request in list(running.items()):
-        for step in sequence.take():
+        for step in sequence.take_confirmed():
             yield request, step.token
             if request.enough:
                 break

@@ -1,10 +1,10 @@
-"""The decode loop: drafts, one pass over them, what holds is kept, what does not is taken back.
+"""The decode loop: draft tokens, one forward pass over them, verification, commit or roll back.
 
-A token that leaves early is *pending*: the deeper layers have not seen it. Its boundary state
-waits, and the next pass that goes deeper takes it along as an extra row, so every layer sees every
-token in order and no weight is read twice. With guarantee ``exact`` such a token is a guess until
-the last layer has said what follows the one before it; a wrong guess is taken back with everything
-after it, and a stream only ever sees what is confirmed.
+A token that exits early is *pending*: the deeper layers have not run it. Its hidden state is kept,
+and the next pass that goes deeper takes it along as an extra row (*catch-up*), so that every layer
+runs every token in order and no weight is read twice. With guarantee ``exact`` such a token is not
+confirmed until the last layer has computed the next token of the one before it; a wrong one is
+rolled back with everything after it, and streams only ever see confirmed tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.decoder.side_inputs import Row
-from eepass.runtime.drafting.drafts import Draft, EagleTree
-from eepass.runtime.drafting.planner import Budget, Mode, Planner
-from eepass.runtime.drafting.tree import Tree
-from eepass.runtime.engine.forward_pass import ForwardPass, Part, norm_paths
+from eepass.runtime.drafting.draft import Draft
+from eepass.runtime.drafting.planner import Mode, Planner
+from eepass.runtime.engine.batch_scheduler import BatchScheduler
+from eepass.runtime.engine.commit import commit
+from eepass.runtime.engine.forward_pass import ForwardPass
+from eepass.runtime.engine.prefill import OnLayer, prefill
+from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
 from eepass.runtime.exits.exits import Exits
@@ -32,14 +31,15 @@ from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.statistics import Statistics
 
-OnLayer = Callable[[int, Tensor], None]
+# rows of a decode pass at most; larger row counts are for prompts and for catching up
+STEP_ROWS = 32
 GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How an engine decodes. ``pending_limit`` bounds the tokens waiting for the deeper layers;
-    ``modes`` are the ways of decoding the planner may choose from, the plainest first."""
+    """How an engine decodes. ``pending_limit`` bounds a sequence's pending tokens; ``modes`` are
+    the ways of decoding the planner may choose from, the plainest first."""
 
     guarantee: Literal["exact", "approximate"] = "approximate"
     kv_policy: Literal["defer", "propagate", "drop"] = "defer"
@@ -48,7 +48,7 @@ class Options:
 
 
 class Engine:
-    """Decodes sequences over a ``Decoder``; without ``exits`` and ``draft`` it is dense."""
+    """Decodes sequences with a ``Decoder``; without ``exits`` and ``draft`` it is dense."""
 
     def __init__(
         self,
@@ -66,17 +66,20 @@ class Engine:
         if options is None:
             options = Options(modes=("exits",) if exits is not None else ("dense",))
         self.options = options
-        self.step_rows = max(size for size in decoder.buckets if size <= 32)
+        sizes = [size for size in decoder.buckets if size <= STEP_ROWS]
+        self.step_rows = max(sizes)
         self.pending_limit = min(options.pending_limit, self.step_rows - 1)
-        sizes = [size for size in decoder.buckets if size <= self.step_rows]
         self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
         self._to_measure = (planner, noise)
         self.statistics = Statistics(decoder.num_layers)
-        self.verifier = Verifier(decoder, options.guarantee == "exact")
+        self.verifier = Verifier(decoder.num_layers, options.guarantee == "exact")
+        self.scheduler = BatchScheduler(
+            decoder, exits, self.verifier, options.kv_policy, self.pending_limit
+        )
         self.sequences: list[Sequence] = []
 
     def measure(self) -> None:
-        """Measure what has not been measured yet, if no sequence is in the cache."""
+        """Measure what has not been measured yet, if the cache holds no sequence."""
         if not self.decoder.kv.unused:
             return
         planner, noise = self._to_measure
@@ -96,45 +99,31 @@ class Engine:
         max_new_tokens: int = 1 << 30,
         stop: frozenset[int] = frozenset(),
         sampling: Sampling = GREEDY,
-        room: int | None = None,
+        capacity: int | None = None,
         on_layer: OnLayer | None = None,
     ) -> Sequence:
-        """Take a sequence in: run its prompt and find its first token.
+        """Add a sequence: reserve ``capacity`` slots for it (by default as many as a sequence may
+        have), run its prompt and generate its first token.
 
-        ``room``: slots to reserve, as many as a sequence may have by default. Raises
-        ``EngineError`` for an empty prompt, one that does not fit, or when no room is left.
+        Raises ``EngineError`` for an empty prompt, one that does not fit, or where no slots are
+        free.
         """
-        kv, longest = self.decoder.kv, self.decoder.longest
-        wanted = longest if room is None else room
-        if not ids:
-            raise EngineError("the prompt is empty: give at least one token")
-        if len(ids) > wanted:
-            raise EngineError(
-                f"the prompt has {len(ids)} tokens, the cache room for {wanted}: "
-                f"{self.decoder.remedy}"
-            )
-        if wanted > longest:
-            raise EngineError(
-                f"room for {wanted} tokens is wanted, and a sequence may have {longest}: "
-                f"{self.decoder.remedy}"
-            )
-        if not self.verifier.exact and self.exits is not None and sampling.repetition_penalty != 1:
-            raise EngineError(
-                "repetition_penalty: an exit knows too few logits for it; ask for guarantee='exact'"
-            )
+        decoder = self.decoder
+        capacity = decoder.max_sequence_length if capacity is None else capacity
+        self._check(ids, capacity, sampling)
         self.measure()
-        first = kv.allocate(wanted)
-        if first is None:
+        first_slot = decoder.kv.allocate(capacity)
+        if first_slot is None:
             raise EngineError(
-                f"no {wanted} free slots in the cache: wait for a sequence to end, or give each "
-                "less room"
+                f"no {capacity} free slots in the cache: wait for a sequence to end, or give each "
+                "less capacity"
             )
         sequence = Sequence(
             tokens=list(ids),
             prompt_length=len(ids),
-            first=first,
-            room=wanted,
-            limit=max_new_tokens,
+            first_slot=first_slot,
+            capacity=capacity,
+            max_new_tokens=max_new_tokens,
             stop=stop,
             sampling=sampling,
             generator=None if sampling.greedy else sampling.generator(),
@@ -142,64 +131,48 @@ class Engine:
             schedule=self.schedule.fresh() if self.schedule is not None else None,
         )
         try:
-            hidden = self._prefill(sequence, list(ids), on_layer)
-            token = self.verifier.first_token(hidden, sequence)
+            logits = prefill(sequence, decoder, self.exits, on_layer)
+            token = self.verifier.next_token(logits, sequence, sequence.tokens)
         except BaseException:
-            # whatever ended the prompt, Ctrl-C included: nobody else would give its slots back
-            kv.release(first)
+            # also on Ctrl-C: the caller has no sequence that it could end
+            decoder.kv.release(first_slot)
             raise
-        self._grow(sequence, [token], self.decoder.num_layers, sequence.states.get(len(ids) - 1))
-        sequence.confirmed = len(sequence.tokens)
+        sequence.append([token], decoder.num_layers, sequence.features.get(len(ids) - 1))
+        sequence.num_confirmed = len(sequence.tokens)
         self.sequences.append(sequence)
         return sequence
 
-    def reset(self) -> None:
-        """Let all sequences go."""
-        for sequence in list(self.sequences):
-            self.end(sequence)
-
     def prefill(self, ids: SequenceOf[int], on_layer: OnLayer) -> None:
-        """Run ``ids`` through all layers from the cache's first slot on, for their states alone.
+        """Run ``ids`` through all layers, for their hidden states alone.
 
-        ``on_layer(layer, hidden)`` sees each boundary [1, rows, H] of each chunk; with a sequence
-        in the cache this raises ``EngineError``.
+        ``on_layer`` is called as in ``Decoder.forward``, for one chunk of ``ids`` after another.
         """
         self.end(self.start(ids, on_layer=on_layer))
 
     def end(self, sequence: Sequence) -> None:
-        """Let a sequence go, and its slots."""
+        """Remove a sequence and free its slots."""
         if sequence in self.sequences:
             self.sequences.remove(sequence)
-            self.decoder.kv.release(sequence.first)
+            self.decoder.kv.release(sequence.first_slot)
+
+    def reset(self) -> None:
+        """End all sequences."""
+        for sequence in list(self.sequences):
+            self.end(sequence)
 
     def step(self, sequences: SequenceOf[Sequence] | None = None) -> None:
-        """One pass for ``sequences`` (all by default); each grows by a guess or a token or more."""
+        """One pass over ``sequences`` (all by default); each grows by one token or more."""
         chosen = list(self.sequences if sequences is None else sequences)
         for begin in range(0, len(chosen), self.step_rows):
             self._step(chosen[begin : begin + self.step_rows])
 
-    def _step(self, chosen: list[Sequence]) -> None:
-        # each may bring as many rows as fit one pass of all
-        share = self.step_rows // len(chosen)
-        self.catch_up([sequence for sequence in chosen if sequence.pending >= share])
-        began = perf_counter()
-        mode = self.planner.mode(len(chosen))
-        before = [sequence.confirmed for sequence in chosen]
-        parts = [self._part(sequence, mode, share, len(chosen) - 1) for sequence in chosen]
-        rows = sum(len(part.tree or ()) for part in parts)
-        self._pass(parts)
-        tokens = sum(s.confirmed for s in chosen) - sum(before)
-        seconds = perf_counter() - began
-        self.planner.record(mode, rows, seconds, tokens, len(chosen))
-        self.statistics.seconds += seconds
-
     def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
-        """Run what is pending through the layers it has not seen; exact mode confirms it so."""
-        chosen = [s for s in (self.sequences if sequences is None else sequences) if s.waiting]
+        """Run pending tokens through the layers they skipped; in exact mode that confirms them."""
+        chosen = [s for s in (self.sequences if sequences is None else sequences) if s.pending]
         most = self.decoder.buckets[-1] // (self.pending_limit + 1)
         for begin in range(0, len(chosen), most):
             began = perf_counter()
-            self._pass([Part(sequence, None) for sequence in chosen[begin : begin + most]])
+            self._run_pass([ScheduledSequence(one) for one in chosen[begin : begin + most]])
             self.statistics.seconds += perf_counter() - began
 
     def generate(
@@ -209,32 +182,33 @@ class Engine:
         stop: frozenset[int] = frozenset(),
         sampling: Sampling = GREEDY,
     ) -> Iterator[DecodedToken]:
-        """Tokens after ``ids`` as they are confirmed; a stop token is the last one given.
+        """Tokens after ``ids`` as they are confirmed, up to and including a stop token.
 
         When the iterator ends or is closed, no token is pending any more.
         """
         sequence = self.start(ids, max_new_tokens, stop, sampling)
         try:
-            yield from sequence.take()
+            yield from sequence.take_confirmed()
             while not sequence.finished:
                 if sequence.at_its_end:
-                    # nothing follows but the word of the deeper layers
+                    # all that is missing is the last layer's verification
                     self.catch_up([sequence])
-                elif sequence.position >= sequence.room:
+                elif sequence.position >= sequence.capacity:
                     raise EngineError(
-                        f"the cache is full at {sequence.position} tokens: {self.decoder.remedy}"
+                        f"the cache is full at {sequence.position} tokens: "
+                        f"{self.decoder.length_hint}"
                     )
                 else:
                     self.step([sequence])
-                yield from sequence.take()
+                yield from sequence.take_confirmed()
         finally:
             self.catch_up([sequence])
             self.end(sequence)
 
     def follow(self, ids: SequenceOf[int], answer: SequenceOf[int]) -> list[DecodedToken]:
-        """Teacher forcing: what would follow each token of ``answer`` but the last, given it.
+        """Teacher forcing: the next token after each token of ``answer`` but the last.
 
-        For engines that commit at once (``approximate``) and make one token a pass.
+        For guarantee ``approximate`` and one token a pass.
         """
         sequence = self.start(ids)
         found: list[DecodedToken] = []
@@ -248,141 +222,45 @@ class Engine:
             self.end(sequence)
         return found
 
-    def _part(self, sequence: Sequence, mode: Mode, rows: int, beside: int) -> Part:
-        tree = Tree([sequence.tokens[-1]])
-        pending = sequence.pending
-        if mode in ("speculation", "both") and sequence.draft is not None:
-            free = min(
-                rows - 1 - pending,
-                sequence.room - sequence.position - 1,
-                sequence.limit - (len(sequence.tokens) - sequence.prompt_length) - 1,
+    def _check(self, ids: SequenceOf[int], capacity: int, sampling: Sampling) -> None:
+        longest, hint = self.decoder.max_sequence_length, self.decoder.length_hint
+        if not ids:
+            raise EngineError("the prompt is empty: give at least one token")
+        if len(ids) > capacity:
+            raise EngineError(
+                f"the prompt has {len(ids)} tokens, and the cache has room for {capacity}: {hint}"
             )
-            if free > 0:
-                began = perf_counter()
-                proposed = sequence.draft.propose(tree.tokens[0], Budget(self.planner, free))
-                tree = self.planner.choose(proposed, free, pending, beside)
-                self.statistics.draft_seconds += perf_counter() - began
-        active: frozenset[int] = frozenset()
-        if mode in ("exits", "both") and self.exits is not None:
-            active = self._active(sequence, pending + len(tree), rows)
-        choose = self.verifier.chooser(sequence)
-        return Part(sequence, tree, active, choose)
+        if capacity > longest:
+            raise EngineError(
+                f"{capacity} tokens of prompt and answer are asked for, and a sequence may have "
+                f"at most {longest}: {hint}"
+            )
+        if not self.verifier.exact and self.exits is not None and sampling.repetition_penalty != 1:
+            raise EngineError(
+                "repetition_penalty: an exit knows too few logits for it; ask for guarantee='exact'"
+            )
 
-    def _active(self, sequence: Sequence, held: int, share: int) -> frozenset[int]:
-        assert self.exits is not None
-        last = self.decoder.num_layers
-        if sequence.schedule is not None:
-            active = sequence.schedule.active()
-        else:
-            active = frozenset(self.exits.thresholds)
-        if self.options.guarantee == "exact":
-            # the last layer's word must be whole
-            active -= {last}
-        if self.options.kv_policy == "defer" and held > min(self.pending_limit, share - 1):
-            active &= {last}
-        return active
+    def _step(self, chosen: list[Sequence]) -> None:
+        # rows each sequence may have, so that one pass holds all of them
+        rows = self.step_rows // len(chosen)
+        self.catch_up([sequence for sequence in chosen if sequence.num_pending >= rows])
+        began = perf_counter()
+        mode = self.planner.mode(len(chosen))
+        confirmed = sum(sequence.num_confirmed for sequence in chosen)
+        batch = self.scheduler.schedule(chosen, mode, rows, self.planner, self.statistics)
+        new_rows = sum(len(one.tree or ()) for one in batch)
+        self._run_pass(batch)
+        tokens = sum(sequence.num_confirmed for sequence in chosen) - confirmed
+        seconds = perf_counter() - began
+        self.planner.record(mode, new_rows, seconds, tokens, len(chosen))
+        self.statistics.seconds += seconds
 
-    def _pass(self, parts: list[Part]) -> None:
+    def _run_pass(self, batch: list[ScheduledSequence]) -> None:
         draft = self.draft
-        layers = draft.feature_layers if draft is not None and draft.feature_layers else ()
-        verification = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers, self.options.kv_policy
+        layers = draft.feature_layers if draft is not None else None
+        forward_pass = ForwardPass(
+            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy
         )
-        verification.run(parts, self._draft_candidates(parts))
-        self.verifier.decide(verification, parts, self.statistics)
-        self.statistics.passes += 1
-        if self.exits is not None and draft is not None and draft.feature_layers is not None:
-            norm_paths(parts, self.exits)
-        for part in parts:
-            self._settle(part)
-
-    def _draft_candidates(self, parts: list[Part]) -> Tensor | None:
-        """Draft tokens [R, K] for the predictors, where the plan takes them from no boundary."""
-        if self.exits is None or self.exits.plan.draft_layer or not any(p.active for p in parts):
-            return None
-        k = self.exits.plan.draft_tokens
-        rows = []
-        for part in parts:
-            draft = part.sequence.draft
-            assert isinstance(draft, EagleTree) and part.tree is not None
-            if len(part.tree) > 1:
-                raise EngineError("exits that draft from no boundary go with one row a pass")
-            began = perf_counter()
-            rows.append(draft.candidates(k))
-            self.statistics.draft_seconds += perf_counter() - began
-        return torch.stack(rows)
-
-    def _settle(self, part: Part) -> None:
-        """Write what a pass found into its sequence."""
-        sequence, path = part.sequence, part.path
-        confirmed = sequence.confirmed
-        states = None
-        if sequence.draft is not None and sequence.draft.feature_layers is not None:
-            if path:
-                states = part.states(sequence.draft.feature_layers)
-            elif part.keep is not None:
-                states = sequence.states[part.keep - 1]
-        if part.keep is not None:
-            sequence.roll_back(part.keep)
-            self.statistics.rollbacks += 1
-        elif path:
-            first = sequence.first + sequence.position
-            self.decoder.kv.move([first + node for node in path], first, part.layer)
-        self._grow(sequence, part.tokens, part.layer, states)
-        sequence.cut_waiting()
-        left_early = part.layer < self.decoder.num_layers
-        if not (self.options.guarantee == "exact" and left_early):
-            sequence.confirmed = len(sequence.tokens)
-        for step in sequence.steps(confirmed, sequence.confirmed):
-            self.statistics.left_at(step.exit_layer)
-        if part.tree is not None and part.keep is None:
-            self.planner.learn(part.tree, path)
-
-    @staticmethod
-    def _grow(
-        sequence: Sequence, tokens: list[int], exit_layer: int, states: Tensor | None
-    ) -> None:
-        """Append ``tokens`` and tell the draft; ``states`` [n, F·H] of the token before each."""
-        if not tokens:
-            return
-        if states is not None:
-            states = states.reshape(len(tokens), -1)
-            sequence.keep_states(states)
-        sequence.extend(tokens, exit_layer)
-        if sequence.draft is not None:
-            sequence.draft.follow(tokens, states)
-
-    def _prefill(self, sequence: Sequence, ids: list[int], on_layer: OnLayer | None) -> Tensor:
-        """Run a prompt through all layers; returns its last token's last boundary [1, 1, H]."""
-        decoder, largest = self.decoder, self.decoder.buckets[-1]
-        wanted = sequence.draft.feature_layers if sequence.draft is not None else None
-        hidden, before = torch.zeros(0), None
-        kept: dict[int, Tensor] = {}
-
-        def keep(layer: int, boundary: Tensor) -> None:
-            if on_layer is not None:
-                on_layer(layer, boundary)
-            if wanted is not None and layer in wanted:
-                kept[layer] = boundary[0]
-
-        for start in range(0, len(ids), largest):
-            chunk = ids[start : start + largest]
-            rows = [
-                Row(sequence.first, at, sequence.first + at)
-                for at in range(start, start + len(chunk))
-            ]
-            hidden = decoder.forward(chunk, rows, sequence.first + sequence.room, keep)
-            told = None
-            if wanted is not None:
-                assert self.exits is not None
-                z = self.exits.final(hidden)[0]
-                seen = torch.cat([z, *(kept[n] for n in wanted)], -1)
-                # nothing comes before the first token
-                before = torch.zeros_like(seen[:1]) if before is None else before
-                told, before = torch.cat([before, seen[:-1]]), seen[-1:].clone()
-            if sequence.draft is not None:
-                # chunk by chunk, so that states of the whole prompt never lie there at once
-                sequence.draft.follow(chunk, told)
-        if before is not None:
-            sequence.states[len(ids) - 1] = before[0]
-        return hidden[:, -1:]
+        forward_pass.run(batch, self.scheduler.predictor_drafts(batch, self.statistics))
+        self.verifier.verify(forward_pass, batch, self.statistics)
+        commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)

@@ -1,118 +1,48 @@
-"""One pass: the rows of some sequences, through as many layers as their answers take.
+"""One forward pass: rows of several sequences, through as many layers as their tokens need.
 
-A sequence brings its drafts as a tree, and at the layer where they wait the tokens that left
-early before. After each exit point drafts that can no longer be right are dropped; a sequence
-whose likeliest path is answered from end to end leaves (T3 of SpecEE, arXiv 2504.08850, 6: the
-exit layer of a path is the largest of its tokens'), the others go on.
+A sequence brings its last token and draft tokens as a tree, and at each layer its pending tokens
+that exited there. After each exit point draft tokens that can no longer be accepted are dropped. A
+sequence exits when all nodes that are left know their next token (T3 of SpecEE, arXiv 2504.08850,
+section 6: the exit layer of a path is the largest of its tokens'); the others go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
-from eepass.runtime.drafting.tree import Tree
+from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
-from eepass.runtime.engine.sequence import Sequence as Decoding
-from eepass.runtime.exits.exits import Choose, Exits, RowState
+from eepass.runtime.exits.exits import Exits, RowState
 from eepass.runtime.statistics import Statistics
 
-
-@dataclass(slots=True, eq=False)
-class Part:
-    """What one sequence brings to a pass (``tree`` None: only what waits), and what became of it.
-
-    ``answers``: what follows each node that is known; ``path``: the nodes that hold, root first;
-    ``tokens``: what the sequence grows by; ``layer``: layers run; ``keep``: how many tokens of
-    the sequence hold, if some are taken back.
-    """
-
-    sequence: Decoding
-    tree: Tree | None
-    active: frozenset[int] = frozenset()
-    choose: Choose | None = None
-    path: list[int] = field(default_factory=list)
-    answers: dict[int, int] = field(default_factory=dict)
-    tokens: list[int] = field(default_factory=list)
-    layer: int = 0
-    keep: int | None = None
-    # positions of tokens that waited and have now reached the last boundary
-    caught_up: list[int] = field(default_factory=list)
-    # by node: the normed state [H] where it left early, the last boundary [H] where it did not,
-    # and the states [H] at boundaries a draft wants
-    z: dict[int, Tensor] = field(default_factory=dict)
-    last: dict[int, Tensor] = field(default_factory=dict)
-    features: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-
-    def alive(self) -> list[int]:
-        """Nodes that may still be right, given the answers so far."""
-        assert self.tree is not None
-        found = [0]
-        for node in range(1, len(self.tree)):
-            parent = self.tree.parents[node]
-            fits = parent not in self.answers or self.answers[parent] == self.tree.tokens[node]
-            if parent in found and fits:
-                found.append(node)
-        return found
-
-    def roll_back(self, position: int, answer: int) -> None:
-        """The token after ``position`` was a wrong guess: it is ``answer``."""
-        self.keep, self.path, self.tokens = position + 1, [], [answer]
-
-    def settle(self) -> None:
-        """Name the tokens the path leads to, up to where the answer ends."""
-        sequence = self.sequence
-        if self.keep is None:
-            self.tokens = [self.answers[node] for node in self.path]
-        count = (len(sequence.tokens) if self.keep is None else self.keep) - sequence.prompt_length
-        for index, token in enumerate(self.tokens, 1):
-            if token in sequence.stop or count + index >= sequence.limit:
-                self.tokens, self.path = self.tokens[:index], self.path[:index]
-                return
-
-    def states(self, layers: Sequence[int]) -> Tensor:
-        """What a draft wants of the path's nodes: z and the boundaries ``layers`` [n, F·H]."""
-        wanted = [torch.stack([self.z[node] for node in self.path])]
-        for layer in layers:
-            # a boundary a node did not reach is stood in for by the last it did
-            wanted.append(torch.stack([self._at(node, layer) for node in self.path]))
-        return torch.cat(wanted, -1)
-
-    def _at(self, node: int, layer: int) -> Tensor:
-        if (node, layer) in self.features:
-            return self.features[node, layer]
-        reached = [n for (owner, n) in self.features if owner == node]
-        return self.features[node, max(reached)] if reached else self.z[node]
-
-
-def norm_paths(parts: Sequence[Part], exits: Exits) -> None:
-    """Give the nodes of all paths that went all the way their z, in one call."""
-    ended = [(part, node) for part in parts for node in part.path if node in part.last]
-    if ended:
-        rows = torch.stack([part.last[node] for part, node in ended])
-        for (part, node), z in zip(ended, exits.final(rows[None])[0], strict=True):
-            part.z[node] = z
+# stands for the node of a row that holds a pending token
+PENDING = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _At:
-    """A row on its way: a node of its part's tree, or a token that waited (node -1)."""
+class PassRow:
+    """A row of the pass: a node of its sequence's tree, or a pending token (node ``PENDING``)."""
 
-    part: Part
+    scheduled: ScheduledSequence
     node: int
     position: int
     row: Row
 
 
-class ForwardPass:
-    """One pass of ``parts`` through ``decoder``; ``run`` fills them in.
+# logits [1, V] by the row's sequence, node and position
+RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 
-    ``feature_layers``: boundaries whose states are kept for a draft.
+
+class ForwardPass:
+    """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
+
+    ``feature_layers``: layers after which the rows' hidden states are kept for a draft.
     """
 
     def __init__(
@@ -120,218 +50,238 @@ class ForwardPass:
         decoder: Decoder,
         exits: Exits | None,
         statistics: Statistics,
-        feature_layers: Sequence[int] = (),
+        feature_layers: SequenceOf[int] = (),
         kv_policy: str = "defer",
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
         self.feature_layers = frozenset(feature_layers)
         self.kv_policy = kv_policy
-        self._rows: list[_At] = []
-        self._hidden: Tensor | None = None
+        # the rows on this layer and their hidden states [1, R, H], padded
+        self.rows: list[PassRow] = []
+        self.hidden: Tensor | None = None
         self._place: Place | None = None
         self._state: RowState | None = None
 
-    def run(self, parts: Sequence[Part], drafts: Tensor | None = None) -> None:
-        """``drafts`` [R, K]: draft tokens of the new rows for the predictors, if they come from no
-        boundary."""
-        self._embed(parts, drafts)
-        first = 0 if self._rows else min(p.sequence.waiting[-1].layer for p in parts)
-        for layer in range(first, self.decoder.num_layers):
-            self._join(parts, layer)
-            if self._hidden is None:
+    def run(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None = None) -> None:
+        """``drafts`` [R, K]: the predictors' draft tokens for the rows of the trees, where the exit
+        plan takes them from no layer."""
+        self._embed(batch, drafts)
+        first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
+        for index in range(first, self.decoder.num_layers):
+            self._insert_pending(batch, index)
+            if self.hidden is None:
                 return
             if self._place is None:
-                self._settle()
+                self._place_rows()
             assert self._place is not None
-            self._hidden = self.decoder.run_layer(layer, self._hidden, self._place)
-            boundary = layer + 1
-            if boundary in self.feature_layers:
-                self._keep_features(boundary)
+            self.hidden = self.decoder.run_layer(index, self.hidden, self._place)
+            layer = index + 1
+            if layer in self.feature_layers:
+                self._keep_features(layer)
             if self.exits is not None:
-                self._ask(boundary)
-            if not self._rows:
+                self._run_predictors(layer)
+            if not self.rows:
                 return
-        self._end()
+        self._note_last_hidden()
 
-    @property
-    def ended(self) -> tuple[Tensor | None, list[tuple[Part, int, int]]]:
-        """Last boundaries [1, R, H] (padded) and whose they are: part, node, position."""
-        return self._hidden, [(at.part, at.node, at.position) for at in self._rows]
+    def lm_head(self, every_row: bool) -> RowLogits:
+        """LM head logits of the rows that went through all layers: of ``every_row``, or of those
+        whose next token no exit has decided."""
+        needed = [
+            index
+            for index, row in enumerate(self.rows)
+            if every_row or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
+        ]
+        if self.hidden is None or not needed:
+            return {}
+        self.statistics.full_heads += len(needed)
+        hidden = self.hidden
+        if len(needed) < len(self.rows):
+            hidden = hidden[:, torch.tensor(needed)]
+        rows = [self.rows[index] for index in needed]
+        logits = self.decoder.logits(hidden)[0].split(1)
+        return {
+            (r.scheduled, r.node, r.position): one for r, one in zip(rows, logits, strict=False)
+        }
 
-    def _end(self) -> None:
-        """Note which rows went all the way."""
-        assert self._hidden is not None
-        for index, at in enumerate(self._rows):
-            at.part.layer = self.decoder.num_layers
-            if at.node < 0:
-                at.part.caught_up.append(at.position)
-            else:
-                at.part.last[at.node] = self._hidden[0, index]
-
-    def _embed(self, parts: Sequence[Part], drafts: Tensor | None) -> None:
-        for part in parts:
-            if part.tree is None:
+    def _embed(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None) -> None:
+        """Start with the nodes of all trees."""
+        ids: list[int] = []
+        for one in batch:
+            if one.tree is None:
                 continue
-            sequence, root = part.sequence, part.sequence.position
-            for node in range(len(part.tree)):
-                path = part.tree.path(node)
-                position, slot = root + len(path), sequence.first + root + node
-                over = tuple(sequence.first + root + n for n in path)
-                self._rows.append(
-                    _At(part, node, position, Row(sequence.first, position, slot, over))
-                )
-        if not self._rows:
+            first, root = one.sequence.first_slot, one.sequence.position
+            for node in range(len(one.tree)):
+                path = one.tree.path(node)
+                position = root + len(path)
+                slots = tuple(first + root + n for n in path)
+                row = Row(first, position, first + root + node, slots)
+                self.rows.append(PassRow(one, node, position, row))
+            ids += one.tree.tokens
+        if not self.rows:
             return
-        self._settle()
+        self._place_rows()
         assert self._place is not None
         size = len(self._place.slots)
-        padding = [0] * (size - len(self._rows))
-        ids = [at.part.tree.tokens[at.node] for at in self._rows if at.part.tree is not None]
-        positions = [at.position for at in self._rows]
+        padding = size - len(self.rows)
+        positions = [row.position for row in self.rows]
         last = positions[-1]
-        positions += [min(last + 1 + i, self.decoder.positions - 1) for i in range(len(padding))]
-        self._hidden = self.decoder.embed(
-            torch.tensor([ids + [ids[-1]] * len(padding)]),
-            torch.tensor([positions]),
-            self._place.slots,
+        positions += [min(last + 1 + i, self.decoder.num_positions - 1) for i in range(padding)]
+        self.hidden = self.decoder.embed(
+            torch.tensor([ids + [ids[-1]] * padding]), torch.tensor([positions]), self._place.slots
         )
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
             self._state = self.exits.begin(size, drafts)
 
-    def _settle(self) -> None:
-        """Find the place of the rows as they stand."""
-        size = self.decoder.bucket(len(self._rows))
-        sequences = {at.part.sequence for at in self._rows}
-        # several regions are never neighbours
-        end = max(s.first + s.room for s in sequences) if len(sequences) == 1 else 0
-        self._place = self.decoder.place([at.row for at in self._rows], size, end)
+    def _place_rows(self) -> None:
+        """Find the slots and side inputs of the rows as they are."""
+        size = self.decoder.bucket(len(self.rows))
+        sequences = {row.scheduled.sequence for row in self.rows}
+        # rows of several sequences are never contiguous
+        end = max(s.first_slot + s.capacity for s in sequences) if len(sequences) == 1 else 0
+        self._place = self.decoder.place([row.row for row in self.rows], size, end)
 
-    def _join(self, parts: Sequence[Part], layer: int) -> None:
-        """Put the states waiting at ``layer`` before the rows on their way; fill up to a bucket."""
-        joined: list[Tensor] = []
-        rows: list[_At] = []
-        for part in parts:
-            waiting = part.sequence.waiting
-            here = part.tree is None or any(at.part is part for at in self._rows)
-            while here and waiting and waiting[-1].layer == layer:
-                group = waiting.pop()
-                joined.insert(0, group.hidden)
-                first = part.sequence.first
-                rows[:0] = [
-                    _At(part, -1, at, Row(first, at, first + at))
+    def _insert_pending(self, batch: SequenceOf[ScheduledSequence], layer: int) -> None:
+        """Put the tokens that are pending at ``layer`` before the rows; pad to a row count there is
+        code for."""
+        states: list[Tensor] = []
+        inserted: list[PassRow] = []
+        for one in batch:
+            pending = one.sequence.pending
+            if not pending or pending[-1].layer != layer:
+                continue
+            if one.tree is not None and not any(row.scheduled is one for row in self.rows):
+                # exited before this layer
+                continue
+            first = one.sequence.first_slot
+            while pending and pending[-1].layer == layer:
+                group = pending.pop()
+                states.insert(0, group.hidden)
+                inserted[:0] = [
+                    PassRow(one, PENDING, at, Row(first, at, first + at))
                     for at in range(group.position, group.end)
                 ]
-        if not rows:
+        if not inserted:
             return
-        self.statistics.rows_caught_up += len(rows)
-        self._take(rows + self._rows, joined, count=len(rows))
-
-    def _take(self, rows: list[_At], joined: list[Tensor], count: int) -> None:
-        """Make ``rows`` the rows on their way: ``joined`` states of ``count`` rows go first."""
-        carried = self._rows
-        self._rows, self._place = rows, None
-        size = self.decoder.bucket(len(rows))
-        states = [*joined]
+        self.statistics.rows_caught_up += len(inserted)
+        count, carried = len(inserted), len(self.rows)
+        self.rows, self._place = inserted + self.rows, None
         if carried:
-            assert self._hidden is not None
-            states.append(self._hidden[:, : len(carried)])
-        if padding := size - len(rows):
+            assert self.hidden is not None
+            states.append(self.hidden[:, :carried])
+        if padding := self.decoder.bucket(len(self.rows)) - len(self.rows):
             states.append(states[-1][:, -1:].expand(-1, padding, -1))
-        self._hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
+        self.hidden = torch.cat(states, 1) if len(states) > 1 else states[0]
         if self._state is not None:
-            # rows that waited have no drafts; they are not asked
-            index = [0] * count + list(range(len(carried))) + [0] * padding
+            # no predictor is evaluated for a pending token, so that any row's state does for it
+            index = [0] * count + list(range(carried)) + [0] * padding
             self._state = self._state.select(torch.tensor(index))
 
-    def _drop(self, keep: list[int]) -> None:
-        """Go on with the rows numbered ``keep``; smaller buckets only where that is one."""
-        if len(keep) == len(self._rows):
+    def _keep_rows(self, keep: list[int]) -> None:
+        """Go on with the rows numbered ``keep``, padded to a row count there is code for."""
+        if len(keep) == len(self.rows):
             return
-        assert self._hidden is not None
-        rows = [self._rows[index] for index in keep]
-        if not rows:
-            self._rows, self._hidden = [], None
+        if not keep:
+            self.rows, self.hidden = [], None
             return
-        size = self.decoder.bucket(len(rows))
-        index = torch.tensor(keep + keep[-1:] * (size - len(rows)))
-        self._rows, self._place = rows, None
-        self._hidden = self._hidden[:, index]
+        assert self.hidden is not None
+        index = torch.tensor(keep + keep[-1:] * (self.decoder.bucket(len(keep)) - len(keep)))
+        self.rows, self._place = [self.rows[at] for at in keep], None
+        self.hidden = self.hidden[:, index]
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _keep_features(self, boundary: int) -> None:
-        assert self._hidden is not None
-        for index, at in enumerate(self._rows):
-            if at.node >= 0:
-                at.part.features[at.node, boundary] = self._hidden[0, index]
+    def _keep_features(self, layer: int) -> None:
+        assert self.hidden is not None
+        for index, row in enumerate(self.rows):
+            if row.node != PENDING:
+                row.scheduled.hidden_after[row.node, layer] = self.hidden[0, index]
 
-    def _ask(self, boundary: int) -> None:
+    def _run_predictors(self, layer: int) -> None:
+        """Evaluate the exits active after ``layer`` for the nodes without a next token."""
         assert self.exits is not None
-        asked = [
+        evaluated = [
             index
-            for index, at in enumerate(self._rows)
-            if at.node >= 0 and boundary in at.part.active and at.node not in at.part.answers
+            for index, row in enumerate(self.rows)
+            if row.node != PENDING
+            and layer in row.scheduled.active_exits
+            and row.node not in row.scheduled.next_tokens
         ]
-        wants_draft = boundary == self.exits.plan.draft_layer and any(
-            at.part.active for at in self._rows
+        wants_draft = layer == self.exits.plan.draft_layer and any(
+            row.scheduled.active_exits for row in self.rows
         )
-        if not asked and not wants_draft:
+        if not evaluated and not wants_draft:
             return
-        assert self._hidden is not None and self._state is not None
+        assert self.hidden is not None and self._state is not None
         if wants_draft:
-            self._state = self.exits.draft_from(self._hidden, self._state, self.statistics)
-        if not asked:
+            self._state = self.exits.draft_from(self.hidden, self._state, self.statistics)
+        if not evaluated:
             return
-        choose = self._rows[asked[0]].part.choose
-        found, self._state = self.exits.check(
-            boundary, self._hidden, self._state, asked, self.statistics, choose
+        choose = self.rows[evaluated[0]].scheduled.choose
+        decision, self._state = self.exits.check(
+            layer, self.hidden, self._state, evaluated, self.statistics, choose
         )
-        for index, answer in found.answers.items():
-            at = self._rows[index]
-            at.part.answers[at.node] = answer
-            at.part.z[at.node] = found.z[0, index]
-        if found.answers:
-            self._leave({self._rows[index].part for index in found.answers}, boundary)
+        for index, token in decision.tokens.items():
+            row = self.rows[index]
+            row.scheduled.next_tokens[row.node] = token
+            row.scheduled.z[row.node] = decision.z[0, index]
+        if decision.tokens:
+            self._exit_sequences({self.rows[index].scheduled for index in decision.tokens}, layer)
 
-    def _leave(self, answered: set[Part], boundary: int) -> None:
-        """Drop what can no longer be right; take out the sequences whose path is complete."""
-        gone: set[Part] = set()
-        alive = {part: part.alive() for part in answered}
-        for part, nodes in alive.items():
-            if all(node in part.answers for node in nodes):
-                part.path, part.layer = nodes, boundary
-                self._set_aside(part, boundary)
-                gone.add(part)
-        keep = [
-            index
-            for index, at in enumerate(self._rows)
-            if at.part not in gone
-            and (at.node < 0 or at.part not in alive or at.node in alive[at.part])
-        ]
-        self._drop(keep)
+    def _exit_sequences(self, decided: set[ScheduledSequence], layer: int) -> None:
+        """Drop nodes that can no longer be accepted, and whole sequences that know all their next
+        tokens."""
+        exited: set[ScheduledSequence] = set()
+        viable = {one: one.viable_nodes() for one in decided}
+        for one, nodes in viable.items():
+            if all(node in one.next_tokens for node in nodes):
+                one.path, one.exit_layer = nodes, layer
+                self._defer_kv(one, layer)
+                exited.add(one)
+        self._keep_rows(
+            [
+                index
+                for index, row in enumerate(self.rows)
+                if row.scheduled not in exited
+                and (
+                    row.node == PENDING
+                    or row.scheduled not in viable
+                    or row.node in viable[row.scheduled]
+                )
+            ]
+        )
 
-    def _set_aside(self, part: Part, boundary: int) -> None:
-        """The states of a part that leaves wait for the deeper layers, or what else the KV policy
-        does with them."""
+    def _defer_kv(self, scheduled: ScheduledSequence, layer: int) -> None:
+        """Keep the hidden states of a sequence that exits, for the layers it has not run; or do
+        what the KV policy says instead."""
         depth = self.decoder.num_layers
-        if boundary == depth:
+        if layer == depth:
             return
-        assert self._hidden is not None
+        assert self.hidden is not None
         if self.kv_policy != "defer":
-            assert self._place is not None and len(self._rows) == 1
-            for layer in range(boundary, depth):
+            assert self._place is not None and len(self.rows) == 1
+            for index in range(layer, depth):
                 if self.kv_policy == "propagate":
-                    self.decoder.fill_kv(layer, self._hidden, self._place)
+                    self.decoder.fill_kv(index, self.hidden, self._place)
                 else:
-                    self.decoder.kv.blank(layer, self._place.slots)
+                    self.decoder.kv.blank(index, self._place.slots)
             return
-        mine = [
+        own = [
             index
-            for index, at in enumerate(self._rows)
-            if at.part is part and (at.node < 0 or at.node in part.path)
+            for index, row in enumerate(self.rows)
+            if row.scheduled is scheduled and (row.node == PENDING or row.node in scheduled.path)
         ]
-        mine.sort(key=lambda index: self._rows[index].position)
-        hidden = self._hidden[:, torch.tensor(mine)]
-        part.sequence.waiting.append(PendingTokens(boundary, self._rows[mine[0]].position, hidden))
+        own.sort(key=lambda index: self.rows[index].position)
+        hidden = self.hidden[:, torch.tensor(own)]
+        scheduled.sequence.pending.append(PendingTokens(layer, self.rows[own[0]].position, hidden))
+
+    def _note_last_hidden(self) -> None:
+        assert self.hidden is not None
+        for index, row in enumerate(self.rows):
+            row.scheduled.exit_layer = self.decoder.num_layers
+            if row.node == PENDING:
+                row.scheduled.caught_up.append(row.position)
+            else:
+                row.scheduled.last_hidden[row.node] = self.hidden[0, index]

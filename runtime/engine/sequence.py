@@ -1,4 +1,4 @@
-"""One sequence being decoded: its tokens, its region of the cache, and what waits."""
+"""One sequence being decoded: its tokens, its slots in the cache, and its pending tokens."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eepass.runtime.drafting.drafts import Draft
+from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.sampling import Sampling
 
 
 class DecodedToken(NamedTuple):
-    """A token of the answer, and after how many layers it was known."""
+    """A generated token, and the number of layers that were run to decide it."""
 
     token: int
     exit_layer: int
 
 
 class PendingTokens(NamedTuple):
-    """Tokens from ``position`` on whose states [1, n, H] have gone through ``layer`` layers."""
+    """Tokens from ``position`` on that exited after ``layer`` layers, with their hidden states
+    [1, n, H] there."""
 
     layer: int
     position: int
@@ -35,118 +36,124 @@ class PendingTokens(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """``tokens`` are the prompt and the answer so far; the last of them has not been run.
+    """``tokens`` are the prompt and the answer so far; the last of them has not been run yet.
 
-    ``confirmed`` of them are final, the rest are guesses. ``waiting`` is a stack, its deepest
-    boundary first: tokens with shallower boundaries are always later ones.
+    The first ``num_confirmed`` tokens are final, later ones may be rolled back. ``pending`` is a
+    stack with the deepest layer first: tokens that exited after fewer layers are always later ones.
     """
 
     tokens: list[int]
     prompt_length: int
-    first: int
-    room: int
-    limit: int
+    first_slot: int
+    capacity: int
+    max_new_tokens: int
     stop: frozenset[int]
     sampling: Sampling
     generator: torch.Generator | None
     draft: Draft | None
     schedule: PredictorSchedule | None
-    confirmed: int = 0
-    given: int = 0
-    waiting: list[PendingTokens] = field(default_factory=list)
-    # layers run for each token after the prompt
+    num_confirmed: int = 0
+    num_delivered: int = 0
+    pending: list[PendingTokens] = field(default_factory=list)
+    # by token after the prompt
     exit_layers: list[int] = field(default_factory=list)
-    # what a draft wants of tokens whose answer may yet change, [F·H] by position
-    states: dict[int, Tensor] = field(default_factory=dict)
+    # the draft's features [F * H] by position, of tokens whose next token may still change
+    features: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> int:
-        """How many tokens have been run; the next row's position."""
+        """How many tokens have been run, which is the position of the next row."""
         return len(self.tokens) - 1
 
     @property
-    def pending(self) -> int:
-        return sum(group.hidden.shape[1] for group in self.waiting)
-
-    @property
-    def trunk(self) -> int:
-        """Position of the first waiting token, or of the next row."""
-        return self.waiting[0].position if self.waiting else self.position
+    def num_pending(self) -> int:
+        return sum(group.hidden.shape[1] for group in self.pending)
 
     @property
     def finished(self) -> bool:
-        """Whether the confirmed answer ends here."""
-        count = self.confirmed - self.prompt_length
-        ended = count > 0 and self.tokens[self.confirmed - 1] in self.stop
-        return ended or count >= self.limit
+        """Whether the confirmed tokens are the whole answer."""
+        count = self.num_confirmed - self.prompt_length
+        ended = count > 0 and self.tokens[self.num_confirmed - 1] in self.stop
+        return ended or count >= self.max_new_tokens
 
     @property
     def at_its_end(self) -> bool:
-        """Whether nothing can follow the last token, be it confirmed or a guess."""
+        """Whether nothing can follow the last token, confirmed or not."""
         count = len(self.tokens) - self.prompt_length
-        return self.tokens[-1] in self.stop or count >= self.limit
+        return self.tokens[-1] in self.stop or count >= self.max_new_tokens
 
     def lengths(self, num_layers: int) -> list[int]:
-        """Tokens each layer has seen: a staircase, non-increasing with depth."""
+        """How many tokens each layer has run: a staircase, non-increasing with depth."""
         return [
-            min((w.position for w in self.waiting if w.layer <= layer), default=self.position)
+            min((p.position for p in self.pending if p.layer <= layer), default=self.position)
             for layer in range(num_layers)
         ]
 
-    def extend(self, tokens: SequenceOf[int], exit_layer: int) -> None:
+    def append(
+        self, tokens: SequenceOf[int], exit_layer: int, features: Tensor | None = None
+    ) -> None:
+        """Add generated tokens; ``features`` [n, F * H] are the draft's, of the token before
+        each."""
+        if not tokens:
+            return
+        if features is not None:
+            features = features.reshape(len(tokens), -1)
+            self._keep_features(features)
         self.tokens += tokens
         self.exit_layers += [exit_layer] * len(tokens)
         if self.schedule is not None:
             for _ in tokens:
                 self.schedule.record(exit_layer)
+        if self.draft is not None:
+            self.draft.follow(tokens, features)
 
     def roll_back(self, count: int) -> None:
-        """Keep the first ``count`` tokens; whatever followed is forgotten everywhere."""
-        gone = len(self.tokens) - count
+        """Keep the first ``count`` tokens and forget, everywhere, what followed them."""
+        dropped = len(self.tokens) - count
         if self.draft is not None:
             self.draft.truncate(count)
         del self.tokens[count:]
         del self.exit_layers[count - self.prompt_length :]
-        self.waiting.clear()
+        self.pending.clear()
         if self.schedule is not None:
-            self.schedule.forget(gone)
+            self.schedule.forget(dropped)
 
     def replace_last(self, token: int) -> None:
-        """Say another last token (teacher forcing)."""
+        """Continue with another last token (teacher forcing)."""
         if token == self.tokens[-1]:
             return
         self.tokens[-1] = token
         if self.draft is not None:
             self.draft.truncate(len(self.tokens) - 1)
-            state = self.states.get(len(self.tokens) - 2)
-            self.draft.follow([token], None if state is None else state[None])
+            features = self.features.get(len(self.tokens) - 2)
+            self.draft.follow([token], None if features is None else features[None])
 
-    def keep_states(self, states: Tensor) -> None:
-        """Remember ``states`` [n, F·H] of the last tokens run, as long as they may be asked for."""
-        begin = len(self.tokens) - 1
-        self.states |= {begin + index: state for index, state in enumerate(states)}
-        for position in [p for p in self.states if p < min(self.trunk, begin)]:
-            del self.states[position]
-
-    def cut_waiting(self) -> None:
-        """Drop waiting states of tokens that did not come to hold (after the answer's end)."""
-        while self.waiting and self.waiting[-1].end > self.position:
-            group = self.waiting.pop()
+    def trim_pending(self) -> None:
+        """Forget pending tokens that were not accepted (those after the answer's end)."""
+        while self.pending and self.pending[-1].end > self.position:
+            group = self.pending.pop()
             if group.position < self.position:
                 kept = group.hidden[:, : self.position - group.position]
-                self.waiting.append(PendingTokens(group.layer, group.position, kept))
+                self.pending.append(PendingTokens(group.layer, group.position, kept))
 
-    def steps(self, begin: int, end: int) -> list[DecodedToken]:
-        """Tokens ``begin`` to ``end`` of the sequence with their exit layers."""
+    def decoded(self, begin: int, end: int) -> list[DecodedToken]:
+        """The generated ones of the tokens from ``begin`` to ``end``, with their exit layers."""
         shift = self.prompt_length
         return [
             DecodedToken(self.tokens[i], self.exit_layers[i - shift])
             for i in range(max(begin, shift), end)
         ]
 
-    def take(self) -> list[DecodedToken]:
-        """Confirmed tokens not taken yet."""
-        begin = self.prompt_length + self.given
-        found = self.steps(begin, self.confirmed)
-        self.given += len(found)
+    def take_confirmed(self) -> list[DecodedToken]:
+        """Confirmed tokens that were not delivered yet."""
+        begin = self.prompt_length + self.num_delivered
+        found = self.decoded(begin, self.num_confirmed)
+        self.num_delivered += len(found)
         return found
+
+    def _keep_features(self, features: Tensor) -> None:
+        begin = self.position
+        self.features |= {begin + index: row for index, row in enumerate(features)}
+        oldest = min(self.pending[0].position if self.pending else begin, begin)
+        for position in [p for p in self.features if p < oldest]:
+            del self.features[position]

@@ -1,35 +1,45 @@
-"""What of a pass holds: guesses against the last layer's word, drafts against the answers."""
+"""Decide the next tokens after a forward pass, and how far the draft tokens are accepted.
+
+    accepted   draft tokens that equal the next token of the node before them
+    recovered  the next token where it equals no draft token: what stands there instead
+    bonus      the next token after the last accepted draft token, where no draft followed
+
+A pass gives the accepted tokens along one path of the tree, then one recovered or bonus token. With
+guarantee ``exact`` a token that exited early is itself like a draft token until it has gone through
+the last layer: its next token is then computed again, and where it differs, the recovered token
+takes the place of all that followed.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
 
 from eepass.errors import EngineError
-from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.engine.forward_pass import ForwardPass, Part
-from eepass.runtime.engine.sequence import Sequence as Decoding
+from eepass.runtime.engine.forward_pass import PENDING, ForwardPass, RowLogits
+from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
+from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.exits.exits import Choose
 from eepass.runtime.sampling import draw, greedy, probabilities
 from eepass.runtime.statistics import Statistics
 
 
 class Verifier:
-    """Finds the answer of each row and walks along the answers as far as the drafts go.
+    """Greedy next tokens are the argmax. Sampled ones are drawn from the dense distribution and
+    then looked up among the draft tokens: as a draft proposes single tokens with certainty, that is
+    speculative rejection sampling (arXiv 2211.17192).
 
-    Greedy answers are the argmax. Sampled ones are drawn from the dense distribution and then
-    looked for among the drafts: drafts are proposals of one token each, for which that is
-    speculative rejection sampling. ``noise``: how far logits may differ between row
-    counts; where the two best are nearer, an exact answer may differ from the dense one.
+    ``noise``: how far logits may differ between row counts; where the two best are closer, an exact
+    answer may differ from the dense one.
     """
 
-    def __init__(self, decoder: Decoder, exact: bool, noise: float = 0.0) -> None:
-        self.decoder, self.exact, self.noise = decoder, exact, noise
+    def __init__(self, num_layers: int, exact: bool, noise: float = 0.0) -> None:
+        self.num_layers, self.exact, self.noise = num_layers, exact, noise
 
-    def chooser(self, sequence: Decoding) -> Choose | None:
-        """How an exit names its token: the argmax (None), or drawn where exits are final."""
+    def exit_sampler(self, sequence: Sequence) -> Choose | None:
+        """How an exit chooses its token: the argmax (None), or sampled where exits are final."""
         if self.exact or sequence.sampling.greedy:
             return None
         sampling, generator = sequence.sampling, sequence.generator
@@ -41,100 +51,77 @@ class Verifier:
 
         return choose
 
-    def first_token(self, hidden: Tensor, sequence: Decoding) -> int:
-        """What follows a prompt whose last boundary is hidden [1, 1, H]."""
-        return self._answer(self.decoder.logits(hidden)[0], 0, sequence, sequence.tokens)
-
-    def decide(
+    def verify(
         self,
-        verification: ForwardPass,
-        parts: Sequence[Part],
+        forward_pass: ForwardPass,
+        batch: SequenceOf[ScheduledSequence],
         statistics: Statistics,
     ) -> None:
-        """Fill in what each part of a pass leads to: path, tokens, what is taken back."""
-        logits = self._logits(verification, statistics)
-        visited: list[int] = []
-        for part in parts:
-            if part.layer == self.decoder.num_layers and not part.path:
-                self._walk(part, logits, visited)
-            part.settle()
-        self._count_near_ties(logits, visited, statistics)
+        """Fill in each sequence's path and new tokens, and what is rolled back."""
+        logits, used = forward_pass.lm_head(every_row=self.exact), list[Tensor]()
+        for one in batch:
+            if one.exit_layer == self.num_layers and not one.path:
+                agreed = not self.exact or self._verify_pending(one, logits, used)
+                if agreed and one.tree is not None:
+                    self._accept_drafts(one, logits, used)
+            one.collect_new_tokens()
+        self._count_near_ties(used, statistics)
 
-    def _walk(self, part: Part, logits: _Rows, visited: list[int]) -> None:
-        sequence, tokens = part.sequence, part.sequence.tokens
-        if self.exact:
-            for position in sorted(part.caught_up):
-                row = logits.of[part, -1, position]
-                visited.append(row)
-                answer = self._answer(logits.values, row, sequence, tokens[: position + 1])
-                if answer != tokens[position + 1]:
-                    part.roll_back(position, answer)
-                    return
-        if part.tree is None:
-            return
+    def _verify_pending(
+        self, scheduled: ScheduledSequence, logits: RowLogits, used: list[Tensor]
+    ) -> bool:
+        """Whether the last layer agrees with the exits of all tokens that have caught up."""
+        sequence = scheduled.sequence
+        for position in sorted(scheduled.caught_up):
+            used.append(logits[scheduled, PENDING, position])
+            token = self.next_token(used[-1], sequence, sequence.tokens[: position + 1])
+            if token != sequence.tokens[position + 1]:
+                scheduled.reject_after(position, token)
+                return False
+        return True
+
+    def _accept_drafts(
+        self, scheduled: ScheduledSequence, logits: RowLogits, used: list[Tensor]
+    ) -> None:
+        """Walk down the tree while a draft token equals the next token of the node before it."""
+        sequence = scheduled.sequence
+        context = list(sequence.tokens)
         node: int | None = 0
-        context = list(tokens)
         while node is not None:
-            part.path.append(node)
-            if self.exact or node not in part.answers:
-                row = logits.of[part, node, len(context) - 1]
-                visited.append(row)
-                part.answers[node] = self._answer(logits.values, row, sequence, context)
-            context.append(part.answers[node])
-            node = self._next(part, node, len(context) - 1, logits)
+            scheduled.path.append(node)
+            if self.exact or node not in scheduled.next_tokens:
+                used.append(logits[scheduled, node, len(context) - 1])
+                scheduled.next_tokens[node] = self.next_token(used[-1], sequence, context)
+            context.append(scheduled.next_tokens[node])
+            node = self._accepted_child(scheduled, node, len(context) - 1, logits)
 
-    def _next(self, part: Part, node: int, position: int, logits: _Rows) -> int | None:
-        """The child of ``node`` that its answer names, if it came through: an exit that was wrong
-        may have dropped it."""
-        assert part.tree is not None
-        for child in part.tree.children(node):
-            if part.tree.tokens[child] == part.answers[node]:
-                known = child in part.answers and not self.exact
-                return child if known or (part, child, position) in logits.of else None
+    def _accepted_child(
+        self, scheduled: ScheduledSequence, node: int, position: int, logits: RowLogits
+    ) -> int | None:
+        """The child of ``node`` that is its next token, unless an exit that was wrong has dropped
+        its row."""
+        assert scheduled.tree is not None
+        for child in scheduled.tree.children(node):
+            if scheduled.tree.tokens[child] == scheduled.next_tokens[node]:
+                decided = child in scheduled.next_tokens and not self.exact
+                return child if decided or (scheduled, child, position) in logits else None
         return None
 
-    def _logits(self, verification: ForwardPass, statistics: Statistics) -> _Rows:
-        """Logits of the rows at the last boundary whose answer is asked for."""
-        hidden, whose = verification.ended
-        wanted = [
-            index
-            for index, (part, node, _) in enumerate(whose)
-            if self.exact or (node >= 0 and node not in part.answers)
-        ]
-        if hidden is None or not wanted:
-            return _Rows(torch.zeros(0, 1), {})
-        size = self.decoder.bucket(len(wanted))
-        if len(wanted) < len(whose) or size < hidden.shape[1]:
-            hidden = hidden[:, torch.tensor(wanted + wanted[-1:] * (size - len(wanted)))]
-        values = self.decoder.logits(hidden)[0]
-        statistics.full_heads += len(wanted)
-        return _Rows(values, {whose[index]: row for row, index in enumerate(wanted)})
-
-    def _answer(self, logits: Tensor, row: int, sequence: Decoding, context: Sequence[int]) -> int:
-        one = logits[row : row + 1]
+    def next_token(self, logits: Tensor, sequence: Sequence, context: SequenceOf[int]) -> int:
+        """The token that follows ``context`` by its logits [1, V]."""
         sampling = sequence.sampling
         if sampling.greedy:
-            token = int(greedy(one, sampling, [context])[0])
+            token = int(greedy(logits, sampling, [context])[0])
         else:
             assert sequence.generator is not None
-            token = int(draw(probabilities(one, sampling, [context]), sequence.generator)[0])
-        if not torch.isfinite(one[0, token]):
+            token = int(draw(probabilities(logits, sampling, [context]), sequence.generator)[0])
+        if not torch.isfinite(logits[0, token]):
             raise EngineError(
                 "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"
             )
         return token
 
-    def _count_near_ties(self, logits: _Rows, visited: list[int], statistics: Statistics) -> None:
-        if not (self.exact and visited and self.noise):
-            return
-        seen = logits.values[visited]
-        best = seen.max(-1)
-        second = seen.scatter(-1, best.indices[:, None], -torch.inf).amax(-1)
-        statistics.near_ties += int((best.values - second <= self.noise).sum())
-
-
-class _Rows:
-    """Logits [R, V], and which row belongs to which part, node and position."""
-
-    def __init__(self, values: Tensor, of: dict[tuple[Part, int, int], int]) -> None:
-        self.values, self.of = values, of
+    def _count_near_ties(self, used: list[Tensor], statistics: Statistics) -> None:
+        if self.exact and used and self.noise:
+            best = torch.cat(used).topk(2).values
+            statistics.near_ties += int((best[:, 0] - best[:, 1] <= self.noise).sum())

@@ -1,4 +1,4 @@
-"""Deciding at a boundary which rows already know their answer."""
+"""Decide after a layer which rows exit: predictors, then verification (``eepass.exit_rule``)."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from eepass.exit_rule import among_drafts, wants_exit
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.statistics import Statistics
-from eepass.segments import Segment
 
 # row counts exits are compiled for; others are padded
 ROW_COUNTS = (1, 8)
-# logits [R, N] -> the place of each row's answer [R]
+# logits [R, N] -> the index of each row's token [R]
 Choose = Callable[[Tensor], Tensor]
 
 
-class Found(NamedTuple):
-    """What an exit point says of R rows: the answers it knows by row, and states [1, >= R, H]."""
+class ExitDecision(NamedTuple):
+    """The next tokens of the rows that exit, by row, and the normed hidden states z [1, >= R, H] of
+    all rows."""
 
-    answers: dict[int, int]
+    tokens: dict[int, int]
     z: Tensor
 
 
 class RowState(NamedTuple):
-    """What rows carry between exit points: draft tokens and their last chances [R, K]."""
+    """What rows carry between exit points: their draft tokens [R, K], and the draft tokens'
+    probabilities [R, K] at the exit point before."""
 
     drafts: Tensor
     previous: Tensor
@@ -38,11 +40,11 @@ class RowState(NamedTuple):
 
 
 class Exits:
-    """Draft, predictors and verification of one exit plan.
+    """Draft tokens, predictors and verification of one exit plan.
 
-    ``segments(rows)`` makes what runs at exit points for a row count; ``tensors`` are the
-    artefact's, with ``hot.head`` (rows of the LM head) and ``hot.ids`` added. Verification on the
-    hot vocabulary names tokens through ``hot.ids``.
+    ``segments(rows)`` builds the segments at exit points for a row count; ``tensors`` are the
+    artefact's, with ``hot.head`` (rows of the LM head) and ``hot.ids`` added. Verification over the
+    hot vocabulary maps its indices to tokens by ``hot.ids``.
     """
 
     def __init__(
@@ -55,38 +57,39 @@ class Exits:
         self.plan = plan
         self.thresholds = {point.layer: point.threshold for point in plan.exits}
         self.hot_ids = tensors["hot.ids"]
-        self._decoder, self._tensors, self._segments = decoder, tensors, segments
-        self._bound: dict[int, _BoundSegments] = {}
+        self._decoder, self._tensors, self._build = decoder, tensors, segments
+        self._segments: dict[int, ExitSegments] = {}
+        self._bound: dict[tuple[int, int | str], Callable[..., Any]] = {}
         self._head = decoder.splits[1].head
 
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
-        """State of ``rows`` new rows; ``drafts`` [R, K] if they come from no boundary."""
+        """State of ``rows`` new rows; ``drafts`` [R, K] if the plan takes them from no layer."""
         k = self.plan.draft_tokens
         if drafts is None:
             drafts = torch.zeros(rows, k, dtype=torch.long)
         return RowState(drafts, torch.zeros(rows, k))
 
     def prepare(self, most: int) -> None:
-        """Compile what exits need for up to ``most`` rows."""
+        """Compile and run once what exits need for up to ``most`` rows."""
         for rows in (size for size in ROW_COUNTS if size <= most):
             hidden = torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._decoder.dtype)
-            bound, state = self._for(rows), self.begin(rows)
-            (z,) = bound.normed(hidden)
-            bound.draft(z), bound.verify(z)
+            state = self.begin(rows)
+            (z,) = self._segment("normed", rows)(hidden)
+            self._segment("draft", rows)(z), self._segment("verify", rows)(z)
             for layer in self.thresholds:
-                bound.predict(layer)(hidden, *state)
+                self._segment(layer, rows)(hidden, *state)
 
     def final(self, hidden: Tensor) -> Tensor:
-        """The normed state z [1, n, H] of last boundaries [1, n, H], any n."""
+        """The normed hidden state z [1, n, H] of hidden states after the last layer [1, n, H]."""
         return self._head.normed(hidden, self._decoder.tensors)
 
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
-        """Take the drafts from a boundary [1, R, H]: each row's likeliest hot tokens."""
+        """Take the draft tokens from hidden states [1, R, H]: each row's likeliest hot tokens."""
         began = perf_counter()
         rows, hidden = hidden.shape[1], _padded(hidden, 1)
-        bound = self._for(hidden.shape[1])
-        (z,) = bound.normed(hidden)
-        (logits,) = bound.draft(z)
+        size = hidden.shape[1]
+        (z,) = self._segment("normed", size)(hidden)
+        (logits,) = self._segment("draft", size)(z)
         drafts = self.hot_ids[logits[0, :rows].topk(self.plan.draft_tokens, -1).indices]
         statistics.draft_seconds += perf_counter() - began
         return RowState(drafts, state.previous)
@@ -96,55 +99,70 @@ class Exits:
         layer: int,
         hidden: Tensor,
         state: RowState,
-        asked: Sequence[int],
+        evaluated: Sequence[int],
         statistics: Statistics,
         choose: Choose | None = None,
-    ) -> tuple[Found, RowState]:
-        """Ask some rows of hidden [1, R, H] after ``layer``; ``choose`` replaces the argmax."""
+    ) -> tuple[ExitDecision, RowState]:
+        """Whether the ``evaluated`` rows of hidden [1, R, H] exit after ``layer``; ``choose``
+        replaces the argmax of verification."""
         began = perf_counter()
         rows, (drafts, previous) = hidden.shape[1], state
-        # mostly one row: each operation on tensors that need not be is a tenth of the call
-        odd = rows not in ROW_COUNTS
-        if odd:
+        # with one row, the usual case, each tensor operation that is saved is a tenth of the call
+        pad = rows not in ROW_COUNTS
+        if pad:
             hidden, drafts, previous = (
                 _padded(hidden, 1), _padded(drafts, 0), _padded(previous, 0)
             )  # fmt: skip
-        predict = self._for(hidden.shape[1]).predict(layer)
-        chances, previous, z, *_ = predict(hidden, drafts, previous)
-        if odd:
+        predict = self._segment(layer, hidden.shape[1])
+        probability, previous, z, *_ = predict(hidden, drafts, previous)
+        threshold = self.thresholds[layer]
+        if rows == 1:
+            # ``wants_exit`` in plain floats
+            wanted = list(evaluated) if probability.item() > threshold else []
+        else:
+            # in float64, as floats compare
+            wants = wants_exit(probability.double(), threshold).tolist()
+            wanted = [row for row in evaluated if wants[row]]
+        if pad:
             previous = previous[:rows]
-        limit = self.thresholds[layer]
-        chance = (chances.item(),) if rows == 1 else chances.tolist()
-        wanted = [row for row in asked if chance[row] > limit]
-        statistics.predictors_run += len(asked)
+        statistics.predictors_run += len(evaluated)
         ended = perf_counter()
         statistics.predictor_seconds += ended - began
         state = RowState(state.drafts, previous)
-        answers: dict[int, int] = {}
+        exits: dict[int, int] = {}
         if wanted:
-            tokens = self._answers(layer, z, state, choose)[:rows]
-            right = (tokens[:, None] == state.drafts).any(-1)[wanted].tolist()
-            named = tokens[wanted].tolist()
-            answers = {row: name for row, name, ok in zip(wanted, named, right, strict=True) if ok}
+            tokens = self._verified(layer, z, state, choose)[:rows]
+            exiting = among_drafts(tokens, state.drafts).tolist()
+            named = tokens.tolist()
+            exits = {row: named[row] for row in wanted if exiting[row]}
             statistics.wanted += len(wanted)
-            statistics.refused += len(wanted) - len(answers)
+            statistics.refused += len(wanted) - len(exits)
             statistics.verify_seconds += perf_counter() - ended
-        return Found(answers, z), state
+        return ExitDecision(exits, z), state
 
-    def _answers(self, layer: int, z: Tensor, state: RowState, choose: Choose | None) -> Tensor:
+    def _verified(self, layer: int, z: Tensor, state: RowState, choose: Choose | None) -> Tensor:
+        """The tokens [R] that verification gives for z [1, R, H]."""
         if layer == self.plan.draft_layer and self.plan.verify == "hot" and choose is None:
-            # the drafts came from these very logits: the first of them is their argmax
+            # the draft tokens are the topk of these very logits, and so the first is their argmax
             return state.drafts[:, 0]
-        (logits,) = self._for(z.shape[1]).verify(z)
+        (logits,) = self._segment("verify", z.shape[1])(z)
         best = logits[0].argmax(-1) if choose is None else choose(logits[0])
         return self.hot_ids[best] if self.plan.verify == "hot" else best
 
-    def _for(self, rows: int) -> _BoundSegments:
-        if rows not in self._bound:
-            self._bound[rows] = _BoundSegments(
-                self._decoder, self._segments(rows), self._tensors, rows, self.plan.draft_tokens
-            )
-        return self._bound[rows]
+    def _segment(self, name: int | str, rows: int) -> Callable[..., Any]:
+        """A segment for ``rows``, compiled when it is first needed: "normed", "draft", "verify", or
+        the predictor after a layer."""
+        if (rows, name) not in self._bound:
+            if rows not in self._segments:
+                self._segments[rows] = self._build(rows)
+            segments, decoder = self._segments[rows], self._decoder
+            hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype)
+            if isinstance(name, int):
+                segment, examples = segments.predictors[name], [hidden, *self.begin(rows)]
+            else:
+                segment, examples = getattr(segments, name), [hidden]
+            self._bound[rows, name] = decoder.bind(segment, self._tensors, examples)
+        return self._bound[rows, name]
 
 
 def _padded(tensor: Tensor, dim: int) -> Tensor:
@@ -155,43 +173,3 @@ def _padded(tensor: Tensor, dim: int) -> Tensor:
         return tensor
     last = tensor.narrow(dim, rows - 1, 1)
     return torch.cat([tensor, *[last] * (size - rows)], dim)
-
-
-class _BoundSegments:
-    """The segments for one row count, compiled when they are first asked for."""
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        segments: ExitSegments,
-        tensors: Mapping[str, Tensor],
-        rows: int,
-        k: int,
-    ) -> None:
-        self._hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype)
-        self._examples = [
-            self._hidden, torch.zeros(rows, k, dtype=torch.long), torch.zeros(rows, k),
-        ]  # fmt: skip
-        self._decoder, self._segments, self._tensors = decoder, segments, tensors
-        self._predictors: dict[int, Any] = {}
-        self._others: dict[str, Any] = {}
-
-    def predict(self, layer: int) -> Any:
-        if layer not in self._predictors:
-            segment = self._segments.predictors[layer]
-            self._predictors[layer] = self._decoder.bind(segment, self._tensors, self._examples)
-        return self._predictors[layer]
-
-    def normed(self, hidden: Tensor) -> Any:
-        return self._other("normed", self._segments.normed)(hidden)
-
-    def draft(self, z: Tensor) -> Any:
-        return self._other("draft", self._segments.draft)(z)
-
-    def verify(self, z: Tensor) -> Any:
-        return self._other("verify", self._segments.verify)(z)
-
-    def _other(self, name: str, segment: Segment) -> Any:
-        if name not in self._others:
-            self._others[name] = self._decoder.bind(segment, self._tensors, [self._hidden])
-        return self._others[name]

@@ -45,6 +45,3 @@ class PredictorSchedule:
         """Remove the last ``tokens`` records."""
         for _ in range(min(tokens, len(self.recent))):
             self.recent.pop()
-
-    def reset(self) -> None:
-        self.recent.clear()

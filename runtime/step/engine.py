@@ -72,7 +72,7 @@ class StepEngine:
         with self._sequence(ids, sampling) as first:
             began = perf_counter()
             yield DecodedToken(first, self.decoder.num_layers)
-            most = min(max_new_tokens - 1, self.decoder.longest - len(ids))
+            most = min(max_new_tokens - 1, self.decoder.max_sequence_length - len(ids))
             if first in ends:
                 return
             launched = taken = 0
@@ -89,15 +89,17 @@ class StepEngine:
                     return
             if taken + 1 < max_new_tokens:
                 raise EngineError(
-                    f"the cache is full at {len(ids) + taken} tokens: {self.decoder.remedy}"
+                    f"the cache is full at {len(ids) + taken} tokens: {self.decoder.length_hint}"
                 )
 
     def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[DecodedToken]:
         """Teacher forcing: the step's tokens after each token of ``answer`` but the last."""
         found = []
         with self._sequence(ids, GREEDY):
-            if len(ids) + len(answer) - 1 > self.decoder.longest:
-                raise EngineError(f"the answer does not fit into the cache: {self.decoder.remedy}")
+            if len(ids) + len(answer) - 1 > self.decoder.max_sequence_length:
+                raise EngineError(
+                    f"the answer does not fit into the cache: {self.decoder.length_hint}"
+                )
             given = torch.tensor(list(answer), device=self.decoder.device)
             for index in range(len(answer) - 1):
                 self.step["token"].copy_(given[index : index + 1])
@@ -147,10 +149,10 @@ class StepEngine:
         kv, room = self.decoder.kv, self.decoder.capacity
         if not ids:
             raise EngineError("the prompt is empty: give at least one token")
-        if len(ids) > self.decoder.longest:
+        if len(ids) > self.decoder.max_sequence_length:
             raise EngineError(
-                f"the prompt has {len(ids)} tokens, the cache room for {self.decoder.longest}: "
-                f"{self.decoder.remedy}"
+                f"the prompt has {len(ids)} tokens, the cache room for "
+                f"{self.decoder.max_sequence_length}: {self.decoder.length_hint}"
             )
         if not sampling.greedy and not self.draws:
             raise EngineError("this step decodes greedily: build one that draws")

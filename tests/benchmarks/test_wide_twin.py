@@ -16,7 +16,7 @@ from eepass.errors import InputError
 from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
 from eepass.planning import exit_tensors
-from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.drafting.eagle_head import EagleHead
 
 IDS = torch.randint(3, VOCABULARY, (1, 24), generator=torch.Generator().manual_seed(3))
 CHANGES = {
@@ -137,7 +137,7 @@ def test_the_draft_head_says_what_the_small_ones_says(name):
         head = SimpleNamespace(parts={"": "lm_head.weight"})
         split = SimpleNamespace(boundary=model.lm_head.weight, head=head)
         tensors = exit_tensors("default", own, weights, split)
-        head = EagleDraft(tensors, model.get_input_embeddings().weight, eager_compile)
+        head = EagleHead(tensors, model.get_input_embeddings().weight, eager_compile)
         scores = [head.extend(PROMPT[:6], given.flatten(1)), head.grow([5, 9], [-1, -1])]
         heads.append([*scores, head.grow([7], [1])])
     for expected, found in zip(*heads, strict=True):

@@ -435,13 +435,13 @@ def test_the_cache_grows_unless_its_length_was_asked_for(caplog, monkeypatch):
 
     def transform(model, artifact, config, max_length):
         asked.append(max_length)
-        return SimpleNamespace(decoder=SimpleNamespace(longest=max_length))
+        return SimpleNamespace(decoder=SimpleNamespace(max_sequence_length=max_length))
 
     monkeypatch.setattr(prepared, "transform", transform)
     model = tiny_model("llama", num_hidden_layers=1, max_position_embeddings=6000)
     for length in (10, 1024, 1025, 600, 5000):
         with in_use(model, length) as transformed:
-            assert transformed.decoder.longest >= length
+            assert transformed.decoder.max_sequence_length >= length
     assert asked == [1024, 2048, 6000]
     assert ["room for" in text for text in _warnings(caplog)] == [True, True]
     eepass.prepare(model, max_length=512)

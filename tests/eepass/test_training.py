@@ -10,7 +10,7 @@ import eepass
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
-from eepass.runtime.drafting.drafts import NgramDraft
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of

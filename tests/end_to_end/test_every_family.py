@@ -94,9 +94,9 @@ def test_recurrent_states_start_anew_and_serve_one_sequence(hybrid_pair):
     list(Engine(decoder).generate([9, 9, 9, 9], 6))
     engine = Engine(decoder)
     assert list(engine.generate(prompt, 6)) == first
-    engine.start(prompt, room=10)
+    engine.start(prompt, capacity=10)
     with pytest.raises(EngineError, match="no 10 free slots"):
-        engine.start(prompt, room=10)
+        engine.start(prompt, capacity=10)
     engine.reset()
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.engine.engine import Engine, Options
-from eepass.runtime.exits.exits import Found, RowState
+from eepass.runtime.exits.exits import ExitDecision, RowState
 
 TEXT = [7, 30, 9, 12, 55, 40, 8, 23, 61, 77, 11, 4, 90, 33, 21, 68, 5, 15]
 PROMPT = 12
@@ -168,7 +168,7 @@ class CutExits(ForcedExits):
 
     def check(
         self, layer: int, hidden: Tensor, state: RowState, asked: Any, statistics: Any, choose: Any
-    ) -> tuple[Found, RowState]:
+    ) -> tuple[ExitDecision, RowState]:
         if self.turn < len(self.orders) and self.orders[self.turn] == layer:
             row = asked[0]
             self.left.append(self.decoder.logits(hidden[:, row : row + 1])[0, 0])

@@ -68,7 +68,7 @@ def test_the_exit_graph_gives_what_the_runtime_gives(transformed, how, tmp_path)
     sequence = engine.start(PROMPT)
     for _ in range(STEPS):
         engine.step()
-    expected = sequence.steps(len(PROMPT) + 1, len(sequence.tokens))
+    expected = sequence.decoded(len(PROMPT) + 1, len(sequence.tokens))
     assert len({step.exit_layer for step in expected}) > 1
     engine.reset()
     segment = exit_graph_of(transformed)

@@ -1,4 +1,4 @@
-"""Sources of drafts: what they name, that they forget, and that answers stay the dense ones."""
+"""Sources of draft tokens: what they propose, that they roll back, that answers stay dense ones."""
 
 import pytest
 from models import eager_compile, tiny_model
@@ -6,8 +6,8 @@ from plain import PlainEngine
 
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.drafting.drafts import NgramDraft
 from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Budget, Planner
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.engine import Engine, Options
@@ -20,7 +20,7 @@ def budget(most=7, **costs):
     return Budget(Planner({1: 1.0, 8: 1.01}, **costs), most)
 
 
-def test_look_up_names_what_followed_before():
+def test_look_up_proposes_what_followed_before():
     draft = NgramDraft()
     draft.follow([5, 6, 7, 8, 9, 10, 5, 6, 7])
     tree = draft.propose(7, budget())
@@ -28,7 +28,7 @@ def test_look_up_names_what_followed_before():
     assert tree.parents[:4] == [-1, 0, 1, 2]
 
 
-def test_what_is_taken_back_is_not_named():
+def test_rolled_back_tokens_are_not_proposed():
     draft = NgramDraft()
     draft.follow([5, 6, 7, 8])
     draft.follow([5, 6])
@@ -39,16 +39,16 @@ def test_what_is_taken_back_is_not_named():
 
 def test_chances_are_learned():
     planner = Planner({1: 1.0, 8: 1.01})
-    box = Budget(planner, 7)
-    before = box.chance((1, 1), 0.5)
+    shared = Budget(planner, 7)
+    before = shared.chance((1, 1), 0.5)
     tree = Tree([5])
     tree.add(6, 0, 0.5, (1, 1))
     for _ in range(50):
         planner.learn(tree, [0, 1])
-    assert box.chance((1, 1), 0.5) > 0.8 > before
+    assert shared.chance((1, 1), 0.5) > 0.8 > before
     for _ in range(200):
         planner.learn(tree, [0])
-    assert box.chance((1, 1), 0.5) < before
+    assert shared.chance((1, 1), 0.5) < before
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +57,12 @@ def plain(llama):
 
 
 def test_a_small_model_drafts(llama_splits, plain):
-    """The model itself as its own draft: everything it names is right."""
+    """The model as its own draft: all its draft tokens are accepted."""
     decoder = Decoder(llama_splits, eager_compile)
     other = Decoder(llama_splits, eager_compile)
     engine = Engine(decoder, draft=ModelDraft(other), options=SPECULATION)
-    said = [step.token for step in engine.generate(PROMPT, 40)]
-    assert said == plain.answer(PROMPT, 40)
+    generated = [step.token for step in engine.generate(PROMPT, 40)]
+    assert generated == plain.answer(PROMPT, 40)
     assert engine.statistics.summary()["accepted_per_pass"] > 3
 
 
@@ -80,12 +80,12 @@ def test_look_up_drafts_for_the_small_model(llama_splits):
     original = small.logits
     small.logits = lambda hidden: passes.append(1) or original(hidden)
     draft = ModelDraft(small)
-    said = [step.token for step in Engine(small).generate(PROMPT, 40)]
+    generated = [step.token for step in Engine(small).generate(PROMPT, 40)]
     passes.clear()
-    draft.follow([*PROMPT, *said[:-6]])
-    tree = draft.propose(said[-7], budget(most=6))
+    draft.follow([*PROMPT, *generated[:-6]])
+    tree = draft.propose(generated[-7], budget(most=6))
     # its own greedy answer goes on; part of it stood in the text before
-    assert tree.tokens[1:] == said[-6:][: len(tree) - 1] and len(tree) > 3
+    assert tree.tokens[1:] == generated[-6:][: len(tree) - 1] and len(tree) > 3
     assert len(passes) < len(tree) - 1
 
 
@@ -114,8 +114,8 @@ def test_the_planner_leaves_out_what_does_not_pay():
     slow = decide({"dense": 1.0, "exits": 1.1, "speculation": 1.3, "both": 1.4})
     assert slow.best() == "dense"
     # tries of the others cost less than three in a hundred
-    spent = sum(arm.passes * {"dense": 0.0, "exits": 0.1, "speculation": 0.3, "both": 0.4}[mode]
-                for mode, arm in slow.arms[1].items())  # fmt: skip
+    spent = sum(record.passes * {"dense": 0.0, "exits": 0.1, "speculation": 0.3, "both": 0.4}[mode]
+                for mode, record in slow.records[1].items())  # fmt: skip
     assert spent / 1500 < 0.03
     assert decide({"dense": 1.0, "exits": 0.9, "speculation": 0.5, "both": 0.6}).best() == (
         "speculation"

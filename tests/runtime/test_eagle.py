@@ -1,11 +1,12 @@
-"""The draft head at run time: any chunks, any tree, and what it says in training."""
+"""The draft head at run time: any chunks, any tree, and the same as in training."""
 
 import pytest
 import torch
 from models import VOCABULARY, eager_compile
 
-from eepass.runtime.drafting import eagle
-from eepass.runtime.drafting.drafts import Cascade, EagleTree
+from eepass.runtime.drafting import eagle_head, eagle_layer
+from eepass.runtime.drafting.cascade import Cascade
+from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.planner import Budget, Planner
 from eepass.training.unrolling import Lines, draft_states, unroll
 
@@ -18,7 +19,7 @@ def weights():
     torch.manual_seed(0)
     return {
         name: torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
-        for name, shape in eagle.shapes(HIDDEN, 1 + len(LAYERS)).items()
+        for name, shape in eagle_layer.shapes(HIDDEN, 1 + len(LAYERS)).items()
     }
 
 
@@ -33,7 +34,7 @@ def made_draft(weights, embedding):
     tensors["eagle.features"] = torch.tensor(LAYERS)
     tensors["hot.ids"] = torch.arange(0, VOCABULARY, 2)
     tensors["hot.head"] = embedding[tensors["hot.ids"]]
-    return eagle.EagleDraft(tensors, embedding, eager_compile)
+    return eagle_head.EagleHead(tensors, embedding, eager_compile)
 
 
 @pytest.fixture
@@ -82,14 +83,14 @@ def test_extending_in_any_chunks_is_the_same(draft, weights, embedding, chunks):
 
 
 def test_old_tokens_drop_out_of_a_sequence_longer_than_the_cache(draft, weights, embedding):
-    count = 2 * (eagle.RING + 40)
+    count = 2 * (eagle_head.RING + 40)
     tokens, features = sequence(count)
     other = made_draft(weights, embedding)
     draft.extend(tokens[:-1], features[:-1])
     draft.grow([1], [-1])
     found = draft.extend(tokens[-1:], features[-1:])
     # keys hold no more than one layer saw of the token itself, so the window is all there is
-    begin = count - eagle.WINDOW
+    begin = count - eagle_layer.WINDOW
     other.length = begin
     close(found, other.extend(tokens[begin:], features[begin:]))
 
@@ -150,9 +151,9 @@ def test_truncated_and_extended_equals_fresh(draft, weights, embedding, kept, to
     found = draft.extend(other_tokens, other_features)
     fresh = made_draft(weights, embedding)
     both = [*tokens[:kept], *other_tokens], torch.cat([features[:kept], other_features])
-    if total > eagle.RING:
+    if total > eagle_head.RING:
         # what was pushed out of the ring does not come back
-        first = total - eagle.RING
+        first = total - eagle_head.RING
         fresh.length = first
         both = both[0][first:], both[1][first:]
     close(found, fresh.extend(*both))
@@ -189,17 +190,17 @@ def test_look_up_and_the_head_make_one_tree(weights, embedding):
     assert [8, 9, 11, 5] in paths
 
 
-def test_the_head_is_not_asked_where_look_up_is_sure(weights, embedding, monkeypatch):
-    asked = []
-    monkeypatch.setattr(EagleTree, "first", lambda self: asked.append(1) or torch.zeros(64))
+def test_the_head_does_not_run_where_look_up_is_sure(weights, embedding, monkeypatch):
+    calls = []
+    monkeypatch.setattr(EagleTree, "first", lambda self: calls.append(1) or torch.zeros(64))
     draft = Cascade(EagleTree(made_draft(weights, embedding)))
     _, features = sequence(9)
     draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
     planner = Planner({1: 1.0, 8: 1.01})
     draft.propose(7, Budget(planner, 7))
-    assert asked
-    for _ in range(200):  # look-up is seen to be right
+    assert calls
+    for _ in range(200):  # look-up's draft tokens are accepted
         tree = draft.ngram.propose(7, Budget(planner, 7))
         planner.learn(tree, list(range(len(tree))))
-    asked.clear()
-    assert len(draft.propose(7, Budget(planner, 7))) > 4 and not asked
+    calls.clear()
+    assert len(draft.propose(7, Budget(planner, 7))) > 4 and not calls

@@ -46,8 +46,8 @@ def test_after_any_exits_the_cache_is_the_dense_one(decoder, data):
     answers = data.draw(st.lists(st.integers(3, VOCABULARY - 1), min_size=count, max_size=count))
     limit = data.draw(st.integers(0, 7))
     engine = forced(decoder, orders, answers, limit)
-    said = [step.token for step in engine.generate(PROMPT, count + 1)]
-    ids = [*PROMPT, *said[:-1]]
+    generated = [step.token for step in engine.generate(PROMPT, count + 1)]
+    ids = [*PROMPT, *generated[:-1]]
     ours = [k[:, :, : len(ids)].clone() for k in (*decoder.kv.keys, *decoder.kv.values)]
     for own, dense in zip(ours, dense_cache(decoder, ids), strict=True):
         assert torch.allclose(own, dense, atol=2e-5)
@@ -62,7 +62,7 @@ def test_lengths_never_grow_with_depth_and_pending_is_bounded(decoder, orders, l
         engine.step()
         lengths = sequence.lengths(DEPTH)
         assert lengths == sorted(lengths, reverse=True)
-        assert lengths[0] - lengths[-1] == sequence.pending <= limit
+        assert lengths[0] - lengths[-1] == sequence.num_pending <= limit
         assert sequence.exit_layers[-1] <= DEPTH
     engine.catch_up()
     assert sequence.lengths(DEPTH) == [len(PROMPT) + len(orders)] * DEPTH
@@ -82,7 +82,7 @@ def test_an_exit_runs_no_deeper_layer(decoder, monkeypatch):
     assert (sequence.tokens[-1], sequence.exit_layers[-1]) == (11, 2)
     assert ran == [0, 1]
     ran.clear()
-    # layer 2 has not seen the token before: it goes along
+    # layer 2 has not run the token before: it goes along
     engine.step()
     assert (sequence.tokens[-1], sequence.exit_layers[-1]) == (12, 3)
     assert ran == [0, 1, 2]
@@ -91,7 +91,7 @@ def test_an_exit_runs_no_deeper_layer(decoder, monkeypatch):
 
 
 def test_switching_deferral_off_changes_the_cache(decoder):
-    """``drop`` leaves holes, ``propagate`` fills them with less; later tokens know it."""
+    """``drop`` leaves zeros, ``propagate`` fills in projections; later tokens attend to them."""
     orders, answers = [1] * 6, [20, 21, 22, 23, 24, 25]
     after = {}
     for policy in ("defer", "propagate", "drop"):
@@ -118,10 +118,10 @@ def test_prefill_in_chunks_equals_token_by_token(decoder):
 
 def test_a_sequence_anywhere_in_the_cache_is_the_same(decoder):
     engine = Engine(decoder)
-    alone = engine.start(PROMPT, room=20)
-    engine.start([9, 8, 7], room=30)
-    other = engine.start(PROMPT, room=25)
-    assert (alone.first, other.first) == (0, 50)
+    alone = engine.start(PROMPT, capacity=20)
+    engine.start([9, 8, 7], capacity=30)
+    other = engine.start(PROMPT, capacity=25)
+    assert (alone.first_slot, other.first_slot) == (0, 50)
     for _ in range(8):
         engine.step([alone])
         engine.step([other])
@@ -131,13 +131,13 @@ def test_a_sequence_anywhere_in_the_cache_is_the_same(decoder):
     engine.reset()
 
 
-def test_room_is_given_back_and_refused_when_there_is_none(decoder):
+def test_slots_are_freed_and_refused_when_there_are_none(decoder):
     engine = Engine(decoder)
-    first = engine.start(PROMPT, room=decoder.capacity - 10)
+    first = engine.start(PROMPT, capacity=decoder.capacity - 10)
     with pytest.raises(EngineError, match="no 20 free slots"):
-        engine.start(PROMPT, room=20)
+        engine.start(PROMPT, capacity=20)
     engine.end(first)
-    assert engine.start(PROMPT, room=20).first == 0
+    assert engine.start(PROMPT, capacity=20).first_slot == 0
     engine.reset()
 
 
@@ -151,18 +151,18 @@ def test_a_prompt_longer_than_the_cache_is_refused(decoder):
         Engine(decoder).start([5] * (decoder.capacity + 1))
 
 
-def test_a_full_cache_is_an_error_that_keeps_what_was_said(decoder):
-    said = []
+def test_a_full_cache_is_an_error_that_keeps_what_was_generated(decoder):
+    generated = []
     with pytest.raises(EngineError, match="raise max_length"):
         for step in Engine(decoder).generate([5] * (decoder.capacity - 3), 100):
-            said.append(step)
-    assert len(said) == 4
+            generated.append(step)
+    assert len(generated) == 4
 
 
 def test_generation_stops_at_a_stop_token(decoder):
     engine = forced(decoder, [2, 2, 2], [30, 2, 31])
-    said = [step.token for step in engine.generate(PROMPT, 50, frozenset({2}))]
-    assert said[1:] == [30, 2]
+    generated = [step.token for step in engine.generate(PROMPT, 50, frozenset({2}))]
+    assert generated[1:] == [30, 2]
     assert engine.sequences == []
 
 
@@ -172,9 +172,9 @@ def test_an_abandoned_generation_leaves_nothing_behind(decoder):
     for _ in range(4):
         next(stream)
     (sequence,) = engine.sequences
-    assert sequence.pending == 3
+    assert sequence.num_pending == 3
     stream.close()
-    assert sequence.pending == 0 and engine.sequences == []
+    assert sequence.num_pending == 0 and engine.sequences == []
 
 
 def test_logits_that_are_not_finite_are_named(decoder, monkeypatch):
@@ -183,8 +183,8 @@ def test_logits_that_are_not_finite_are_named(decoder, monkeypatch):
     with pytest.raises(EngineError, match="not finite"):
         Engine(decoder).start(PROMPT)
     monkeypatch.undo()
-    # the slots were given back
-    assert Engine(decoder).start(PROMPT).first == 0
+    # the slots were freed
+    assert Engine(decoder).start(PROMPT).first_slot == 0
     decoder.kv.release(0)
 
 
@@ -196,7 +196,7 @@ def test_two_generations_in_a_row_are_like_the_first_alone(decoder):
     assert list(engine.generate(PROMPT, 6)) == first
 
 
-def test_a_penalty_exits_cannot_honour_is_refused(decoder):
+def test_a_penalty_that_exits_cannot_apply_is_refused(decoder):
     engine = Engine(decoder, exits=SimpleNamespace(), options=Options("approximate"))
     with pytest.raises(EngineError, match="repetition_penalty"):
         engine.start(PROMPT, sampling=Sampling(repetition_penalty=1.2))

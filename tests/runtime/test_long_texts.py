@@ -21,9 +21,12 @@ from eepass.passes.report import PassReport
 from eepass.runtime.decoder import side_inputs
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
-from eepass.runtime.drafting import drafts
-from eepass.runtime.drafting.drafts import Cascade, EagleTree, NgramDraft
-from eepass.runtime.drafting.eagle import EagleDraft
+from eepass.runtime.drafting import eagle_tree
+from eepass.runtime.drafting.cascade import Cascade
+from eepass.runtime.drafting.eagle_head import EagleHead
+from eepass.runtime.drafting.eagle_layer import shapes
+from eepass.runtime.drafting.eagle_tree import EagleTree
+from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.engine.engine import Engine, Options
 
 SPECULATION = Options("exact", modes=("speculation",))
@@ -66,21 +69,21 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(llama):
 
 
 def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
-    """What a draft head wants of a prompt is handed over chunk by chunk, none of it kept twice."""
+    """The draft head gets its features of a prompt chunk by chunk, and nothing is kept twice."""
     engine = model.configure(ExitConfig(speculate="eagle", adaptive=False))
-    given = []
+    followed = []
     follow = EagleTree.follow
 
     def watched(self, tokens, features):
-        given.append((list(tokens), features.clone()))
+        followed.append((list(tokens), features.clone()))
         follow(self, tokens, features)
 
     monkeypatch.setattr(EagleTree, "follow", watched)
     ids = text(200)
     engine.end(engine.start(ids))
-    assert [len(tokens) for tokens, _ in given] == [64, 64, 64, 8, 1]
-    assert [token for tokens, _ in given[:-1] for token in tokens] == ids
-    # each token comes with what the model thought before it, across chunks too
+    assert [len(tokens) for tokens, _ in followed] == [64, 64, 64, 8, 1]
+    assert [token for tokens, _ in followed[:-1] for token in tokens] == ids
+    # each token comes with the features of the token before it, across chunks too
     states = []
     layers = engine.draft.feature_layers
 
@@ -90,7 +93,7 @@ def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
     model.dense.prefill(ids, keep)
     z = engine.exits.final(torch.cat([h for n, h in states if n == 3])[None])[0]
     wanted = torch.cat([z, *(torch.cat([h for n, h in states if n == at]) for at in layers)], -1)
-    found = torch.cat([features for _, features in given])
+    found = torch.cat([features for _, features in followed])
     assert not found[0].any()
     torch.testing.assert_close(found[1:], wanted, atol=1e-5, rtol=1e-5)
 
@@ -119,7 +122,7 @@ def test_past_the_window_it_is_the_eager_model(windowed):
         assert engine.statistics.passes < 24, "nothing was drafted, nothing tested"
     # the second of two sequences stands elsewhere in the cache
     engine = Engine(decoder)
-    first, second = engine.start(ids, 8, room=60), engine.start(ids[:30], 8, room=60)
+    first, second = engine.start(ids, 8, capacity=60), engine.start(ids[:30], 8, capacity=60)
     for _ in range(7):
         engine.step()
     assert first.tokens[45:] == wanted[:8]
@@ -129,7 +132,7 @@ def test_past_the_window_it_is_the_eager_model(windowed):
 
 def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
     """The same rows as of one mask over all slots, which is never made."""
-    monkeypatch.setattr(side_inputs, "KEPT", 3)
+    monkeypatch.setattr(side_inputs, "KEPT_CHUNKS", 3)
     decoder = windowed[1]
     sides = decoder.side_inputs
     slots = decoder.cache_length
@@ -157,7 +160,7 @@ def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
     for mask, name in names.items():
         for index, row in enumerate(rows):
             seen = (place.sides[name][0, 0, index] == 0).nonzero().flatten().tolist()
-            line = [*range(64, 100), *row.over]
+            line = [*range(64, 100), *row.path_slots]
             allowed = whole[mask][0, 0, row.position, : row.position + 1] == 0
             wanted = [slot for slot, yes in zip(line, allowed.tolist(), strict=True) if yes]
             assert seen == wanted
@@ -165,7 +168,7 @@ def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
 
 
 class WithinItsPositions(PlainEngine):
-    """Drafts are made further than the model knows positions for: there it says anything."""
+    """Beyond the positions that the model knows, where drafts are made too: any token."""
 
     def next_token(self, ids):
         return super().next_token(ids) if len(ids) <= 44 else 5
@@ -179,21 +182,21 @@ def test_up_to_the_last_position_the_model_knows(family):
     options = {**entry.options, "n_positions": 44, "vocab_size": VOCABULARY}
     model = family_model(replace(entry, options=options))
     decoder = decoder_of(model)
-    assert decoder.capacity > 44 == decoder.longest
+    assert decoder.capacity > 44 == decoder.max_sequence_length
     plain = WithinItsPositions(model)
     # the longer one's last chunk is padded past the end
     for ids in (text(30), text(43)):
         for draft in (None, RandomDraft(plain, 1, right=0.8)):
             engine = Engine(decoder, draft=draft, options=None if draft is None else SPECULATION)
-            said = []
+            generated = []
             with pytest.raises(EngineError, match="full at 44 tokens: the model knows 44 posi"):
                 for step in engine.generate(ids, 100):
-                    said.append(step.token)
-            assert said == plain.answer(ids, 45 - len(ids))
+                    generated.append(step.token)
+            assert generated == plain.answer(ids, 45 - len(ids))
     with pytest.raises(EngineError, match=r"45 tokens.*knows 44 positions"):
         Engine(decoder).start(text(45))
-    with pytest.raises(EngineError, match="room for 50 tokens is wanted"):
-        Engine(decoder).start(text(30), room=50)
+    with pytest.raises(EngineError, match=r"50 tokens.*are asked for.*at most 44: the model"):
+        Engine(decoder).start(text(30), capacity=50)
     # two of that length fit the cache all the same
     engine, ids = Engine(decoder), text(30)
     pair = [engine.start(ids, 5), engine.start(ids, 5)]
@@ -210,7 +213,7 @@ def test_frequencies_that_change_with_the_length_bound_the_text():
     options = {"original_max_position_embeddings": 24, "rope_parameters": rope}
     model = family_model(replace(entry, options={**entry.options, **options}))
     decoder = decoder_of(model, slots=128)
-    assert decoder.longest == 24
+    assert decoder.max_sequence_length == 24
     ids, plain = text(14, 96), PlainEngine(model)
     assert [s.token for s in Engine(decoder).generate(ids, 10)] == plain.answer(ids, 10)
     # there is something to get wrong: one more token turns all of them otherwise
@@ -223,14 +226,14 @@ def test_look_up_remembers_no_more_than_it_reaches(monkeypatch):
     draft = NgramDraft()
     for token in range(5000):
         draft.follow([token % 997])
-    assert len(draft._seen) + len(draft._seen_before) <= 2 * 16 * NgramDraft.LONGEST
+    assert len(draft._positions) + len(draft._older_positions) <= 2 * 16 * NgramDraft.LONGEST
     last = draft.tokens[-20:]
     draft.follow(last[:4])
     assert draft.continuation([], 8)[0] == [*last[4:], *last[:4]][:8]
 
 
-def test_a_head_that_was_not_asked_for_long_says_the_same(monkeypatch):
-    monkeypatch.setattr(drafts, "WINDOW", 512)
+def test_a_head_that_did_not_run_for_long_gives_the_same(monkeypatch):
+    monkeypatch.setattr(eagle_tree, "WINDOW", 512)
     tokens, features, head = text(1400), None, eagle_head()
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1400, head.feature_size, generator=generator)
@@ -241,7 +244,7 @@ def test_a_head_that_was_not_asked_for_long_says_the_same(monkeypatch):
         assert sum(map(len, tree._features)) == len(tree._tokens) <= 2 * 512
     torch.testing.assert_close(tree.first(), wanted, atol=1e-4, rtol=1e-4)
     assert tree.head.length == 1400
-    # taken back into what it was never told, it goes on
+    # rolled back to tokens it never ran, it goes on
     tree.follow(tokens[:1100], features[:1100])
     tree.truncate(1405)
     tree.follow([7], features[:1])
@@ -249,17 +252,15 @@ def test_a_head_that_was_not_asked_for_long_says_the_same(monkeypatch):
 
 
 def eagle_head():
-    from eepass.runtime.drafting import eagle
-
     torch.manual_seed(0)
     tensors = {
         f"eagle.{name}": torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
-        for name, shape in eagle.shapes(64, 3).items()
+        for name, shape in shapes(64, 3).items()
     }
     embedding = torch.randn(VOCABULARY, 64)
     tensors |= {"eagle.features": torch.tensor([1, 2]), "hot.ids": torch.arange(0, VOCABULARY, 2)}
     tensors["hot.head"] = embedding[tensors["hot.ids"]]
-    return EagleDraft(tensors, embedding, eager_compile)
+    return EagleHead(tensors, embedding, eager_compile)
 
 
 def held(root, spared=()):
@@ -285,18 +286,18 @@ def held(root, spared=()):
     return entries, nbytes
 
 
-@pytest.mark.parametrize("way", ("unasked", "speculation", "exits"))
+@pytest.mark.parametrize("way", ("idle", "speculation", "exits"))
 def test_nothing_grows_with_the_answer(way, monkeypatch, model):
-    """Of each token its id and exit layer stay, and nothing else."""
+    """Of each token its id and exit layer are kept, and nothing else."""
     monkeypatch.setattr(NgramDraft, "REACH", 16)
-    monkeypatch.setattr(drafts, "WINDOW", 32)
+    monkeypatch.setattr(eagle_tree, "WINDOW", 32)
     if way == "exits":
         engine = model.configure(ExitConfig(adaptive=False, speculate="off"))
     else:
         engine = model.configure(ExitConfig(adaptive=False, exits=False))
         assert isinstance(engine.draft, Cascade)
-    if way == "unasked":
-        # what is said is followed, in case drafts pay again, and nobody asks for them
+    if way == "idle":
+        # the draft follows the tokens, in case drafting pays again, and is not called
         options = Options("exact", modes=("dense",))
         engine = Engine(model.decoder, engine.exits, None, engine.draft, options)
     sequence = engine.start(text(40))
@@ -304,7 +305,7 @@ def test_nothing_grows_with_the_answer(way, monkeypatch, model):
     for count in (200, 400, 600):
         while len(sequence.tokens) < count:
             engine.step()
-            sequence.take()
+            sequence.take_confirmed()
         spared = [sequence.tokens, sequence.exit_layers, model.decoder]
         if isinstance(sequence.draft, Cascade):
             spared.append(sequence.draft.ngram.tokens)

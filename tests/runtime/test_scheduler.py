@@ -31,7 +31,7 @@ def test_it_remembers_a_window_and_no_more(exits):
 
 
 def test_a_new_sequence_starts_afresh():
-    schedule = PredictorSchedule((3, 5), 0)
-    schedule.record(5)
-    schedule.reset()
-    assert schedule.active() == {3, 5}
+    schedule = PredictorSchedule((3, 9), 0)
+    schedule.record(9)
+    assert schedule.active() == {9}
+    assert schedule.fresh().active() == {3, 9}

@@ -1,4 +1,4 @@
-"""Whatever is drafted and whoever leaves early, exact decoding says what dense decoding says."""
+"""Whatever is drafted and wherever tokens exit, exact decoding equals dense decoding."""
 
 import pytest
 import torch
@@ -29,31 +29,31 @@ def plain(llama):
 
 
 class SpyingEngine(Engine):
-    """Knows which tokens the rows of the pass under way follow, for exits that guess rightly."""
+    """Knows which tokens the rows of the current pass follow, for exits that are right."""
 
-    def rows_on_their_way(self):
+    def current_texts(self):
         return {
-            index: [*at.part.sequence.tokens[: at.part.sequence.position], *line(at)]
-            for index, at in enumerate(self.current._rows)
-            if at.node >= 0
+            index: [*row.scheduled.sequence.tokens[: row.scheduled.sequence.position], *path(row)]
+            for index, row in enumerate(self.current.rows)
+            if row.node != forward_pass.PENDING
         }
 
 
-def line(at):
-    tree = at.part.tree
-    return [tree.tokens[node] for node in [0, *tree.path(at.node)]]
+def path(row):
+    tree = row.scheduled.tree
+    return [tree.tokens[node] for node in [0, *tree.path(row.node)]]
 
 
 @pytest.fixture(autouse=True)
 def remember_the_pass(monkeypatch):
     """Let a spying engine see the rows of its pass."""
-    original = forward_pass.ForwardPass._ask
+    original = forward_pass.ForwardPass._run_predictors
 
-    def ask(self, boundary):
+    def run_predictors(self, layer):
         SpyingEngine.current = self
-        original(self, boundary)
+        original(self, layer)
 
-    monkeypatch.setattr(forward_pass.ForwardPass, "_ask", ask)
+    monkeypatch.setattr(forward_pass.ForwardPass, "_run_predictors", run_predictors)
 
 
 def engine_for(decoder, plain, seed, mode, guarantee="exact", right=0.6, **options):
@@ -75,16 +75,14 @@ def engine_for(decoder, plain, seed, mode, guarantee="exact", right=0.6, **optio
     limit=st.integers(0, 7),
     stops=st.sets(st.integers(3, VOCABULARY - 1), max_size=12),
 )
-def test_exact_decoding_says_what_the_plain_engine_says(
-    decoder, plain, seed, mode, count, limit, stops
-):
+def test_exact_decoding_equals_the_plain_engine(decoder, plain, seed, mode, count, limit, stops):
     engine = engine_for(decoder, plain, seed, mode, pending_limit=limit)
-    said = [step.token for step in engine.generate(PROMPT, count, frozenset(stops))]
-    assert said == plain.answer(PROMPT, count, stops)
+    generated = [step.token for step in engine.generate(PROMPT, count, frozenset(stops))]
+    assert generated == plain.answer(PROMPT, count, stops)
     assert engine.sequences == []
 
 
-def test_guesses_are_taken_back_and_drafts_are_taken(decoder, plain):
+def test_exits_are_rolled_back_and_drafts_accepted(decoder, plain):
     """The property above is not empty: there are rollbacks, and several tokens a pass."""
     for mode in MODES:
         engine = engine_for(decoder, plain, 1, mode, right=0.8)
@@ -96,7 +94,7 @@ def test_guesses_are_taken_back_and_drafts_are_taken(decoder, plain):
             assert engine.statistics.summary()["accepted_per_pass"] > 1.2
 
 
-def test_without_taking_back_the_answer_would_be_another(decoder, plain):
+def test_without_roll_back_the_answer_would_be_another(decoder, plain):
     exact = engine_for(decoder, plain, 3, "exits", right=0.2)
     loose = engine_for(decoder, plain, 3, "exits", "approximate", right=0.2)
     dense = plain.answer(PROMPT, 30)
@@ -104,12 +102,12 @@ def test_without_taking_back_the_answer_would_be_another(decoder, plain):
     assert [step.token for step in loose.generate(PROMPT, 30)] != dense
 
 
-def test_a_tree_without_its_mask_says_something_else(decoder, plain, monkeypatch):
-    """Rows that see drafts of other paths are wrong; it is the mask that keeps them apart."""
+def test_a_tree_without_its_mask_gives_another_answer(decoder, plain, monkeypatch):
+    """It is the mask that keeps rows from attending to draft tokens of other paths."""
     original = decoder.side_inputs.gather
 
     def everything(rows, size):
-        return original([row._replace(over=()) for row in rows], size)
+        return original([row._replace(path_slots=()) for row in rows], size)
 
     answers = set()
     for gather in (original, everything):
@@ -143,22 +141,22 @@ def test_a_stream_sees_only_what_is_confirmed(decoder, plain):
     for step in engine.generate(PROMPT, 20):
         seen.append(step.token)
         assert seen == dense[: len(seen)]
-        guesses = engine.sequences[0].tokens[len(PROMPT) :]
-        assert len(guesses) >= len(seen)
+        unconfirmed = engine.sequences[0].tokens[len(PROMPT) :]
+        assert len(unconfirmed) >= len(seen)
 
 
 def test_the_end_of_the_cache(decoder, plain):
     prompt = [5 + i % 90 for i in range(decoder.capacity - 6)]
     engine = engine_for(decoder, plain, 4, "both")
-    said = []
+    generated = []
     with pytest.raises(ValueError, match="raise max_length"):
         for step in engine.generate(prompt, 100):
-            said.append(step.token)
-    assert said == plain.answer(prompt, len(said)) and len(said) >= 6
+            generated.append(step.token)
+    assert generated == plain.answer(prompt, len(generated)) and len(generated) >= 6
     assert list(engine.generate(PROMPT, 3))
 
 
-def test_the_schedule_forgets_what_is_taken_back():
+def test_the_schedule_forgets_what_is_rolled_back():
     from eepass.runtime.exits.scheduler import PredictorSchedule
 
     schedule = PredictorSchedule([3, 10, 20], 1)
@@ -171,42 +169,41 @@ def test_the_schedule_forgets_what_is_taken_back():
     assert schedule.active() == before
 
 
-def test_approximate_with_both_commits_what_exits_say(decoder, plain):
+def test_approximate_with_both_commits_at_exits(decoder, plain):
     engine = engine_for(decoder, plain, 8, "both", "approximate", right=1.0)
-    said = [step.token for step in engine.generate(PROMPT, 30)]
+    generated = [step.token for step in engine.generate(PROMPT, 30)]
     # exits that are always right change nothing but the layer
-    assert said == plain.answer(PROMPT, 30)
+    assert generated == plain.answer(PROMPT, 30)
     assert engine.statistics.mean_exit_layer < DEPTH and engine.statistics.rollbacks == 0
 
 
 @settings(max_examples=10, deadline=None)
 @given(data=st.data())
-def test_a_batch_says_what_each_says_alone(decoder, plain, data):
+def test_a_batch_gives_what_each_sequence_gives_alone(decoder, plain, data):
     """Sequences of different lengths, joining and leaving at any pass."""
     mode = data.draw(st.sampled_from(sorted(MODES)))
     engine = engine_for(decoder, plain, data.draw(st.integers(0, 10**6)), mode, pending_limit=3)
-    waiting = [
+    prompts = [
         ([int(x) for x in data.draw(st.lists(st.integers(3, 150), min_size=1, max_size=20))], count)
         for count in data.draw(st.lists(st.integers(1, 8), min_size=2, max_size=4))
     ]
-    room = 34
     answers = {}
     running = {}
     try:
-        while waiting or running:
+        while prompts or running:
             if (
-                waiting
+                prompts
                 and len(running) < 3
                 and data.draw(st.booleans() if running else st.just(True))
             ):
-                prompt, count = waiting.pop()
-                sequence = engine.start(prompt, count, room=room)
+                prompt, count = prompts.pop()
+                sequence = engine.start(prompt, count, capacity=34)
                 running[sequence] = (prompt, count)
             for sequence in [s for s in running if s.finished]:
                 prompt, count = running.pop(sequence)
-                said = sequence.tokens[len(prompt) : sequence.confirmed]
-                assert said == plain.answer(prompt, count)
-                answers[tuple(prompt)] = said
+                generated = sequence.tokens[len(prompt) : sequence.num_confirmed]
+                assert generated == plain.answer(prompt, count)
+                answers[tuple(prompt)] = generated
                 engine.end(sequence)
             going = [s for s in running if not s.at_its_end]
             ending = [s for s in running if s.at_its_end and not s.finished]
@@ -222,7 +219,7 @@ def test_a_batch_says_what_each_says_alone(decoder, plain, data):
 
 @pytest.mark.parametrize("draws", [800, pytest.param(5000, marks=pytest.mark.slow)])
 def test_sampling_in_exact_mode_draws_from_the_dense_distribution(decoder, plain, llama, draws):
-    """Exits forced wrong, drafts at random: the first two tokens are distributed as dense ones."""
+    """Exits mostly wrong, draft tokens at random: two tokens are distributed as dense ones."""
     sampling = Sampling(temperature=3.0, top_k=6, seed=5)
     counts = {}
     engine = engine_for(decoder, plain, 9, "both", right=0.1)

@@ -1,0 +1,46 @@
+"""What a source of draft tokens offers. A wrong draft token costs time, never correctness."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.tree import Tree
+
+# the sources, first in the bins that the chances of draft tokens are learned by
+EAGLE, NGRAM, MODEL = range(3)
+
+
+class Draft(Protocol):
+    """A source of draft tokens for one sequence.
+
+    ``feature_layers``: the layers whose hidden states it takes as features of each token, after the
+    normed last hidden state z; None if it takes no features at all.
+    """
+
+    feature_layers: tuple[int, ...] | None
+    # tokens a pass gives with it, as long as nothing is measured
+    expected: float
+
+    def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
+        """The sequence grows by ``tokens``; ``features`` [n, F * H] of the token before each."""
+        ...
+
+    def propose(self, root: int, budget: Budget) -> Tree:
+        """Draft tokens after ``root``, the last token of the sequence."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """The sequence is rolled back to its first ``length`` tokens."""
+        ...
+
+    def fresh(self) -> Draft:
+        """The same source for another sequence."""
+        ...
+
+    def call_seconds(self) -> float:
+        """Measured seconds of one call of its model."""
+        ...

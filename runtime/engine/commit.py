@@ -1,0 +1,89 @@
+"""Write what a forward pass decided into the sequences, the cache, the draft and the statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.planner import Planner
+from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
+from eepass.runtime.exits.exits import Exits
+from eepass.runtime.statistics import Statistics
+
+
+def commit(
+    batch: SequenceOf[ScheduledSequence],
+    decoder: Decoder,
+    exits: Exits | None,
+    exact: bool,
+    planner: Planner,
+    statistics: Statistics,
+) -> None:
+    """Each sequence keeps or rolls back its tokens and grows by its new ones; with ``exact`` those
+    that exited early are not confirmed yet."""
+    statistics.passes += 1
+    if exits is not None:
+        _norm_last_hidden(batch, exits)
+    for one in batch:
+        sequence, features = one.sequence, _features(one)
+        before = sequence.num_confirmed
+        if one.num_kept is not None:
+            sequence.roll_back(one.num_kept)
+            statistics.rollbacks += 1
+        elif one.path:
+            # accepted rows may have gaps between their slots
+            root = sequence.first_slot + sequence.position
+            decoder.kv.move([root + node for node in one.path], root, one.exit_layer)
+        sequence.append(one.new_tokens, one.exit_layer, features)
+        sequence.trim_pending()
+        if not exact or one.exit_layer == decoder.num_layers:
+            sequence.num_confirmed = len(sequence.tokens)
+        for step in sequence.decoded(before, sequence.num_confirmed):
+            statistics.record_exit(step.exit_layer)
+        if one.tree is not None and one.num_kept is None:
+            planner.learn(one.tree, one.path)
+
+
+def _norm_last_hidden(batch: SequenceOf[ScheduledSequence], exits: Exits) -> None:
+    """Compute z for the path nodes that went through all layers, in one call, where a draft takes
+    it as a feature."""
+    nodes = [
+        (one, node)
+        for one in batch
+        if one.sequence.draft is not None and one.sequence.draft.feature_layers is not None
+        for node in one.path
+        if node in one.last_hidden
+    ]
+    if nodes:
+        hidden = torch.stack([one.last_hidden[node] for one, node in nodes])
+        for (one, node), z in zip(nodes, exits.final(hidden[None])[0], strict=True):
+            one.z[node] = z
+
+
+def _features(scheduled: ScheduledSequence) -> Tensor | None:
+    """The draft's features [n, F * H] of the tokens before the new ones: z, and the hidden states
+    after some layers."""
+    draft = scheduled.sequence.draft
+    if draft is None or draft.feature_layers is None:
+        return None
+    if scheduled.num_kept is not None:
+        return scheduled.sequence.features[scheduled.num_kept - 1]
+    path = scheduled.path
+    if not path:
+        return None
+    rows = [torch.stack([scheduled.z[node] for node in path])]
+    for layer in draft.feature_layers:
+        rows.append(torch.stack([_hidden_after(scheduled, layer, node) for node in path]))
+    return torch.cat(rows, -1)
+
+
+def _hidden_after(scheduled: ScheduledSequence, layer: int, node: int) -> Tensor:
+    """Hidden state [H] of a node after ``layer``, or after the last layer it reached."""
+    found = scheduled.hidden_after
+    if (node, layer) in found:
+        return found[node, layer]
+    reached = [n for (owner, n) in found if owner == node]
+    return found[node, max(reached)] if reached else scheduled.z[node]
