@@ -43,12 +43,8 @@ class CpuCompiler(ByStructure):
         self.kernels_missing = load_kernels()
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
-        return compile_graph(graph, examples, logits)
-
-
-def compile_graph(graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
-    with ready_to_compile(graph, examples, logits) as (lowered, fakes):
-        return through_inductor(lowered, fakes)
+        with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+            return through_inductor(lowered, fakes)
 
 
 def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:

@@ -126,7 +126,7 @@ json.dump({**found, "called": ready.names}, sys.stdout)
 
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
-    """A model's kernels in a folder, and what was said of them."""
+    """A model's kernels in a folder, and the report on them."""
     pytest.importorskip("triton")
     folder = tmp_path_factory.mktemp("kernels")
     result = run(WRITE, str(folder))
@@ -164,19 +164,19 @@ from pathlib import Path
 from eepass.bundle.gpu_kernels import ready_kernels
 from eepass.errors import InputError
 folder, index = Path(sys.argv[1]), Path(sys.argv[1]) / "kernels.json"
-def said(*arguments):
+def refusal(*arguments):
     try:
         ready_kernels(*arguments)
     except InputError as error:
         return str(error)
-answers = [said(folder, 90), said(folder)]
+refusals = [refusal(folder, 90), refusal(folder)]
 whole = index.read_text()
 stored = json.loads(whole)
 stored["sources"]["_exit_kernel"] = "of another time"
 index.write_text(json.dumps(stored))
-answers.append(said(folder, 80))
+refusals.append(refusal(folder, 80))
 index.write_text(whole)
-json.dump(answers, sys.stdout)
+json.dump(refusals, sys.stdout)
 """
     result = run(refuse, str(folder))
     assert result.returncode == 0, result.stderr[-2000:]
