@@ -4,6 +4,7 @@ import pytest
 from models import random_artifact, tiny_model
 
 import eepass
+from eepass.benchmark.frontier import frontier
 from eepass.benchmark.turns import (
     BLOCK_TOKENS,
     MOST_SPREAD,
@@ -133,6 +134,24 @@ def test_engines_that_share_a_cache_answer_in_turns_as_they_do_alone(model):
     streams = {n: EngineStream.follow(engines[n], ids, alone["dense"]) for n in ("dense", "early")}
     decode_in_turns(streams)
     assert (streams["dense"].followed, streams["early"].followed) == follow
+
+
+def test_a_frontier_measures_all_settings_in_turns(model, monkeypatch):
+    # as far as the random artefact is calibrated
+    targets = (0.9, 0.94)
+    monkeypatch.setattr("eepass.benchmark.frontier.TARGETS", targets)
+    ids = [5, 9, 40, 33]
+    answer = [step.token for step in model.dense.generate(ids, 40)]
+    stages = []
+    points = frontier(model, [ExitConfig()], [(ids, answer)] * 2, lambda *at: stages.append(at))
+    assert [point["target"] for point in points] == list(targets)
+    assert stages == [("teacher forcing", 0, 2), ("teacher forcing", 1, 2)]
+    for point in points:
+        assert point["preset"] == "default" and 0 <= point["agreement"] <= 1
+        spread = point["ratio_to_dense_spread"]
+        assert spread["blocks"] == 4 and 0 < spread["lowest"] <= spread["highest"]
+        value = point["ratio_to_dense"]
+        assert value is None or spread["lower"] <= value <= spread["upper"]
 
 
 def test_a_stream_that_is_not_brought_back_finds_the_cache_of_another(model, monkeypatch):
