@@ -32,7 +32,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     ]
     return {
         "layers": len(split.layers),
-        "how": split.how,
+        "how": split.layers_found_by,
         "segments": len(split.layers),
         "distinct_segments": split.distinct_layers,
         "rows": sorted(model.splits),

@@ -32,8 +32,8 @@ from eepass.codegen.lower_inner import InnerCompiler
 from eepass.errors import InputError, PassError
 from eepass.model import ALWAYS_ACTIVE
 from eepass.passes.caller.caller_graph import CallerGraph
-from eepass.passes.caller.caller_step import split_caller_step
 from eepass.passes.exits.insert_predictors import insert_predictors
+from eepass.passes.pipeline import split_caller_step
 from eepass.passes.report import PassReport
 from eepass.plan import ExitSegments
 from eepass.planning import exit_tensors, make_plan

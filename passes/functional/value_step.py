@@ -81,7 +81,7 @@ class ValueStep:
         """Boundary 0 of rows from position ``first`` on, and what layers read besides it."""
         split = self.split
         names = parameters(split.embed, split.positional)
-        dtype = split.boundary.dtype
+        dtype = split.hidden_example.dtype
 
         def begin(ids: Tensor, first: Tensor, *given: Tensor) -> Sequence[Tensor]:
             positions = first + torch.arange(split.rows)

@@ -22,7 +22,7 @@ class Weights:
         self.splits: Mapping[int, SplitDecoder] = {1: step.split}
         self.num_layers = len(step.split.layers)
         self.hidden_size = step.split.hidden_size
-        self.dtype = step.split.boundary.dtype
+        self.dtype = step.split.hidden_example.dtype
         self.tensors = {
             role.name: tensors[place].detach()
             for role, place in step.places.items()

@@ -187,7 +187,7 @@ class SideInputs:
     def _made(self, start: int) -> dict[str, Tensor]:
         """What the positional graph makes for its rows from position ``start`` on."""
         split = self._maker
-        dtype = split.boundary.dtype
+        dtype = split.hidden_example.dtype
         arguments = []
         for role in split.positional.inputs:
             if role.kind == "mask":
