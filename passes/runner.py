@@ -65,8 +65,7 @@ class PassRunner:
         if self.dump is None:
             return
         self.dump.mkdir(parents=True, exist_ok=True)
-        number = len(self.names) + (name != "captured")
-        file = self.dump / f"{self.label}.{number}-{name}.py"
+        file = self.dump / f"{self.label}.{len(self.names) + 1}-{name}.py"
         file.write_text(f"{_summary(report)}\n{code_of(graph)}\n", encoding="utf-8")
 
 
