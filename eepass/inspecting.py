@@ -6,10 +6,8 @@ from typing import Any
 
 from eepass.errors import PassError
 from eepass.model import EarlyExitModel
-from eepass.passes.exits.insert_exits import insert_exits
-from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.exits.read_head_chain import read_head_chain
-from eepass.passes.report import PassReport
+from eepass.passes.pipeline import exit_graph
 from eepass.planning import exit_tensors
 from eepass.segments import Segment, SplitDecoder
 
@@ -85,9 +83,7 @@ def exit_graph_of(model: EarlyExitModel) -> Segment | None:
         model.config.name, model.artifact, model.decoder.tensors, model.splits[1]
     )
     tensors = {**model.decoder.tensors, **tensors}
-    split = model.splits[1]
-    segments = insert_predictors(split, model.plan, tensors, PassReport())
-    return insert_exits(split, segments, model.plan, tensors, PassReport())
+    return exit_graph(model.splits[1], model.plan, tensors)
 
 
 def code_of(model: EarlyExitModel) -> str:

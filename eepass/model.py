@@ -129,10 +129,10 @@ class EarlyExitModel:
         self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
     ) -> ExitSegments:
         # tracing is what a model that was compiled ahead of time does without
-        from eepass.passes.exits.insert_predictors import insert_predictors
+        from eepass.passes.pipeline import exit_segments
 
         # not fused: on a CPU inductor's code for the segments is faster (benchmarks/exit_share.py)
-        return insert_predictors(self.splits[1], plan, tensors, PassReport(), rows)
+        return exit_segments(self.splits[1], plan, tensors, rows)
 
     def _draft(self, config: ExitConfig, tensors: Mapping[str, Tensor]) -> Draft | None:
         source = config.speculate

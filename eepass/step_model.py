@@ -218,10 +218,10 @@ class StepModel:
 
     def _fused(self, plan: ExitPlan, tensors: dict[str, Tensor]) -> FusedExits | None:
         """Exit points as kernels, where the head is one that they know."""
-        from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+        from eepass.passes.pipeline import fused_exits
 
         report = PassReport()
-        fused = fuse_exit_predictor(self.splits[1], plan, tensors, report)
+        fused = fused_exits(self.splits[1], plan, tensors, report)
         if fused is None:
             self._notes = tuple(f"kernels of exit points: {reason}" for _, reason in report.skipped)
         return fused
