@@ -176,10 +176,10 @@ class CutExits(ForcedExits):
         choose: Any,
     ) -> tuple[Found, RowState]:
         if self.turn < len(self.orders) and self.orders[self.turn] == layer:
-            row = evaluated[0]
+            row = rows[0]
             self.exit_logits.append(self.decoder.logits(hidden[:, row : row + 1])[0, 0])
             self.answers[self.turn] = int(self.exit_logits[-1].argmax())
-        return super().check(layer, hidden, state, evaluated, statistics, choose)
+        return super().check(layer, hidden, state, rows, statistics, choose)
 
 
 def greedy_differs(decoder: Decoder, reference: Reference) -> str:

@@ -91,8 +91,8 @@ def write_markdown(file: Path, outcomes: Mapping[str, Outcome], compiler: Compil
         "several row counts (`inductor`).",
         "",
         "Recurrent states cannot be rolled back: with them rows go one by one, nothing is drafted, "
-        "`exact` decodes dense, and one sequence is served at a time. Where a model makes biases or "
-        "masks of slot numbers (bloom, mpt, gpt_neo) nothing is drafted either.",
+        "`exact` decodes dense, and one sequence is served at a time. Where a model makes biases "
+        "or masks of slot numbers (bloom, mpt, gpt_neo) nothing is drafted either.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|---|",
