@@ -171,7 +171,7 @@ class CutExits(ForcedExits):
         layer: int,
         hidden: Tensor,
         state: RowState,
-        evaluated: Any,
+        rows: Any,
         statistics: Any,
         choose: Any,
     ) -> tuple[Found, RowState]:
