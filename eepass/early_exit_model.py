@@ -282,10 +282,10 @@ def _traced_segments(
     rows: int,
 ) -> ExitSegments:
     # tracing is what a model that was compiled ahead of time does without
-    from eepass.passes.exits.insert_predictors import insert_predictors
+    from eepass.passes.pipeline import exit_segments
 
     # not fused: on a CPU inductor's code for the segments is faster (benchmarks/exit_share.py)
-    return insert_predictors(split, plan, tensors, PassReport(), rows)
+    return exit_segments(split, plan, tensors, rows)
 
 
 def _cpu_compiler() -> Any:

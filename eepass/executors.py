@@ -245,11 +245,11 @@ class CapturedSteps:
             return kernels
 
     def _fused(self, parts: ExitParts) -> FusedExits | None:
-        from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+        from eepass.passes.pipeline import fused_exits
 
         report = PassReport()
         every = {**self.decoder.tensors, **parts.tensors}
-        fused = fuse_exit_predictor(self.decoder.splits[1], parts.plan, every, report)
+        fused = fused_exits(self.decoder.splits[1], parts.plan, every, report)
         if fused is None:
             self._notes = tuple(f"kernels of exit points: {reason}" for _, reason in report.skipped)
         return fused

@@ -6,10 +6,8 @@ from typing import Any
 
 from eepass.errors import PassError
 from eepass.model import EarlyExitModel
-from eepass.passes.exits.insert_exits import insert_exits
-from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.exits.read_head_chain import read_head_chain
-from eepass.passes.report import PassReport
+from eepass.passes.pipeline import exit_graph
 from eepass.planning import exit_tensors
 from eepass.segments import Segment, SplitDecoder
 
@@ -32,7 +30,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
     ]
     return {
         "layers": len(split.layers),
-        "how": split.how,
+        "how": split.layers_found_by,
         "segments": len(split.layers),
         "distinct_segments": split.distinct_layers,
         "rows": sorted(model.splits),
@@ -59,7 +57,10 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 def _weight_forms(model: EarlyExitModel) -> dict[str, int]:
     """Bytes a dense pass reads, by dtype."""
     split, tensors = model.splits[1], model.decoder.tensors
-    read = {name for segment in (*split.layers, split.head.whole) for name in segment.parameters}
+    segments = (*split.layers, split.head.whole)
+    read = {
+        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
+    }
     found: dict[str, int] = {}
     for name in sorted(read):
         kind = str(tensors[name].dtype).removeprefix("torch.")
@@ -78,15 +79,15 @@ def exit_graph_of(model: EarlyExitModel) -> Segment | None:
     """The exit graph of a configured model; None for a dense one."""
     if model.plan is None or model.artifact is None or not model.config:
         return None
-    split, own = model.splits[1], model.decoder.tensors
-    tensors = {**own, **exit_tensors(model.config.name, model.artifact, own, split)}
-    segments = insert_predictors(split, model.plan, tensors, PassReport())
-    return insert_exits(split, segments, model.plan, tensors, PassReport())
+    tensors = exit_tensors(
+        model.config.name, model.artifact, model.decoder.tensors, model.splits[1]
+    )
+    tensors = {**model.decoder.tensors, **tensors}
+    return exit_graph(model.splits[1], model.plan, tensors)
 
 
 def code_of(model: EarlyExitModel) -> str:
-    """The exit graph as readable code: the chain, then each distinct branch. Of a dense model: each
-    distinct layer."""
+    """The exit graph as readable code: the chain, then each distinct branch; dense: the layers."""
     segment = exit_graph_of(model)
     if segment is None:
         seen: dict[str, str] = {}

@@ -1,4 +1,4 @@
-"""How long a text may be: no longer than the model knows positions for."""
+"""How long a text may be: no longer than the model has positions for."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from eepass.errors import InputError
 
 
 def usual_length(model: Any, tokens: int) -> int:
-    """``tokens``, or as many as ``model`` knows positions for if those are fewer."""
+    """``tokens``, or the number of positions ``model`` has if that is smaller."""
     return min(tokens, _known(model) or tokens)
 
 
@@ -16,7 +16,7 @@ def refuse_longer(model: Any, tokens: int, what: str) -> None:
     """Raise ``InputError`` where ``what``, of ``tokens`` tokens, is longer than ``model`` allows.
 
     Beyond its positions a model with a table of them has nothing to look up, and one that computes
-    them says what it was never trained to say; neither is to be found out from the answer.
+    them was never trained there; neither shows in the output.
     """
     known = _known(model)
     if known is not None and tokens > known:
@@ -27,7 +27,7 @@ def refuse_longer(model: Any, tokens: int, what: str) -> None:
 
 
 def _known(model: Any) -> int | None:
-    # what traces is imported only where there is something to trace
+    # tracing is imported only where there is something to trace
     from eepass.passes.trace.decode_step import known_positions
 
     return known_positions(model)

@@ -14,7 +14,7 @@ def causal_mask(
     device: torch.device | str = "cpu",
     start: int = 0,
 ) -> Tensor:
-    """Additive mask [1, 1, R, C] for rows at positions ``start`` onwards: 0 where a row may look.
+    """Additive mask [1, 1, R, C] of rows at positions from ``start`` on: 0 where a row may look.
 
     ``window``: how many tokens back, itself included; −n: in chunks of n tokens; None: all.
     Forbidden slots hold the dtype's lowest finite value: a row of −inf would become NaN.

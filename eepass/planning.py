@@ -119,7 +119,7 @@ def exit_tensors(
     of a quantised one, its codes' and scales' rows."""
     prefix = f"predictor.{preset}."
     tensors: dict[str, Tensor] = {}
-    dtype = split.boundary.dtype
+    dtype = split.hidden_example.dtype
     device = next(model_tensors[part] for part in split.head.parts.values()).device
     for name, tensor in artifact.tensors.items():
         if name.startswith("predictor."):

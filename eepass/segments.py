@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -21,9 +21,10 @@ InputKind = Literal[
     "values",
     # what a recurrent layer carries from token to token, overwritten in place
     "state",
-    # the slot each row is written to, [R]; layers differ where tokens wait for the deeper ones
+    # the slot each row is written to, [R]: its own for each layer, for a pending token has been
+    # through the first layers only. As traced: how many tokens the layer's cache holds, a scalar
     "slots",
-    # of an exit point: the draft tokens, and their probabilities at the predictor before
+    # of an exit point: the draft tokens, and their probabilities at the previous predictor
     "draft",
     "previous",
 ]
@@ -39,6 +40,9 @@ class Input:
     kind: InputKind
     name: str
     layer: int = -1
+
+
+HIDDEN = Input("hidden", "hidden")
 
 
 @dataclass(slots=True)
@@ -84,26 +88,31 @@ class Segment:
         return [role.name for role in self.inputs if role.kind == "parameter"]
 
 
-@dataclass(slots=True)
-class DecoderGraph:
+@dataclass(slots=True, kw_only=True)
+class DecoderGraph(Segment):
     """One traced decode step of ``rows`` tokens over a static KV cache of ``cache_length`` slots.
 
-    ``tensors`` holds the parameters and buffers by name. ``positions``: how many the model knows,
-    None where it counts on without end.
+    ``tensors`` holds the parameters and buffers by name; ``windows`` says how far back each mask
+    lets a row look (None: all the way), ``positions`` how many the model has (None: any number).
+
+    The rest is added by passes. ``hidden_states`` [0..L] are nodes: the input of the first layer,
+    …, the output of the last; ``layers_found_by`` says how they were found. ``advance``: places of
+    the cache lengths among the inputs, and what the step adds to each in place.
     """
 
-    graph: GraphModule
-    inputs: tuple[Input, ...]
     rows: int
     cache_length: int
     tensors: Mapping[str, Tensor]
     windows: Mapping[str, int | None]
     positions: int | None = None
+    hidden_states: tuple[Node, ...] = ()
+    layers_found_by: str = ""
+    advance: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
 class Head:
-    """The way from the last boundary to the logits, as far as it could be taken apart.
+    """From the last hidden state to the logits, as far as that could be taken apart.
 
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
     ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
@@ -137,24 +146,23 @@ class Head:
         return values
 
     def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The normed state z [1, n, H] of boundaries [1, n, H]: ``norm``, whatever rows it was
-        traced with one of."""
+        """``norm`` of hidden states [1, n, H], for any n."""
         assert self.norm is not None
-        # rows go as a batch: a trace may have its row count baked in
+        # rows go as a batch: the trace may have its one row baked in
         rows = hidden.transpose(0, 1)
-        values = [rows if r.kind == "hidden" else tensors[r.name] for r in self.norm.inputs]
-        return self.norm.graph(*values).transpose(0, 1)
+        (z,) = self.norm.run(lambda role: rows if role == HIDDEN else tensors[role.name])
+        return z.transpose(0, 1)
 
 
 @dataclass(slots=True)
 class SplitDecoder:
     """A decoder in segments: ``prelude -> layers[0] -> ... -> layers[-1] -> head``.
 
-    ``embed`` makes the first boundary and whatever else depends on token ids; ``positional`` makes
-    the side inputs that depend on positions and mask alone. Their outputs are named in
-    ``embed_outputs`` (the first is the boundary) and ``side_outputs``. ``kv_fills[i]`` is the part
-    of layer i that writes its keys, values and states, nothing else. ``positions``: how many the
-    model knows, None where it counts on without end.
+    The prelude is two segments. ``embed`` makes hidden state 0 and the side inputs that depend on
+    token ids (``embed_outputs``); ``positional`` makes the side inputs that depend on positions and
+    masks alone (``side_outputs``). ``kv_fills[i]`` is the part of layer i that writes its keys,
+    values and states, nothing else. ``positions``: how many the model has, None where nothing
+    bounds them.
     """
 
     rows: int
@@ -168,8 +176,8 @@ class SplitDecoder:
     kv_fills: tuple[Segment, ...]
     head: Head
     windows: Mapping[str, int | None]
-    how: str = ""
-    # layers make biases or masks of slot numbers, so that a tree's tokens would stand wrongly
+    layers_found_by: str = ""
+    # layers make biases or masks of slot numbers, which are wrong for the tokens of a tree
     counts_slots: bool = False
     positions: int | None = None
 
@@ -179,18 +187,32 @@ class SplitDecoder:
 
     @property
     def stepwise(self) -> bool:
-        """Whether layers carry states from token to token, which nothing takes back."""
+        """Whether layers carry states from token to token, which cannot be rolled back."""
         return any(role.kind == "state" for layer in self.layers for role in layer.inputs)
 
     @property
-    def boundary(self) -> Tensor:
-        """What a boundary looks like: a tensor without values [1, R, H]."""
-        value: Tensor = self.layers[0].graph.graph.output_node().all_input_nodes[0].meta["val"]
+    def hidden_example(self) -> Tensor:
+        """What a hidden state looks like: a tensor without values [1, R, H]."""
+        value: Tensor = self.layers[0].outputs[0].meta["val"]
         return value
 
     @property
     def hidden_size(self) -> int:
-        return int(self.boundary.shape[-1])
+        return int(self.hidden_example.shape[-1])
+
+    def prelude(self, value_of: Callable[[Input], Any]) -> dict[Input, Any]:
+        """Hidden state 0 and the side inputs, from the step's inputs."""
+        hidden, *token_sides = self.embed.run(value_of)
+        names = (*self.embed_outputs[1:], *self.side_outputs)
+        sides = zip(names, (*token_sides, *self.positional.run(value_of)), strict=True)
+        return {HIDDEN: hidden, **{Input("side", name): value for name, value in sides}}
+
+    def run(self, value_of: Callable[[Input], Any]) -> Any:
+        """The logits of one step, segment by segment as they are traced."""
+        made = self.prelude(value_of)
+        for segment in (*self.layers, self.head.whole):
+            (made[HIDDEN],) = segment.run(lambda r: made[r] if r in made else value_of(r))
+        return made[HIDDEN]
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +222,7 @@ class CallerStep:
     ``places``: where each role's tensor is among the call's tensors; ``passed``: side inputs that
     are such tensors as they come. ``caches``: places of keys and values, layer by layer.
     ``advance``: places of the lengths, and what the step adds to each when all layers have read
-    it. ``batch``: sequences in the cache, each with one row. ``logits``: how they come out [B, 1,
+    it. ``batch``: sequences in the cache, each with one row. ``logits``: what they look like [B, 1,
     V]. ``stacked``: by row count R, the layers for R rows of one sequence, as a batch [R, 1, H].
     """
 
@@ -212,3 +234,12 @@ class CallerStep:
     batch: int
     logits: Tensor
     stacked: Mapping[int, tuple[Segment, ...]]
+
+    def value_of(self, tensors: Sequence[Tensor]) -> Callable[[Input], Tensor]:
+        """Look up the step's inputs among the ``tensors`` of a call."""
+
+        def look_up(role: Input) -> Tensor:
+            place = self.passed[role.name] if role.kind == "side" else self.places[role]
+            return tensors[place]
+
+        return look_up

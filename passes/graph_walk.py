@@ -1,17 +1,17 @@
-"""Questions about a traced graph that several passes ask."""
+"""What several passes ask of a traced graph, or do to it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from torch.fx import Graph, Node
+import torch
+from torch._subclasses import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from eepass.segments import DecoderGraph, Input
+from eepass.segments import Segment
 
-
-def roles(decoder: DecoderGraph) -> dict[Node, Input]:
-    """The role of every placeholder."""
-    placeholders = decoder.graph.graph.find_nodes(op="placeholder")
-    return dict(zip(placeholders, decoder.inputs, strict=True))
+# the inputs in which a token leaves something behind for later ones
+MEMORY = ("keys", "values", "state")
 
 
 def mutated_arguments(node: Node) -> list[Node]:
@@ -60,7 +60,7 @@ def copy_nodes(
     known: dict[Node, Node],
     resolve: Callable[[Node], Node],
 ) -> None:
-    """Copy ``nodes`` into ``graph``; an argument not in ``known`` is asked of ``resolve``."""
+    """Copy ``nodes`` into ``graph``; ``resolve`` makes the arguments that are not in ``known``."""
 
     def lookup(node: Node) -> Node:
         if node not in known:
@@ -71,29 +71,44 @@ def copy_nodes(
         if node not in known:
             args = map_arg(node.args, lookup)
             kwargs = map_arg(node.kwargs, lookup)
-            # named anew, so that equal segments print equal code
+            # with a name of its own making, so that equal segments print equal code
             known[node] = graph.create_node(node.op, node.target, args, kwargs)
             known[node].meta = dict(node.meta)
 
 
-# what tokens leave behind for later ones
-MEMORY = ("keys", "values", "state")
-
-
-def kv_writes(decoder_roles: Mapping[Node, Input], graph: Graph) -> dict[int, list[Node]]:
+def kv_writes(segment: Segment) -> dict[int, list[Node]]:
     """Per KV layer, the nodes that write its keys, values or state."""
+    role = segment.roles
     writes: dict[int, list[Node]] = {}
-    for node in graph.nodes:
+    for node in segment.graph.graph.nodes:
         for target in mutated_arguments(node):
-            role = decoder_roles.get(target)
-            if role is not None and role.kind in MEMORY:
-                writes.setdefault(role.layer, []).append(node)
+            if target in role and role[target].kind in MEMORY:
+                writes.setdefault(role[target].layer, []).append(node)
     return writes
 
 
+def replace_node(node: Node, new: Node) -> None:
+    """Put ``new`` in the place of ``node``, which goes."""
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
+
+
 def hoist_placeholders(graph: Graph, placeholders: Sequence[Node]) -> None:
-    """Move placeholders made on demand to the top, in their order."""
+    """Move placeholders that were made on demand to the top, in their order."""
     for placeholder in reversed(placeholders):
         first = next(iter(graph.nodes))
         if placeholder is not first:
             first.prepend(placeholder)
+
+
+def propagate_shapes(graph: GraphModule, shapes: Sequence[Sequence[int]]) -> None:
+    """Recompute the example value of every node, for placeholders of these shapes."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    with mode:
+        examples = [
+            torch.empty(tuple(shape), dtype=value.dtype, device=value.device)
+            for value, shape in zip(values, shapes, strict=True)
+        ]
+    with torch.no_grad():
+        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*examples)

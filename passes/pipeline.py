@@ -1,42 +1,81 @@
-"""The passes in their order, each timed, checked and, on request, written down."""
+"""All passes in their order.
+
+    model --trace--> DecoderGraph --TRACED--> DecoderGraph --SPLIT--> SplitDecoder
+    two SplitDecoders --fit_rows--> SplitDecoder for another row count
+    SplitDecoder --insert_predictors--> ExitSegments --insert_exits--> exit graph
+    SplitDecoder --fuse_exit_predictor--> FusedExits
+    a caller's step --trace--> DecoderGraph --CALLER, SPLIT--> SplitDecoder --> CallerStep
+
+Each is a function ``(graph, report) -> graph`` with its options bound; ``PassRunner`` runs them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from eepass.passes.caller.add_masks import add_masks
+from eepass.passes.caller.caller_step import check_caller_step, place_inputs, trace_caller_step
+from eepass.passes.caller.clean_trace import (
+    drop_conversions,
+    inline_constants,
+    refuse_writes_through_views,
+    strip_advance,
+)
+from eepass.passes.caller.name_inputs import name_inputs
+from eepass.passes.caller.stack_rows import stack_rows
+from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
+from eepass.passes.exits.insert_exits import insert_exits
+from eepass.passes.exits.insert_predictors import insert_predictors
 from eepass.passes.report import PassReport
-from eepass.passes.split.check import check_split, check_trace
+from eepass.passes.runner import Pass, PassRunner
+from eepass.passes.split.check import check_trace, computes_as
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.fit_rows import fit_rows
+from eepass.passes.split.merge_equal_prelude import merge_equal_prelude
 from eepass.passes.split.split_segments import split_segments
 from eepass.passes.trace.decode_step import trace_decode_step
-from eepass.segments import SplitDecoder
+from eepass.passes.trace.drop_dead_code import drop_dead_code
+from eepass.passes.trace.lift_constants import lift_constants
+from eepass.passes.trace.read_masks_by_slot import read_masks_by_slot
+from eepass.passes.trace.replace_lengths import replace_lengths
+from eepass.plan import ExitPlan, ExitSegments, FusedExits
+from eepass.segments import CallerStep, DecoderGraph, Segment, SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
+
+# on a traced decode step
+TRACED: tuple[Pass, ...] = (
+    lift_constants,
+    replace_lengths,
+    # after replace_lengths: reads the slots it puts in place of the lengths
+    read_masks_by_slot,
+    # last: what the others replaced is dead, such as the arange of a length's slots
+    drop_dead_code,
+)
+
+SPLIT: tuple[Pass, ...] = (
+    find_layers,
+    # after find_layers: what does not depend on hidden state 0 is prelude
+    merge_equal_prelude,
+    # last on the whole graph: hidden states are nodes of it
+    split_segments,
+)
 
 
 def split_decoder(
     model: Any, rows: int, cache_length: int, dump: Path | None = None
 ) -> tuple[SplitDecoder, PassReport]:
     """Trace ``model`` for one row count and split it; raises ``PassError`` with the reason."""
-    report = PassReport()
-    decoder = trace_decode_step(model, rows, cache_length)
-    if rows == 1:
-        with torch.no_grad():
-            check_trace(model, decoder)
-    _write(dump, f"{rows}-rows.1-captured.py", decoder.graph.code)
-    # before splitting: boundaries are nodes of the traced graph
-    boundaries = find_layers(decoder, report)
-    _write(dump, f"{rows}-rows.2-boundaries.txt", "\n".join(node.name for node in boundaries))
-    split = split_segments(decoder, boundaries, report)
-    _write(dump, f"{rows}-rows.3-split.py", _code(split))
-    with torch.no_grad():
-        check_split(decoder, split)
-    return split, report
+    runner = PassRunner(PassReport(), dump, f"{rows}-rows")
+    # the model itself is compared with one row only: it is the slow part of the check
+    check = partial(check_trace, model) if rows == 1 else None
+    decoder = runner.run(trace_decode_step(model, rows, cache_length), TRACED, check)
+    return runner.run(decoder, SPLIT, computes_as(decoder)), runner.report
 
 
 def split_for_rows(
@@ -55,31 +94,89 @@ def split_for_rows(
     splits = {1: one}
     if one.stepwise:
         return splits, report
-    if most > 1:
-        splits[most], _ = split_decoder(model, most, cache_length, dump)
-    splits[prefill_rows], _ = split_decoder(model, prefill_rows, cache_length, dump)
+    for rows in (most, prefill_rows):
+        if rows not in splits:
+            splits[rows], _ = split_decoder(model, rows, cache_length, dump)
     for rows in step_rows:
         if rows not in splits:
-            splits[rows] = fit_rows(splits[most], splits[prefill_rows], rows)
+            fit = partial(fit_rows, many=splits[prefill_rows], rows=rows)
+            splits[rows] = PassRunner(report, dump, f"{rows}-rows").run(splits[most], [fit])
     return splits, report
 
 
-def _code(split: SplitDecoder) -> str:
-    parts = {"embed": split.embed, "positional": split.positional, "head": split.head.whole}
-    for number, layer in enumerate(split.layers):
-        parts.setdefault(f"layer {layer.structure}", layer)
-        parts[f"layer {number}"] = layer
-    seen: set[str] = set()
-    text = []
-    for name, segment in parts.items():
-        if segment.structure not in seen:
-            seen.add(segment.structure)
-            roles = "\n".join(f"#   {role.kind} {role.name}" for role in segment.inputs)
-            text.append(f"# {name}\n{roles}\n{segment.graph.code.strip()}\n")
-    return "\n".join(text)
+def exit_segments(
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int = 1
+) -> ExitSegments:
+    """What runs at the exit points of ``plan`` besides layers, for ``rows`` rows."""
+
+    def predictors(split: SplitDecoder, report: PassReport) -> ExitSegments:
+        return insert_predictors(split, plan, tensors, report, rows)
+
+    found: ExitSegments = PassRunner(PassReport()).run(split, [predictors])
+    return found
 
 
-def _write(folder: Path | None, name: str, text: str) -> None:
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text + "\n", encoding="utf-8")
+def fused_exits(
+    split: SplitDecoder,
+    plan: ExitPlan,
+    tensors: Mapping[str, Tensor],
+    report: PassReport,
+    rows: int = 1,
+) -> FusedExits | None:
+    """The same as one operator each; None where the head does not allow it, with the reason."""
+
+    def fused(split: SplitDecoder, report: PassReport) -> FusedExits | None:
+        return fuse_exit_predictor(split, plan, tensors, report, rows)
+
+    found: FusedExits | None = PassRunner(report).run(split, [fused])
+    return found
+
+
+def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:
+    """The decode step of one row with its exits as one graph."""
+
+    def chain(segments: ExitSegments, report: PassReport) -> Segment:
+        return insert_exits(split, segments, plan, tensors, report)
+
+    # predictors first: they are built into the branches of the layers they follow
+    found: Segment = PassRunner(PassReport()).run(exit_segments(split, plan, tensors), [chain])
+    return found
+
+
+def split_caller_step(
+    step: Callable[..., Tensor],
+    tensors: Sequence[Tensor],
+    weights: Mapping[int, str],
+    row_counts: Sequence[int],
+    report: PassReport,
+) -> CallerStep:
+    """Split ``step``, a function of ``tensors`` to logits [B, 1, V] that adds to their caches.
+
+    ``weights`` names parameters and buffers by ``id``. Layers are also made for ``row_counts`` rows
+    of one sequence, if they take them; else ``report`` says why. Raises ``PassError`` where
+    ``step`` is no decode step of one token a sequence, with the reason.
+    """
+    runner = PassRunner(report)
+    decoder: DecoderGraph = runner.run(
+        trace_caller_step(step, tensors),
+        (
+            inline_constants,
+            # before dead code: what a conversion was of is read by it alone
+            drop_conversions,
+            drop_dead_code,
+            refuse_writes_through_views,
+            # before name_inputs: once lengths are written no more, what is written is a cache
+            strip_advance,
+            partial(name_inputs, tensors=tensors, weights=weights),
+            # before the split: all layers share one additive mask, which is a side input
+            add_masks,
+        ),
+    )
+    found: CallerStep = runner.run(
+        decoder,
+        (*SPLIT, partial(place_inputs, decoder=decoder)),
+        partial(check_caller_step, step, tensors),
+    )
+    # after the check: a step that goes row by row is right without it
+    stack = partial(stack_rows, tensors=tensors, row_counts=row_counts)
+    return runner.run(found, [stack])

@@ -1,4 +1,4 @@
-"""What a pass did: how much it rewrote, what it refused and why."""
+"""What passes did: how much they rewrote, what they left alone and why."""
 
 from dataclasses import dataclass, field
 
@@ -16,3 +16,8 @@ class PassReport:
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def add(self, other: "PassReport") -> None:
+        self.rewritten += other.rewritten
+        self.skipped += other.skipped
+        self.notes += other.notes

@@ -59,7 +59,7 @@ class GraphWriter:
                 "reason": head.reason,
             },
             "windows": dict(split.windows),
-            "how": split.how,
+            "how": split.layers_found_by,
             "counts_slots": split.counts_slots,
             "positions": split.positions,
         }
@@ -110,7 +110,7 @@ class GraphReader:
                 head["dynamic"],
             ),
             windows=stored["windows"],
-            how=stored["how"],
+            layers_found_by=stored["how"],
             counts_slots=stored["counts_slots"],
             positions=stored["positions"],
         )

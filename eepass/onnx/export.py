@@ -111,7 +111,7 @@ def _configured(
         if PREFILL_ROWS not in splits:
             raise PassError("its recurrent states are overwritten in place, token by token")
         ready = EarlyExitModel(splits, report, loaded.stop, trained, compiler=_no_compiler)
-    _refuse_dtype(loaded, ready.splits[1].boundary.dtype)
+    _refuse_dtype(loaded, ready.splits[1].hidden_example.dtype)
     ready.configure(config)
     return ready, ready.splits[1], ready.splits[max(ready.splits)]
 

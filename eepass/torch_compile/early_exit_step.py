@@ -19,8 +19,7 @@ from eepass.codegen.lower_inner import InnerCompiler
 from eepass.errors import InputError, PassError
 from eepass.model import ALWAYS_ACTIVE
 from eepass.passes.caller.caller_graph import CallerGraph
-from eepass.passes.caller.caller_step import split_caller_step
-from eepass.passes.exits.insert_predictors import insert_predictors
+from eepass.passes.pipeline import exit_segments, split_caller_step
 from eepass.passes.report import PassReport
 from eepass.plan import ExitSegments
 from eepass.planning import exit_tensors, make_plan
@@ -188,13 +187,13 @@ class ShapedStep:
         every = {**weights.tensors, **made}
 
         def segments(rows: int) -> ExitSegments:
-            return insert_predictors(step.split, plan, every, PassReport(), rows)
+            return exit_segments(step.split, plan, every, rows)
 
         exits = Exits(weights, plan, segments, made)  # type: ignore[arg-type]
         full = None
         if wanted.logits == "full":
             whole = replace(plan, exits=(), verify="full")
-            verify = insert_predictors(step.split, whole, every, PassReport(), step.batch).verify
+            verify = exit_segments(step.split, whole, every, step.batch).verify
             hidden = torch.zeros(1, step.batch, weights.hidden_size, dtype=weights.dtype)
             full = weights.bind(verify, made, [hidden])
         found = CallerExits(exits, step, full)

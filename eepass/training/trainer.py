@@ -75,7 +75,7 @@ class Trainer:
             raise InputError("training for an LM head with a bias is not supported yet")
         self.engine = Engine(Decoder(splits, CpuCompiler()))
         tensors = self.engine.decoder.tensors
-        self.lm_head = head.values(tensors, self._split.boundary.dtype)
+        self.lm_head = head.values(tensors, self._split.hidden_example.dtype)
         self.embedding = self.model.get_input_embeddings().weight.detach()
         self.draft_tokens = dict(DRAFT_TOKENS)
         self.layout = ExitLayout(self.engine.decoder.num_layers)
@@ -144,7 +144,7 @@ class Trainer:
         """The presets of ``artifact`` with thresholds for this model's answers ``examples``, and by
         preset how often each exit is right there."""
         # the draft head is run as the engine runs it
-        dtype = self._split.boundary.dtype
+        dtype = self._split.hidden_example.dtype
         tensors = {
             name: tensor.to(dtype)
             if name.startswith("eagle.") and tensor.is_floating_point()
@@ -293,7 +293,7 @@ class Trainer:
             costs = replace(costs, draft_layer=draft_layer)
         else:
             eagle = sum(tensor.numel() for tensor in eagle_weights(tensors).values())
-            eagle *= self._split.boundary.element_size()
+            eagle *= self._split.hidden_example.element_size()
             hot = costs.head * len(tensors["eagle.hot.ids"]) / len(self.lm_head)
             drafting = hot + self._calls(CALL + TOPK) + eagle / self._layer_bytes()
             costs = replace(costs, draft=drafting, verify=costs.head)
@@ -312,7 +312,7 @@ class Trainer:
     def _calls(self, layers: float) -> float:
         """What takes the time of so many plain layers, in layers as they are: quantised ones take
         less time, and calls of small segments do not."""
-        tensors, size = self.engine.decoder.tensors, self._split.boundary.element_size()
+        tensors, size = self.engine.decoder.tensors, self._split.hidden_example.element_size()
         inputs = self._split.layers[-1].inputs
         weights = [tensors[role.name] for role in inputs if role.kind == "parameter"]
         plain = sum(w.numel() * size * (2 if w.dtype == torch.uint8 else 1) for w in weights)

@@ -6,25 +6,27 @@
              o = attention(q -> [1, Q, R, D], keys, values, mask -> [1, 1, R, C]) -> [R, Q, 1, D]
 
 What is elementwise, a linear layer or a norm takes a batch as it is; sizes of one in front become
-R. ``check_stacked`` runs both and refuses what this does not fit.
+R. ``check_stacked`` runs both and refuses what this does not fit: the step keeps one row then.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from eepass.errors import PassError
+from eepass.passes.graph_walk import propagate_shapes, replace_node
+from eepass.passes.report import PassReport
 from eepass.passes.split.split_segments import structure_of
-from eepass.passes.trace.capture import drop_dead_code
-from eepass.segments import Input, Segment
+from eepass.passes.trace.drop_dead_code import drop_dead_code
+from eepass.segments import HIDDEN, CallerStep, Input, Segment
 
 aten = torch.ops.aten
 RESHAPES = {
@@ -36,24 +38,48 @@ RESHAPES = {
 STACKED = ("hidden", "side", "slots")
 
 
-def stack_rows(layer: Segment, rows: int) -> Segment:
-    """``layer`` for ``rows`` rows: hidden and sides [R, …], slots [R], all else as before.
+def stack_rows(
+    step: CallerStep, report: PassReport, *, tensors: Sequence[Tensor], row_counts: Sequence[int]
+) -> CallerStep:
+    """``step`` with layers for ``row_counts`` rows of one sequence, checked on the ``tensors`` of a
+    call; or as it is, with the reason in the report."""
+    try:
+        if step.batch > 1:
+            raise PassError("several sequences go together already")
+        with torch.no_grad():
+            made = step.split.prelude(step.value_of(tensors))
+        outside = step.value_of(tensors)
+        stacked = {}
+        for rows in row_counts:
+            found: dict[str, Segment] = {}
+            for layer in step.split.layers:
+                if layer.structure not in found:
+                    found[layer.structure] = _stack_layer(layer, rows)
+                    report.rewritten += 1
+                    values = {r: made[r] if r in made else outside(r) for r in layer.inputs}
+                    check_stacked(layer, found[layer.structure], rows, values)
+            stacked[rows] = tuple(
+                replace(found[layer.structure], inputs=layer.inputs) for layer in step.split.layers
+            )
+    except PassError as error:
+        report.skip("several rows", str(error))
+        return step
+    return replace(step, stacked=stacked)
 
-    Raises ``PassError`` where it does not take a batch.
-    """
-    gm = copy.deepcopy(layer.graph)
-    role = dict(zip(gm.graph.find_nodes(op="placeholder"), layer.inputs, strict=True))
+
+def _stack_layer(layer: Segment, rows: int) -> Segment:
+    """``layer`` for ``rows`` rows: hidden and sides [R, …], slots [R], all else as before."""
+    segment = replace(layer, graph=copy.deepcopy(layer.graph))
+    gm, role = segment.graph, segment.roles
     stacked = {node for node, r in role.items() if r.kind in STACKED}
     for node in list(gm.graph.nodes):
         if node.op != "call_function" or not any(arg in stacked for arg in node.all_input_nodes):
             continue
-        if any(arg in role and role[arg].kind == "slots" for arg in node.all_input_nodes):
-            slots = next(a for a in node.all_input_nodes if a in role and role[a].kind == "slots")
-            if node.target is aten.add.Tensor:
-                # arange(1) + length is what the input stands for from here on
-                node.replace_all_uses_with(slots)
-                gm.graph.erase_node(node)
-                continue
+        slots = [arg for arg in node.all_input_nodes if arg in role and role[arg].kind == "slots"]
+        if slots and node.target is aten.add.Tensor:
+            # arange(1) + length, which is what the input stands for from here on
+            replace_node(node, slots[0])
+            continue
         if node.target in RESHAPES:
             _grow(node, rows)
         elif node.target is aten.index_copy_.default:
@@ -63,25 +89,21 @@ def stack_rows(layer: Segment, rows: int) -> Segment:
         elif node.target is aten.scaled_dot_product_attention.default:
             _attend_rows(gm, node, stacked)
         stacked.add(node)
-    drop_dead_code(gm)
-    examples = []
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
-        for node, r in role.items():
-            value = node.meta["val"]
-            shape = tuple(value.shape)
-            if r.kind in STACKED:
-                if shape and shape[0] != 1:
-                    raise PassError(f"its {r.name} of shape {shape} is not of one row")
-                shape = (rows, *shape[1:])
-            examples.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+    drop_dead_code(segment, PassReport())
+    shapes = []
+    for r, value in segment.examples.items():
+        shape = tuple(value.shape)
+        if r.kind in STACKED:
+            if shape and shape[0] != 1:
+                raise PassError(f"its {r.name} of shape {shape} is not of one row")
+            shape = (rows, *shape[1:])
+        shapes.append(shape)
     gm.recompile()
     try:
-        with torch.no_grad():
-            FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*examples)
+        propagate_shapes(gm, shapes)
     except RuntimeError as error:
         raise PassError(f"its layers take no batch of rows: {error}") from error
-    return Segment(gm, layer.inputs, structure_of(gm, layer.inputs))
+    return replace(segment, structure=structure_of(gm, segment.inputs))
 
 
 def check_stacked(
@@ -91,43 +113,38 @@ def check_stacked(
 
     ``values``: the inputs of ``layer`` in some step, which are not written to.
     """
-    one = {r: v.clone() if r.kind in ("keys", "values") else v for r, v in values.items()}
-    all_ = {r: v.clone() if r.kind in ("keys", "values") else v for r, v in values.items()}
-    hidden = next(v for r, v in values.items() if r.kind == "hidden")
-    if any(v.shape[2] < rows for r, v in one.items() if r.kind == "keys"):
+    caches = [role for role in values if role.kind in ("keys", "values")]
+    if any(values[role].shape[2] < rows for role in caches if role.kind == "keys"):
         raise PassError("its cache is too short for several rows")
+    one, together = ({**values, **{r: values[r].clone() for r in caches}} for _ in range(2))
+    hidden = values[HIDDEN]
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randn(rows, *hidden.shape[1:], generator=generator).to(hidden) * hidden.std()
+
+    def row_of(row: int, role: Input) -> Tensor:
+        if role.kind == "hidden":
+            return drawn[row : row + 1]
+        if role.kind == "slots":
+            return torch.full_like(values[role], row)
+        return _of_row(one[role], row) if role.kind == "side" else one[role]
+
+    def all_of(role: Input) -> Tensor:
+        if role.kind not in STACKED:
+            return together[role]
+        return torch.cat(
+            [row_of(row, role).reshape(1, *values[role].shape[1:]) for row in range(rows)]
+        )
+
     with torch.no_grad():
-        found: list[Tensor] = []
         # twice: the second time every row finds the others' keys, as they do in one pass
         for _ in range(2):
-            found = []
-            for row in range(rows):
-                fed = dict(one)
-                for r, value in values.items():
-                    if r.kind == "hidden":
-                        fed[r] = drawn[row : row + 1]
-                    elif r.kind == "slots":
-                        fed[r] = torch.full_like(value, row)
-                    elif r.kind == "side":
-                        fed[r] = _of_row(value, row)
-                found.append(layer.graph(*(fed[r] for r in layer.inputs)))
-        for r, value in values.items():
-            if r.kind == "hidden":
-                all_[r] = drawn
-            elif r.kind == "slots":
-                all_[r] = torch.arange(rows, dtype=value.dtype, device=value.device)
-            elif r.kind == "side":
-                all_[r] = torch.cat([_of_row(value, row) for row in range(rows)])
+            found = [layer.run(partial(row_of, row))[0] for row in range(rows)]
         try:
-            together = stacked.graph(*(all_[r] for r in stacked.inputs))
+            (result,) = stacked.run(all_of)
         except (RuntimeError, IndexError) as error:
             raise PassError(f"its layers take no batch of rows: {error}") from error
     bound = 64 * torch.finfo(hidden.dtype).eps
-    pairs = [(together, torch.cat(found))]
-    pairs += [(all_[r], one[r]) for r in one if r.kind in ("keys", "values")]
-    for ours, theirs in pairs:
+    for ours, theirs in [(result, torch.cat(found)), *((together[r], one[r]) for r in caches)]:
         scale = float(theirs.abs().max()) or 1.0
         if not float((ours - theirs).abs().max()) <= bound * scale:
             raise PassError("several rows through one of its layers differ from one by one")
@@ -153,8 +170,8 @@ def _write_rows(gm: GraphModule, node: Node, stacked: set[Node]) -> None:
     if source not in stacked or index not in stacked or target in stacked:
         raise PassError("it writes its cache in another way than row by row")
     with gm.graph.inserting_before(node):
-        turned = gm.graph.call_function(aten.transpose.int, (source, 0, dim))
-    node.args = (target, dim, index, turned)
+        transposed = gm.graph.call_function(aten.transpose.int, (source, 0, dim))
+    node.args = (target, dim, index, transposed)
 
 
 def _attend_rows(gm: GraphModule, node: Node, stacked: set[Node]) -> None:
@@ -168,7 +185,7 @@ def _attend_rows(gm: GraphModule, node: Node, stacked: set[Node]) -> None:
             rest[0] = gm.graph.call_function(aten.transpose.int, (rest[0], 0, 2))
     node.args = (q, k, v, *rest)
     with gm.graph.inserting_after(node):
-        turned = gm.graph.call_function(aten.transpose.int, (node, 0, 2))
-    turned.meta = dict(node.meta)
-    node.replace_all_uses_with(turned, delete_user_cb=lambda user: user is not turned)
-    stacked.add(turned)
+        result = gm.graph.call_function(aten.transpose.int, (node, 0, 2))
+    result.meta = dict(node.meta)
+    node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
+    stacked.add(result)

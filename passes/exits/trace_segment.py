@@ -41,7 +41,7 @@ class SegmentTracer:
     ) -> None:
         self.tensors = tensors
         self.examples = {
-            HIDDEN: torch.zeros(1, rows, split.hidden_size, dtype=split.boundary.dtype),
+            HIDDEN: torch.zeros(1, rows, split.hidden_size, dtype=split.hidden_example.dtype),
             DRAFT: torch.zeros(rows, draft_tokens, dtype=torch.long),
             PREVIOUS: torch.zeros(rows, draft_tokens),
         }

@@ -55,7 +55,7 @@ class FunctionalStep:
     ) -> dict[Input, Value]:
         """What segments read for rows from position ``first`` on."""
         split = self.split
-        dtype = split.boundary.dtype
+        dtype = split.hidden_example.dtype
 
         def place(first: Tensor) -> Sequence[Tensor]:
             positions = first + torch.arange(split.rows)

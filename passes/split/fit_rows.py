@@ -14,18 +14,19 @@ import copy
 from dataclasses import replace
 from typing import Any
 
-import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Node
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from eepass.errors import PassError
+from eepass.passes.graph_walk import propagate_shapes
+from eepass.passes.report import PassReport
 from eepass.passes.split.split_segments import structure_of
 from eepass.segments import Head, Segment, SplitDecoder
 
 
-def fit_rows(few: SplitDecoder, many: SplitDecoder, rows: int) -> SplitDecoder:
-    """``few`` and ``many`` traced with different row counts, fitted to ``rows``.
+def fit_rows(
+    few: SplitDecoder, report: PassReport, *, many: SplitDecoder, rows: int
+) -> SplitDecoder:
+    """``few`` and ``many``, traced with different row counts, fitted to ``rows``.
 
     Raises ``PassError`` where the two traces differ in more than integers.
     """
@@ -35,6 +36,7 @@ def fit_rows(few: SplitDecoder, many: SplitDecoder, rows: int) -> SplitDecoder:
     def fit(a: Segment, b: Segment) -> Segment:
         if a.structure not in fitted:
             fitted[a.structure] = _fit_segment(a, b, sizes)
+            report.rewritten += 1
         # isomorphic segments share the graph, each with the roles of its own inputs
         return replace(fitted[a.structure], inputs=a.inputs)
 
@@ -44,11 +46,11 @@ def fit_rows(few: SplitDecoder, many: SplitDecoder, rows: int) -> SplitDecoder:
     return replace(
         few,
         rows=rows,
-        embed=_fit_segment(few.embed, many.embed, sizes),
-        positional=_fit_segment(few.positional, many.positional, sizes),
+        embed=fit(few.embed, many.embed),
+        positional=fit(few.positional, many.positional),
         layers=fit_all(few.layers, many.layers),
         kv_fills=fit_all(few.kv_fills, many.kv_fills),
-        head=Head(_fit_segment(few.head.whole, many.head.whole, sizes), reason=few.head.reason),
+        head=Head(fit(few.head.whole, many.head.whole), reason=few.head.reason),
     )
 
 
@@ -59,21 +61,15 @@ def _fit_segment(few: Segment, many: Segment, sizes: tuple[int, int, int]) -> Se
         n.target for n in others if n.op == "call_function"
     ]:
         raise PassError(f"traces with {sizes[0]} and {sizes[1]} rows differ in their operators")
+    shapes = []
     for node, other in zip(nodes, others, strict=True):
         node.args = _fit(node.args, other.args, sizes)
         node.kwargs = _fit(node.kwargs, other.kwargs, sizes)
-    placeholders = graph.graph.find_nodes(op="placeholder")
-    paired = many.graph.graph.find_nodes(op="placeholder")
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    examples = []
-    with mode:
-        for node, other in zip(placeholders, paired, strict=True):
-            value = node.meta["val"]
-            shape = _fit(tuple(value.shape), tuple(other.meta["val"].shape), sizes)
-            examples.append(torch.empty(shape, dtype=value.dtype, device=value.device))
+        if node.op == "placeholder":
+            shape, others_shape = (tuple(n.meta["val"].shape) for n in (node, other))
+            shapes.append(_fit(shape, others_shape, sizes))
+    propagate_shapes(graph, shapes)
     graph.recompile()
-    with torch.no_grad():
-        FakeTensorProp(graph, mode).propagate_dont_convert_inputs(*examples)
     return Segment(graph, few.inputs, structure_of(graph, few.inputs))
 
 

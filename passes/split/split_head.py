@@ -9,7 +9,7 @@ nothing after it but elementwise work. Otherwise the head stays whole, with the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from eepass.segments import Head, Input, Segment
 aten = torch.ops.aten
 QUANTIZED = torch.ops.eepass.quantized_linear.default
 
-BuildSegment = Callable[[Sequence[Node], Sequence[Node], dict[Node, Input]], Segment]
+BuildSegment = Callable[[Sequence[Node], Sequence[Node], Mapping[Node, Input]], Segment]
 
 # on logits these act on each row of the LM head by itself
 ELEMENTWISE = {
@@ -38,7 +38,7 @@ ELEMENTWISE = {
 
 
 def split_head(
-    nodes: Sequence[Node], logits: Node, role: dict[Node, Input], build_segment: BuildSegment
+    nodes: Sequence[Node], logits: Node, role: Mapping[Node, Input], build_segment: BuildSegment
 ) -> Head:
     head = Head(build_segment(nodes, [logits], role))
     linears = [node for node in nodes if node.target in (aten.linear.default, QUANTIZED)]

@@ -1,14 +1,8 @@
 """Trace one decode step into an ATen graph whose placeholders have known roles.
 
-    before   step(ids [1, R], positions [1, R], masks) -> logits [1, R, V], over a static KV cache
-    after    a GraphModule of ATen operators; every placeholder is an ``Input``: a token tensor, a
-             parameter by name, or the keys, values or slots of one layer's cache
-
-The KV lengths the model adds to in place become pure inputs: each layer takes ``slots`` [R], where
-its rows are written, and the engine owns the lengths. Rows need not be neighbours in the cache.
-
-    before   at = arange(R) + length; keys.index_copy_(2, at, k); length.add_(R)
-    after    keys.index_copy_(2, slots, k)
+before   step(ids [1, R], positions [1, R], masks) -> logits [1, R, V], over a static KV cache
+after    a GraphModule of ATen operators; every placeholder is an ``Input``: a token tensor, a
+         parameter by name, or the keys, values, length (``slots``) or states of a layer's cache
 """
 
 from __future__ import annotations
@@ -19,14 +13,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.errors import PassError
-from eepass.passes.trace.slot_masks import rows_of_buffers_by_slot
 from eepass.segments import DecoderGraph, Input, InputKind
-
-aten = torch.ops.aten
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,28 +55,22 @@ def capture(
             roles[id(state)] = Input("state", f"state.{layer}.{index}", layer)
 
     graph, examples = _dynamo_graph(step, ids, positions, masks)
-    extra: dict[str, Tensor] = {}
-    inputs = []
+    constants: dict[str, Tensor] = {}
     for example in examples:
         if not isinstance(example, Tensor):
             raise PassError(f"the traced step takes {example!r}, which is not a tensor")
         if id(example) not in roles:
             # a constant tensor the model keeps outside its parameters and buffers
-            roles[id(example)] = Input("parameter", f"constant.{len(extra)}")
-            extra[f"constant.{len(extra)}"] = example
-        inputs.append(roles[id(example)])
-    traced = trace_to_aten(graph, examples)
-    inputs += _constants_to_inputs(traced, extra)
-    _lengths_to_slots(traced, inputs, ids.shape[1])
-    rows_of_buffers_by_slot(traced, inputs, ids.shape[1])
-    drop_dead_code(traced)
+            role = Input("parameter", f"constant.{len(constants)}")
+            roles[id(example)] = role
+            constants[role.name] = example
     slots = next((kv.keys.shape[2] for kv in cache if kv.keys is not None), 0)
     return DecoderGraph(
-        graph=traced,
-        inputs=tuple(inputs),
+        graph=trace_to_aten(graph, examples),
+        inputs=tuple(roles[id(example)] for example in examples),
         rows=ids.shape[1],
         cache_length=slots,
-        tensors={**tensors, **extra},
+        tensors={**tensors, **constants},
         windows=windows,
         positions=positions_known,
     )
@@ -127,55 +112,14 @@ def _dynamo_graph(
     return graph, examples
 
 
-def _constants_to_inputs(traced: GraphModule, extra: dict[str, Tensor]) -> list[Input]:
-    """Make the tensors the model builds from Python numbers inputs, so that segments own none."""
-    added = []
-    for node in traced.graph.find_nodes(op="get_attr"):
-        name = f"constant.{len(extra)}"
-        extra[name] = getattr(traced, str(node.target))
-        with traced.graph.inserting_before(_placeholders(traced)[-1].next):
-            placeholder = traced.graph.placeholder(name.replace(".", "_"))
-        placeholder.meta = {**node.meta, "val": extra[name]}
-        node.replace_all_uses_with(placeholder)
-        traced.graph.erase_node(node)
-        added.append(Input("parameter", name))
-    return added
-
-
 def trace_to_aten(graph: Callable[..., Any], examples: Sequence[Tensor]) -> GraphModule:
     """``graph`` as ATen operators, without switches of grad mode, its one result unwrapped."""
     with torch.no_grad():
         traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
     _strip_mode_switches(traced)
     _unwrap_output(traced)
-    return traced
-
-
-def drop_dead_code(traced: GraphModule) -> None:
-    """Drop what nothing reads, mutations excepted."""
-    traced.graph.eliminate_dead_code(is_impure_node=_has_effect)
     traced.recompile()
-
-
-def _lengths_to_slots(traced: GraphModule, inputs: Sequence[Input], rows: int) -> None:
-    """Turn each cache length into the slots of the rows, and drop ``length.add_(rows)``."""
-    for placeholder, role in zip(_placeholders(traced), inputs, strict=True):
-        if role.kind != "slots":
-            continue
-        slots = None
-        for user in list(placeholder.users):
-            if user.target is aten.add_.Tensor and not user.users:
-                traced.graph.erase_node(user)
-            elif user.target is aten.add.Tensor and tuple(user.meta["val"].shape) == (rows,):
-                # arange(rows) + length: what the input stands for from here on
-                slots = user.meta["val"]
-                user.replace_all_uses_with(placeholder)
-                traced.graph.erase_node(user)
-            else:
-                raise PassError(f"layer {role.layer} uses its KV length in {user.target}")
-        if slots is None:
-            raise PassError(f"layer {role.layer} does not write its rows where its KV length says")
-        placeholder.meta["val"] = slots
+    return traced
 
 
 def _strip_mode_switches(traced: GraphModule) -> None:
@@ -200,12 +144,3 @@ def _unwrap_output(traced: GraphModule) -> None:
                 "kept in the modules, outside of the cache, cannot be followed"
             )
         output.args = (values[0],)
-
-
-def _has_effect(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return node.op in ("placeholder", "output") or bool(schema and schema.is_mutable)
-
-
-def _placeholders(graph: GraphModule) -> list[Node]:
-    return graph.graph.find_nodes(op="placeholder")

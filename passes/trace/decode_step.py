@@ -26,9 +26,9 @@ MASK_MAKER = "create_causal_mask"
 class DecodeStep:
     """``step(ids [1, R], positions [1, R], masks) -> logits [1, R, V]``.
 
-    ``windows`` says how far back each named mask lets a row look (None: to the start); those named
-    in ``unmasked`` are None. ``bias``: a model that builds a bias from a mask [1, C] of slots; it
-    gets one, and its causal mask in place of what it would make of that.
+    ``windows`` says how far back each named mask lets a row look (None: to the start); masks named
+    in ``unmasked`` are None. Where a model builds a bias from a mask [1, C] of slots, ``bias`` is
+    that mask, and ``mask`` replaces the causal mask the model would make of it.
     """
 
     model: Any
@@ -56,7 +56,7 @@ class DecodeStep:
 
     @contextmanager
     def masks_given(self) -> Iterator[None]:
-        """Within, the model's causal mask is the step's own."""
+        """Within, the model takes its causal mask from the step."""
         if self.bias is None:
             yield
             return
@@ -76,8 +76,8 @@ def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
 
 @contextmanager
 def _fixed_frequencies(model: Any) -> Iterator[None]:
-    """Within, LongRoPE's frequencies are those of short texts, which is as far as it knows
-    positions: choosing them anew in each step would write to a buffer of the model."""
+    """Within, LongRoPE's frequencies are those of short texts, and so are the texts: choosing them
+    anew in each step would write to a buffer of the model."""
     changing = [m for m in model.modules() if getattr(m, "rope_type", None) == "longrope"]
     for module in changing:
         module.rope_type = "default"
@@ -115,8 +115,8 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
 
 
 def _first_token(step: DecodeStep, cache_length: int) -> str:
-    """Run an eager token, which gives each layer's cache its true shape; why that fails, if it
-    does."""
+    """Run one token eagerly, which gives each layer's cache its true shape; the reason if that
+    fails."""
     try:
         with torch.no_grad(), step.masks_given():
             step(*_example_inputs(step, 1, cache_length))
@@ -148,8 +148,8 @@ def _mask_module(model: Any) -> Any:
 
 
 def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[str, ...]]:
-    """The masks this model wants, by name, each with its window (one unnamed mask mostly); and the
-    names of those it wants to be None: recurrent layers have nothing to mask."""
+    """The masks the model takes, by name, each with its window (mostly one, unnamed); and the names
+    of those that must be None, as recurrent layers have nothing to mask."""
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
     sizes = {
@@ -173,15 +173,15 @@ def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[
 
 
 def known_positions(model: Any) -> int | None:
-    """How many positions ``model`` knows, so how long a text may be; None where nothing bounds it.
+    """How many positions ``model`` has, so how long a text may be; None where nothing bounds it.
 
-    LongRoPE turns all of a text by other frequencies once it is longer than what the model was
-    first trained on: keys written before would have to be made anew, so that is the bound there.
+    With LongRoPE that is the length the model was first trained on: for longer texts it uses other
+    frequencies, from the first token on, so all keys in the cache would have to be computed again.
     """
     config = model.config.get_text_config(decoder=True)
     found = [getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     rope = getattr(config, "rope_parameters", None) or {}
-    # by kind of layer, or one for all
+    # one for each kind of layer, or one for all
     for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         if each.get("rope_type") == "longrope":
             found.append(each.get("original_max_position_embeddings"))
@@ -211,7 +211,7 @@ def refuse_non_decoder(model: Any) -> None:
     config = model.config
     if getattr(config, "is_encoder_decoder", False):
         raise PassError(
-            f"{type(model).__name__} is an encoder-decoder model; eepass wants a decoder"
+            f"{type(model).__name__} is an encoder-decoder model; eepass takes decoders"
         )
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
         raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")

@@ -1,8 +1,8 @@
 """The cache a decode step is traced over: full-length slots and recurrent states, all in place.
 
 A sliding window lives in the mask alone, so that rows can be padded and rolled back without losing
-keys. Where the rows stand is said by positions, masks and slots; the cache's own length says
-nothing, so a model that reads it cannot tell tokens apart and is refused when its trace is checked.
+keys. Positions, masks and slots alone say where the rows stand. The cache reports length 0 always,
+so a model that reads it cannot tell tokens apart and is refused when its trace is checked.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from eepass.passes.trace.capture import KvSlots
 
 
 class FullLengthLayer(StaticLayer):
-    """Slots for the whole cache; its length, a tensor, would send tracing through Python."""
+    """Slots for the whole cache; reading its length, a tensor, would break the trace."""
 
     def get_seq_length(self) -> int:
         return 0

@@ -21,7 +21,7 @@ class CallerWeights:
     def __init__(self, step: CallerStep, tensors: Sequence[Tensor], compile: Compile) -> None:
         self.splits = {1: step.split}
         self.hidden_size = step.split.hidden_size
-        self.dtype = step.split.boundary.dtype
+        self.dtype = step.split.hidden_example.dtype
         self.tensors = {
             role.name: tensors[place].detach()
             for role, place in step.places.items()

@@ -33,7 +33,7 @@ class Decoder:
         self.num_layers = len(first.layers)
         self.hidden_size = first.hidden_size
         # of hidden states
-        self.dtype = first.boundary.dtype
+        self.dtype = first.hidden_example.dtype
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device

@@ -191,7 +191,7 @@ class SideInputs:
 
         def value_of(role: Input) -> Tensor:
             if role.kind == "mask":
-                window, dtype = split.windows[role.name], split.boundary.dtype
+                window, dtype = split.windows[role.name], split.hidden_example.dtype
                 return causal_mask(split.rows, self.slots, window, dtype, self.device, start)
             if role.kind == "positions":
                 # no row reads what is past the last slot, or past the model's last position

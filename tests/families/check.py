@@ -1,7 +1,7 @@
 """Which decoder families can be transformed, each shown on a small random model.
 
 For each: the layers found are those of its configuration; dense logits, keys, values and states
-equal the eager model's (fp32); an exit forced at each boundary equals the eager model with its list
+equal the eager model's (fp32); an exit forced after each layer equals the eager model with its list
 of layers cut there; greedy decoding equals the eager model's.
 """
 

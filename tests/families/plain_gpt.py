@@ -1,7 +1,6 @@
 """A decoder in plain ``torch.nn``: own keys and values, modules named without meaning.
 
-``eepass families`` shows with it, and with what ``torch.export`` makes of it, that layers are found
-by structure.
+It shows, as does what ``torch.export`` makes of it, that layers are found by structure.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eepass.masks import causal_mask
+from eepass.passes.pipeline import SPLIT, TRACED
 from eepass.passes.report import PassReport
-from eepass.passes.split.check import check_split
-from eepass.passes.split.find_layers import find_layers
-from eepass.passes.split.split_segments import split_segments
+from eepass.passes.runner import PassRunner
+from eepass.passes.split.check import computes_as
 from eepass.passes.trace.capture import KvSlots, capture
 from eepass.segments import SplitDecoder
 
@@ -98,7 +97,7 @@ def split_plain(model: PlainGpt, rows: int, slots: int, exported: bool) -> Split
     decoder = capture(
         step, ids, positions, masks, dict(step.named_parameters()), cache, {"attention": None}
     )
-    report = PassReport()
-    split = split_segments(decoder, find_layers(decoder, report), report)
-    check_split(decoder, split)
+    runner = PassRunner(PassReport())
+    decoder = runner.run(decoder, TRACED)
+    split: SplitDecoder = runner.run(decoder, SPLIT, computes_as(decoder))
     return split

@@ -1,7 +1,7 @@
-"""What a split decoder must say: what its model says eagerly, cut at any layer.
+"""What a split decoder must compute: what its model computes eagerly, cut at any layer.
 
 The reference is the eager model over the whole text at once, its list of layers cut after the
-boundary in question: no graph, no static cache, no compiled code.
+layer in question: no graph, no static cache, no compiled code.
 """
 
 from __future__ import annotations
@@ -126,10 +126,10 @@ def memory_error(decoder: Decoder, kept: list[Memory], tokens: int) -> float:
 
 
 def exit_error(decoder: Decoder, reference: Reference) -> float:
-    """How far the engine is from the reference when a token leaves at each boundary in turn.
+    """How far the engine is from the reference when a token exits after each layer in turn.
 
-    What an exit says is the cut model's word; the layers that ran have kept what it keeps. Later
-    tokens take those that left along (KV policy ``defer``), and in the end the cache is whole.
+    The logits at an exit are those of the cut model, and the layers that ran have written what it
+    writes. Later tokens catch up those that exited (KV policy ``defer``), until the cache is whole.
     """
     depth = decoder.num_layers
     exits = CutExits(decoder, [*range(1, depth + 1)])
@@ -138,46 +138,52 @@ def exit_error(decoder: Decoder, reference: Reference) -> float:
     sequence = engine.start(TEXT[:PROMPT])
     error = 0.0
     exits.turn = -1
-    for boundary in range(1, depth + 1):
-        tokens = PROMPT + boundary
+    for layer in range(1, depth + 1):
+        tokens = PROMPT + layer
         sequence.replace_last(TEXT[tokens - 1])
         engine.step()
-        if sequence.exit_layers[-1] != boundary or len(exits.left) != boundary:
+        if sequence.exit_layers[-1] != layer or len(exits.exit_logits) != layer:
             return float("inf")
-        logits, kept = reference(TEXT[:tokens], boundary)
-        error = max(error, apart(exits.left[-1], logits[-1]))
+        logits, kept = reference(TEXT[:tokens], layer)
+        error = max(error, apart(exits.exit_logits[-1], logits[-1]))
         error = max(error, memory_error(decoder, kept, tokens))
     sequence.replace_last(TEXT[tokens])
     engine.step()
     engine.catch_up()
     logits, kept = reference(TEXT[: tokens + 1], depth)
     error = max(error, memory_error(decoder, kept, tokens + 1))
-    said = sequence.tokens[-1]
+    generated = sequence.tokens[-1]
     engine.reset()
-    return error if said == int(logits[-1].argmax()) else float("inf")
+    return error if generated == int(logits[-1].argmax()) else float("inf")
 
 
 class CutExits(ForcedExits):
     """In pass t the new token exits after ``orders[t]`` layers with the LM head's argmax there;
-    ``left`` keeps the logits [V]."""
+    ``exit_logits`` keeps the logits [V] there."""
 
     def __init__(self, decoder: Decoder, orders: list[int]) -> None:
         super().__init__(decoder.num_layers, orders, [0] * len(orders))
         self.decoder = decoder
-        self.left: list[Tensor] = []
+        self.exit_logits: list[Tensor] = []
 
     def check(
-        self, layer: int, hidden: Tensor, state: RowState, asked: Any, statistics: Any, choose: Any
+        self,
+        layer: int,
+        hidden: Tensor,
+        state: RowState,
+        rows: Any,
+        statistics: Any,
+        choose: Any,
     ) -> tuple[ExitDecision, RowState]:
         if self.turn < len(self.orders) and self.orders[self.turn] == layer:
-            row = asked[0]
-            self.left.append(self.decoder.logits(hidden[:, row : row + 1])[0, 0])
-            self.answers[self.turn] = int(self.left[-1].argmax())
-        return super().check(layer, hidden, state, asked, statistics, choose)
+            row = rows[0]
+            self.exit_logits.append(self.decoder.logits(hidden[:, row : row + 1])[0, 0])
+            self.answers[self.turn] = int(self.exit_logits[-1].argmax())
+        return super().check(layer, hidden, state, rows, statistics, choose)
 
 
 def greedy_differs(decoder: Decoder, reference: Reference) -> str:
-    """Where greedy decoding with exits off leaves the eager model's answer, or nothing."""
+    """Where greedy decoding with exits off departs from the eager model, or nothing."""
     ids = TEXT[:PROMPT]
     for token in [step.token for step in Engine(decoder).generate(ids, NEW_TOKENS)]:
         wanted = int(reference(ids, decoder.num_layers)[0][-1].argmax())

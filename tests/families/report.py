@@ -25,7 +25,7 @@ def report(
     threads: int,
     write_json: Callable[[Path | None, Any], None],
 ) -> list[str]:
-    """Check families, show the table, write what was asked for; the names of those that failed.
+    """Check families, show the table, write the files; returns the names of those that failed.
 
     Raises ``InputError`` for an unknown family or compiler.
     """
@@ -35,7 +35,7 @@ def report(
         torch.set_num_threads(threads)
     from transformers.utils import logging
 
-    # what random configurations are warned of is nothing to the reader
+    # warnings about random configurations mean nothing to the reader
     logging.set_verbosity_error()
     chosen = cast(Compiler, compiler)
     with progress_bars() as bars:
@@ -83,16 +83,16 @@ def write_markdown(file: Path, outcomes: Mapping[str, Outcome], compiler: Compil
         "",
         "Each family is a small random model of transformers' own class, in fp32. *ok*: the layers "
         "found are those of the configuration; dense logits, keys, values and recurrent states "
-        "equal the eager model's; a token made to leave at each boundary says what the eager model "
-        "says whose list of layers is cut there, and the cache is whole after the next tokens took "
-        "it along (KV policy `defer`); greedy decoding equals the eager model's. *max error*: the "
-        f"largest difference seen, at most {TOLERANCE:.0e} to be ok. `graph` runs the segments as "
-        "they were traced, one row at a time; `make families` compiles them for several row counts "
-        "(`inductor`).",
+        "equal the eager model's; a token forced to exit after each layer has the logits of the "
+        "eager model whose list of layers is cut there, and the cache is whole once later tokens "
+        "have caught it up (KV policy `defer`); greedy decoding equals the eager model's. *max "
+        f"error*: the largest difference seen, at most {TOLERANCE:.0e} to be ok. `graph` runs the "
+        "segments as they were traced, one row at a time; `make families` compiles them for "
+        "several row counts (`inductor`).",
         "",
-        "Layers with recurrent states take no token back: there rows go one by one, nothing is "
-        "drafted, `exact` decodes dense, and one sequence is served at a time. Where a model makes "
-        "biases or masks of slot numbers (bloom, mpt, gpt_neo) nothing is drafted either.",
+        "Recurrent states cannot be rolled back: with them rows go one by one, nothing is drafted, "
+        "`exact` decodes dense, and one sequence is served at a time. Where a model makes biases "
+        "or masks of slot numbers (bloom, mpt, gpt_neo) nothing is drafted either.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---|---|---|---|---|",

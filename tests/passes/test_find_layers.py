@@ -7,7 +7,9 @@ from torch import nn
 
 from eepass.errors import PassError
 from eepass.masks import causal_mask
+from eepass.passes.pipeline import SPLIT, TRACED
 from eepass.passes.report import PassReport
+from eepass.passes.runner import PassRunner
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.split_segments import split_segments
 from eepass.passes.trace.capture import KvSlots, capture
@@ -61,7 +63,7 @@ class PlainGpt(nn.Module):
 def traced(model):
     ids, positions = torch.zeros(1, ROWS, dtype=torch.long), torch.arange(ROWS)[None]
     masks = {"attention": causal_mask(ROWS, SLOTS, None, torch.float32)}
-    return capture(
+    decoder = capture(
         model,
         ids,
         positions,
@@ -70,15 +72,16 @@ def traced(model):
         model.slots,
         {"attention": None},
     )
+    return PassRunner(PassReport()).run(decoder, TRACED)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families(family):
-    decoder = trace_decode_step(tiny_model(family), 1, 32)
+    decoder = PassRunner(PassReport()).run(trace_decode_step(tiny_model(family), 1, 32), TRACED)
     report = PassReport()
-    boundaries = find_layers(decoder, report)
-    assert len(boundaries) == 5 and report.rewritten == 4
-    split = split_segments(decoder, boundaries, report)
+    found = find_layers(decoder, report)
+    assert len(found.hidden_states) == 5 and report.rewritten == 4
+    split = PassRunner(report).run(decoder, SPLIT)
     assert split.distinct_layers == 1
     for number, layer in enumerate(split.layers):
         roles = {role.layer for role in layer.inputs if role.kind in ("keys", "values", "slots")}
@@ -88,23 +91,19 @@ def test_families(family):
 
 
 def test_a_decoder_without_telling_names():
-    decoder = traced(PlainGpt())
-    boundaries = find_layers(decoder, PassReport())
-    split = split_segments(decoder, boundaries, PassReport())
+    split = PassRunner(PassReport()).run(traced(PlainGpt()), SPLIT)
     assert (len(split.layers), split.distinct_layers) == (3, 1)
     assert split.head.weight == "b.weight"
 
 
-def test_a_layer_that_reads_past_its_boundary_is_refused():
-    # a boundary that is not one: a value of the first layer goes round all the others
+def test_a_layer_that_reads_more_than_the_hidden_state_is_refused():
+    # a value of the first layer goes round all the others
     decoder = traced(PlainGpt(leak=True))
     with pytest.raises(PassError, match=r"besides the hidden state|do not follow one another"):
-        split_segments(decoder, find_layers(decoder, PassReport()), PassReport())
+        split_segments(find_layers(decoder, PassReport()), PassReport())
 
 
 def test_a_graph_without_a_cache_is_refused():
-    model = PlainGpt(depth=1)
-    model.c = nn.ModuleList()
     with pytest.raises(PassError, match="no layer writes keys and values"):
         find_layers(traced_without_cache(), PassReport())
 

@@ -1,0 +1,102 @@
+"""Bring a caller's traced step into the form that other passes expect, each pass one habit less.
+
+    inline_constants     before  c = self._tensor_constant0
+                         after   c = full([], 1.0)
+    drop_conversions     before  x = to(placeholder, the dtype it has); x.add_(1)
+                         after   placeholder.add_(1)
+    strip_advance        before  at = arange(1) + length; ...; length.add_(1)
+                         after   at = arange(1) + length; ...
+
+Writes to a view of an input would go unseen: ``refuse_writes_through_views`` finds them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from eepass.errors import PassError
+from eepass.passes.graph_walk import mutated_arguments, replace_node
+from eepass.passes.report import PassReport
+from eepass.segments import DecoderGraph
+
+aten = torch.ops.aten
+
+
+def inline_constants(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
+    """Constant tensors of one element become operators: layers that hold them stay isomorphic."""
+    graph = decoder.graph.graph
+    for node in graph.find_nodes(op="get_attr"):
+        value = getattr(decoder.graph, str(node.target))
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            raise PassError(f"it holds a constant of shape {tuple(getattr(value, 'shape', ()))}")
+        with graph.inserting_before(node):
+            full = graph.call_function(
+                aten.full.default,
+                (list(value.shape), value.item()),
+                {"dtype": value.dtype, "device": value.device},
+            )
+        example = next(iter(decoder.roles)).meta["val"]
+        full.meta = {"val": example.fake_mode.from_tensor(value), **node.meta}
+        replace_node(node, full)
+        report.rewritten += 1
+    return decoder
+
+
+def drop_conversions(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
+    """A conversion to what an input already is gives the input itself, which may be written to."""
+    for node in decoder.roles:
+        for user in list(node.users):
+            name = getattr(getattr(user.target, "_schema", None), "name", "")
+            if name != "aten::to" or user.args[0] is not node or user.kwargs.get("copy"):
+                continue
+            mine, other = node.meta["val"], user.meta["val"]
+            if (mine.dtype, mine.device) == (other.dtype, other.device):
+                replace_node(user, node)
+                report.rewritten += 1
+    return decoder
+
+
+def refuse_writes_through_views(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
+    """What is written must be an input itself."""
+    for node in decoder.graph.graph.nodes:
+        for target in mutated_arguments(node):
+            root = target
+            while root.op == "call_function" and (source := _viewed(root)) is not None:
+                root = source
+            if root is not target and root.op == "placeholder":
+                raise PassError(f"it writes to a view of its input {root.name} ({node.target})")
+    return decoder
+
+
+def _viewed(node: Node) -> Node | None:
+    """What ``node`` may be a view of."""
+    schema = getattr(node.target, "_schema", None)
+    for argument, value in zip(schema.arguments if schema else (), node.args, strict=False):
+        if argument.alias_info is not None and isinstance(value, Node):
+            return value
+    return None
+
+
+def strip_advance(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
+    """Additions to the lengths go: who runs the step adds when all layers have read them."""
+    graph = decoder.graph.graph
+    place_of = {node: place for place, node in enumerate(decoder.roles)}
+    order = {node: number for number, node in enumerate(graph.nodes)}
+    advance = []
+    for node in list(graph.nodes):
+        for target in mutated_arguments(node):
+            if target not in place_of or target.meta["val"].is_floating_point():
+                continue
+            place, rows = place_of[target], node.args[1]
+            if node.target is not aten.add_.Tensor or not isinstance(rows, int) or node.users:
+                raise PassError(f"it changes its input {place} by {node.target}")
+            if any(order[user] > order[node] for user in target.users):
+                raise PassError(f"it reads the length at input {place} after adding to it")
+            advance.append((place, rows))
+            graph.erase_node(node)
+    report.rewritten = len(advance)
+    return replace(decoder, advance=tuple(advance))
