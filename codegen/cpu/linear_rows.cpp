@@ -106,7 +106,9 @@ at::Tensor logits_rows(const at::Tensor& x, const at::Tensor& weight,
     return linears_of<Bf16Lanes, float>(x.contiguous(), weight, biases)[0];
   }
 #endif
-  return at::linear(x, weight, bias).to(at::kFloat);
+  // in float32 from the start: a product in bf16 would be rounded already
+  const at::Tensor logits = at::linear(x.to(at::kFloat), weight.to(at::kFloat));
+  return bias ? logits.add(bias->to(at::kFloat)) : logits;
 }
 
 }  // namespace

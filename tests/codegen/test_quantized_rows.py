@@ -59,10 +59,11 @@ def test_the_bits_of_the_values(form, rows):
     codes, scales, mins = ([part, part] for part in made)
     found = eager.quantized_rows(x, codes, scales, mins, [bias, None], False)
     expected = eager.linear_rows(x, [values, values], [bias, None])
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for a, b in zip(found, expected, strict=True):
+        same_bits(a, b)
     logits = eager.quantized_logits(x, *made, None, False)
     assert logits.dtype == torch.float32
-    assert torch.equal(logits, eager.logits_rows(x, values, None))
+    same_bits(logits, eager.logits_rows(x, values, None))
 
 
 def test_weights_of_several_forms_go_together():
@@ -111,7 +112,7 @@ def test_sizes_no_kernel_takes(dtype):
     scales = torch.rand(5, 3)
     values = dequantize(codes, scales, None, dtype)
     found = eager.quantized_rows(x, [codes], [scales], [None], [None], False)[0]
-    assert torch.equal(found, eager.linear_rows(x, [values], [None])[0])
+    same_bits(found, eager.linear_rows(x, [values], [None])[0])
 
 
 def test_what_is_packed_is_unpacked():
