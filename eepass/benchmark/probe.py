@@ -14,8 +14,8 @@ from eepass.lengths import usual_length
 from eepass.model import EarlyExitModel, transform
 from eepass.ops import exits as exit_ops
 from eepass.runtime.engine.engine import Engine
-from eepass.training.hidden_states import dense_argmax
-from eepass.training.trainer import HOT_TOKENS
+from eepass.training.dense_model import HOT_TOKENS
+from eepass.training.lens import Lens
 from eepass.training.translators import fit_translator
 
 # below this a compiled model gains nothing that a user would notice
@@ -49,10 +49,7 @@ def probe(
     if not fitting:
         raise InputError(f"every prompt is longer than {longest} tokens: raise max_length")
     model = transform(loaded.model, None, max_length=max_length, stop=loaded.stop)
-    head = model.splits[1].head
-    if head.norm is None:
-        raise InputError(f"early exit is not possible here: {head.reason}")
-    lens = _Lens(model)
+    lens = Lens(model.decoder)
     parts: list[list[Tensor]] = []
     for ids in fitting:
         answer = [step.token for step in model.dense.generate(ids, new_tokens, loaded.stop)]
@@ -61,29 +58,14 @@ def probe(
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
     boundaries = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-    dense = lens.answers(boundaries[-1])
-    agrees = torch.stack([lens.answers(hidden) == dense for hidden in boundaries[1:]])  # [L, n]
+    dense = lens.tokens(boundaries[-1])
+    agrees = torch.stack([lens.tokens(hidden) == dense for hidden in boundaries[1:]])  # [L, n]
     report = _report(model, agrees)
     report["prompts"], report["tokens"] = len(parts), int(agrees.shape[1])
     if translate:
         report["translated"] = _translated(model, lens, boundaries, dense)
     report["verdict"] = _verdict(report)
     return report
-
-
-class _Lens:
-    def __init__(self, model: EarlyExitModel) -> None:
-        head = model.splits[1].head
-        self.head, self.tensors = head, model.decoder.tensors
-        self.lm_head = head.values(self.tensors, model.decoder.dtype)
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        return self.head.normed(hidden, self.tensors)
-
-    def answers(self, hidden: Tensor) -> Tensor:
-        return torch.cat(
-            [dense_argmax(self.norm(part[None])[0], self.lm_head) for part in hidden.split(512)]
-        )
 
 
 def _boundaries(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
@@ -121,12 +103,12 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
 
 
 def _translated(
-    model: EarlyExitModel, lens: _Lens, boundaries: list[Tensor], dense: Tensor
+    model: EarlyExitModel, lens: Lens, boundaries: list[Tensor], dense: Tensor
 ) -> dict[str, Any]:
     """Agreement at every other layer of the deeper half; fitted on one half of the tokens."""
     depth = len(boundaries) - 1
     half = len(dense) // 2
-    z = lens.norm(boundaries[-1][None])[0]
+    z = lens.norm(boundaries[-1])
     hot = torch.bincount(dense, minlength=len(lens.lm_head)).argsort(descending=True)[:HOT_TOKENS]
     hot_head = lens.lm_head[hot].contiguous()
     layers = list(range(depth // 2, depth, 2))
@@ -136,9 +118,9 @@ def _translated(
             boundaries[layer][:half], z[:half], lens.norm, hot_head, lambda done: None, passes=12
         )
         moved = exit_ops.translate(boundaries[layer][half:], *fitted.values())
-        agreement[str(layer)] = float((lens.answers(moved) == dense[half:]).float().mean())
+        agreement[str(layer)] = float((lens.tokens(moved) == dense[half:]).float().mean())
     lens_there = {
-        str(layer): float((lens.answers(boundaries[layer][half:]) == dense[half:]).float().mean())
+        str(layer): float((lens.tokens(boundaries[layer][half:]) == dense[half:]).float().mean())
         for layer in layers
     }
     return {"agreement_by_layer": agreement, "lens_on_the_same": lens_there, "fitted_on": half}

@@ -22,7 +22,7 @@ from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.bundle.stored_graphs import GraphWriter, NotStorable
 from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.checkpoints.models import LoadedModel
-from eepass.checkpoints.tokenizer import write_text
+from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
 from eepass.codegen.cpu.native import KernelsMissing
 from eepass.config import ExitConfig
@@ -96,7 +96,7 @@ class _Writer:
     def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
         began = perf_counter()
         model = self.loaded.model
-        write_text(self.loaded, self.folder)
+        write_tokenizer(self.loaded, self.folder)
         self.loaded.model.generation_config.save_pretrained(self.folder)
         # compiled code counts on the strides it saw, and what is stored is contiguous
         for tensor in (*model.parameters(), *model.buffers()):

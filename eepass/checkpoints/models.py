@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from eepass.checkpoints.artifact import SHIPPED
-from eepass.checkpoints.quantized_weights import described
+from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.checkpoints.read_gguf import keep_quantized
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
 from eepass.checkpoints.read_torchao import quantize as make_quantized
@@ -115,13 +115,13 @@ def _quantized(
         raise InputError(f"{loaded.name}: {error}") from error
     if quantize in KINDS:
         if own:
-            raise InputError(f"{loaded.name} is quantised already ({described(model)})")
+            raise InputError(f"{loaded.name} is quantised already ({quantization_of(model)})")
         make_quantized(model, quantize)
-        return replace(loaded, artifact=None, before=loaded.artifact, form=described(model))
+        return replace(loaded, artifact=None, before=loaded.artifact, form=quantization_of(model))
     if quantize == "keep" and file is not None:
         missing = _no_kernels(model)
         form = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
-    return replace(loaded, form="; ".join(filter(None, (described(model), form))))
+    return replace(loaded, form="; ".join(filter(None, (quantization_of(model), form))))
 
 
 def _no_kernels(model: Any) -> str:

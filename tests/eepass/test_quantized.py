@@ -14,11 +14,11 @@ import eepass
 from eepass.checkpoints.artifact import fingerprint
 from eepass.checkpoints.quantized_weights import (
     QuantizedLinear,
-    described,
     four_bit,
+    quantization_of,
     quantized_layers,
 )
-from eepass.checkpoints.read_gguf import READERS, kept_weights
+from eepass.checkpoints.read_gguf import READERS, find_weights
 from eepass.checkpoints.read_torchao import quantize, read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError
@@ -283,7 +283,7 @@ def test_a_file_is_kept_row_by_row(tmp_path):
     before = fingerprint(model)
     ids = torch.tensor([PROMPT])
     expected = model(ids).logits
-    kept, left = kept_weights(model, tmp_path / "tiny.gguf")
+    kept, left = find_weights(model, tmp_path / "tiny.gguf")
     assert left == {"Q5_1": 1}
     assert kept.keys() == {
         "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj",
@@ -294,7 +294,7 @@ def test_a_file_is_kept_row_by_row(tmp_path):
     assert torch.equal(model(ids).logits, expected)
     # an artefact of the one fits the other: they are the same function
     assert fingerprint(model) == before
-    assert described(model) == "2 layers int4, 32 a scale; 1 layers int8, 32 a scale"
+    assert quantization_of(model) == "2 layers int4, 32 a scale; 1 layers int8, 32 a scale"
 
 
 def test_rows_that_do_not_divide_take_a_byte_a_code():
