@@ -55,9 +55,9 @@ def timed(engine: Any, ids: list[int], count: int) -> tuple[list[int], float]:
 def measured(name: str, options: argparse.Namespace, llama: Any) -> dict[str, Any]:
     loaded = eepass.load("smollm2", quantize=FORMATS[name])
     artifact, seconds = loaded.artifact, 0.0
-    if loaded.before is not None:
+    if (trained := loaded.unquantized_artifact) is not None:
         began = perf_counter()
-        artifact = eepass.calibrate(loaded, loaded.before, tokens=options.calibration_tokens)
+        artifact = eepass.calibrate(loaded, trained, tokens=options.calibration_tokens)
         seconds = perf_counter() - began
     exact = ExitConfig()
     left = exact.approximate(options.target)
@@ -88,7 +88,7 @@ def measured(name: str, options: argparse.Namespace, llama: Any) -> dict[str, An
     followed = follow_pairs(model, {"left": engine}, pairs, lambda *_: None)["left"]
     dense = statistics.median(times["dense"])
     found: dict[str, Any] = {
-        "weights": loaded.form or "bf16",
+        "weights": loaded.quantization or "bf16",
         "calibration_seconds": round(seconds, 1),
         "megabytes_a_pass": round(sum(eepass_bytes(model).values()) / 1e6, 1),
         "dense_ms": round(dense, 2),

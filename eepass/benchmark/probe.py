@@ -30,18 +30,18 @@ def probe(
     raw: bool = False,
     max_length: int = 768,
 ) -> dict[str, Any]:
-    """Where each layer already says what the last one will, and what that allows.
+    """From which layer on the dense argmax is known, and the speed-up that allows.
 
     ``agreement_by_layer[i]``: share of tokens whose logit lens after i + 1 layers gives the dense
-    answer. ``first_agreement_mean``, ``stable_mean``: layers until it first does, and until it
-    stays so. ``lm_head_layers``, ``draft_layers``: what the LM head and a draft over the hot
-    vocabulary weigh, in layers. ``bound``, ``bound_hot``: the speed-up of an oracle that leaves at
-    the first agreement, verifying on the whole or on the hot vocabulary. With ``translate`` the
-    same after a quick fit of translators on half of the answers.
+    argmax. ``first_agreement_mean``, ``stable_mean``: layers until it first does, and until it does
+    at every later layer as well. ``lm_head_layers``, ``draft_layers``: what the LM head and a draft
+    over the hot vocabulary cost, in layers. ``bound``, ``bound_hot``: the speed-up of an oracle
+    that exits at the first agreement, verifying on the whole or on the hot vocabulary. With
+    ``translate`` the same after a quick fit of translators on half of the answers.
     """
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     if loaded.transformed:
-        max_length = min(max_length, loaded.model.decoder.longest)
+        max_length = min(max_length, loaded.model.decoder.max_sequence_length)
     else:
         max_length = usual_length(loaded.model, max_length)
     longest = max_length - new_tokens
@@ -54,22 +54,22 @@ def probe(
     for ids in fitting:
         answer = [step.token for step in model.dense.generate(ids, new_tokens, loaded.stop)]
         if len(answer) > 1:
-            parts.append(_boundaries(model.dense, ids, answer))
+            parts.append(_hidden_states(model.dense, ids, answer))
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
-    boundaries = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-    dense = lens.tokens(boundaries[-1])
-    agrees = torch.stack([lens.tokens(hidden) == dense for hidden in boundaries[1:]])  # [L, n]
+    states = [torch.cat(layer) for layer in zip(*parts, strict=True)]
+    dense = lens.tokens(states[-1])
+    agrees = torch.stack([lens.tokens(hidden) == dense for hidden in states[1:]])  # [L, n]
     report = _report(model, agrees)
     report["prompts"], report["tokens"] = len(parts), int(agrees.shape[1])
     if translate:
-        report["translated"] = _translated(model, lens, boundaries, dense)
+        report["translated"] = _translated(lens, states, dense)
     report["verdict"] = _verdict(report)
     return report
 
 
-def _boundaries(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
-    """Boundaries 0..L at the positions that predict the answer, [n, H] each."""
+def _hidden_states(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
+    """Hidden states after 0..L layers at the positions that predict the answer, [n, H] each."""
     kept: list[list[Tensor]] = [[] for _ in range(engine.decoder.num_layers + 1)]
     engine.prefill(
         [*ids, *answer[:-1]], lambda layer, hidden: kept[layer].append(hidden[0].clone())
@@ -80,12 +80,12 @@ def _boundaries(engine: Engine, ids: list[int], answer: list[int]) -> list[Tenso
 def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     depth = agrees.shape[0]
     first = agrees.float().argmax(0) + 1.0
-    wrong_below = (~agrees).flip(0).float()
-    # layers after the last one that disagrees
-    stable = torch.where(wrong_below.any(0), depth - wrong_below.argmax(0) + 1.0, 1.0)
+    # from the last layer down; stable are the layers after the last one that disagrees
+    disagrees = (~agrees).flip(0).float()
+    stable = torch.where(disagrees.any(0), depth - disagrees.argmax(0) + 1.0, 1.0)
     layer = model.splits[1].layers[depth - 1]
     tensors = model.decoder.tensors
-    layer_size = sum(tensors[r.name].nbytes for r in layer.inputs if r.kind == "parameter")
+    layer_size = sum(tensors[name].nbytes for name in layer.parameters)
     parts = [tensors[name] for name in model.splits[1].head.parts.values()]
     head = sum(part.nbytes for part in parts) / layer_size
     hot = head * min(HOT_TOKENS, len(parts[0])) / len(parts[0])
@@ -102,39 +102,37 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     }
 
 
-def _translated(
-    model: EarlyExitModel, lens: Lens, boundaries: list[Tensor], dense: Tensor
-) -> dict[str, Any]:
+def _translated(lens: Lens, states: list[Tensor], dense: Tensor) -> dict[str, Any]:
     """Agreement at every other layer of the deeper half; fitted on one half of the tokens."""
-    depth = len(boundaries) - 1
+    depth = len(states) - 1
     half = len(dense) // 2
-    z = lens.norm(boundaries[-1])
+    normed = lens.norm(states[-1])
     hot = torch.bincount(dense, minlength=len(lens.lm_head)).argsort(descending=True)[:HOT_TOKENS]
     hot_head = lens.lm_head[hot].contiguous()
-    layers = list(range(depth // 2, depth, 2))
-    agreement = {}
-    for layer in layers:
+    agreement, untranslated = {}, {}
+
+    def agreeing(hidden: Tensor) -> float:
+        return float((lens.tokens(hidden) == dense[half:]).float().mean())
+
+    for layer in range(depth // 2, depth, 2):
+        fit, held_out = states[layer][:half], states[layer][half:]
         fitted = fit_translator(
-            boundaries[layer][:half], z[:half], lens.norm, hot_head, lambda done: None, passes=12
+            fit, normed[:half], lens.norm, hot_head, lambda done: None, passes=12
         )
-        moved = exit_ops.translate(boundaries[layer][half:], *fitted.values())
-        agreement[str(layer)] = float((lens.tokens(moved) == dense[half:]).float().mean())
-    lens_there = {
-        str(layer): float((lens.tokens(boundaries[layer][half:]) == dense[half:]).float().mean())
-        for layer in layers
-    }
-    return {"agreement_by_layer": agreement, "lens_on_the_same": lens_there, "fitted_on": half}
+        agreement[str(layer)] = agreeing(exit_ops.translate(held_out, *fitted.values()))
+        untranslated[str(layer)] = agreeing(held_out)
+    return {"agreement_by_layer": agreement, "lens_on_the_same": untranslated, "fitted_on": half}
 
 
 def _verdict(report: dict[str, Any]) -> str:
     best = max(report["bound"], report["bound_hot"])
     layers, first = report["layers"], report["first_agreement_mean"]
-    known = f"answers are first right after {first:.1f} of {layers} layers"
+    known = f"answers are first known after {first:.1f} of {layers} layers"
     if best < WORTH_IT:
         return f"will not pay: {known}, an oracle would gain {best:.2f}x at most"
     if report["bound"] < WORTH_IT:
         return (
-            f"may pay, with verification on the hot vocabulary only: {known}, the LM head weighs "
+            f"may pay, with verification on the hot vocabulary only: {known}, the LM head costs "
             f"{report['lm_head_layers']:.1f} layers (oracle {report['bound']:.2f}x with the whole "
             f"head, {report['bound_hot']:.2f}x with the hot one)"
         )

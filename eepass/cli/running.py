@@ -32,8 +32,8 @@ def load(
     with console.status(f"loading {model}"):
         wanted = None if quantize == "none" else quantize
         loaded = eepass.load(model, dtype, device, trust_native, wanted)
-    if "dequantised" in loaded.form:
-        errors.print(f"{model}: {loaded.form}", highlight=False, markup=False)
+    if "dequantised" in loaded.quantization:
+        errors.print(f"{model}: {loaded.quantization}", highlight=False, markup=False)
     return loaded
 
 
@@ -48,7 +48,7 @@ def calibrated(
     from eepass.cli.console import progress_bars
     from eepass.training.recalibrate import calibrate
 
-    source = artifact or loaded.before or loaded.artifact
+    source = artifact or loaded.unquantized_artifact or loaded.artifact
     if source is None:
         raise InputError(f"{loaded.name} has no artefact to calibrate: give --artifact DIR")
     with progress_bars() as bars:

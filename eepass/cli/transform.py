@@ -52,7 +52,7 @@ def transform(
         sizes = numbers(rows, "--rows")
         loaded = load(model, dtype, device, threads, quantize=quantize)
         folder = None if dense else artifact or loaded.artifact
-        if not dense and loaded.before is not None and artifact is None:
+        if not dense and loaded.unquantized_artifact is not None and artifact is None:
             folder = calibrated(loaded, None)
         with console.status("transforming") as status:
             report = write_folder(loaded, out, folder, sizes, max_length, status.update, gpu or ())

@@ -78,7 +78,7 @@ def calibrate(
         "recalibrated": {
             "tokens": answered,
             "from": trained.fingerprint["weights"],
-            "quantised": loaded.form,
+            "quantised": loaded.quantization,
             "agreement_by_exit": agreement,
             "seconds": round(perf_counter() - began, 1),
         },

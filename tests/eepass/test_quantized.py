@@ -112,7 +112,11 @@ def test_a_saved_checkpoint(checkpoint):
     path, original, form = checkpoint
     loaded = eepass.load(str(path))
     names = [name for name, _ in quantized_layers(loaded.model)]
-    assert len(names) == 4 * 7 and "int4" in loaded.form if form == "int4" else loaded.form
+    assert (
+        len(names) == 4 * 7 and "int4" in loaded.quantization
+        if form == "int4"
+        else loaded.quantization
+    )
     ids = torch.tensor([PROMPT])
     expected = original(ids).logits
     torch.testing.assert_close(loaded.model(ids).logits, expected, rtol=0.1, atol=0.1)
