@@ -146,7 +146,7 @@ def _specialisation(
         raise InputError(f"no kernels for this model: {error}") from error
     lm_head = split.tensors[chain.lm_head]
     shape = UNTRAINED if artifact is None else _trained(artifact)
-    exits = [] if artifact is None else _exits(artifact)
+    exits = [] if artifact is None else artifact.exits("default")
     kv, reason = _kv(split, min(exits, default=max(len(split.layers) - SKIPPED, 0)))
     sizes = Sizes(
         rows=rows, hidden=split.hidden_size, vocabulary=lm_head.shape[0], dtype=lm_head.dtype,
@@ -155,19 +155,15 @@ def _specialisation(
     return chain, sizes, {"fill_kv": reason} if reason else {}
 
 
-def _exits(artifact: Artifact) -> list[int]:
-    found = (re.match(r"predictor\.default\.(\d+)\.w1$", name) for name in artifact.tensors)
-    return [int(match[1]) for match in found if match]
-
-
 def _trained(artifact: Artifact) -> dict[str, Any]:
+    """The shapes of an artefact's exits."""
     tensors = artifact.tensors
     ranks = [t.shape[0] for name, t in tensors.items() if re.match(r"translator\..*\.down$", name)]
-    layers = [t for name, t in tensors.items() if re.match(r"predictor\.default\..*\.w1$", name)]
+    w1 = tensors[f"predictor.default.{artifact.exits('default')[0]}.w1"]
     return {
-        "drafts": layers[0].shape[1] // 3,
-        "width": layers[0].shape[0],
-        "predictor": layers[0].dtype,
+        "drafts": w1.shape[1] // 3,
+        "width": w1.shape[0],
+        "predictor": w1.dtype,
         "rank": max(ranks, default=0),
         "hot": len(tensors["hot.ids"]),
     }

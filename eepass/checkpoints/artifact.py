@@ -93,6 +93,15 @@ class Artifact:
     tensors: Mapping[str, Tensor]
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def predictors(self, preset: str) -> dict[str, Tensor]:
+        """The predictors of a preset, ``<layer>.*``."""
+        prefix = f"predictor.{preset}."
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def exits(self, preset: str) -> list[int]:
+        """The layers of a preset that have a predictor."""
+        return sorted({int(name.partition(".")[0]) for name in self.predictors(preset)})
+
     def save(self, folder: Path) -> None:
         """Write the artefact to ``folder`` whole or not at all; one that was there is replaced."""
         scratch = folder.with_name(f".{folder.name}.part")

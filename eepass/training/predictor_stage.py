@@ -55,11 +55,11 @@ class PredictorStage:
         return data
 
     def calibrated(
-        self, fitted: Mapping[int, Mapping[str, Tensor]], costs: Costs
+        self, fitted: Mapping[str, Tensor], layers: Sequence[int], costs: Costs
     ) -> tuple[PresetPart, dict[str, float]]:
         """Thresholds of the predictors ``fitted`` on the held-out answers, and by layer the share
         of tokens for which an exit is right."""
-        held_out = self.data("calibrate", tuple(fitted))
+        held_out = self.data("calibrate", layers)
         if self.draft_layer:
             costs = replace(costs, draft_layer=self.draft_layer)
         else:

@@ -22,7 +22,6 @@ BATCH = 1024
 RATE = 2e-3
 # tensors of one predictor
 NAMES = ("w1", "b1", "w2", "b2")
-Predictors = dict[int, dict[str, Tensor]]
 
 
 @dataclass(slots=True)
@@ -39,15 +38,15 @@ class ExitData:
 
 def fit_predictors(
     data: ExitData, progress: Callable[[int], None], passes: int = PASSES
-) -> Predictors:
-    """One MLP per exit: ``w1`` [W, 3K], ``b1`` [W], ``w2`` [W], ``b2`` [1], float32.
+) -> dict[str, Tensor]:
+    """One MLP per exit: ``<layer>.w1`` [W, 3K], ``.b1`` [W], ``.w2`` [W], ``.b2`` [1], float32.
 
     Which predictor is evaluated before this one in a step depends on the schedule: each example
     draws it from the earlier exits, or none.
     """
     generator = torch.Generator().manual_seed(0)
     probabilities = {layer: data.logits[layer].softmax(-1) for layer in data.layers}
-    fitted = {}
+    fitted: dict[str, Tensor] = {}
     for index, layer in enumerate(data.layers):
         logits, now = data.logits[layer], probabilities[layer]
         count, k = logits.shape
@@ -77,17 +76,18 @@ def fit_predictors(
                 optimizer.step()
                 schedule.step()
                 progress(len(rows))
-        fitted[layer] = {n: p.detach() for n, p in zip(NAMES, parameters, strict=True)}
+        for name, parameter in zip(NAMES, parameters, strict=True):
+            fitted[f"{layer}.{name}"] = parameter.detach()
     return fitted
 
 
 @torch.no_grad()
-def score_exits(data: ExitData, fitted: Mapping[int, Mapping[str, Tensor]]) -> ExitScores:
-    """What the predictors ``fitted`` say, the exit before each taken as the active one."""
+def score_exits(data: ExitData, fitted: Mapping[str, Tensor]) -> ExitScores:
+    """The predictors' probabilities, as if each exit were evaluated right after the one before."""
     rows = []
     previous = torch.zeros_like(data.logits[data.layers[0]])
     for layer in data.layers:
-        mlp = [fitted[layer][name] for name in NAMES]
+        mlp = [fitted[f"{layer}.{name}"] for name in NAMES]
         probability, previous = exit_ops.predict_exit(data.logits[layer], previous, *mlp)
         rows.append(probability)
     verified, right = (
@@ -95,18 +95,3 @@ def score_exits(data: ExitData, fitted: Mapping[int, Mapping[str, Tensor]]) -> E
         for by_layer in (data.verified, data.right)
     )
     return ExitScores(data.layers, torch.stack(rows), verified, right)
-
-
-def flattened(predictors: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Predictors by layer as tensors by name, ``<layer>.<part>``."""
-    return {f"{layer}.{n}": t for layer, parts in predictors.items() for n, t in parts.items()}
-
-
-def unflattened(tensors: Mapping[str, Tensor], prefix: str = "") -> Predictors:
-    """Predictors by layer from tensors named ``<prefix><layer>.<part>``; others are ignored."""
-    found: Predictors = {}
-    for name, tensor in tensors.items():
-        if name.startswith(prefix):
-            layer, _, part = name.removeprefix(prefix).partition(".")
-            found.setdefault(int(layer), {})[part] = tensor
-    return dict(sorted(found.items()))

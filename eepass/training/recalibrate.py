@@ -18,7 +18,6 @@ from eepass.training.corpus import Example, read_prompts, split_of
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 from eepass.training.hidden_states import HiddenStateStore, collect
 from eepass.training.predictor_stage import PredictorStage
-from eepass.training.predictors import unflattened
 from eepass.training.progress import NoProgress, Progress
 from eepass.training.train import DEFAULT_PROMPTS
 
@@ -136,9 +135,8 @@ def _recalibrated(
         for name, tensor in artifact.tensors.items()
     }
     tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
-    predictors = {name: unflattened(tensors, f"predictor.{name}.") for name in artifact.presets}
-    layers = {layer for fitted in predictors.values() for layer in fitted}
-    layers |= {part.draft_layer for part in artifact.presets.values()}
+    layers = {part.draft_layer for part in artifact.presets.values()}
+    layers = layers.union(*map(artifact.exits, artifact.presets))
     store = HiddenStateStore(
         folder,
         sorted(layers - {0, model.decoder.num_layers}),
@@ -151,5 +149,7 @@ def _recalibrated(
     agreement: dict[str, dict[str, float]] = {}
     for name, part in artifact.presets.items():
         stage = PredictorStage(model, store, tensors, part.draft_layer, part.draft_tokens)
-        presets[name], agreement[name] = stage.calibrated(predictors[name], costs)
+        presets[name], agreement[name] = stage.calibrated(
+            artifact.predictors(name), artifact.exits(name), costs
+        )
     return presets, agreement

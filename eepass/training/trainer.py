@@ -23,7 +23,7 @@ from eepass.training.draft_stage import report_draft, train_draft
 from eepass.training.hidden_states import HiddenStateStore, collect
 from eepass.training.predictor_stage import PredictorStage
 from eepass.training.predictors import PASSES as PREDICTOR_PASSES
-from eepass.training.predictors import fit_predictors, flattened, unflattened
+from eepass.training.predictors import fit_predictors
 from eepass.training.progress import Progress
 from eepass.training.resume import made_once
 from eepass.training.trained_layers import TrainedLayers
@@ -150,16 +150,16 @@ class Trainer:
         stage = PredictorStage(self.model, self.store, tensors, draft_layer, DRAFT_TOKENS[preset])
 
         def fit() -> dict[str, Tensor]:
-            return flattened(fit_predictors(stage.data("predict", layers), self.progress.advance))
+            return fit_predictors(stage.data("predict", layers), self.progress.advance)
 
-        made = made_once(self.checkpoint / f"predictors-{draft_layer}.safetensors", fit)
-        part, agreement = stage.calibrated(unflattened(made), costs)
+        fitted = made_once(self.checkpoint / f"predictors-{draft_layer}.safetensors", fit)
+        part, agreement = stage.calibrated(fitted, layers, costs)
         report = {
             "agreement_by_exit": agreement,
             "dense_in_draft": stage.draft_hits(),
             "targets": [asdict(c) for c in part.calibrations],
         }
-        return {f"predictor.{preset}.{name}": t for name, t in made.items()}, part, report
+        return {f"predictor.{preset}.{name}": t for name, t in fitted.items()}, part, report
 
     def _timed(self, stage: str, work: Callable[[], Any]) -> Any:
         began = time.perf_counter()
