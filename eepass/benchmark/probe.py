@@ -41,7 +41,7 @@ def probe(
     """
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     if loaded.transformed:
-        max_length = min(max_length, loaded.model.decoder.max_sequence_length)
+        max_length = min(max_length, loaded.model.decoder.longest)
     else:
         max_length = usual_length(loaded.model, max_length)
     longest = max_length - new_tokens
