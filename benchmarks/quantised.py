@@ -47,9 +47,9 @@ MAX_LENGTH = 384
 def measured(name: str, options: argparse.Namespace, llama: LlamaCpp | None) -> dict[str, Any]:
     loaded = eepass.load("smollm2", quantize=FORMATS[name])
     artifact, seconds = loaded.artifact, 0.0
-    if loaded.before is not None:
+    if (trained := loaded.unquantized_artifact) is not None:
         began = perf_counter()
-        artifact = eepass.calibrate(loaded, loaded.before, tokens=options.calibration_tokens)
+        artifact = eepass.calibrate(loaded, trained, tokens=options.calibration_tokens)
         seconds = perf_counter() - began
     exact = ExitConfig()
     early = exact.approximate(options.target)
@@ -79,7 +79,7 @@ def measured(name: str, options: argparse.Namespace, llama: LlamaCpp | None) -> 
     engine = model.configure(early)
     followed = follow_pairs(model, {"early": engine}, pairs, lambda *_: None)["early"]
     found: dict[str, Any] = {
-        "weights": loaded.form or "bf16",
+        "weights": loaded.quantization or "bf16",
         "calibration_seconds": round(seconds, 1),
         "megabytes_a_pass": round(sum(describe(model)["weights"].values()) / 1e6, 1),
         "dense_ms": milliseconds(answers["dense"]),

@@ -6,7 +6,7 @@ class InputError(ValueError):
 
 
 class PassError(ValueError):
-    """A decoder that a pass cannot take apart; the message says what stands in the way."""
+    """A decoder that a pass cannot rewrite; the message says why."""
 
 
 class EngineError(ValueError):

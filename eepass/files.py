@@ -1,31 +1,46 @@
-"""Files and folders that are there whole or not at all."""
+"""Write files and folders whole or not at all."""
 
 from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
 
 
-def write_tensors_atomically(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors_atomically(
+    path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
     """Write a safetensors file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
-    os.replace(scratch, path)
+    with _replacing(path) as scratch:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, scratch, metadata)
 
 
 def write_text_atomically(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
-    scratch = path.with_name(f".{path.name}.part")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    with _replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file beside ``path`` to write, which takes its place afterwards."""
+    # by process: several may write the same file
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def replace_dir_atomically(scratch: Path, target: Path) -> None:
-    """Rename the finished folder ``scratch`` to ``target``; what was there goes only then."""
+    """Rename the finished folder ``scratch`` to ``target``, and then delete what was there."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

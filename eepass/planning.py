@@ -83,14 +83,7 @@ def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPl
         raise InputError(f"the artefact has no preset {config.name!r}: train again")
     exact = config.guarantee == "exact"
     calibration = part.at_target(EXACT_TARGET if exact else config.target_agreement)
-    prefix = f"predictor.{config.name}."
-    trained = sorted(
-        {
-            int(name[len(prefix) :].split(".")[0])
-            for name in artifact.tensors
-            if name.startswith(prefix)
-        }
-    )
+    trained = artifact.exits(config.name)
     if config.threshold is None:
         thresholds = calibration.thresholds
         ranking = calibration.ranking

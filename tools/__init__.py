@@ -1,1 +1,1 @@
-"""Helpers beside the package: weights in parts."""
+"""Tools outside the package: large files in parts, GGUF files without the gguf package."""

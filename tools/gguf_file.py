@@ -16,7 +16,7 @@ SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 STRING, ARRAY = 8, 9
-# quantised weights come in blocks of so many
+# weights in a quantised block
 BLOCK = 32
 
 
@@ -40,7 +40,7 @@ def _half(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def _nibbles(blocks: np.ndarray) -> np.ndarray:
-    """4-bit numbers [n, 32]: the low halves of all bytes come first."""
+    """4-bit numbers [n, 32]: the low halves of all bytes, then the high halves."""
     return np.concatenate([blocks & 15, blocks >> 4], axis=1)
 
 
@@ -73,8 +73,8 @@ class Stored:
 class GgufFile:
     """``metadata`` and ``tensors`` (names in the file's order) of a GGUF file.
 
-    Raises ``GgufError`` for what is no GGUF file, is cut short, or is quantised in a way that is
-    not read here.
+    Raises ``GgufError`` for a file that is not GGUF, is cut short, or holds a tensor type that is
+    not supported here.
     """
 
     def __init__(self, path: Path) -> None:

@@ -31,14 +31,13 @@ LAYER = {
 
 
 def read_llama(path: Path, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
-    """Model on the CPU, in eval mode, and tokenizer; ``GgufError`` where the file is no such."""
+    """Model on the CPU, in eval mode, and tokenizer; ``GgufError`` if the file is not a Llama."""
     file = GgufFile(path)
     architecture = file.metadata.get("general.architecture")
     if architecture != "llama":
         raise GgufError(f"{path}: a {architecture}; only Llamas are read here")
     tokenizer = _tokenizer(file)
-    model = _model(file, dtype)
-    return model, tokenizer
+    return _model(file, dtype), tokenizer
 
 
 def _model(file: GgufFile, dtype: torch.dtype) -> Any:
@@ -77,7 +76,7 @@ def _model(file: GgufFile, dtype: torch.dtype) -> Any:
         weights[_name(name, file.path)] = torch.from_numpy(array).to(dtype)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
-    # no random weights first: what is there is replaced
+    # on the meta device: the file's weights are assigned, so none are initialised
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     rotary = type(model.model.rotary_emb)(config)
@@ -100,7 +99,8 @@ def _name(name: str, path: Path) -> str:
 
 
 def _halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head [heads · D, I] from pairs that turn together to two halves that do."""
+    """Rows of each head [heads · D, I]: rotary pairs lie next to each other in the file, and a half
+    head apart in the model."""
     folded = weight.reshape(heads, weight.shape[0] // heads // 2, 2, weight.shape[1])
     return np.ascontiguousarray(folded.swapaxes(1, 2)).reshape(weight.shape)
 
@@ -129,7 +129,7 @@ def _tokenizer(file: GgufFile) -> Any:
         ]
     )
     made.decoder = decoders.ByteLevel()
-    # 3: control tokens, which text never turns into by itself
+    # 3: control tokens, which plain text is never encoded as
     control = [token for token, kind in zip(tokens, data["token_type"], strict=True) if kind == 3]
     made.add_special_tokens([AddedToken(token, special=True) for token in control])
     named = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}

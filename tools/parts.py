@@ -52,15 +52,15 @@ def split(file: Path, out: Path, megabytes: float = MEGABYTES) -> Path:
     manifest = {"name": file.name, "bytes": sum(part["bytes"] for part in parts),
                 "sha256": whole.hexdigest(), "parts": parts}  # fmt: skip
     target = out / (file.name + SUFFIX)
-    # last: without it the parts are not taken for a file
+    # last: parts without a manifest are incomplete
     _write(target, iter([(json.dumps(manifest, indent=1) + "\n").encode()]))
     return target
 
 
 def join(folder: Path, file: Path) -> Path:
-    """Put ``file`` together from ``folder``; written whole, or not at all where a hash differs.
+    """Join the parts in ``folder`` to ``file``, which is written only if all hashes match.
 
-    A file of that hash that is there already stays. ``file`` may be a folder to write into.
+    A file that has the hash already stays. ``file`` may be a folder to write into.
     """
     manifest = read_manifest(folder)
     if file.is_dir():

@@ -14,8 +14,8 @@ from eepass.lengths import usual_length
 from eepass.model import EarlyExitModel, transform
 from eepass.ops import exits as exit_ops
 from eepass.runtime.engine.engine import Engine
-from eepass.training.hidden_states import dense_argmax
-from eepass.training.trainer import HOT_TOKENS
+from eepass.training.dense_model import HOT_TOKENS
+from eepass.training.lens import Lens
 from eepass.training.translators import fit_translator
 
 # below this a compiled model gains nothing that a user would notice
@@ -49,10 +49,7 @@ def probe(
     if not fitting:
         raise InputError(f"every prompt is longer than {longest} tokens: raise max_length")
     model = transform(loaded.model, None, max_length=max_length, stop=loaded.stop)
-    head = model.splits[1].head
-    if head.norm is None:
-        raise InputError(f"early exit is not possible here: {head.reason}")
-    lens = _Lens(model)
+    lens = Lens(model.decoder)
     parts: list[list[Tensor]] = []
     for ids in fitting:
         answer = [step.token for step in model.host_engine().generate(ids, new_tokens, loaded.stop)]
@@ -61,31 +58,14 @@ def probe(
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
     states = [torch.cat(layer) for layer in zip(*parts, strict=True)]
-    dense = lens.argmax(states[-1])
-    agrees = torch.stack([lens.argmax(hidden) == dense for hidden in states[1:]])  # [L, n]
+    dense = lens.tokens(states[-1])
+    agrees = torch.stack([lens.tokens(hidden) == dense for hidden in states[1:]])  # [L, n]
     report = _report(model, agrees)
     report["prompts"], report["tokens"] = len(parts), int(agrees.shape[1])
     if translate:
         report["translated"] = _translated(lens, states, dense)
     report["verdict"] = _verdict(report)
     return report
-
-
-class _Lens:
-    """The logit lens: final norm and LM head on the hidden state after any layer."""
-
-    def __init__(self, model: EarlyExitModel) -> None:
-        head = model.splits[1].head
-        self.head, self.tensors = head, model.decoder.tensors
-        self.lm_head = head.values(self.tensors, model.decoder.dtype)
-
-    def norm(self, hidden: Tensor) -> Tensor:
-        return self.head.normed(hidden, self.tensors)
-
-    def argmax(self, hidden: Tensor) -> Tensor:
-        return torch.cat(
-            [dense_argmax(self.norm(part[None])[0], self.lm_head) for part in hidden.split(512)]
-        )
 
 
 def _hidden_states(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
@@ -122,17 +102,17 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     }
 
 
-def _translated(lens: _Lens, states: list[Tensor], dense: Tensor) -> dict[str, Any]:
+def _translated(lens: Lens, states: list[Tensor], dense: Tensor) -> dict[str, Any]:
     """Agreement at every other layer of the deeper half; fitted on one half of the tokens."""
     depth = len(states) - 1
     half = len(dense) // 2
-    normed = lens.norm(states[-1][None])[0]
+    normed = lens.norm(states[-1])
     hot = torch.bincount(dense, minlength=len(lens.lm_head)).argsort(descending=True)[:HOT_TOKENS]
     hot_head = lens.lm_head[hot].contiguous()
     agreement, untranslated = {}, {}
 
     def agreeing(hidden: Tensor) -> float:
-        return float((lens.argmax(hidden) == dense[half:]).float().mean())
+        return float((lens.tokens(hidden) == dense[half:]).float().mean())
 
     for layer in range(depth // 2, depth, 2):
         fit, held_out = states[layer][:half], states[layer][half:]

@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from eepass.codegen.kernels.catalogue import KvSizes, Sizes
     from eepass.codegen.kernels.cubins import Cubins
 
-# of the exits of a model that has no artefact yet: what eepass train makes by default
+# shapes of the exits where there is no artefact: what eepass train makes by default
 UNTRAINED = {
     "drafts": 4, "width": 512, "rank": 128, "hot": 0, "predictor": torch.float32
 }  # fmt: skip
-# layers an early exit of an untrained model is taken to skip
+# layers that an exit skips, assumed where there is no artefact
 SKIPPED = 8
 MOST_ROWS = 32
-# where a transformed folder keeps kernels, by target
+# the folder of kernels, by target, in a transformed folder
 HOME = "kernels"
 
 
 def capability_of(target: str, option: str = "--target") -> int:
-    """90 of "sm_90"; ``InputError`` for a target nothing is known of."""
+    """90 of "sm_90"; ``InputError`` for an unknown target."""
     _refuse_without_triton()
     from eepass.codegen.kernels.catalogue import BANDWIDTH
 
@@ -50,11 +50,12 @@ def capability_of(target: str, option: str = "--target") -> int:
 def compile_kernels(
     model: Any, artifact: Path | None, target: str, rows: int = 1, out: Path | None = None
 ) -> dict[str, Any]:
-    """What each kernel of ``model`` needs on ``target``: {"kernels": {name: {registers, spills,
-    shared_bytes, bytes, predicted_us}}, ...}.
+    """The resources each kernel of ``model`` uses on ``target``: {"kernels": {name: {registers,
+    spills, shared_bytes, bytes, predicted_us}}, ...}.
 
-    ``out``: a folder for the machine code, one ``.cubin`` a specialisation, and ``kernels.json``.
-    Raises ``InputError`` where the head is one no kernel is generated for, with the reason.
+    ``out``: a folder for the machine code, one ``.cubin`` per specialisation, and
+    ``kernels.json``. Raises ``InputError`` with the reason where no kernel is generated for the
+    model's LM head.
     """
     capability_of(target)
     if not 0 < rows <= MOST_ROWS:
@@ -77,8 +78,8 @@ def compile_split(
     rows: Sequence[int],
     out: Path | None,
 ) -> dict[str, Any]:
-    """As ``compile_kernels``, of a decoder that is split (for one row), for passes of each of
-    ``rows``; the report names kernels by operator, with their rows where there are several."""
+    """As ``compile_kernels``, for a decoder that is split (for one row) and passes of each of
+    ``rows``; where there are several the report names each kernel with its rows."""
     capability = capability_of(target)
     from eepass.codegen.kernels.catalogue import kernels, predicted_us
     from eepass.codegen.kernels.compile import compile_launch
@@ -111,11 +112,11 @@ def compile_split(
 
 
 def ready_kernels(folder: str | Path, capability: int | None = None) -> Cubins:
-    """The kernels in ``folder`` for the GPU that is here (or ``capability``: 90), to be given to
-    ``codegen.kernels.register.register_kernels``: nothing is compiled when they first run.
+    """The kernels in ``folder`` for this machine's GPU (or for ``capability``: 90), as
+    ``codegen.kernels.register.register_kernels`` takes them: nothing is compiled on first use.
 
     ``folder``: what ``eepass codegen --out`` or ``eepass transform --gpu`` wrote. Raises
-    ``InputError`` for another GPU's, for those of another eepass, for damaged ones.
+    ``InputError`` for kernels of another GPU or another eepass, and for damaged ones.
     """
     _refuse_without_triton()
     from eepass.codegen.kernels.cubins import Cubins
@@ -136,7 +137,7 @@ def ready_kernels(folder: str | Path, capability: int | None = None) -> Cubins:
 def _specialisation(
     split: SplitDecoder, artifact: Artifact | None, rows: int
 ) -> tuple[HeadChain, Sizes, dict[str, str]]:
-    """The head's form, all sizes, and by operator why it is not generated."""
+    """The LM head's form, all sizes, and by operator why no kernel is generated."""
     from eepass.codegen.kernels.catalogue import Sizes
 
     try:
@@ -145,7 +146,7 @@ def _specialisation(
         raise InputError(f"no kernels for this model: {error}") from error
     lm_head = split.tensors[chain.lm_head]
     shape = UNTRAINED if artifact is None else _trained(artifact)
-    exits = [] if artifact is None else _exits(artifact)
+    exits = [] if artifact is None else artifact.exits("default")
     kv, reason = _kv(split, min(exits, default=max(len(split.layers) - SKIPPED, 0)))
     sizes = Sizes(
         rows=rows, hidden=split.hidden_size, vocabulary=lm_head.shape[0], dtype=lm_head.dtype,
@@ -154,41 +155,37 @@ def _specialisation(
     return chain, sizes, {"fill_kv": reason} if reason else {}
 
 
-def _exits(artifact: Artifact) -> list[int]:
-    found = (re.match(r"predictor\.default\.(\d+)\.w1$", name) for name in artifact.tensors)
-    return [int(match[1]) for match in found if match]
-
-
 def _trained(artifact: Artifact) -> dict[str, Any]:
+    """The shapes of an artefact's exits."""
     tensors = artifact.tensors
     ranks = [t.shape[0] for name, t in tensors.items() if re.match(r"translator\..*\.down$", name)]
-    layers = [t for name, t in tensors.items() if re.match(r"predictor\.default\..*\.w1$", name)]
+    w1 = tensors[f"predictor.default.{artifact.exits('default')[0]}.w1"]
     return {
-        "drafts": layers[0].shape[1] // 3,
-        "width": layers[0].shape[0],
-        "predictor": layers[0].dtype,
+        "drafts": w1.shape[1] // 3,
+        "width": w1.shape[0],
+        "predictor": w1.dtype,
         "rank": max(ranks, default=0),
         "hot": len(tensors["hot.ids"]),
     }
 
 
 def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:
-    """What ``fill_kv`` is specialised for where the most layers are skipped, or why it is not."""
+    """The sizes of ``fill_kv`` for the exit that skips the most layers, or why it is not made."""
     from eepass.codegen.kernels.catalogue import KvSizes
 
+    fill = split.kv_fills[-1]
     try:
-        form = read_kv_fill(split.kv_fills[-1], split.tensors)
+        form = read_kv_fill(fill, split.tensors)
     except PassError as error:
         return None, str(error)
     keys, values = (
         split.tensors[name].shape[1 if form.transposed else 0]
         for name in (form.key_weight, form.value_weight)
     )
-    layers, fill = max(len(split.layers) - first_exit, 1), split.kv_fills[-1]
-    placeholders = fill.graph.graph.find_nodes(op="placeholder")
-    dtypes = {r.name: n.meta["val"].dtype for n, r in zip(placeholders, fill.inputs, strict=True)}
-    turns = dtypes.get(form.cos, torch.float32)
-    return KvSizes(layers, split.cache_length, form, keys, values, turns), ""
+    layers = max(len(split.layers) - first_exit, 1)
+    dtypes = {role.name: value.dtype for role, value in fill.examples.items()}
+    rotary = dtypes.get(form.cos, torch.float32)
+    return KvSizes(layers, split.cache_length, form, keys, values, rotary), ""
 
 
 def _refuse_without_triton() -> None:

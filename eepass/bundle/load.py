@@ -1,4 +1,4 @@
-"""Load a folder ``eepass transform`` wrote: nothing is traced, nothing is compiled."""
+"""Load a folder that ``eepass transform`` wrote; nothing is traced or compiled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from eepass.runtime.cache.weight_memory import settle_weights
 CODE = "code"
 KERNELS = "code/kernels.so"
 WEIGHTS = "model.safetensors"
-# what of a configuration is compiled in, preset by preset
+# fields of a configuration that are compiled in, preset by preset
 COMPILED_IN = ("draft", "verify", "translators")
 
 
@@ -36,8 +36,8 @@ def load_folder(
 ) -> tuple[EarlyExitModel, FolderTokenizer, str]:
     """The model in ``folder``, ready to generate, its tokenizer, and its dtype.
 
-    Raises ``InputError`` naming the file that does not fit, and what to do; a folder this user did
-    not sign is taken only with ``trust_native``, since it holds native code.
+    Raises ``InputError`` naming the file that cannot be used, and what to do. ``trust_native``:
+    load it, native code and all, even if this user did not sign it.
     """
     manifest = read_manifest(folder, trust_native)
     try:
@@ -72,7 +72,7 @@ def load_folder(
 
 
 class StoredSegments:
-    """The segments at the exits as they were compiled: by preset and row count."""
+    """The compiled segments of the exits, by preset and row count."""
 
     def __init__(self, reader: GraphReader, stored: Mapping[str, Mapping[str, Any]]) -> None:
         self.reader, self.stored = reader, stored

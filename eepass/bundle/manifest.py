@@ -1,8 +1,8 @@
-"""The manifest of a transformed folder: what it holds, for which torch and CPU, signed.
+"""The signed manifest of a transformed folder: what it holds, and for which torch and CPU.
 
-A folder holds native code, and a hash is no proof of where it comes from. So the manifest holds a
-hash of every file, and is signed with the key of the user who wrote it; what another user wrote
-is loaded only if this one says so.
+A folder holds native code, and hashes do not prove who wrote it. So the manifest, which holds a
+hash of every file, is signed with the key of the user who wrote it; another user has to allow
+loading it explicitly.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MANIFEST = "transformed.json"
 SIGNATURE = "transformed.sig"
 GRAPHS = "graphs.json"
 AGAIN = "run eepass transform again"
-# what native code may have been compiled to use; other flags come and go with the kernel
+# CPU flags that compiled code may depend on; others come and go with the operating system
 EXTENSIONS = (
     "sse", "ssse", "avx", "amx", "fma", "f16c", "bmi", "abm", "popcnt", "movbe", "adx", "gfni",
     "vaes", "vpclmul", "sha_ni", "aes", "pclmul", "rdrnd", "rdseed", "xsave", "clflush", "clwb",
@@ -34,7 +34,7 @@ EXTENSIONS = (
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a transformed folder says of itself; ``files``: [sha256, bytes] by name."""
+    """The contents of a transformed folder; ``files``: [sha256, bytes] by name."""
 
     name: str
     eepass: str
@@ -47,16 +47,16 @@ class Manifest:
     rows: list[int]
     stop: list[int]
     artifact: bool
-    # files of compiled code by structure
+    # the file of compiled code for each structure
     code: dict[str, str]
-    # the model's tensors in their order
+    # names of the model's tensors, in order
     tensors: list[str]
     files: dict[str, list[Any]]
     schema: int = SCHEMA
 
 
 def is_transformed(folder: Path) -> bool:
-    """Whether ``folder`` is one ``eepass transform`` wrote, or what is left of it."""
+    """Whether ``eepass transform`` wrote ``folder``, even if files are missing."""
     return any((folder / name).is_file() for name in (MANIFEST, SIGNATURE, GRAPHS))
 
 
@@ -66,7 +66,7 @@ def extensions() -> list[str]:
 
 
 def write_manifest(folder: Path, **facts: Any) -> None:
-    """Hash every file of ``folder``, write the manifest with ``facts`` beside them, sign it."""
+    """Hash every file of ``folder``, and write and sign the manifest with ``facts``."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
     files = {name: list(_digest(folder / name)) for name in names}
     manifest = Manifest(torch=torch.__version__, cpu=extensions(), files=files, **facts)
@@ -76,10 +76,10 @@ def write_manifest(folder: Path, **facts: Any) -> None:
 
 
 def read_manifest(folder: Path, trust_native: bool) -> Manifest:
-    """The manifest of ``folder``, all its files checked against it.
+    """The manifest of ``folder``; all files are checked against it.
 
-    Raises ``InputError`` naming the file, or the field, that does not fit, and what to do.
-    ``trust_native``: also take what someone else signed, or nobody.
+    Raises ``InputError`` naming the file or field that is wrong, and what to do. ``trust_native``:
+    also accept a folder that someone else signed, or nobody.
     """
     path = folder / MANIFEST
     data = _read(path)
@@ -93,17 +93,17 @@ def read_manifest(folder: Path, trust_native: bool) -> Manifest:
 
 def _check_origin(folder: Path, data: bytes, trust_native: bool) -> None:
     path = folder / SIGNATURE
-    ask = (
-        "The folder holds native code; if you trust where it comes from, say so: --trust-native, "
-        "or trust_native=True"
+    hint = (
+        "The folder holds native code; if you trust its origin, pass --trust-native, or "
+        "trust_native=True"
     )
     if not path.exists():
         if trust_native:
             return
-        raise InputError(f"{path}: missing, nobody signed this. {ask}")
+        raise InputError(f"{path}: missing, nobody signed this. {hint}")
     signer = signing.signer_of(data, _read(path), path)
     if signer != signing.own_key() and not trust_native:
-        raise InputError(f"{path}: signed by another user (key {signer[:16]}). {ask}")
+        raise InputError(f"{path}: signed by another user (key {signer[:16]}). {hint}")
 
 
 def _parse(data: bytes, path: Path) -> Manifest:

@@ -1,6 +1,6 @@
-"""Sign what this user made, and tell it from what others did: Ed25519, one key per user.
+"""Sign files with this user's key, and find out who signed a file: Ed25519, one key per user.
 
-The key is made on first use, in ``$XDG_CONFIG_HOME/eepass/signing.key`` (mostly
+The key is created on first use in ``$XDG_CONFIG_HOME/eepass/signing.key`` (by default
 ``~/.config/eepass``), readable by its owner alone.
 """
 
@@ -21,23 +21,23 @@ from eepass.errors import InputError
 
 
 def key_file() -> Path:
-    """Where this user's key lies."""
+    """The path of this user's key."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "eepass" / "signing.key"
 
 
 def sign(data: bytes) -> bytes:
     """A signature of ``data`` as JSON bytes: the public key and Ed25519's signature, in hex."""
-    key = _own_key(make=True)
-    assert key is not None
+    _create_key(key_file())
+    key = _load_key(key_file())
     signed = {"key": _public(key), "signature": key.sign(data).hex()}
     return json.dumps(signed, indent=1).encode() + b"\n"
 
 
 def signer_of(data: bytes, signature: bytes, where: Path) -> str:
-    """The public key, in hex, that ``signature`` over ``data`` was made with.
+    """The public key, in hex, that made the ``signature`` of ``data``.
 
-    Raises ``InputError`` naming ``where`` if it is damaged or of other data.
+    Raises ``InputError`` naming ``where`` if it is damaged or the signature of other data.
     """
     try:
         signed = json.loads(signature)
@@ -45,47 +45,45 @@ def signer_of(data: bytes, signature: bytes, where: Path) -> str:
         public.verify(bytes.fromhex(signed["signature"]), data)
     except (ValueError, KeyError, TypeError, InvalidSignature) as error:
         raise InputError(
-            f"{where}: not a signature of what lies beside it, which was altered or cut; "
+            f"{where}: not the signature of the file beside it, which was altered or cut short; "
             "run eepass transform again"
         ) from error
     return str(signed["key"])
 
 
 def own_key() -> str | None:
-    """This user's public key in hex, or None if none was made yet."""
-    key = _own_key(make=False)
-    return None if key is None else _public(key)
-
-
-def _own_key(make: bool) -> Ed25519PrivateKey | None:
+    """This user's public key in hex, or None if there is none yet."""
     file = key_file()
-    if not file.exists():
-        if not make:
-            return None
-        _make(file)
+    return _public(_load_key(file)) if file.exists() else None
+
+
+def _load_key(file: Path) -> Ed25519PrivateKey:
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
         raise InputError(f"{file}: others can read this key; run chmod 600 on it, or remove it")
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), password=None)
     except ValueError as error:
-        raise InputError(f"{file}: damaged; remove it, the next one is made anew") from error
+        raise InputError(f"{file}: damaged; remove it, a new one will be created") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise InputError(f"{file}: not an Ed25519 key; remove it, the next one is made anew")
+        raise InputError(f"{file}: not an Ed25519 key; remove it, a new one will be created")
     return key
 
 
-def _make(file: Path) -> None:
+def _create_key(file: Path) -> None:
+    """Create the key if there is none."""
+    if file.exists():
+        return
     text = Ed25519PrivateKey.generate().private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    # made with mode 0600, whole before it has its name; the first of two processes wins
+    # written with mode 0600, linked when it is whole; of two processes the first wins
     handle, scratch = tempfile.mkstemp(dir=file.parent)
     try:
-        with os.fdopen(handle, "wb") as made:
-            made.write(text)
+        with os.fdopen(handle, "wb") as opened:
+            opened.write(text)
         with contextlib.suppress(FileExistsError):
             os.link(scratch, file)
     finally:

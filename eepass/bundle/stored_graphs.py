@@ -1,14 +1,15 @@
 """Graphs as data: the segments of a split decoder to JSON and back.
 
-A graph that is read back is a real ``torch.fx.GraphModule`` with shapes on its nodes: it runs, it
-prints, it can be drawn and joined to an exit graph like the one it was made from. It may call
-operators of ``aten`` and ``eepass``, nothing else.
+A graph that is read back is a ``torch.fx.GraphModule`` with shapes on its nodes, so that everything
+works on it that works on the original. It may call operators of ``aten``, ``prims`` and ``eepass``,
+nothing else.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 import torch
@@ -37,46 +38,33 @@ class GraphWriter:
         self.graphs: dict[str, Any] = {}
 
     def split(self, split: SplitDecoder) -> dict[str, Any]:
-        head = split.head
-        return {
-            "rows": split.rows,
-            "cache_length": split.cache_length,
-            "embed": self.segment(split.embed),
-            "embed_outputs": split.embed_outputs,
-            "positional": self.segment(split.positional),
-            "side_outputs": split.side_outputs,
-            "layers": [self.segment(segment) for segment in split.layers],
-            "kv_fills": [self.segment(segment) for segment in split.kv_fills],
-            "head": {
-                "whole": self.segment(head.whole),
-                "norm": head.norm and self.segment(head.norm),
-                "weight": head.weight,
-                "bias": head.bias,
-                "scales": head.scales,
-                "mins": head.mins,
-                "dynamic": head.dynamic,
-                "transform": head.transform and self.segment(head.transform),
-                "reason": head.reason,
-            },
-            "windows": dict(split.windows),
-            "how": split.layers_found_by,
-            "counts_slots": split.counts_slots,
-            "positions": split.positions,
-        }
+        """All fields of ``split`` and its head, except the tensors."""
+        return self._fields(split)
 
     def exits(self, segments: ExitSegments) -> dict[str, Any]:
-        return {
-            "predictors": {str(n): self.segment(p) for n, p in segments.predictors.items()},
-            "verify": self.segment(segments.verify),
-            "draft": self.segment(segments.draft),
-            "normed": self.segment(segments.normed),
-        }
+        return self._fields(segments)
 
     def segment(self, segment: Segment) -> dict[str, Any]:
         if segment.structure not in self.graphs:
             self.graphs[segment.structure] = _graph_to_json(segment.graph.graph)
         inputs = [[role.kind, role.name, role.layer] for role in segment.inputs]
         return {"structure": segment.structure, "inputs": inputs}
+
+    def _fields(self, parts: Any) -> dict[str, Any]:
+        return {name: self._value(getattr(parts, name)) for name in _stored_fields(type(parts))}
+
+    def _value(self, value: Any) -> Any:
+        if isinstance(value, Segment):
+            return self.segment(value)
+        if isinstance(value, Head):
+            return self._fields(value)
+        if isinstance(value, tuple):
+            return [self._value(one) for one in value]
+        if isinstance(value, Mapping):
+            return {str(key): self._value(one) for key, one in value.items()}
+        if value is None or isinstance(value, (bool, int, str)):
+            return value
+        raise NotStorable(f"a {type(value).__name__} is among its parts")
 
 
 class GraphReader:
@@ -87,41 +75,14 @@ class GraphReader:
         self._read: dict[str, GraphModule] = {}
 
     def split(self, stored: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SplitDecoder:
-        head = stored["head"]
-        return SplitDecoder(
-            rows=stored["rows"],
-            cache_length=stored["cache_length"],
-            tensors=tensors,
-            embed=self.segment(stored["embed"]),
-            embed_outputs=tuple(stored["embed_outputs"]),
-            positional=self.segment(stored["positional"]),
-            side_outputs=tuple(stored["side_outputs"]),
-            layers=tuple(self.segment(segment) for segment in stored["layers"]),
-            kv_fills=tuple(self.segment(segment) for segment in stored["kv_fills"]),
-            head=Head(
-                self.segment(head["whole"]),
-                head["norm"] and self.segment(head["norm"]),
-                head["weight"],
-                head["bias"],
-                head["transform"] and self.segment(head["transform"]),
-                head["reason"],
-                head["scales"],
-                head["mins"],
-                head["dynamic"],
-            ),
-            windows=stored["windows"],
-            layers_found_by=stored["how"],
-            counts_slots=stored["counts_slots"],
-            positions=stored["positions"],
-        )
+        values = self._fields(SplitDecoder, stored)
+        values["head"] = Head(**self._fields(Head, stored["head"]))
+        return SplitDecoder(tensors=tensors, **values)
 
     def exits(self, stored: Mapping[str, Any]) -> ExitSegments:
-        return ExitSegments(
-            predictors={int(n): self.segment(p) for n, p in stored["predictors"].items()},
-            verify=self.segment(stored["verify"]),
-            draft=self.segment(stored["draft"]),
-            normed=self.segment(stored["normed"]),
-        )
+        values = self._fields(ExitSegments, stored)
+        values["predictors"] = {int(layer): p for layer, p in values["predictors"].items()}
+        return ExitSegments(**values)
 
     def segment(self, stored: Mapping[str, Any]) -> Segment:
         structure = stored["structure"]
@@ -129,6 +90,18 @@ class GraphReader:
             self._read[structure] = self._graph(self.graphs[structure])
         inputs = tuple(Input(cast(InputKind, k), n, layer) for k, n, layer in stored["inputs"])
         return Segment(self._read[structure], inputs, structure)
+
+    def _fields(self, kind: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: self._value(stored[name]) for name in _stored_fields(kind)}
+
+    def _value(self, stored: Any) -> Any:
+        if isinstance(stored, list):
+            return tuple(self._value(one) for one in stored)
+        if not isinstance(stored, dict):
+            return stored
+        if stored.keys() == {"structure", "inputs"}:
+            return self.segment(stored)
+        return {name: self._value(one) for name, one in stored.items()}
 
     def _graph(self, stored: list[dict[str, Any]]) -> GraphModule:
         graph = Graph()
@@ -151,21 +124,26 @@ class GraphReader:
 def _tensor(stored: Any) -> Any:
     if isinstance(stored, list):
         return [_tensor(one) for one in stored]
-    # of no device: a fake tensor would import all of Dynamo
+    # meta rather than fake tensors, which would import all of Dynamo
     dtype = _named(torch.dtype, stored["dtype"])
     return torch.empty_strided(stored["size"], stored["stride"], dtype=dtype, device="meta")
 
 
+def _stored_fields(kind: Any) -> list[str]:
+    """The fields of a dataclass; tensors are stored elsewhere, once for all row counts."""
+    return [field.name for field in fields(kind) if field.name != "tensors"]
+
+
 def _graph_to_json(graph: Graph) -> list[dict[str, Any]]:
-    places = {node: index for index, node in enumerate(graph.nodes)}
+    indices = {node: index for index, node in enumerate(graph.nodes)}
     entries = []
     for node in graph.nodes:
         entry: dict[str, Any] = {"op": node.op, "args": [], "kwargs": {}, "val": None}
         if node.op == "placeholder":
             entry["name"] = str(node.target)
         else:
-            entry["args"] = [_argument(arg, places) for arg in node.args]
-            entry["kwargs"] = {name: _argument(arg, places) for name, arg in node.kwargs.items()}
+            entry["args"] = [_argument(arg, indices) for arg in node.args]
+            entry["kwargs"] = {name: _argument(arg, indices) for name, arg in node.kwargs.items()}
         if node.op == "call_function":
             entry["target"] = _target_name(node.target)
         elif node.op not in ("placeholder", "output"):
@@ -181,7 +159,7 @@ def _target_name(target: Any) -> str:
         return "getitem"
     if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
         return str(target)
-    raise NotStorable(f"it calls {target}, which lives in Python code that would not be there")
+    raise NotStorable(f"it calls {target}, which is Python code and cannot be stored")
 
 
 def _operator(name: str) -> Any:
@@ -194,18 +172,18 @@ def _operator(name: str) -> Any:
 
 
 def _identifier(name: str) -> str:
-    # names become code when the graph does
+    # the graph's names become Python code
     if not name.isidentifier():
         raise NotStorable(f"{name!r} is not a name")
     return name
 
 
-def _argument(value: Any, places: Mapping[Node, int]) -> Any:
+def _argument(value: Any, indices: Mapping[Node, int]) -> Any:
     if isinstance(value, Node):
-        return {"node": places[value]}
+        return {"node": indices[value]}
     if isinstance(value, (list, tuple)):
         kind = "tuple" if isinstance(value, tuple) else "list"
-        return {kind: [_argument(one, places) for one in value]}
+        return {kind: [_argument(one, indices) for one in value]}
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     for label, constant in CONSTANTS.items():

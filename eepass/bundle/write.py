@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -22,7 +22,7 @@ from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.bundle.stored_graphs import GraphWriter, NotStorable
 from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.checkpoints.models import LoadedModel
-from eepass.checkpoints.tokenizer import write_text
+from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
 from eepass.codegen.cpu.native import KernelsMissing
 from eepass.config import ExitConfig
@@ -49,15 +49,15 @@ def write_folder(
     notify: Notify = lambda stage: None,
     gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Write ``loaded`` transformed to the folder ``out``, whole or not at all; returns its report.
+    """Transform ``loaded`` and write it to the folder ``out``, whole or not at all; returns the
+    report.
 
-    ``artifact``: one that ``eepass.train`` wrote; without one no token leaves early. ``rows``: the
-    row counts passes are compiled for, 1 among them. ``max_length``: prompt and answer together,
-    1024 if not given.
-    ``notify(stage)`` says what is being done. ``gpus``: targets ("sm_90") whose kernels go into the
-    folder as well; ``ahead_of_time.ready_kernels`` takes them from there. A transformed folder
-    that was there is replaced.
-    Raises ``InputError`` for a model, artefact or folder that does not fit, with the reason.
+    ``artifact``: one that ``eepass.train`` wrote; without one no token exits early. ``rows``: the
+    row counts passes are compiled for, including 1. ``max_length``: prompt and answer together,
+    1024 by default. ``notify(stage)`` is called as each stage begins. ``gpus``: targets ("sm_90")
+    whose kernels are added to the folder, where ``ready_kernels`` finds them. An existing
+    transformed folder is replaced. Raises ``InputError`` for a model, artefact or folder that
+    cannot be used, with the reason.
     """
     for gpu in gpus:
         capability_of(gpu, "--gpu")
@@ -80,24 +80,20 @@ def write_folder(
     return report
 
 
+@dataclass(frozen=True, slots=True)
 class _Writer:
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        folder: Path,
-        artifact: Artifact | None,
-        notify: Notify,
-        gpus: Sequence[str],
-    ) -> None:
-        self.loaded, self.folder, self.artifact, self.notify = loaded, folder, artifact, notify
-        self.gpus = gpus
+    loaded: LoadedModel
+    folder: Path
+    artifact: Artifact | None
+    notify: Notify
+    gpus: Sequence[str]
 
     def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
         began = perf_counter()
         model = self.loaded.model
-        write_text(self.loaded, self.folder)
+        write_tokenizer(self.loaded, self.folder)
         self.loaded.model.generation_config.save_pretrained(self.folder)
-        # compiled code counts on the strides it saw, and what is stored is contiguous
+        # compiled code expects the strides it was compiled for, and stored tensors are contiguous
         for tensor in (*model.parameters(), *model.buffers()):
             tensor.data = tensor.data.contiguous()
         self.notify("tracing and splitting")
@@ -135,19 +131,19 @@ class _Writer:
             self.notify(f"compiling layers and head for {rows} rows")
             decoder.prepare(rows)
             decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
-        self.notify("compiling what fills the cache")
+        self.notify("compiling KV fills")
         place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
         decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)
 
     def _compile_exits(self, ready: EarlyExitModel, preset: str) -> dict[int, Any]:
         self.notify(f"compiling exits and drafts of the preset {preset}")
-        # one threshold for all: every exit that was trained is in the plan
+        # one threshold for all, so that every trained exit is in the plan
         config = replace(ExitConfig.preset(preset), threshold=0.5)
         engine: Any = ready.configure(config)
         assert engine.exits is not None and ready.plan is not None and ready.artifact is not None
         engine.exits.prepare(max(ROW_COUNTS))
         if engine.draft is not None:
-            # runs it once with each number of rows
+            # compiles it, since it runs once with each number of rows
             engine.draft.call_seconds()
         tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, preset)}
         return {n: ready.segments_for(config, ready.plan, tensors, n) for n in ROW_COUNTS}
@@ -168,7 +164,7 @@ class _Writer:
         found = inspecting.describe(ready)
         pictures.exit_graph(ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name)
         if self.artifact is None:
-            found["exit_graph"] = "none: without an artefact no token leaves early"
+            found["exit_graph"] = "none: without an artefact no token exits early"
         else:
             self._export(ready)
             found["exit_graph"] = EXIT_GRAPH

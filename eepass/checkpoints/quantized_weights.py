@@ -1,9 +1,10 @@
-"""Quantised linear layers as modules of plain tensors, whatever they were read from."""
+"""Quantised linear layers as modules of plain tensors, the same for every format they come in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ PARTS = ("codes", "scales", "mins")
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight [N, K] as ``eepass.ops.quantized`` has it."""
+    """A weight [N, K] as ``eepass.ops.quantized`` defines it."""
 
     codes: Tensor
     scales: Tensor
@@ -25,19 +26,26 @@ class QuantizedWeight:
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """Its values [N, K], or those of some rows."""
-        parts = (self.codes, self.scales, self.mins)
-        chosen = [part if rows is None or part is None else part[rows] for part in parts]
-        made: Tensor = torch.ops.eepass.dequantize(*chosen, dtype)
-        return made
+        chosen = self if rows is None else self.map(lambda part: part[rows])
+        values: Tensor = torch.ops.eepass.dequantize(
+            chosen.codes, chosen.scales, chosen.mins, dtype
+        )
+        return values
 
-    def to(self, device: torch.device) -> QuantizedWeight:
-        mins = None if self.mins is None else self.mins.contiguous().to(device)
-        codes, scales = (part.contiguous().to(device) for part in (self.codes, self.scales))
-        return QuantizedWeight(codes, scales, mins, self.dynamic)
+    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
+        """The weight with each of its tensors changed."""
+        changed: dict[str, Any] = {name: change(part) for name, part in self.parts.items()}
+        return replace(self, **changed)
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The tensors it is made of, by name."""
+        named = {name: getattr(self, name) for name in PARTS}
+        return {name: part for name, part in named.items() if part is not None}
 
 
 def four_bit(codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> QuantizedWeight:
-    """Codes 0 to 15 [N, K] two a byte, where K allows that, else a byte each."""
+    """A weight of codes 0 to 15 [N, K]: two a byte where K divides, otherwise one."""
     if codes.shape[1] % PAIRED == 0:
         return QuantizedWeight(pack_int4(codes), scales, mins)
     codes = codes.to(torch.int8)
@@ -45,9 +53,10 @@ def four_bit(codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> Quant
 
 
 class QuantizedLinear(torch.nn.Module):
-    """A linear layer over codes: ``eepass::quantized_linear``.
+    """A linear layer whose weight is quantised: ``eepass::quantized_linear``.
 
-    ``tied``: its values are the input embedding's, which stays as it is: only rows of it are read.
+    ``tied``: it has the weight of the input embedding, which is not quantised: only rows of it are
+    read.
     """
 
     scales: Tensor
@@ -92,10 +101,10 @@ def replace_linears(model: Any, weights: Mapping[str, QuantizedWeight]) -> None:
         owner, _, attribute = name.rpartition(".")
         linear = model.get_submodule(name)
         tied = linear.weight is embedding
-        made = QuantizedLinear(weight.to(linear.weight.device), linear.bias, tied)
-        setattr(model.get_submodule(owner), attribute, made.eval())
+        made = QuantizedLinear(weight.map(Tensor.contiguous), linear.bias, tied)
+        setattr(model.get_submodule(owner), attribute, made.to(linear.weight.device).eval())
         if tied:
-            # else whoever ties weights would look for the head's
+            # the head has no weight any more that could be tied
             model.config.get_text_config(decoder=True).tie_word_embeddings = False
 
 
@@ -106,17 +115,14 @@ def quantized_layers(model: Any) -> Iterator[tuple[str, QuantizedLinear]]:
             yield name, module
 
 
-def described(model: Any) -> str:
-    """How many layers of ``model`` are quantised, by form; "" if none."""
-    counts: dict[str, int] = {}
-    for _, layer in quantized_layers(model):
-        form = layer.extra_repr().partition(", ")[2]
-        counts[form] = counts.get(form, 0) + 1
-    return "; ".join(f"{count} layers {form}" for form, count in sorted(counts.items()))
+def quantization_of(model: Any) -> str:
+    """How many layers of ``model`` are quantised, by format; "" if none."""
+    formats = (layer.extra_repr().partition(", ")[2] for _, layer in quantized_layers(model))
+    return "; ".join(f"{count} layers {name}" for name, count in sorted(Counter(formats).items()))
 
 
 def weights_to_read(model: Any) -> list[Tensor]:
-    """Parameters and quantised weights in the order of the modules, which is that of reading."""
+    """Parameters and quantised weights in the order of the modules, in which a pass reads them."""
     found: list[Tensor] = []
     for module in model.modules():
         found += [p for p in module._parameters.values() if p is not None]

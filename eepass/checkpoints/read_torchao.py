@@ -1,4 +1,4 @@
-"""Weights that torchao quantised: read into plain tensors, or made with it."""
+"""Read the weights that torchao quantised into plain tensors, or quantise a model with torchao."""
 
 from __future__ import annotations
 
@@ -14,44 +14,44 @@ from eepass.checkpoints.quantized_weights import QuantizedWeight, four_bit, repl
 from eepass.errors import InputError
 
 KINDS = ("int8", "int4", "int8-dynamic")
-# what --quantize int4 rounds together
+# columns that share a scale with --quantize int4
 GROUP = 32
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
 def read_quantized(model: Any) -> bool:
-    """Turn torchao's weights in ``model``, in place, into layers that can be traced and compiled;
-    whether there were any. Raises ``InputError`` for a form that is not known, naming it."""
+    """Replace layers of ``model`` with torchao's weights, in place, by ones that can be traced and
+    compiled; whether there were any. Raises ``InputError`` naming a format that cannot be read."""
     weights: dict[str, QuantizedWeight] = {}
-    others: list[tuple[torch.nn.Module, str, Any]] = []
+    embeddings: list[tuple[torch.nn.Module, str, Any]] = []
     for name, module in model.named_modules():
-        for attribute, parameter in module._parameters.items():
-            held: Any = parameter
-            if held is None or not is_traceable_wrapper_subclass(held):
+        for attribute, value in module._parameters.items():
+            parameter: Any = value
+            if parameter is None or not is_traceable_wrapper_subclass(parameter):
                 continue
             if isinstance(module, torch.nn.Linear) and attribute == "weight":
-                weights[name] = _read(name, held)
+                weights[name] = _read(name, parameter)
             elif isinstance(module, torch.nn.Embedding):
-                others.append((module, attribute, held))
+                embeddings.append((module, attribute, parameter))
             else:
                 raise InputError(
-                    f"{name}.{attribute} is a {type(held).__name__}: of quantised weights "
-                    "those of linear layers and embeddings can be used"
+                    f"{name}.{attribute} is a {type(parameter).__name__}: only linear layers and "
+                    "embeddings may be quantised"
                 )
-    for module, attribute, held in others:
-        # only rows of it are read
-        plain = torch.nn.Parameter(held.dequantize(), requires_grad=False)
+    for module, attribute, parameter in embeddings:
+        # dequantised: only rows of it are read
+        plain = torch.nn.Parameter(parameter.dequantize(), requires_grad=False)
         module._parameters[attribute] = plain
     replace_linears(model, weights)
     return bool(weights)
 
 
 def quantize(model: Any, kind: str) -> None:
-    """Quantise all linear layers of ``model`` in place, the LM head among them, with torchao.
+    """Quantise all linear layers of ``model`` in place, including the LM head, with torchao.
 
-    ``kind``: int8 (a scale a row), int4 (a scale each 32 columns; rows that do not divide stay as
-    they are), int8-dynamic (inputs rounded to int8 as well). Raises ``InputError`` where torchao is
-    missing or ``kind`` unknown.
+    ``kind``: int8 (a scale per row), int4 (a scale per 32 columns; layers whose width does not
+    divide stay as they are), int8-dynamic (inputs rounded to int8 as well). Raises ``InputError``
+    where torchao is missing or ``kind`` unknown.
     """
     if kind not in KINDS:
         raise InputError(f"quantize={kind!r}: known are {', '.join(KINDS)}")
@@ -59,20 +59,19 @@ def quantize(model: Any, kind: str) -> None:
         raise InputError("quantising needs torchao: pip install 'eepass[quant]'")
     from torchao import quantization as ao
 
-    dynamic = ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False)
-    configs: dict[str, Callable[[], Any]] = {
-        "int8": lambda: ao.Int8WeightOnlyConfig(set_inductor_config=False),
-        "int4": lambda: ao.IntxWeightOnlyConfig(INT4, ao.PerGroup(GROUP)),
-        "int8-dynamic": lambda: dynamic,
+    configs = {
+        "int8": ao.Int8WeightOnlyConfig(set_inductor_config=False),
+        "int4": ao.IntxWeightOnlyConfig(INT4, ao.PerGroup(GROUP)),
+        "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig(set_inductor_config=False),
     }
 
-    def chosen(module: torch.nn.Module, name: str) -> bool:
+    def is_quantized(module: torch.nn.Module, name: str) -> bool:
         if not isinstance(module, torch.nn.Linear):
             return False
-        whole = type(module.weight) is torch.nn.Parameter
-        return whole and (kind != "int4" or module.weight.shape[1] % GROUP == 0)
+        plain = type(module.weight) is torch.nn.Parameter
+        return plain and (kind != "int4" or module.weight.shape[1] % GROUP == 0)
 
-    ao.quantize_(model, configs[kind](), filter_fn=chosen)
+    ao.quantize_(model, configs[kind], filter_fn=is_quantized)
     if not read_quantized(model):
         raise InputError(f"{type(model).__name__} has no linear layers to quantise")
 
@@ -81,11 +80,11 @@ def _read(name: str, weight: Any) -> QuantizedWeight:
     read = READERS.get(type(weight).__name__)
     if read is None:
         raise InputError(
-            f"{name}: its weight is a {type(weight).__name__}; of torchao's eepass reads "
+            f"{name}: its weight is a {type(weight).__name__}; eepass reads torchao's "
             f"{', '.join(READERS)}"
         )
     if getattr(weight, "act_pre_scale", None) is not None:
-        raise InputError(f"{name}: its inputs are to be scaled first (AWQ, SmoothQuant), which "
+        raise InputError(f"{name}: its inputs have to be scaled first (AWQ, SmoothQuant), which "
                          "eepass does not do")  # fmt: skip
     try:
         return read(weight)
@@ -94,28 +93,22 @@ def _read(name: str, weight: Any) -> QuantizedWeight:
 
 
 def _int8(weight: Any) -> QuantizedWeight:
-    scales, zero = _by_row(weight.scale, weight), weight.zero_point
-    mins = None
-    if zero is not None and zero.any():
-        mins = -_by_row(zero, weight).float() * scales.float()
+    scales, mins = _scales_and_mins(weight)
     inputs = weight.act_quant_kwargs
     if inputs is None:
         return QuantizedWeight(weight.qdata, scales, mins)
-    asked = (type(inputs.granularity).__name__, inputs.mapping_type.name, inputs.reduce_range)
-    if asked != ("PerRow", "SYMMETRIC", False) or weight.act_quant_scale is not None:
-        raise ValueError("its inputs are rounded otherwise than symmetrically, token by token")
+    rounding = (type(inputs.granularity).__name__, inputs.mapping_type.name, inputs.reduce_range)
+    if rounding != ("PerRow", "SYMMETRIC", False) or weight.act_quant_scale is not None:
+        raise ValueError("its inputs are not rounded symmetrically, token by token")
     if mins is not None or scales.shape[1] != 1:
-        raise ValueError("its inputs are rounded, and its weights not symmetrically, row by row")
+        raise ValueError("its inputs are rounded, but its weights not symmetrically, row by row")
     return QuantizedWeight(weight.qdata, scales, dynamic=True)
 
 
 def _intx(weight: Any) -> QuantizedWeight:
     if weight.activation_quantization is not None:
         raise ValueError("its inputs are rounded with a zero point, which eepass does not do")
-    scales, zero = _by_row(weight.scale, weight), _by_row(weight.zero_point, weight)
-    mins = None
-    if zero.any():
-        mins = -zero.float() * scales.float()
+    scales, mins = _scales_and_mins(weight)
     if weight.target_dtype is not INT4:
         return QuantizedWeight(weight.qdata, scales, mins)
     if mins is not None:
@@ -124,9 +117,9 @@ def _intx(weight: Any) -> QuantizedWeight:
 
 
 def _int4(weight: Any) -> QuantizedWeight:
-    """Two signed codes a byte, the even column's in the low half; code · scale + zero point."""
+    """Two signed codes a byte, the even column's in the low half; code * scale + zero point."""
     if weight.activation_dtype != torch.bfloat16:
-        raise ValueError(f"its inputs are to be rounded to {weight.activation_dtype}")
+        raise ValueError(f"its inputs have to be rounded to {weight.activation_dtype}")
     packed = weight.qdata.view(torch.uint8)
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2) ^ 8
     scales, zero = weight.scale.t().float(), weight.zero_point.t().float()
@@ -140,8 +133,16 @@ READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
 }
 
 
+def _scales_and_mins(weight: Any) -> tuple[Tensor, Tensor | None]:
+    """Scales [N, G] and, where there is a zero point, mins: (code - zero) * scale."""
+    scales, zero = _by_row(weight.scale, weight), weight.zero_point
+    if zero is None or not zero.any():
+        return scales, None
+    return scales, -_by_row(zero, weight).float() * scales.float()
+
+
 def _by_row(numbers: Tensor, weight: Any) -> Tensor:
-    """What belongs to blocks of a weight [N, K] as [N, G]: rows that share a block repeat."""
+    """Numbers of the blocks of a weight [N, K] as [N, G]: rows of the same block repeat them."""
     rows, columns = weight.qdata.shape
     height, width = weight.block_size
     if columns % width or rows % height:

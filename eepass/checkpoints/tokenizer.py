@@ -28,7 +28,7 @@ class FolderTokenizer:
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
             config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
-        except Exception as error:  # what tokenizers raises has no type of its own
+        except Exception as error:  # tokenizers raises plain Exception
             raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -79,10 +79,10 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
     )
 
 
-def write_text(loaded: Any, folder: Path) -> None:
+def write_tokenizer(loaded: Any, folder: Path) -> None:
     """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it.
 
-    Raises ``InputError`` where it does more than its files say.
+    Raises ``InputError`` where the tokenizer does more than those files describe.
     """
     tokenizer = loaded.tokenizer
     if isinstance(tokenizer, FolderTokenizer):
@@ -100,11 +100,11 @@ def write_text(loaded: Any, folder: Path) -> None:
     for prompt in ("Why is the sea salty?", " 3+4=7\n\n\tTaxi, naïve «Ελλάδα» 你好"):
         for raw in (True, False):
             ids = loaded.encode(prompt, raw)
-            said = tokenizer.decode(ids, skip_special_tokens=True)
-            if own.encode(prompt, raw) != ids or own.tokenizer.decode(ids, True) != said:
+            text = tokenizer.decode(ids, skip_special_tokens=True)
+            if own.encode(prompt, raw) != ids or own.tokenizer.decode(ids, True) != text:
                 raise InputError(
-                    f"{loaded.name}: its tokenizer does more than tokenizer.json and "
-                    "chat template say, and would not be the same without transformers"
+                    f"{loaded.name}: its tokenizer does more than tokenizer.json and the chat "
+                    "template describe, and would not be the same without transformers"
                 )
 
 

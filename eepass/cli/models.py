@@ -25,8 +25,8 @@ def load_model(
     kind = None if quantize == "none" else quantize
     with console.status(f"loading {model}"):
         loaded = eepass.load(model, dtype, trust_native, kind)
-    if "dequantised" in loaded.form:
-        errors.print(f"{model}: {loaded.form}", highlight=False, markup=False)
+    if "dequantised" in loaded.quantization:
+        errors.print(f"{model}: {loaded.quantization}", highlight=False, markup=False)
     return loaded
 
 

@@ -41,7 +41,7 @@ def transform(
     sizes = _numbers(rows, "--rows")
     loaded = load_model(model, dtype, threads, quantize=quantize)
     folder = None if dense else artifact or loaded.artifact
-    if not dense and loaded.before is not None and artifact is None:
+    if not dense and loaded.unquantized_artifact is not None and artifact is None:
         folder = calibrate_artifact(loaded, None)
     with console.status("transforming") as status:
         report = write_folder(loaded, out, folder, sizes, max_length, status.update, gpu or ())

@@ -15,7 +15,7 @@ from torch import Tensor
 import eepass
 from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.checkpoints.models import LoadedModel
-from eepass.checkpoints.tokenizer import write_text
+from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
 from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
@@ -73,7 +73,7 @@ def export_onnx(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     try:
-        write_text(loaded, scratch)
+        write_tokenizer(loaded, scratch)
         writer = _Writer(scratch, described, tensors, notify)
         found = writer.write(decode, prefill)
         replace_dir_atomically(scratch, target)

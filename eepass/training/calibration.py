@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Calibration
+from eepass.exit_rule import wants_exit
 
 TARGETS = (0.90, 0.94, 0.975, 0.98, 0.99)
 NEVER = 2.0  # a threshold no probability passes
@@ -16,16 +17,16 @@ NEVER = 2.0  # a threshold no probability passes
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a step is made of, in layers: one row through one layer is 1."""
+    """What the parts of a decode step cost, in layers: one row through one layer is 1."""
 
     num_layers: int
     head: float
     draft: float
     predictor: float
     verify: float
-    # where the draft is taken its likeliest token is the verified one
+    # the likeliest draft token there is the verified token
     draft_layer: int = 0
-    # a row more in a layer that runs anyway: what catching up a token costs there
+    # one more row in a layer that runs anyway, as when a pending token catches up
     row: float = 0.1
 
     def verify_at(self, layer: int) -> float:
@@ -36,126 +37,113 @@ class Costs:
         return self.num_layers + self.head
 
 
+@dataclass(frozen=True, slots=True)
+class ExitScores:
+    """What the exits after ``layers`` do with n held-out tokens, [exits, n] each: the predictor's
+    probability; whether the verified token is a draft token; whether it is the dense one."""
+
+    layers: Sequence[int]
+    probability: Tensor
+    verified: Tensor
+    right: Tensor
+
+    @property
+    def count(self) -> int:
+        return self.probability.shape[1]
+
+
 def calibrate(
-    layers: Sequence[int],
-    scores: Tensor,
-    verified: Tensor,
-    right: Tensor,
-    costs: Costs,
-    targets: Sequence[float] = TARGETS,
+    exits: ExitScores, costs: Costs, targets: Sequence[float] = TARGETS
 ) -> list[Calibration]:
-    """Thresholds per target from scores, verified, right [exits, n] of held-out tokens.
+    """Thresholds for each target.
 
     A wrong exit is given a price; for each price the best thresholds follow exit by exit, deepest
     first; the price is bisected until agreement meets the target.
     """
-    return [_at_target(layers, scores, verified, right, costs, target) for target in targets]
+    return [_at_target(exits, costs, target) for target in targets]
 
 
 def replay(
-    layers: Sequence[int],
-    thresholds: Sequence[float],
-    scores: Tensor,
-    verified: Tensor,
-    right: Tensor,
-    costs: Costs,
+    exits: ExitScores, thresholds: Sequence[float], costs: Costs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exit layer, cost in layers and rightness of each token under ``thresholds``, [n] each."""
-    count = scores.shape[1]
-    here = torch.ones(count, dtype=torch.bool)
-    cost = torch.full((count,), costs.draft if any(t < 1 for t in thresholds) else 0.0)
-    exit_layer = torch.full((count,), costs.num_layers)
-    correct = torch.ones(count, dtype=torch.bool)
-    left_any = torch.zeros(count, dtype=torch.bool)
-    for index, layer in enumerate(layers):
+    running = torch.ones(exits.count, dtype=torch.bool)
+    cost = torch.full((exits.count,), costs.draft if any(t < 1 for t in thresholds) else 0.0)
+    exit_layer = torch.full((exits.count,), costs.num_layers)
+    correct = torch.ones(exits.count, dtype=torch.bool)
+    exited = torch.zeros(exits.count, dtype=torch.bool)
+    for index, layer in enumerate(exits.layers):
         if thresholds[index] > 1:
             continue
-        cost += here * costs.predictor
-        tries = here & (scores[index] > thresholds[index])
+        cost += running * costs.predictor
+        tries = running & wants_exit(exits.probability[index], thresholds[index])
         cost += tries * costs.verify_at(layer)
-        leaves = tries & verified[index]
+        leaves = tries & exits.verified[index]
         exit_layer[leaves] = layer
-        correct[leaves] = right[index][leaves]
-        left_any |= leaves
-        here &= ~leaves
+        correct[leaves] = exits.right[index][leaves]
+        exited |= leaves
+        running &= ~leaves
     cost += exit_layer + (costs.num_layers - exit_layer) * costs.row
-    cost += ~left_any * costs.head
+    cost += ~exited * costs.head
     return exit_layer, cost, correct
 
 
-def _at_target(
-    layers: Sequence[int],
-    scores: Tensor,
-    verified: Tensor,
-    right: Tensor,
-    costs: Costs,
-    target: float,
-) -> Calibration:
-    cheap, dear = 0.0, 1e5
-    thresholds = [NEVER] * len(layers)
+def _at_target(exits: ExitScores, costs: Costs, target: float) -> Calibration:
+    low, high = 0.0, 1e5
+    thresholds = [NEVER] * len(exits.layers)
     for _ in range(24):
-        price = (cheap * dear) ** 0.5 if cheap > 0 else 1.0 if dear > 1 else dear / 2
-        tried = _at_price(layers, scores, verified, right, costs, price)
-        _, _, correct = replay(layers, tried, scores, verified, right, costs)
+        price = (low * high) ** 0.5 if low > 0 else 1.0 if high > 1 else high / 2
+        tried = _at_price(exits, costs, price)
+        _, _, correct = replay(exits, tried, costs)
         if correct.float().mean() >= target:
-            thresholds, dear = tried, price
+            thresholds, high = tried, price
         else:
-            cheap = price
-    exit_layer, cost, correct = replay(layers, thresholds, scores, verified, right, costs)
-    used = [layer for layer, t in zip(layers, thresholds, strict=True) if t <= 1]
-    counts = {layer: int((exit_layer == layer).sum()) for layer in used}
+            low = price
+    exit_layer, cost, correct = replay(exits, thresholds, costs)
+    used = {layer: t for layer, t in zip(exits.layers, thresholds, strict=True) if t <= 1}
     return Calibration(
         target=target,
-        thresholds={
-            layer: round(t, 5) for layer, t in zip(layers, thresholds, strict=True) if t <= 1
-        },
-        ranking=tuple(sorted(used, key=lambda layer: -counts[layer])),
+        thresholds={layer: round(t, 5) for layer, t in used.items()},
+        ranking=tuple(sorted(used, key=lambda layer: -int((exit_layer == layer).sum()))),
         agreement=float(correct.float().mean()),
         mean_exit_layer=float(exit_layer.float().mean()),
         speedup=costs.dense / float(cost.mean()),
     )
 
 
-def _at_price(
-    layers: Sequence[int],
-    scores: Tensor,
-    verified: Tensor,
-    right: Tensor,
-    costs: Costs,
-    price: float,
-) -> list[float]:
-    """The thresholds that make cost plus ``price`` per wrong token least."""
-    thresholds = [0.5] * len(layers)
+def _at_price(exits: ExitScores, costs: Costs, price: float) -> list[float]:
+    """The thresholds with the least cost where each wrong token costs ``price`` more."""
+    thresholds = [0.5] * len(exits.layers)
     for _ in range(4):
-        reaching = _reaching(thresholds, scores, verified)
-        # what a token will yet cost from here, the thresholds after this exit given
-        ahead = torch.full((scores.shape[1],), costs.num_layers + costs.head)
-        for index in reversed(range(len(layers))):
-            layer = layers[index]
-            leave = layer + (costs.num_layers - layer) * costs.row + price * ~right[index]
-            change = costs.verify_at(layer) + verified[index] * (leave - ahead)
-            thresholds[index], gain = _best_threshold(
-                scores[index][reaching[index]], change[reaching[index]]
-            )
-            if gain <= costs.predictor * int(reaching[index].sum()):
+        reaching = _reaching(exits, thresholds)
+        # what each token costs from here on, given the thresholds of the deeper exits
+        ahead = torch.full((exits.count,), costs.num_layers + costs.head)
+        for index in reversed(range(len(exits.layers))):
+            layer, here, score = exits.layers[index], reaching[index], exits.probability[index]
+            leave = layer + (costs.num_layers - layer) * costs.row + price * ~exits.right[index]
+            change = costs.verify_at(layer) + exits.verified[index] * (leave - ahead)
+            thresholds[index], gain = _best_threshold(score[here], change[here])
+            if gain <= costs.predictor * int(here.sum()):
                 thresholds[index] = NEVER
             else:
-                tries = scores[index] > thresholds[index]
+                tries = wants_exit(score, thresholds[index])
                 ahead = ahead + costs.predictor + tries * change
     return thresholds
 
 
-def _reaching(thresholds: Sequence[float], scores: Tensor, verified: Tensor) -> list[Tensor]:
-    here = torch.ones(scores.shape[1], dtype=torch.bool)
+def _reaching(exits: ExitScores, thresholds: Sequence[float]) -> list[Tensor]:
+    """Which tokens [n] reach each exit."""
+    running = torch.ones(exits.count, dtype=torch.bool)
     reaching = []
     for index, threshold in enumerate(thresholds):
-        reaching.append(here)
-        here = here & ~((scores[index] > threshold) & verified[index])
+        reaching.append(running)
+        exits_here = wants_exit(exits.probability[index], threshold) & exits.verified[index]
+        running = running & ~exits_here
     return reaching
 
 
 def _best_threshold(score: Tensor, change: Tensor) -> tuple[float, float]:
-    """The threshold above which the changes in cost add up to least, and what that gains."""
+    """The threshold above which the changes in cost sum to the least, and what that saves."""
     if not len(score):
         return NEVER, 0.0
     order = score.argsort(descending=True)

@@ -15,14 +15,15 @@ from eepass.lengths import refuse_longer, usual_length
 
 
 class Example(NamedTuple):
-    """One prompt as tokens, the answer, and the split it belongs to by its prompt."""
+    """The tokens of a prompt and its answer, and the split the prompt belongs to."""
 
     prompt: list[int]
     answer: list[int]
     split: str
 
 
-# by prompt, so that no answer is on both sides; drafts and translators, predictors, thresholds
+# by prompt, so that no prompt's answers are in two splits: the draft head and the translators are
+# trained on the first, predictors on the second, thresholds on the third
 SPLITS = (("fit", 0.80), ("predict", 0.92), ("calibrate", 1.0))
 
 
@@ -74,9 +75,13 @@ def read_answers(path: Path, prompts: Sequence[list[int]], vocabulary: int) -> l
 
 
 def split_of(prompt: Sequence[int]) -> str:
-    digest = hashlib.sha256(repr(list(prompt)).encode()).digest()
-    place = int.from_bytes(digest[:4], "big") / 2**32
-    return next(name for name, end in SPLITS if place < end)
+    """The split of a prompt, by a hash of its tokens."""
+    fraction = int.from_bytes(_hash(prompt)[:4], "big") / 2**32
+    return next(name for name, end in SPLITS if fraction < end)
+
+
+def _hash(prompt: Sequence[int]) -> bytes:
+    return hashlib.sha256(repr(list(prompt)).encode()).digest()
 
 
 def generate_prompts(
@@ -88,10 +93,10 @@ def generate_prompts(
     batch_size: int = 32,
     longest: int = 96,
 ) -> None:
-    """Prompts the model writes itself when it is given an empty user's turn.
+    """Prompts that the model writes itself, in place of the user's message.
 
-    ``turn``: tokens before and after what a user says. After Magpie (Xu et al., 2024): a model that
-    was taught to answer has learned what it is asked, too.
+    ``turn``: tokens before and after a user's message. After Magpie (Xu et al., 2024): a model that
+    is tuned to answer users has learned to continue an empty user's turn with a plausible prompt.
     """
     opening, closing = turn
     made = 0
@@ -111,8 +116,7 @@ def generate_prompts(
             )
         prompts = []
         for row in output[:, len(opening) :].tolist():
-            said = row[: next((i for i, token in enumerate(row) if token in stop), len(row))]
-            prompts.append([*opening, *said, *closing])
+            prompts.append([*opening, *row[: _length(row, stop)], *closing])
         made += len(prompts)
         on_batch(prompts)
 
@@ -127,21 +131,20 @@ def generate_answers(
     batch_size: int = 32,
     longest: int = 224,
 ) -> None:
-    """Answers of the model itself, greedy or sampled at a ``temperature``, in batches of prompts.
+    """The model's own answers, greedy or sampled at a ``temperature``, in batches of prompts.
 
-    ``on_batch`` gets each batch as it is done; ends after about ``tokens`` answer tokens. Raises
-    ``InputError`` for a prompt that leaves its answer none of the positions the model knows.
+    ``on_batch`` gets each batch; generation ends after about ``tokens`` answer tokens. Raises
+    ``InputError`` for a prompt as long as the model's maximum length.
     """
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     pad = min(stop) if stop else 0
-    order = sorted(
-        range(len(prompts)), key=lambda i: hashlib.sha256(repr(prompts[i]).encode()).digest()
-    )
+    # in an order of their own: where the token limit ends this early, all kinds have their share
+    shuffled = sorted(prompts, key=_hash)
     made = 0
-    for begin in range(0, len(order), batch_size):
+    for begin in range(0, len(shuffled), batch_size):
         if made >= tokens:
             return
-        batch = [prompts[i] for i in order[begin : begin + batch_size]]
+        batch = shuffled[begin : begin + batch_size]
         width = max(map(len, batch))
         refuse_longer(model, width + 1, "a prompt and its answer")
         ids = torch.full((len(batch), width), pad)
@@ -160,7 +163,13 @@ def generate_answers(
             )
         examples = []
         for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-            end = next((i + 1 for i, token in enumerate(row) if token in stop), len(row))
-            examples.append(Example(prompt, row[:end], split_of(prompt)))
-            made += end
+            # with its stop token
+            answer = row[: _length(row, stop) + 1]
+            examples.append(Example(prompt, answer, split_of(prompt)))
+            made += len(answer)
         on_batch(examples)
+
+
+def _length(tokens: Sequence[int], stop: frozenset[int]) -> int:
+    """The number of tokens before the first stop token."""
+    return next((i for i, token in enumerate(tokens) if token in stop), len(tokens))

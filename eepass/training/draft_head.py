@@ -1,7 +1,7 @@
 """Train the draft head on sequences of the model: prompts and its own answers.
 
-A draft is made of drafts: from the second step on, the head is fed its own state in place of the
-model's features. Training does the same, ``steps`` times over every position at once.
+From the second draft token on, the head is fed its own state in place of the model's features.
+Training does the same, unrolled over ``steps`` steps at every position at once.
 """
 
 from __future__ import annotations
@@ -11,33 +11,32 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from eepass.files import write_tensors_atomically
 from eepass.runtime.drafting.eagle_layer import shapes
+from eepass.training.resume import PassCheckpoint
 from eepass.training.unrolling import Lines, unroll
 
 STEPS = 4
 PASSES = 4
-# so many of the passes, at the end, unroll: one step costs a fourth, and comes first anyway
+# share of the passes, the last ones, that unroll: one step costs a fourth and is learned first
 UNROLLED = 0.5
 BATCH_ROWS = 2048
 RATE = 0.02
 NORM_RATE = 1e-3
 WARMUP = 20
-# each further step counts less: it is only reached where the one before was right
+# each further step counts less: only a right draft token before it makes it matter
 DECAY = 0.8
-# share of the features replaced by a noisy copy: at run time z comes from an exit as often as not
+# share of the features that get noise: at run time about half of the z come from an exit
 NOISE = 0.1
-# likeliest hot tokens that stand for the model's distribution
-WANTED = 32
+# so many of the likeliest hot tokens stand for the model's distribution
+TARGETS = 32
 
 
 class _Batch(NamedTuple):
     tokens: Tensor  # [B, T]
     before: Tensor  # [B, T, F * H]: features of the position before each
-    source: Tensor  # [B, T]: place of each in the lines, or -1
+    source: Tensor  # [B, T]: index of each in the lines, -1 where padded
 
 
 def fit_draft_head(
@@ -52,8 +51,8 @@ def fit_draft_head(
     """The draft head's tensors.
 
     embedding [V, H]; hot_head [N, H]. At each position the head sees the token there and the
-    features before it, and learns the hot probabilities of the z there. ``progress`` is told the
-    positions done, ``passes`` times all of them; each finished pass is kept in ``resume``.
+    features before it, and learns the hot probabilities of the z there. ``progress`` gets the
+    positions of each batch; each finished pass is saved in ``resume``.
     """
     hidden, dtype = embedding.shape[1], embedding.dtype
     weights = _initial(hidden, lines.features.shape[1] // hidden)
@@ -61,26 +60,26 @@ def fit_draft_head(
     optimizers = _optimizers(weights)
     rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
     updates = passes * len(batches)
-    wanted = _wanted(lines.features[:, :hidden], hot_head)
-    done = _restore(resume, weights, optimizers)
+    targets = _targets(lines.features[:, :hidden], hot_head)
+    checkpoint = PassCheckpoint(resume, weights, optimizers)
+    done = checkpoint.restore()
     progress(done * len(lines.token))
     for number in range(done, passes):
         generator = torch.Generator().manual_seed(number)
         unrolled = steps if number >= passes * (1 - UNROLLED) else 1
         order = torch.randperm(len(batches), generator=generator).tolist()
         for update, index in enumerate(order, number * len(batches)):
-            batch = _gathered(batches[index], lines, generator)
+            batch = _padded(batches[index], lines, generator)
             with torch.enable_grad():
                 cast = {name: weight.to(dtype) for name, weight in weights.items()}
                 states = unroll(batch.tokens, batch.before, embedding, cast, unrolled)
                 loss: Any = 0.0
                 for step, state in enumerate(states):
-                    known = batch.source[:, step:]
-                    real = known >= 0
-                    share = [part[known[real]] for part in wanted]
-                    loss = loss + DECAY**step * _SoftLoss.apply(
-                        state[:, step:][real], hot_head, *share
-                    )
+                    source = batch.source[:, step:]
+                    real = source >= 0
+                    target = [part[source[real]] for part in targets]
+                    step_loss = _SoftLoss.apply(state[:, step:][real], hot_head, *target)
+                    loss = loss + DECAY**step * step_loss
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             slower = min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
@@ -89,28 +88,27 @@ def fit_draft_head(
                 optimizer.step()
                 optimizer.zero_grad()
             progress(sum(end - begin for begin, end in batches[index]))
-        _keep(resume, number + 1, weights, optimizers)
+        checkpoint.save(number + 1)
     return {name: weight.detach().to(dtype) for name, weight in weights.items()}
 
 
 class _SoftLoss(torch.autograd.Function):
-    """Cross-entropy with a few wanted tokens per row, without keeping [n, N] for the way back.
+    """Cross-entropy with a few target tokens per row, without storing [n, N] for the backward pass.
 
-    states [n, H], head [N, H], wanted ids and probabilities [n, K] -> mean over the rows.
+    states [n, H], head [N, H], target ids and probabilities [n, K] -> mean over the rows.
     """
 
     @staticmethod
-    def forward(ctx: Any, states: Tensor, head: Tensor, ids: Tensor, wanted: Tensor) -> Tensor:
+    def forward(ctx: Any, states: Tensor, head: Tensor, ids: Tensor, targets: Tensor) -> Tensor:
         gradient = torch.empty_like(states)
         loss = torch.zeros(())
-        for rows in torch.arange(len(states)).split(256):
-            first, last = int(rows[0]), int(rows[-1]) + 1
-            target = wanted[first:last]
-            found = (states[first:last] @ head.T).softmax(-1)
-            likely = found.gather(1, ids[first:last])
-            loss -= (target.float() * likely.float().clamp_min(1e-9).log()).sum()
-            found.scatter_(1, ids[first:last], likely - target)
-            gradient[first:last] = found @ head
+        for begin in range(0, len(states), 256):
+            rows = slice(begin, begin + 256)
+            probabilities = (states[rows] @ head.T).softmax(-1)
+            likely = probabilities.gather(1, ids[rows])
+            loss -= (targets[rows].float() * likely.float().clamp_min(1e-9).log()).sum()
+            probabilities.scatter_(1, ids[rows], likely - targets[rows])
+            gradient[rows] = probabilities @ head
         ctx.save_for_backward(gradient)
         return loss / max(len(states), 1)
 
@@ -121,11 +119,11 @@ class _SoftLoss(torch.autograd.Function):
 
 
 @torch.no_grad()
-def _wanted(z: Tensor, hot_head: Tensor) -> tuple[Tensor, Tensor]:
+def _targets(z: Tensor, hot_head: Tensor) -> tuple[Tensor, Tensor]:
     """The model's likeliest hot tokens [n, K] after each position, and their probabilities."""
-    best = [(part @ hot_head.T).topk(min(WANTED, len(hot_head)), -1) for part in z.split(1024)]
-    wanted = torch.cat([part.values.float().softmax(-1) for part in best])
-    return torch.cat([part.indices for part in best]), wanted.to(z.dtype)
+    best = [(part @ hot_head.T).topk(min(TARGETS, len(hot_head)), -1) for part in z.split(1024)]
+    probabilities = torch.cat([part.values.float().softmax(-1) for part in best])
+    return torch.cat([part.indices for part in best]), probabilities.to(z.dtype)
 
 
 def _initial(hidden: int, features: int) -> dict[str, Tensor]:
@@ -143,7 +141,7 @@ def _initial(hidden: int, features: int) -> dict[str, Tensor]:
 def _optimizers(weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
     matrices = [weight for weight in weights.values() if weight.ndim == 2]
     norms = [weight for weight in weights.values() if weight.ndim == 1]
-    # tokens are dear and passes few: matrices learn more from each this way than with Adam
+    # tokens are expensive and passes few: with Muon matrices learn more from each than with Adam
     return [
         torch.optim.Muon(matrices, RATE, weight_decay=0.02),
         torch.optim.AdamW(norms, NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
@@ -151,7 +149,7 @@ def _optimizers(weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
 
 
 def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
-    """Sequences of like length together, so many that they are about ``BATCH_ROWS`` rows."""
+    """Sequences of similar length together, about ``BATCH_ROWS`` rows a batch."""
     batches: list[list[tuple[int, int]]] = []
     room = 0
     for begin, end in sorted(lines.spans(), key=lambda span: span[1] - span[0]):
@@ -166,8 +164,8 @@ def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
     return batches
 
 
-def _gathered(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator) -> _Batch:
-    # nothing stands before the first token of a line, so it makes no row
+def _padded(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator) -> _Batch:
+    # the first token of a line has no features before it, so it makes no row
     length = max(end - begin for begin, end in spans) - 1
     source = torch.full((len(spans), length), -1)
     for row, (begin, end) in enumerate(spans):
@@ -178,39 +176,3 @@ def _gathered(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.G
     scale = before.float().std(-1, keepdim=True) * 0.5 * noisy
     before = before + noise * scale.to(before.dtype)
     return _Batch(lines.token[source.clamp_min(0)].long(), before, source)
-
-
-def _keep(
-    path: Path | None,
-    done: int,
-    weights: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> None:
-    if path is None:
-        return
-    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
-    write_tensors_atomically(path, {**tensors, "passes": torch.tensor(done)})
-
-
-def _restore(
-    path: Path | None,
-    weights: dict[str, Tensor],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> int:
-    """Passes done before, after which ``weights`` and ``optimizers`` are as they were then."""
-    if path is None or not path.exists():
-        return 0
-    tensors = load_file(path)
-    for name, weight in weights.items():
-        weight.data.copy_(tensors[f"weight.{name}"])
-    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in optimizers]
-    for name, tensor in tensors.items():
-        owner, *rest = name.split(".", 2)
-        if owner.isdecimal():
-            states[int(owner)].setdefault(int(rest[0]), {})[rest[1]] = tensor
-    for optimizer, state in zip(optimizers, states, strict=True):
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return int(tensors["passes"])

@@ -1,8 +1,8 @@
-"""Boundaries of the model along its own answers, in shards on disk.
+"""Hidden states of the model along its own answers, in shards on disk.
 
-Half a million tokens at thirty boundaries are 17 GB: a shard holds some ten thousand tokens, and
-what is trained reads one boundary of one split at a time. Of the dense logits only the normed
-state ``z`` is kept (the losses make hot logits from it) and the dense argmax.
+Half a million tokens at thirty layers are 17 GB: a shard holds some ten thousand tokens, and
+training reads the states of one layer and one split at a time. Of the dense logits only the normed
+state ``z`` is stored (the losses compute hot logits from it) and the dense argmax.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eepass.files import write_tensors_atomically, write_text_atomically
-from eepass.runtime.engine.engine import Engine
 from eepass.training.corpus import Example
+from eepass.training.dense_model import DenseModel
+from eepass.training.lens import best_token
 
 SHARD_TOKENS = 16_384
 
@@ -25,11 +26,11 @@ SHARD_TOKENS = 16_384
 class HiddenStateStore:
     """Shards under ``folder``, with one row per answer token:
 
-    ``boundary.<layer>`` [n, H]; ``z`` [n, H]: the normed last boundary; ``token``: the token at
-    this position; ``label``: the dense argmax that follows; ``place``: its position in the answer.
+    ``boundary.<layer>`` [n, H]: the hidden state after that layer; ``z`` [n, H]: the last one,
+    normed; ``token``: the token at this position; ``label``: the dense token that follows.
 
     And one row per token of prompt and answer, for the draft head: ``line.token``;
-    ``line.features`` [m, F * H]: z and the boundaries after the layers ``features``;
+    ``line.features`` [m, F * H]: z and the hidden states after the layers ``features``;
     ``line.place``; ``line.answer``: whether it is among the rows above.
     """
 
@@ -47,10 +48,20 @@ class HiddenStateStore:
     def read(self, split: str, name: str) -> Tensor:
         """One tensor of one split over all its shards."""
         parts = []
-        for path in sorted(self.folder.glob(f"{split}-*.safetensors")):
+        for path in self._shards(split):
             with safe_open(path, "pt") as shard:
                 parts.append(shard.get_tensor(name))
         return torch.cat(parts)
+
+    def hidden(self, split: str, layer: int) -> Tensor:
+        """The hidden states [n, H] after ``layer``."""
+        return self.read(split, f"boundary.{layer}")
+
+    def labels(self, split: str) -> Tensor:
+        """The dense tokens [n]; none for a split without answers."""
+        if not self._shards(split):
+            return torch.zeros(0, dtype=torch.long)
+        return self.read(split, "label").long()
 
     def add(self, split: str, rows: dict[str, Tensor]) -> None:
         self._rows.setdefault(split, []).append(rows)
@@ -65,57 +76,59 @@ class HiddenStateStore:
         write_text_atomically(self.folder / "done.json", json.dumps({"examples": examples_done}))
 
     @property
-    def waiting(self) -> int:
+    def unwritten(self) -> int:
+        """Answer tokens added since the last flush."""
         return sum(len(row["token"]) for rows in self._rows.values() for row in rows)
 
+    def _shards(self, split: str) -> list[Path]:
+        return sorted(self.folder.glob(f"{split}-*.safetensors"))
 
+
+@torch.no_grad()
 def collect(
-    engine: Engine,
-    norm: Callable[[Tensor], Tensor],
-    lm_head: Tensor,
+    model: DenseModel,
     examples: Sequence[Example],
     store: HiddenStateStore,
     progress: Callable[[int], None],
 ) -> None:
-    """Run each example through ``engine`` and keep its answer's boundaries; resumes by itself.
+    """Run each example through ``model`` and store the hidden states of its answer.
 
-    ``norm`` maps the last boundary [1, n, H] to z; ``progress`` is told the tokens of each example.
+    Examples that ``store`` holds already are skipped; ``progress`` gets each one's tokens.
     """
-    begin = store.examples_done
-    for index in range(begin, len(examples)):
-        example = examples[index]
-        ids = [*example.prompt, *example.answer][: engine.decoder.max_sequence_length]
-        first, last = len(example.prompt) - 1, len(ids) - 1
-        wanted = {*store.layers, *store.features, engine.decoder.num_layers}
-        kept: dict[int, list[Tensor]] = {layer: [] for layer in wanted}
-
-        def on_layer(layer: int, hidden: Tensor, kept: dict[int, list[Tensor]] = kept) -> None:
-            if layer in kept:
-                kept[layer].append(hidden[0].clone())
-
-        engine.prefill(ids, on_layer)
-        if last > first:
-            rows = {layer: torch.cat(parts)[:last] for layer, parts in kept.items()}
-            z = norm(rows[engine.decoder.num_layers][None])[0]
-            tokens = torch.tensor(ids[:last], dtype=torch.int32)
-            places = torch.arange(last, dtype=torch.int32)
-            added = {f"boundary.{layer}": rows[layer][first:].clone() for layer in store.layers}
-            added["z"] = z[first:].clone()
-            added["token"] = tokens[first:].clone()
-            added["label"] = dense_argmax(z[first:], lm_head).to(torch.int32)
-            added["place"] = places[: last - first].clone()
-            added["line.token"], added["line.place"] = tokens, places
-            added["line.features"] = torch.cat([z, *(rows[n] for n in store.features)], -1)
-            added["line.answer"] = places >= first
-            store.add(example.split, added)
+    done = store.examples_done
+    for example in examples[:done]:
+        progress(len(example.prompt) + len(example.answer))
+    for index, example in enumerate(examples[done:], done + 1):
+        ids = [*example.prompt, *example.answer][: model.decoder.max_sequence_length]
+        if len(ids) > len(example.prompt):
+            store.add(example.split, _rows_of(model, ids, len(example.prompt) - 1, store))
         progress(len(ids))
-        if store.waiting >= SHARD_TOKENS:
-            store.flush(index + 1)
+        if store.unwritten >= SHARD_TOKENS:
+            store.flush(index)
     store.flush(len(examples))
 
 
-def dense_argmax(z: Tensor, lm_head: Tensor) -> Tensor:
-    """The dense answer for z [n, H]: the eight best of the rounded logits, summed in float32."""
-    best = (z @ lm_head.T).topk(8, -1).indices  # [n, 8]
-    exact = torch.einsum("nh,nkh->nk", z.float(), lm_head[best].float())
-    return best.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
+def _rows_of(
+    model: DenseModel, ids: list[int], first: int, store: HiddenStateStore
+) -> dict[str, Tensor]:
+    """The rows of one example; position ``first`` predicts the first token of its answer."""
+    depth, last = model.decoder.num_layers, len(ids) - 1
+    parts: dict[int, list[Tensor]] = {n: [] for n in (*store.layers, *store.features, depth)}
+
+    def on_layer(layer: int, hidden: Tensor) -> None:
+        if layer in parts:
+            parts[layer].append(hidden[0].clone())
+
+    model.engine.prefill(ids, on_layer)
+    hidden = {layer: torch.cat(chunks)[:last] for layer, chunks in parts.items()}
+    z = model.lens.norm(hidden[depth])
+    tokens = torch.tensor(ids[:last], dtype=torch.int32)
+    positions = torch.arange(last, dtype=torch.int32)
+    rows = {f"boundary.{layer}": hidden[layer][first:].clone() for layer in store.layers}
+    rows["z"] = z[first:].clone()
+    rows["token"] = tokens[first:].clone()
+    rows["label"] = best_token(z[first:], model.lm_head).to(torch.int32)
+    rows["line.token"], rows["line.place"] = tokens, positions
+    rows["line.features"] = torch.cat([z, *(hidden[n] for n in store.features)], -1)
+    rows["line.answer"] = positions >= first
+    return rows

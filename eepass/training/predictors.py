@@ -1,12 +1,12 @@
-"""Train the predictors on what they will see in use.
+"""Train the predictors on what they see when the model decodes.
 
-The label is corrected against the paper's code: leaving is right when the argmax at that boundary,
-as verification computes it, equals the dense argmax and is among the draft tokens.
+The label differs from the paper's code: an exit is right when the token that verification finds
+there is the dense one and among the draft tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.ops import exits as exit_ops
+from eepass.training.calibration import ExitScores
 
 WIDTH = 512
 PASSES = 8
 BATCH = 1024
 RATE = 2e-3
+# tensors of one predictor
+NAMES = ("w1", "b1", "w2", "b2")
 
 
 @dataclass(slots=True)
-class ExitViews:
-    """What each exit shows of n tokens: ``logits[e]`` [n, K] of the draft tokens, ``verified[e]``
-    [n] whether verification would let the token go, ``right[e]`` [n] whether that token is the
-    dense one."""
+class ExitData:
+    """What n tokens are like at each exit, by layer: ``logits`` [n, K] of the draft tokens;
+    ``verified`` [n]: whether the verified token is a draft token; ``right`` [n]: whether it is the
+    dense token."""
 
     layers: tuple[int, ...]
     logits: dict[int, Tensor]
@@ -33,75 +36,38 @@ class ExitViews:
     right: dict[int, Tensor]
 
 
-@torch.no_grad()
-def view_exits(
-    states: Callable[[int], Tensor],
-    layers: Sequence[int],
-    draft: Tensor,
-    label: Tensor,
-    lm_head: Tensor,
-    verify_ids: Tensor | None,
-    transform: Callable[[Tensor], Tensor],
-    chunk: int = 2048,
-) -> ExitViews:
-    """Look at every exit: ``states(layer)`` gives the normed (translated) states [n, H].
-
-    draft [n, K] token ids, label [n]; verification is over ``verify_ids`` or all of ``lm_head``.
-    """
-    rows_of_head = lm_head if verify_ids is None else lm_head[verify_ids]
-    views = ExitViews(tuple(layers), {}, {}, {})
-    for layer in layers:
-        z = states(layer)
-        logits, verified, right = [], [], []
-        for begin in range(0, len(z), chunk):
-            part, ids = z[begin : begin + chunk], draft[begin : begin + chunk]
-            logits.append(transform(exit_ops.draft_logits(part, lm_head, None, ids)))
-            best = (part @ rows_of_head.T).topk(4, -1).indices
-            exact = torch.einsum("nh,nkh->nk", part.float(), rows_of_head[best].float())
-            answer = best.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
-            if verify_ids is not None:
-                answer = verify_ids[answer]
-            verified.append((answer[:, None] == ids).any(-1))
-            right.append(answer == label[begin : begin + chunk])
-        views.logits[layer] = torch.cat(logits)
-        views.verified[layer] = torch.cat(verified)
-        views.right[layer] = torch.cat(right)
-    return views
-
-
 def fit_predictors(
-    views: ExitViews, progress: Callable[[int], None], passes: int = PASSES
-) -> dict[int, dict[str, Tensor]]:
-    """One MLP per exit: ``w1`` [W, 3K], ``b1`` [W], ``w2`` [W], ``b2`` [1], float32.
+    data: ExitData, progress: Callable[[int], None], passes: int = PASSES
+) -> dict[str, Tensor]:
+    """One MLP per exit: ``<layer>.w1`` [W, 3K], ``.b1`` [W], ``.w2`` [W], ``.b2`` [1], float32.
 
-    The predictor before this one in a step is whichever was active: each example draws it from the
-    earlier exits, or none.
+    Which predictor is evaluated before this one in a step depends on the schedule: each example
+    draws it from the earlier exits, or none.
     """
     generator = torch.Generator().manual_seed(0)
-    probabilities = {layer: views.logits[layer].softmax(-1) for layer in views.layers}
-    fitted = {}
-    for index, layer in enumerate(views.layers):
-        logits, now = views.logits[layer], probabilities[layer]
+    probabilities = {layer: data.logits[layer].softmax(-1) for layer in data.layers}
+    fitted: dict[str, Tensor] = {}
+    for index, layer in enumerate(data.layers):
+        logits, now = data.logits[layer], probabilities[layer]
         count, k = logits.shape
-        label = (views.verified[layer] & views.right[layer]).float()
+        label = (data.verified[layer] & data.right[layer]).float()
         w1 = (torch.randn(WIDTH, 3 * k, generator=generator) * (3 * k) ** -0.5).requires_grad_()
         b1 = torch.zeros(WIDTH, requires_grad=True)
         w2 = (torch.randn(WIDTH, generator=generator) * WIDTH**-0.5).requires_grad_()
         b2 = torch.zeros(1, requires_grad=True)
         parameters = [w1, b1, w2, b2]
         optimizer = torch.optim.AdamW(parameters, RATE, weight_decay=0.01)
-        # the rate falls to nothing, so that the last epoch's scores stand still
+        # the rate falls to zero, so that the scores settle in the last pass
         steps = passes * -(-count // BATCH)
         schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
         earlier = torch.stack(
-            [torch.zeros_like(now)] + [probabilities[other] for other in views.layers[:index]]
+            [torch.zeros_like(now)] + [probabilities[other] for other in data.layers[:index]]
         )
         for _ in range(passes):
             for rows in torch.randperm(count, generator=generator).split(BATCH):
-                # the nearest exits before this one are the likeliest to have been active
+                # the nearest exits before this one are the likeliest to be active
                 back = torch.empty(len(rows)).exponential_(0.7, generator=generator).long()
-                chosen = (index - back).clamp_min(0)
-                previous = earlier[chosen, rows]
+                previous = earlier[(index - back).clamp_min(0), rows]
                 with torch.enable_grad():
                     probability, _ = exit_ops.predict_exit(logits[rows], previous, *parameters)
                     loss = F.binary_cross_entropy(probability, label[rows])
@@ -110,18 +76,22 @@ def fit_predictors(
                 optimizer.step()
                 schedule.step()
                 progress(len(rows))
-        names = ("w1", "b1", "w2", "b2")
-        fitted[layer] = {n: p.detach() for n, p in zip(names, parameters, strict=True)}
+        for name, parameter in zip(NAMES, parameters, strict=True):
+            fitted[f"{layer}.{name}"] = parameter.detach()
     return fitted
 
 
 @torch.no_grad()
-def scores(views: ExitViews, fitted: Mapping[int, Mapping[str, Tensor]]) -> Tensor:
-    """Each predictor's probability [exits, n], the exit before it taken as the active one."""
+def score_exits(data: ExitData, fitted: Mapping[str, Tensor]) -> ExitScores:
+    """The predictors' probabilities, as if each exit were evaluated right after the one before."""
     rows = []
-    previous = torch.zeros_like(views.logits[views.layers[0]])
-    for layer in views.layers:
-        mlp = [fitted[layer][name] for name in ("w1", "b1", "w2", "b2")]
-        probability, previous = exit_ops.predict_exit(views.logits[layer], previous, *mlp)
+    previous = torch.zeros_like(data.logits[data.layers[0]])
+    for layer in data.layers:
+        mlp = [fitted[f"{layer}.{name}"] for name in NAMES]
+        probability, previous = exit_ops.predict_exit(data.logits[layer], previous, *mlp)
         rows.append(probability)
-    return torch.stack(rows)
+    verified, right = (
+        torch.stack([by_layer[layer] for layer in data.layers])
+        for by_layer in (data.verified, data.right)
+    )
+    return ExitScores(data.layers, torch.stack(rows), verified, right)

@@ -10,20 +10,22 @@ from time import perf_counter
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact
+from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint, load_artifact
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
 from eepass.training.corpus import Example, read_prompts, split_of
-from eepass.training.exit_layout import Progress
-from eepass.training.train import DEFAULT_PROMPTS, Silent
-from eepass.training.trainer import Trainer
+from eepass.training.dense_model import HOT_TOKENS, DenseModel
+from eepass.training.hidden_states import HiddenStateStore, collect
+from eepass.training.predictor_stage import PredictorStage
+from eepass.training.progress import NoProgress, Progress
+from eepass.training.train import DEFAULT_PROMPTS
 
-# rounding changes neither; without them an artefact is of another model
+# rounding changes none of these; an artefact in which they differ is of another model
 SAME = ("architecture", "layers", "hidden", "vocabulary")
 # a threshold for 0.99 is found on so many answer tokens at least
 FEWEST = 200
-# answers to each prompt at most: the first greedy, the others sampled
+# at most so many answers to each prompt: the first greedy, the others sampled
 ROUNDS, TEMPERATURE = 8, 0.7
 
 
@@ -38,16 +40,16 @@ def calibrate(
     longest: int = 256,
     progress: Progress | None = None,
 ) -> Artifact:
-    """``artifact`` with its thresholds found anew on ``loaded``'s own answers; written to ``out``.
+    """``artifact`` with new thresholds, found on ``loaded``'s own answers; written to ``out``.
 
-    For a model that was quantised after it was trained for: translators, predictors and the draft
-    head stay as they are, in bf16, and take minutes less. ``prompts``: JSONL as for
-    ``eepass.train``; those no training was fitted on are answered, densely, each up to ``longest``
-    tokens, greedily and then, until there are ``tokens``, sampled. Raises ``InputError`` where
-    the artefact is of a model of another shape.
+    For a model that was quantised after the artefact was trained: translators, predictors and the
+    draft head stay as they are, in bf16, which saves minutes. ``prompts``: JSONL as for
+    ``eepass.train``; the held-out ones are answered densely, each up to ``longest`` tokens,
+    greedily and then, until there are ``tokens``, sampled. Raises ``InputError`` where the
+    artefact is of a model of another shape.
     """
     began = perf_counter()
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
     trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     found = fingerprint(model)
@@ -62,18 +64,20 @@ def calibrate(
     if not held_out:
         raise InputError("none of the prompts was held out of training: give more --prompts")
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
-        trainer = Trainer(model, Path(scratch), progress, max_length)
-        examples = _answered(trainer, held_out, loaded.stop, tokens, longest, progress)
-        said = sum(len(example.answer) for example in examples)
-        if said < FEWEST:
-            raise InputError(f"{said} answer tokens are too few: give more --prompts or --tokens")
-        presets, agreement = trainer.recalibrated(trained, examples)
+        dense = DenseModel(model, max_length)
+        examples = _answered(dense, held_out, loaded.stop, tokens, longest, progress)
+        answered = sum(len(example.answer) for example in examples)
+        if answered < FEWEST:
+            raise InputError(
+                f"{answered} answer tokens are too few: give more --prompts or --tokens"
+            )
+        presets, agreement = _recalibrated(dense, trained, examples, Path(scratch), progress)
     report = {
         **trained.report,
         "recalibrated": {
-            "tokens": said,
+            "tokens": answered,
             "from": trained.fingerprint["weights"],
-            "quantised": loaded.form,
+            "quantised": loaded.quantization,
             "agreement_by_exit": agreement,
             "seconds": round(perf_counter() - began, 1),
         },
@@ -88,7 +92,7 @@ def calibrate(
 
 
 def _answered(
-    trainer: Trainer,
+    model: DenseModel,
     prompts: Sequence[list[int]],
     stop: frozenset[int],
     tokens: int,
@@ -97,17 +101,55 @@ def _answered(
 ) -> list[Example]:
     """Dense answers of the compiled model: eager over quantised weights is far slower."""
     progress.begin("answering densely", tokens)
-    engine = trainer.engine
-    fitting = [p for p in prompts if len(p) + longest < engine.decoder.capacity]
+    fitting = [p for p in prompts if len(p) + longest < model.decoder.capacity]
     examples: list[Example] = []
-    said = 0
+    answered = 0
     for turn in range(ROUNDS):
+        sampling = Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn)
         for prompt in fitting:
-            if said >= tokens:
+            if answered >= tokens:
                 return examples
-            sampling = Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn)
-            answer = [step.token for step in engine.generate(prompt, longest, stop, sampling)]
+            steps = model.engine.generate(prompt, longest, stop, sampling)
+            answer = [step.token for step in steps]
             examples.append(Example(prompt, answer, "calibrate"))
-            said += len(answer)
+            answered += len(answer)
             progress.advance(len(answer))
     return examples
+
+
+def _recalibrated(
+    model: DenseModel,
+    artifact: Artifact,
+    examples: Sequence[Example],
+    folder: Path,
+    progress: Progress,
+) -> tuple[dict[str, PresetPart], dict[str, dict[str, float]]]:
+    """The presets of ``artifact`` with thresholds for the answers ``examples``, and by preset and
+    layer the share of tokens for which an exit is right."""
+    # the draft head runs in the model's dtype, as in the engine
+    dtype = model.decoder.dtype
+    tensors = {
+        name: tensor.to(dtype)
+        if name.startswith("eagle.") and tensor.is_floating_point()
+        else tensor
+        for name, tensor in artifact.tensors.items()
+    }
+    tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
+    layers = {part.draft_layer for part in artifact.presets.values()}
+    layers = layers.union(*map(artifact.exits, artifact.presets))
+    store = HiddenStateStore(
+        folder,
+        sorted(layers - {0, model.decoder.num_layers}),
+        tensors["eagle.features"].tolist() if "eagle.features" in tensors else (),
+    )
+    progress.begin("collecting hidden states", sum(len(e.prompt) + len(e.answer) for e in examples))
+    collect(model, examples, store, progress.advance)
+    costs = model.costs(HOT_TOKENS)
+    presets: dict[str, PresetPart] = {}
+    agreement: dict[str, dict[str, float]] = {}
+    for name, part in artifact.presets.items():
+        stage = PredictorStage(model, store, tensors, part.draft_layer, part.draft_tokens)
+        presets[name], agreement[name] = stage.calibrated(
+            artifact.predictors(name), artifact.exits(name), costs
+        )
+    return presets, agreement

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
-from eepass.files import write_text_atomically
 from eepass.training.corpus import (
     Example,
     generate_answers,
@@ -22,18 +18,11 @@ from eepass.training.corpus import (
     split_of,
 )
 from eepass.training.draft_head import STEPS
-from eepass.training.exit_layout import Progress
+from eepass.training.progress import NoProgress, Progress
+from eepass.training.resume import RecordFile, check_request
 from eepass.training.trainer import Trainer
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-
-
-class Silent:
-    """A progress that nobody watches."""
-
-    def begin(self, stage: str, total: int) -> None: ...
-
-    def advance(self, amount: int) -> None: ...
 
 
 def train(
@@ -56,13 +45,12 @@ def train(
     ``prompts``: JSONL, ``{"prompt": ...}`` a line; the shipped set otherwise. ``tokens``: answer
     tokens to generate. ``answers``: JSONL of the model's own answers, ``{"prompt": line of the
     prompts file from 0, "answer": [token ids]}``, instead of generating. ``samples``: further
-    answers to each prompt trained on, sampled at ``temperature``. ``draft``: whether to train a
-    draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled.
-    ``own_prompts``: prompts that the model writes itself, beside those given, answered too. What a
-    run that was stopped has done is taken up from ``out/checkpoint``. Raises ``InputError`` for
-    bad input.
+    answers to each prompt of the first split, sampled at ``temperature``. ``draft``: whether to
+    train a draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled.
+    ``own_prompts``: prompts that the model writes itself, beside those given, answered too. A run
+    that was stopped is resumed from ``out/checkpoint``. Raises ``InputError`` for bad input.
     """
-    progress = progress or Silent()
+    progress = progress or NoProgress()
     original_of(loaded, "train on the original one, then transform that with what was trained")
     folder = Path(out)
     checkpoint = folder / "checkpoint"
@@ -83,34 +71,31 @@ def train(
     }
     try:
         checkpoint.mkdir(parents=True, exist_ok=True)
-        _same_request(checkpoint, request)
+        check_request(checkpoint, request)
+        examples: list[Example] = []
         if answers is not None:
             path = Path(answers)
             if not path.is_file():
                 raise InputError(f"{path}: no such file")
             examples = read_answers(path, encoded, loaded.model.config.vocab_size)
-        else:
-            examples = []
         own: list[list[int]] = []
         if own_prompts:
             own = _own_prompts(loaded, own_prompts, checkpoint / "prompts.jsonl", progress)
         unanswered = own if answers is not None else encoded + own
-        encoded += own
-        path = checkpoint / "answers.jsonl"
         if unanswered:
+            path = checkpoint / "answers.jsonl"
             examples += _own_answers(loaded, unanswered, tokens, path, progress, 0.0)
-        # sampled answers are trained on alone: what is measured stays greedy
-        asked = [prompt for prompt in encoded if split_of(prompt) == "fit"]
+        # sampled answers go into the first split alone: what is measured stays greedy
+        fit = [prompt for prompt in encoded + own if split_of(prompt) == "fit"]
         for sampled in range(1, samples + 1):
-            part = path.with_name(f"answers-{sampled}.jsonl")
-            examples += _own_answers(loaded, asked, tokens, part, progress, temperature)
+            path = checkpoint / f"answers-{sampled}.jsonl"
+            examples += _own_answers(loaded, fit, tokens, path, progress, temperature)
         if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
             raise InputError(
                 f"{len(examples)} answers are too few: give more prompts or raise --tokens"
             )
         trainer = Trainer(loaded.model, checkpoint, progress, max_length, draft=draft, steps=steps)
-        with torch.no_grad():
-            artifact = trainer.run(examples)
+        artifact = trainer.run(examples)
         artifact.save(folder)
     except OSError as error:
         raise InputError(
@@ -120,37 +105,21 @@ def train(
     return artifact
 
 
-def _same_request(checkpoint: Path, request: dict[str, object]) -> None:
-    path = checkpoint / "request.json"
-    if path.exists():
-        before = json.loads(path.read_text())
-        changed = [name for name, value in request.items() if before.get(name) != value]
-        if changed:
-            raise InputError(
-                f"{checkpoint}: holds a training with other {', '.join(changed)}; "
-                "delete it or choose another --out"
-            )
-    else:
-        write_text_atomically(path, json.dumps(request))
-
-
 def _own_prompts(
     loaded: LoadedModel, count: int, path: Path, progress: Progress
 ) -> list[list[int]]:
-    """Written once; the file grows by whole batches, and a run taken up goes on after them."""
-    prompts: list[list[int]] = []
-    if path.exists():
-        prompts = [json.loads(line)["prompt"] for line in path.read_text().splitlines()]
+    """``count`` prompts of the model's own; those in ``path`` are not written again."""
+    file = RecordFile(path)
+    done = len(file.records)
     progress.begin("writing prompts", count)
-    progress.advance(len(prompts))
+    progress.advance(done)
 
-    def keep(batch: list[list[int]]) -> None:
-        prompts.extend(batch)
-        write_text_atomically(path, "".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    def save(batch: list[list[int]]) -> None:
+        file.extend({"prompt": prompt} for prompt in batch)
         progress.advance(len(batch))
 
-    generate_prompts(loaded.model, loaded.turn(), loaded.stop, count - len(prompts), keep)
-    return prompts
+    generate_prompts(loaded.model, loaded.turn(), loaded.stop, count - done, save)
+    return [record["prompt"] for record in file.records]
 
 
 def _own_answers(
@@ -161,24 +130,18 @@ def _own_answers(
     progress: Progress,
     temperature: float,
 ) -> list[Example]:
-    """Generated once; the file grows by whole batches, and a run taken up goes on after them."""
-    examples = []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            examples.append(Example(record["prompt"], record["answer"], split_of(record["prompt"])))
-    done = sum(len(example.answer) for example in examples)
+    """About ``tokens`` tokens of answers; those in ``path`` are not generated again."""
+    file = RecordFile(path)
+    done = sum(len(record["answer"]) for record in file.records)
     progress.begin("generating answers", tokens)
     progress.advance(done)
-    answered = {tuple(example.prompt) for example in examples}
+    answered = {tuple(record["prompt"]) for record in file.records}
     left = [prompt for prompt in prompts if tuple(prompt) not in answered]
 
-    def keep(batch: list[Example]) -> None:
-        examples.extend(batch)
-        lines = [json.dumps({"prompt": e.prompt, "answer": e.answer}) for e in examples]
-        write_text_atomically(path, "\n".join(lines) + "\n")
-        progress.advance(sum(len(e.answer) for e in batch))
+    def save(batch: list[Example]) -> None:
+        file.extend({"prompt": example.prompt, "answer": example.answer} for example in batch)
+        progress.advance(sum(len(example.answer) for example in batch))
 
     if done < tokens and left:
-        generate_answers(loaded.model, left, loaded.stop, tokens - done, keep, temperature)
-    return examples
+        generate_answers(loaded.model, left, loaded.stop, tokens - done, save, temperature)
+    return [Example(r["prompt"], r["answer"], split_of(r["prompt"])) for r in file.records]

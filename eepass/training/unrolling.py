@@ -1,4 +1,4 @@
-"""The draft head along whole sequences, fed its own states over several steps at once."""
+"""The draft head over whole sequences, unrolled: it reads its own states from step two on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,8 @@ from eepass.runtime.drafting.eagle_layer import WINDOW, eagle_layer, mixed, rota
 
 
 class Lines(NamedTuple):
-    """Sequences laid end to end; ``place`` 0 starts one.
-
-    token [n]; features [n, F * H] of the same position, z first; place [n].
-    """
+    """Sequences end to end: token [n]; features [n, F * H] of the same position, z first; place
+    [n], the position in its sequence."""
 
     token: Tensor
     features: Tensor
@@ -32,8 +30,8 @@ def unroll(
 ) -> list[Tensor]:
     """States [B, T, H] of each step; tokens [B, T], before [B, T, F * H].
 
-    At step s a row follows s - 1 drafts: it sees the confirmed rows up to the one before those
-    drafts, and of each draft the row that its own step made.
+    At step s a row follows s - 1 draft tokens: it sees the accepted rows before those, and of each
+    draft token the row that its own step made.
     """
     length = tokens.shape[1]
     embedded = embedding[tokens]
@@ -58,11 +56,10 @@ def unroll(
 
 @torch.no_grad()
 def draft_states(weights: Mapping[str, Tensor], lines: Lines, embedding: Tensor) -> Tensor:
-    """The draft head's states [n, H], zero at the first place of each line."""
+    """The draft head's states [n, H], zero at the first token of each line."""
     states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
     for begin, end in lines.spans():
-        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
-        states[begin + 1 : end] = unroll(tokens.long(), before, embedding, weights, 1)[0][0]
+        states[begin + 1 : end] = _unroll_line(lines, begin, end, embedding, weights, 1)[0][0]
     return states
 
 
@@ -76,22 +73,28 @@ def draft_hits(
     hot_head: Tensor,
     steps: int,
 ) -> list[dict[str, float]]:
-    """How often the head names the dense token first, and among four, at each step.
+    """How often the head ranks the dense token first, and among the first four, at each step.
 
     ``label`` [n]: the dense token after each position, or -1 where it does not count. From the
-    second step on the drafts before are the right ones, and the states the head's own.
+    second step on the draft tokens before are the dense ones, and the states the head's own.
     """
     found: list[list[Tensor]] = [[] for _ in range(steps)]
     for begin, end in lines.spans():
-        tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
         known = label[begin + 1 : end]
-        states = unroll(tokens.long(), before, embedding, weights, steps)
-        for step, state in enumerate(states):
+        for step, state in enumerate(_unroll_line(lines, begin, end, embedding, weights, steps)):
             best = hot_ids[(state[0, step:] @ hot_head.T).topk(4, -1).indices]
             counted = known[step:] >= 0
             found[step].append((best == known[step:, None])[counted])
     hits = [torch.cat(parts).float() for parts in found]
     return [{"top1": float(hit[:, 0].mean()), "top4": float(hit.sum(1).mean())} for hit in hits]
+
+
+def _unroll_line(
+    lines: Lines, begin: int, end: int, embedding: Tensor, weights: Mapping[str, Tensor], steps: int
+) -> list[Tensor]:
+    """``unroll`` over one line but its first token, which has no features before it."""
+    tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
+    return unroll(tokens.long(), before, embedding, weights, steps)
 
 
 def _seen(length: int, step: int) -> Tensor:

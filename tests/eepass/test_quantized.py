@@ -14,11 +14,11 @@ import eepass
 from eepass.checkpoints.artifact import fingerprint
 from eepass.checkpoints.quantized_weights import (
     QuantizedLinear,
-    described,
     four_bit,
+    quantization_of,
     quantized_layers,
 )
-from eepass.checkpoints.read_gguf import READERS, kept_weights
+from eepass.checkpoints.read_gguf import READERS, find_weights
 from eepass.checkpoints.read_torchao import quantize, read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError
@@ -112,7 +112,11 @@ def test_a_saved_checkpoint(checkpoint):
     path, original, form = checkpoint
     loaded = eepass.load(str(path))
     names = [name for name, _ in quantized_layers(loaded.model)]
-    assert len(names) == 4 * 7 and "int4" in loaded.form if form == "int4" else loaded.form
+    assert (
+        len(names) == 4 * 7 and "int4" in loaded.quantization
+        if form == "int4"
+        else loaded.quantization
+    )
     ids = torch.tensor([PROMPT])
     expected = original(ids).logits
     torch.testing.assert_close(loaded.model(ids).logits, expected, rtol=0.1, atol=0.1)
@@ -283,7 +287,7 @@ def test_a_file_is_kept_row_by_row(tmp_path):
     before = fingerprint(model)
     ids = torch.tensor([PROMPT])
     expected = model(ids).logits
-    kept, left = kept_weights(model, tmp_path / "tiny.gguf")
+    kept, left = find_weights(model, tmp_path / "tiny.gguf")
     assert left == {"Q5_1": 1}
     assert kept.keys() == {
         "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj",
@@ -294,7 +298,7 @@ def test_a_file_is_kept_row_by_row(tmp_path):
     assert torch.equal(model(ids).logits, expected)
     # an artefact of the one fits the other: they are the same function
     assert fingerprint(model) == before
-    assert described(model) == "2 layers int4, 32 a scale; 1 layers int8, 32 a scale"
+    assert quantization_of(model) == "2 layers int4, 32 a scale; 1 layers int8, 32 a scale"
 
 
 def test_rows_that_do_not_divide_take_a_byte_a_code():

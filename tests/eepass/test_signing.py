@@ -44,7 +44,7 @@ def test_what_was_altered_is_refused(home, damage):
         signed = json.loads(signature)
         first = "0" if signed[damage][0] != "0" else "1"
         signature = json.dumps({**signed, damage: first + signed[damage][1:]}).encode()
-    with pytest.raises(InputError, match=r"the-file.*altered or cut"):
+    with pytest.raises(InputError, match=r"the-file.*altered or cut short"):
         signing.signer_of(data, signature, home / "the-file")
 
 

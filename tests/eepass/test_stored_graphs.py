@@ -1,5 +1,6 @@
 """Graphs as data: what is read back is what was written, and nothing but operators is."""
 
+import dataclasses
 import json
 import operator
 
@@ -9,7 +10,7 @@ import torch
 from eepass.bundle.stored_graphs import GraphReader, GraphWriter, NotStorable
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
-from eepass.segments import Input, Segment
+from eepass.segments import Head, Input, Segment
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,25 @@ def test_segments_are_the_same(llama_splits, read_back):
             targets = [[n.target for n in p.graph.graph.nodes if n.op == "call_function"]
                        for p in (one, two)]  # fmt: skip
             assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("pick", (lambda split: split, lambda split: split.head))
+def test_no_field_is_forgotten(llama_splits, read_back, pick):
+    written, read = pick(llama_splits[1]), pick(read_back[1])
+    for name in (field.name for field in dataclasses.fields(written)):
+        one, two = getattr(written, name), getattr(read, name)
+        if isinstance(one, Segment):
+            assert two.structure == one.structure, name
+        elif isinstance(one, tuple) and isinstance(one[0], Segment):
+            assert [s.structure for s in two] == [s.structure for s in one], name
+        elif name != "tensors" and not isinstance(one, Head):
+            assert two == one, name
+
+
+def test_a_part_of_another_type_is_not_written(llama_splits):
+    odd = dataclasses.replace(llama_splits[1], how=object())
+    with pytest.raises(NotStorable, match="object"):
+        GraphWriter().split(odd)
 
 
 def test_they_decode_to_the_same_bits(llama_splits, read_back):

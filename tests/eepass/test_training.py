@@ -15,8 +15,9 @@ from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import Example, read_answers, read_prompts, split_of
 from eepass.training.draft_head import fit_draft_head
-from eepass.training.hidden_states import HiddenStateStore, dense_argmax
-from eepass.training.predictors import ExitViews, fit_predictors, scores
+from eepass.training.hidden_states import HiddenStateStore
+from eepass.training.lens import best_token
+from eepass.training.predictors import ExitData, fit_predictors, score_exits
 from eepass.training.train import _own_prompts
 from eepass.training.trainer import Trainer
 from eepass.training.translators import fit_translator
@@ -136,7 +137,7 @@ def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_pat
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
 
 
-def made_views(count=4000):
+def made_data(count=4000):
     """Exits of which the draft's first logit says whether they are right."""
     torch.manual_seed(0)
     right = {layer: torch.rand(count) < layer / 10 for layer in (4, 6, 8)}
@@ -145,42 +146,40 @@ def made_views(count=4000):
         for layer in right
     }
     verified = {layer: torch.ones(count, dtype=torch.bool) for layer in right}
-    return ExitViews((4, 6, 8), logits, verified, right)
+    return ExitData((4, 6, 8), logits, verified, right)
 
 
 def test_predictors_tell_right_exits_from_wrong_ones():
-    views = made_views()
-    fitted = fit_predictors(views, lambda n: None)
-    for row, layer in zip(scores(views, fitted), views.layers, strict=True):
-        right = views.right[layer]
+    data = made_data()
+    fitted = fit_predictors(data, lambda n: None)
+    for row, layer in zip(score_exits(data, fitted).probability, data.layers, strict=True):
+        right = data.right[layer]
         assert row[right].mean() > row[~right].mean() + 0.25
 
 
 def test_thresholds_meet_their_targets_at_falling_cost():
-    views = made_views()
-    fitted = fit_predictors(views, lambda n: None)
-    score = scores(views, fitted)
-    verified = torch.stack([views.verified[layer] for layer in views.layers])
-    right = torch.stack([views.right[layer] for layer in views.layers])
-    found = calibrate(views.layers, score, verified, right, COSTS)
+    data = made_data()
+    fitted = fit_predictors(data, lambda n: None)
+    exits = score_exits(data, fitted)
+    found = calibrate(exits, COSTS)
     for calibration in found:
         assert calibration.agreement >= calibration.target - 1e-6
-        thresholds = [calibration.thresholds.get(layer, NEVER) for layer in views.layers]
-        exit_layer, cost, correct = replay(views.layers, thresholds, score, verified, right, COSTS)
+        thresholds = [calibration.thresholds.get(layer, NEVER) for layer in data.layers]
+        exit_layer, cost, correct = replay(exits, thresholds, COSTS)
         assert calibration.agreement == pytest.approx(float(correct.float().mean()))
         assert calibration.mean_exit_layer == pytest.approx(float(exit_layer.float().mean()))
         assert calibration.speedup == pytest.approx(COSTS.dense / float(cost.mean()))
     speeds = [calibration.speedup for calibration in found]
     assert speeds == sorted(speeds, reverse=True) and speeds[0] > 1.1
-    # dearer than what it saves: nothing leaves, and nothing is asked
-    dear = Costs(num_layers=10, head=0.0, draft=0.0, predictor=0.05, verify=50.0)
-    assert calibrate(views.layers, score, verified, right, dear, (0.9,))[0].thresholds == {}
+    # an exit costs more than it saves: no token exits, and no predictor is evaluated
+    expensive = Costs(num_layers=10, head=0.0, draft=0.0, predictor=0.05, verify=50.0)
+    assert calibrate(exits, expensive, (0.9,))[0].thresholds == {}
 
 
 def test_the_dense_answer_is_found_in_float32():
     torch.manual_seed(0)
     z, head = torch.randn(300, 32).bfloat16(), torch.randn(500, 32).bfloat16()
-    assert torch.equal(dense_argmax(z, head), (z.float() @ head.float().T).argmax(-1))
+    assert torch.equal(best_token(z, head), (z.float() @ head.float().T).argmax(-1))
 
 
 def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):

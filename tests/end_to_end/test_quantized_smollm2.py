@@ -27,7 +27,7 @@ def answers(model, loaded, config=None):
 def test_kept_codes_say_what_their_values_say():
     torch.use_deterministic_algorithms(False)
     plain, kept = eepass.load("smollm2"), eepass.load("smollm2", quantize="keep")
-    assert kept.form == "210 layers int4, 32 a scale; 1 layers int8, 32 a scale"
+    assert kept.quantization == "210 layers int4, 32 a scale; 1 layers int8, 32 a scale"
     assert fingerprint(kept.model) == fingerprint(plain.model)
     models = [eepass.transform(m.model, m.artifact, max_length=192) for m in (plain, kept)]
     expected = answers(models[0], plain)
@@ -41,8 +41,8 @@ def test_kept_codes_say_what_their_values_say():
 def test_calibrated_for_int8():
     torch.use_deterministic_algorithms(False)
     loaded = eepass.load("smollm2", quantize="int8")
-    assert loaded.artifact is None and loaded.before is not None
-    made = eepass.calibrate(loaded, loaded.before, tokens=600)
+    assert loaded.artifact is None and loaded.unquantized_artifact is not None
+    made = eepass.calibrate(loaded, loaded.unquantized_artifact, tokens=600)
     assert made.report["recalibrated"]["seconds"] < 300
     found = made.presets["default"].at_target(0.9)
     assert found.agreement >= 0.9 and found.mean_exit_layer < 29.5

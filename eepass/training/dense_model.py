@@ -1,0 +1,95 @@
+"""The model that is trained for, compiled: it runs densely, and its costs are measured."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eepass.codegen.lower_cpu import CpuCompiler
+from eepass.errors import InputError, PassError
+from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.engine.engine import Engine
+from eepass.training.calibration import Costs
+from eepass.training.lens import Lens
+
+PREFILL_ROWS = 128
+HOT_TOKENS = 8192
+# measured in layers of smollm2 in bf16 on two cores: the call of a small compiled segment, ranking
+# the draft tokens, and one more row in a layer
+CALL = 0.2
+TOPK = 0.2
+ROW = 0.1
+
+
+class DenseModel:
+    """``engine`` decodes densely, ``lens`` reads its hidden states, ``embedding`` is [V, H].
+
+    Raises ``InputError`` for a model that cannot be split, or whose LM head cannot be trained for.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any, max_length: int) -> None:
+        slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
+        try:
+            splits, _ = split_for_rows(model, slots, (1,), PREFILL_ROWS)
+        except PassError as error:
+            raise InputError(f"{type(model).__name__} cannot be trained: {error}") from error
+        self.engine = Engine(Decoder(splits, CpuCompiler()))
+        self.decoder = self.engine.decoder
+        self.lens = Lens(self.decoder)
+        self.lm_head = self.lens.lm_head
+        if self.lens.head.bias:
+            raise InputError("training for an LM head with a bias is not supported yet")
+        self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+
+    def costs(self, hot_tokens: int) -> Costs:
+        """Costs in layers: the LM head as timed, what reads rows of it in proportion to them."""
+        decoder = self.decoder
+        hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype)
+        place = decoder.side_inputs.span(0, 1)
+        layers: list[float] = []
+        heads: list[float] = []
+        for _ in range(12):
+            began = time.perf_counter()
+            for layer in range(decoder.num_layers):
+                decoder.run_layer(layer, hidden, place)
+            middle = time.perf_counter()
+            decoder.logits(hidden)
+            layers.append((middle - began) / decoder.num_layers)
+            heads.append(time.perf_counter() - middle)
+        head = statistics.median(heads) / statistics.median(layers)
+        hot = head * min(hot_tokens, len(self.lm_head)) / len(self.lm_head)
+        return Costs(
+            num_layers=decoder.num_layers,
+            head=head,
+            draft=hot + self._in_layers(CALL + TOPK),
+            predictor=self._in_layers(CALL),
+            verify=hot + self._in_layers(CALL / 2),
+            row=self._in_layers(ROW),
+        )
+
+    def costs_with_draft_head(self, costs: Costs, draft_head: Mapping[str, Tensor]) -> Costs:
+        """``costs`` where the draft head drafts and the whole LM head verifies."""
+        size = sum(part.numel() for part in draft_head.values()) * self.decoder.dtype.itemsize
+        hot = costs.head * len(draft_head["hot.ids"]) / len(self.lm_head)
+        read = size / sum(weight.nbytes for weight in self._layer_weights())
+        return replace(costs, draft=hot + self._in_layers(CALL + TOPK) + read, verify=costs.head)
+
+    def _in_layers(self, plain: float) -> float:
+        """The time of ``plain`` layers of plain weights, in layers of this model: quantised layers
+        take less time, calls of small segments do not."""
+        weights = self._layer_weights()
+        itemsize = self.decoder.dtype.itemsize
+        size = sum(w.numel() * itemsize * (2 if w.dtype == torch.uint8 else 1) for w in weights)
+        return plain * size / sum(weight.nbytes for weight in weights)
+
+    def _layer_weights(self) -> list[Tensor]:
+        last = self.decoder.splits[1].layers[-1]
+        return [self.decoder.tensors[name] for name in last.parameters]
