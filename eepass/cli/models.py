@@ -41,7 +41,7 @@ def calibrate_artifact(
     """An artefact with thresholds for ``loaded`` as it is quantised; written to ``out``."""
     from eepass.training.recalibrate import calibrate
 
-    source = artifact or loaded.before or loaded.artifact
+    source = artifact or loaded.unquantized_artifact or loaded.artifact
     if source is None:
         raise InputError(f"{loaded.name} has no artefact to calibrate: give --artifact DIR")
     with progress_bars() as bars:
