@@ -37,7 +37,6 @@ from eepass.segments import HIDDEN, DecoderGraph, Input, Segment, SplitDecoder
 def split_segments(decoder: DecoderGraph, report: PassReport) -> SplitDecoder:
     graph, role, hidden_states = decoder.graph.graph, decoder.roles, decoder.hidden_states
     index = _segment_indices(graph, hidden_states)
-    _refuse_shortcuts(graph, index, hidden_states)
 
     from_ids = descendants(graph, [n for n, r in role.items() if r.kind == "ids"])
     given = {n for n, r in role.items() if r.kind in ("ids", "positions", "mask")}
@@ -139,22 +138,15 @@ def _segment_indices(graph: Graph, hidden_states: Sequence[Node]) -> dict[Node, 
     start = {node: index for index, node in enumerate(hidden_states)}
     found: dict[Node, int] = {}
     for node in graph.nodes:
-        sources = [start.get(arg, found.get(arg)) for arg in node.all_input_nodes]
-        known = [index for index in sources if index is not None]
-        if known and node is not hidden_states[0]:
-            found[node] = max(known)
-    return found
-
-
-def _refuse_shortcuts(
-    graph: Graph, index: Mapping[Node, int], hidden_states: Sequence[Node]
-) -> None:
-    start = {node: number for number, node in enumerate(hidden_states)}
-    for node, number in index.items():
-        for arg in node.all_input_nodes if node.op != "output" else ():
-            source = start.get(arg, index.get(arg))
-            if source is not None and source != number:
+        sources = {arg: start.get(arg, found.get(arg)) for arg in node.all_input_nodes}
+        known = {arg: index for arg, index in sources.items() if index is not None}
+        if not known or node is hidden_states[0]:
+            continue
+        found[node] = max(known.values())
+        for arg, index in known.items():
+            if index != found[node] and node.op != "output":
                 raise PassError(
-                    f"layer {number} reads {arg.name} of layer {source} "
+                    f"layer {found[node]} reads {arg.name} of layer {index} "
                     "besides the hidden state between them"
                 )
+    return found

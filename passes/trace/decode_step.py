@@ -191,19 +191,11 @@ def known_positions(model: Any) -> int | None:
 
 def named_tensors(model: Any) -> Mapping[str, Tensor]:
     """Parameters and buffers by name; a tensor with two names keeps the first."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach() if isinstance(tensor, torch.nn.Parameter) else tensor
-    # Dynamo hands over the parameters themselves, so roles go by the originals
-    return {name: _original(model, name) for name in tensors}
-
-
-def _original(model: Any, name: str) -> Tensor:
-    owner_name, _, attribute = name.rpartition(".")
-    return getattr(model.get_submodule(owner_name), attribute)
+    # the parameters themselves, not detached: by identity Dynamo's inputs get their roles
+    found: dict[int, tuple[str, Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found.setdefault(id(tensor), (name, tensor))
+    return dict(found.values())
 
 
 def refuse_non_decoder(model: Any) -> None:
