@@ -125,7 +125,7 @@ def test_the_draft_head_says_what_the_small_ones_says(name):
     artifact = random_artifact(small)
     wide = widen_model(small, 2, "cpu")
     features = torch.randn(6, 3, 64, generator=torch.Generator().manual_seed(5))
-    # boundaries of the twin are tiled; so is z, divided where embeddings are tied
+    # hidden states of the twin are tiled; so is z, divided where embeddings are tied
     tiled = features.repeat(1, 1, 2)
     tiled[:, 0] /= 2 if name == "llama" else 1
     heads = []
@@ -135,7 +135,7 @@ def test_the_draft_head_says_what_the_small_ones_says(name):
     ):
         weights = dict(model.named_parameters(remove_duplicate=False))
         head = SimpleNamespace(parts={"": "lm_head.weight"})
-        split = SimpleNamespace(boundary=model.lm_head.weight, head=head)
+        split = SimpleNamespace(hidden_example=model.lm_head.weight, head=head)
         tensors = exit_tensors("default", own, weights, split)
         head = EagleHead(tensors, model.get_input_embeddings().weight, eager_compile)
         scores = [head.extend(PROMPT[:6], given.flatten(1)), head.grow([5, 9], [-1, -1])]

@@ -115,12 +115,12 @@ def test_the_same_bits(folder, in_process):
         found = []
         for model in (stored, in_process):
             rows = [Row(0, at, at) for at in range(count)]
-            boundaries = []
+            states = []
             hidden = model.decoder.forward(
-                tokens[:count], rows, 64, lambda _, h, kept=boundaries: kept.append(h.clone())
+                tokens[:count], rows, 64, lambda _, h, kept=states: kept.append(h.clone())
             )
-            boundaries.append(model.decoder.logits(hidden[:, -1:].contiguous()).clone())
-            found.append([*boundaries, *(keys[:, :, :count] for keys in model.decoder.kv.keys)])
+            states.append(model.decoder.logits(hidden[:, -1:].contiguous()).clone())
+            found.append([*states, *(keys[:, :, :count] for keys in model.decoder.kv.keys)])
         for stored_value, value in zip(*found, strict=True):
             assert torch.equal(stored_value, value)
 

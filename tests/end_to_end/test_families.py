@@ -15,8 +15,8 @@ PROMPT = [7, 30, 99, 12, 55, 140, 8, 23, 61, 77, 101, 4]
 STEPS = 24
 
 
-def eager_boundaries(model, ids):
-    """Boundaries after each layer at the last position: the model eager, without a cache."""
+def eager_hidden_states(model, ids):
+    """Hidden states after each layer at the last position: the model eager, without a cache."""
     layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == 4)
     kept, hooks = [], []
     for layer in layers:
@@ -50,9 +50,9 @@ def plain_loop(model, transformed, first, count):
     ids, steps, hot = [*PROMPT, first], [], tensors["hot.ids"]
     pending, depth = 0, plan.num_layers
     for _ in range(count):
-        boundaries, logits = eager_boundaries(model, ids)
+        hidden_states, logits = eager_hidden_states(model, ids)
         previous, step = torch.zeros(1, plan.draft_tokens), None
-        for layer, hidden in enumerate(boundaries, 1):
+        for layer, hidden in enumerate(hidden_states, 1):
             if layer == plan.draft_layer:
                 ranked = normed(layer, hidden).float() @ tensors["hot.head"].float().T
                 draft = hot[ranked.topk(plan.draft_tokens, -1).indices]

@@ -225,7 +225,7 @@ def test_how_keys_and_values_are_made_is_read_and_tried(family):
 
 @pytest.mark.parametrize("family", ("llama", "cohere", *KV_FAMILIES, "gpt2"))
 def test_the_kernel_writes_what_the_layer_does(family, interpreter):
-    """Keys and values of three boundaries at slots of their own, beside the eager layer's."""
+    """Keys and values of three hidden states at slots of their own, beside the eager layer's."""
     from eepass.codegen.kernels.register import run_kernels
 
     fill, tensors = layer_of(family)
