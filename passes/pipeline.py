@@ -18,15 +18,19 @@ from typing import Any
 
 from torch import Tensor
 
-from eepass.passes.caller.add_masks import add_masks
-from eepass.passes.caller.caller_step import check_caller_step, place_inputs, trace_caller_step
+from eepass.passes.caller.caller_step import (
+    check_caller_step,
+    name_inputs,
+    place_inputs,
+    trace_caller_step,
+)
 from eepass.passes.caller.clean_trace import (
+    add_masks,
     drop_conversions,
     inline_constants,
     refuse_writes_through_views,
     strip_advance,
 )
-from eepass.passes.caller.name_inputs import name_inputs
 from eepass.passes.caller.stack_rows import stack_rows
 from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.exits.insert_exits import insert_exits
@@ -36,13 +40,14 @@ from eepass.passes.runner import Pass, PassRunner
 from eepass.passes.split.check import check_trace, computes_as
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.fit_rows import fit_rows
-from eepass.passes.split.merge_equal_prelude import merge_equal_prelude
-from eepass.passes.split.split_segments import split_segments
+from eepass.passes.split.split_segments import merge_equal_prelude, split_segments
+from eepass.passes.trace.clean_step import (
+    drop_dead_code,
+    lift_constants,
+    read_masks_by_slot,
+    replace_lengths,
+)
 from eepass.passes.trace.decode_step import trace_decode_step
-from eepass.passes.trace.drop_dead_code import drop_dead_code
-from eepass.passes.trace.lift_constants import lift_constants
-from eepass.passes.trace.read_masks_by_slot import read_masks_by_slot
-from eepass.passes.trace.replace_lengths import replace_lengths
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
 from eepass.segments import CallerStep, DecoderGraph, Segment, SplitDecoder
 
@@ -108,11 +113,8 @@ def exit_segments(
     split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int = 1
 ) -> ExitSegments:
     """What runs at the exit points of ``plan`` besides layers, for ``rows`` rows."""
-
-    def predictors(split: SplitDecoder, report: PassReport) -> ExitSegments:
-        return insert_predictors(split, plan, tensors, report, rows)
-
-    found: ExitSegments = PassRunner(PassReport()).run(split, [predictors])
+    insert = partial(insert_predictors, plan=plan, tensors=tensors, rows=rows)
+    found: ExitSegments = PassRunner(PassReport()).run(split, [insert])
     return found
 
 
@@ -124,22 +126,17 @@ def fused_exits(
     rows: int = 1,
 ) -> FusedExits | None:
     """The same as one operator each; None where the head does not allow it, with the reason."""
-
-    def fused(split: SplitDecoder, report: PassReport) -> FusedExits | None:
-        return fuse_exit_predictor(split, plan, tensors, report, rows)
-
-    found: FusedExits | None = PassRunner(report).run(split, [fused])
+    fuse = partial(fuse_exit_predictor, plan=plan, tensors=tensors, rows=rows)
+    found: FusedExits | None = PassRunner(report).run(split, [fuse])
     return found
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:
     """The decode step of one row with its exits as one graph."""
-
-    def chain(segments: ExitSegments, report: PassReport) -> Segment:
-        return insert_exits(split, segments, plan, tensors, report)
-
     # predictors first: they are built into the branches of the layers they follow
-    found: Segment = PassRunner(PassReport()).run(exit_segments(split, plan, tensors), [chain])
+    insert = partial(insert_predictors, plan=plan, tensors=tensors)
+    chain = partial(insert_exits, split, plan=plan, tensors=tensors)
+    found: Segment = PassRunner(PassReport()).run(split, [insert, chain])
     return found
 
 

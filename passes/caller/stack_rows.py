@@ -25,7 +25,7 @@ from eepass.errors import PassError
 from eepass.passes.graph_walk import propagate_shapes, replace_node
 from eepass.passes.report import PassReport
 from eepass.passes.split.split_segments import structure_of
-from eepass.passes.trace.drop_dead_code import drop_dead_code
+from eepass.passes.trace.clean_step import drop_dead_code
 from eepass.segments import HIDDEN, CallerStep, Input, Segment
 
 aten = torch.ops.aten
