@@ -49,7 +49,7 @@ from eepass.passes.trace.clean_step import (
 )
 from eepass.passes.trace.decode_step import trace_decode_step
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
-from eepass.segments import CallerStep, DecoderGraph, Segment, SplitDecoder
+from eepass.segments import CallerStep, Segment, SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
 
@@ -84,12 +84,9 @@ def split_decoder(
 
 
 def split_for_rows(
-    model: Any,
-    cache_length: int,
-    step_rows: Sequence[int] = STEP_ROWS,
-    prefill_rows: int = 64,
+    model: Any, cache_length: int, step_rows: Sequence[int] = STEP_ROWS, prefill_rows: int = 64,
     dump: Path | None = None,
-) -> tuple[dict[int, SplitDecoder], PassReport]:
+) -> tuple[dict[int, SplitDecoder], PassReport]:  # fmt: skip
     """``model`` split for each row count: three traces, the other counts fitted between them.
 
     A model with recurrent states is split for one row alone.
@@ -114,21 +111,16 @@ def exit_segments(
 ) -> ExitSegments:
     """What runs at the exit points of ``plan`` besides layers, for ``rows`` rows."""
     insert = partial(insert_predictors, plan=plan, tensors=tensors, rows=rows)
-    found: ExitSegments = PassRunner(PassReport()).run(split, [insert])
-    return found
+    return PassRunner(PassReport()).run(split, [insert])
 
 
 def fused_exits(
-    split: SplitDecoder,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
-    report: PassReport,
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport,
     rows: int = 1,
-) -> FusedExits | None:
+) -> FusedExits | None:  # fmt: skip
     """The same as one operator each; None where the head does not allow it, with the reason."""
     fuse = partial(fuse_exit_predictor, plan=plan, tensors=tensors, rows=rows)
-    found: FusedExits | None = PassRunner(report).run(split, [fuse])
-    return found
+    return PassRunner(report).run(split, [fuse])
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:
@@ -136,17 +128,13 @@ def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor
     # predictors first: they are built into the branches of the layers they follow
     insert = partial(insert_predictors, plan=plan, tensors=tensors)
     chain = partial(insert_exits, split, plan=plan, tensors=tensors)
-    found: Segment = PassRunner(PassReport()).run(split, [insert, chain])
-    return found
+    return PassRunner(PassReport()).run(split, [insert, chain])
 
 
 def split_caller_step(
-    step: Callable[..., Tensor],
-    tensors: Sequence[Tensor],
-    weights: Mapping[int, str],
-    row_counts: Sequence[int],
-    report: PassReport,
-) -> CallerStep:
+    step: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Mapping[int, str],
+    row_counts: Sequence[int], report: PassReport,
+) -> CallerStep:  # fmt: skip
     """Split ``step``, a function of ``tensors`` to logits [B, 1, V] that adds to their caches.
 
     ``weights`` names parameters and buffers by ``id``. Layers are also made for ``row_counts`` rows
@@ -154,7 +142,7 @@ def split_caller_step(
     ``step`` is no decode step of one token a sequence, with the reason.
     """
     runner = PassRunner(report)
-    decoder: DecoderGraph = runner.run(
+    decoder = runner.run(
         trace_caller_step(step, tensors),
         (
             inline_constants,
@@ -169,11 +157,8 @@ def split_caller_step(
             add_masks,
         ),
     )
-    found: CallerStep = runner.run(
-        decoder,
-        (*SPLIT, partial(place_inputs, decoder=decoder)),
-        partial(check_caller_step, step, tensors),
-    )
+    split: tuple[Pass, ...] = (*SPLIT, partial(place_inputs, decoder=decoder))
+    found = runner.run(decoder, split, partial(check_caller_step, step, tensors))
     # after the check: a step that goes row by row is right without it
     stack = partial(stack_rows, tensors=tensors, row_counts=row_counts)
     return runner.run(found, [stack])

@@ -18,6 +18,7 @@ from torch.fx import GraphModule
 from eepass.passes.report import PassReport
 from eepass.segments import Segment
 
+# called with the graph and, by name, its report
 Pass = Callable[..., Any]
 # raises PassError where a result is not what it should be
 Check = Callable[[Any], None]

@@ -27,7 +27,7 @@ from eepass.passes.report import PassReport
 from eepass.passes.split.check import refuse_difference
 from eepass.passes.split.split_segments import build_segment
 from eepass.passes.trace.capture import trace_to_aten
-from eepass.segments import CallerStep, DecoderGraph, Input, SplitDecoder
+from eepass.segments import CallerStep, DecoderGraph, Input, InputKind, SplitDecoder
 
 aten = torch.ops.aten
 
@@ -44,12 +44,9 @@ def trace_caller_step(step: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
 
 
 def name_inputs(
-    decoder: DecoderGraph,
-    report: PassReport,
-    *,
-    tensors: Sequence[Tensor],
+    decoder: DecoderGraph, report: PassReport, *, tensors: Sequence[Tensor],
     weights: Mapping[int, str],
-) -> DecoderGraph:
+) -> DecoderGraph:  # fmt: skip
     """``tensors``: those of the call; ``weights``: names of parameters and buffers by ``id``."""
     targets = (t for node in decoder.graph.graph.nodes for t in mutated_arguments(node))
     written = [node for node in dict.fromkeys(targets) if node in decoder.roles]
@@ -65,11 +62,8 @@ def name_inputs(
                 raise PassError(f"it writes to {weight}, which is a weight")
             if tensor.ndim != 4:
                 raise PassError(f"its cache is of shape {tuple(tensor.shape)}, not [B, G, C, D]")
-            role = (
-                Input("values", f"values.{layer}", layer)
-                if second
-                else Input("keys", f"keys.{layer}", layer)
-            )
+            kind: InputKind = "values" if second else "keys"
+            role = Input(kind, f"{kind}.{layer}", layer)
         elif node is ids:
             role = Input("ids", "ids")
         elif weight is not None:

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from eepass.errors import PassError
 from eepass.passes.graph_walk import hoist_placeholders, mutated_arguments, replace_node
@@ -36,12 +37,9 @@ def inline_constants(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
         value = getattr(decoder.graph, str(node.target))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise PassError(f"it holds a constant of shape {tuple(getattr(value, 'shape', ()))}")
+        given: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
         with graph.inserting_before(node):
-            full = graph.call_function(
-                aten.full.default,
-                (list(value.shape), value.item()),
-                {"dtype": value.dtype, "device": value.device},
-            )
+            full = graph.call_function(aten.full.default, (list(value.shape), value.item()), given)
         example = next(iter(decoder.roles)).meta["val"]
         full.meta = {"val": example.fake_mode.from_tensor(value), **node.meta}
         replace_node(node, full)
@@ -108,30 +106,25 @@ def strip_advance(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
 def add_masks(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
     """Make boolean attention masks additive, once for all layers: kernels want them so."""
     made: dict[tuple[Node, torch.dtype], Node] = {}
-    for node in decoder.graph.graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    ):
+    graph, attention = decoder.graph.graph, aten.scaled_dot_product_attention.default
+    for node in graph.find_nodes(op="call_function", target=attention):
         args: tuple[Any, ...] = node.args
         if len(args) < 4 or args[3] is None or args[3].meta["val"].dtype is not torch.bool:
             continue
         mask, dtype = args[3], args[0].meta["val"].dtype
         if (mask, dtype) not in made:
             given = {"dtype": dtype, "device": mask.meta["val"].device}
-            lowest = _after(mask, mask, aten.full.default, (), torch.finfo(dtype).min, **given)
-            zero = _after(lowest, mask, aten.full.default, (), 0.0, **given)
-            made[mask, dtype] = _after(zero, mask, aten.where.self, mask, zero, lowest)
+            with graph.inserting_before(mask.next):
+                lowest = graph.call_function(aten.full.default, ((), torch.finfo(dtype).min), given)
+                zero = graph.call_function(aten.full.default, ((), 0.0), given)
+                made[mask, dtype] = graph.call_function(aten.where.self, (mask, zero, lowest))
+            with mask.meta["val"].fake_mode:
+                for new in (lowest, zero, made[mask, dtype]):
+                    target: Any = new.target
+                    values = map_arg(new.args, lambda arg: arg.meta["val"])
+                    new.meta["val"] = target(*values, **new.kwargs)
         node.args = (*args[:3], made[mask, dtype], *args[4:])
         report.rewritten += 1
     # a mask may be an input, with others after it
-    hoist_placeholders(decoder.graph.graph, list(decoder.roles))
+    hoist_placeholders(graph, list(decoder.roles))
     return decoder
-
-
-def _after(place: Node, mask: Node, target: Any, *args: Any, **kwargs: Any) -> Node:
-    """A call right after ``place``, with its example value."""
-    with place.graph.inserting_after(place):
-        node = place.graph.call_function(target, args, kwargs)
-    with mask.meta["val"].fake_mode:
-        values = (arg.meta["val"] if isinstance(arg, Node) else arg for arg in args)
-        node.meta["val"] = target(*values, **kwargs)
-    return node

@@ -26,10 +26,7 @@ from eepass.segments import Head, Segment, SplitDecoder
 def fit_rows(
     few: SplitDecoder, report: PassReport, *, many: SplitDecoder, rows: int
 ) -> SplitDecoder:
-    """``few`` and ``many``, traced with different row counts, fitted to ``rows``.
-
-    Raises ``PassError`` where the two traces differ in more than integers.
-    """
+    """Raises ``PassError`` where the two traces differ in more than integers."""
     sizes = (few.rows, many.rows, rows)
     fitted: dict[str, Segment] = {}
 
@@ -57,18 +54,14 @@ def fit_rows(
 def _fit_segment(few: Segment, many: Segment, sizes: tuple[int, int, int]) -> Segment:
     graph = copy.deepcopy(few.graph)
     nodes, others = list(graph.graph.nodes), list(many.graph.graph.nodes)
-    if [n.target for n in nodes if n.op == "call_function"] != [
-        n.target for n in others if n.op == "call_function"
-    ]:
+    mine, theirs = ([n.target for n in s if n.op == "call_function"] for s in (nodes, others))
+    if mine != theirs:
         raise PassError(f"traces with {sizes[0]} and {sizes[1]} rows differ in their operators")
-    shapes = []
     for node, other in zip(nodes, others, strict=True):
         node.args = _fit(node.args, other.args, sizes)
         node.kwargs = _fit(node.kwargs, other.kwargs, sizes)
-        if node.op == "placeholder":
-            shape, others_shape = (tuple(n.meta["val"].shape) for n in (node, other))
-            shapes.append(_fit(shape, others_shape, sizes))
-    propagate_shapes(graph, shapes)
+    before, after = ([tuple(v.shape) for v in part.examples.values()] for part in (few, many))
+    propagate_shapes(graph, _fit(before, after, sizes))
     graph.recompile()
     return Segment(graph, few.inputs, structure_of(graph, few.inputs))
 

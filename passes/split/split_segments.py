@@ -38,15 +38,9 @@ ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
 QUANTIZED = torch.ops.eepass.quantized_linear.default
 # on logits these act on each row of the LM head by itself
 ELEMENTWISE = {
-    aten.mul.Tensor,
-    aten.mul.Scalar,
-    aten.div.Tensor,
-    aten.div.Scalar,
-    aten.tanh.default,
-    aten.to.dtype,
-    aten._to_copy.default,
-    aten.alias.default,
-}
+    aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default,
+    aten.to.dtype, aten._to_copy.default, aten.alias.default,
+}  # fmt: skip
 
 
 def merge_equal_prelude(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
@@ -118,14 +112,15 @@ def _prelude(decoder: DecoderGraph) -> set[Node]:
 
 def _segment_indices(graph: Graph, hidden_states: Sequence[Node]) -> dict[Node, int]:
     """Which layer each node computed from hidden state 0 belongs to; L is the head."""
-    start = {node: index for index, node in enumerate(hidden_states)}
+    # a hidden state is of the layer that makes it, and read as the input of the next
+    read_as = {node: index for index, node in enumerate(hidden_states)}
     found: dict[Node, int] = {}
     for node in graph.nodes:
-        sources = {arg: start.get(arg, found.get(arg)) for arg in node.all_input_nodes}
-        known = {arg: index for arg, index in sources.items() if index is not None}
+        known = {arg: read_as[arg] for arg in node.all_input_nodes if arg in read_as}
         if not known or node is hidden_states[0]:
             continue
         found[node] = max(known.values())
+        read_as.setdefault(node, found[node])
         for arg, index in known.items():
             if index != found[node] and node.op != "output":
                 raise PassError(
@@ -229,9 +224,8 @@ def _counts_slots(layer: Segment, cache_length: int) -> bool:
             if kind in ("parameter", "slots"):
                 numbered[node] = kind == "slots" or name.startswith("constant.")
         elif node.op == "call_function" and all(arg in numbered for arg in node.all_input_nodes):
-            numbered[node] = node.target in ARANGE or any(
-                numbered[arg] for arg in node.all_input_nodes
-            )
+            made_of = [numbered[arg] for arg in node.all_input_nodes]
+            numbered[node] = node.target in ARANGE or any(made_of)
             shape = tuple(node.meta["val"].shape) if "val" in node.meta else ()
             if numbered[node] and shape[-1:] == (cache_length,):
                 return True
