@@ -63,8 +63,7 @@ def find_layers(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
 
 
 def _dominator_chain(decoder: DecoderGraph) -> tuple[dict[Node, Node], list[Node]]:
-    """The immediate dominator of each node, and the nodes that all ways to the logits lead
-    through."""
+    """The immediate dominator of each node, and the nodes on every path to the logits."""
     source = next(node for node, role in decoder.roles.items() if role.kind == "ids")
     flow = nx.DiGraph()
     flow.add_node(source)
@@ -99,16 +98,14 @@ def _last_hidden_state(chain: list[Node], hidden_states: list[Node]) -> Node:
         if node.target is aten.add.Tensor
         and sum(arg in from_ids for arg in node.all_input_nodes) >= 2
     ]
-    start = chain.index(hidden_states[-1])
-    after = [place for place in additions if place > start]
-    if not after:
+    start, place = chain.index(hidden_states[-1]), max(additions, default=-1)
+    if place <= start:
         raise PassError("no residual addition closes the last layer")
     if len(hidden_states) < 2:
-        return chain[after[-1]]
+        return chain[place]
     # what follows the last addition in the layer before is the tail of this one as well
     before = [place for place in additions if place <= start]
     tail = [node.target for node in chain[before[-1] + 1 : start + 1]] if before else []
-    place = after[-1]
     if [node.target for node in chain[place + 1 : place + 1 + len(tail)]] != tail:
         raise PassError("the last layer does not end as the layers before it do")
     return chain[place + len(tail)]

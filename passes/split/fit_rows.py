@@ -37,16 +37,13 @@ def fit_rows(
         # isomorphic segments share the graph, each with the roles of its own inputs
         return replace(fitted[a.structure], inputs=a.inputs)
 
-    def fit_all(a: tuple[Segment, ...], b: tuple[Segment, ...]) -> tuple[Segment, ...]:
-        return tuple(fit(x, y) for x, y in zip(a, b, strict=True))
-
     return replace(
         few,
         rows=rows,
         embed=fit(few.embed, many.embed),
         positional=fit(few.positional, many.positional),
-        layers=fit_all(few.layers, many.layers),
-        kv_fills=fit_all(few.kv_fills, many.kv_fills),
+        layers=tuple(fit(a, b) for a, b in zip(few.layers, many.layers, strict=True)),
+        kv_fills=tuple(fit(a, b) for a, b in zip(few.kv_fills, many.kv_fills, strict=True)),
         head=Head(fit(few.head.whole, many.head.whole), reason=few.head.reason),
     )
 
