@@ -11,25 +11,15 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 InputKind = Literal[
-    "ids",
-    "positions",
-    "mask",
-    "hidden",
-    "side",
-    "parameter",
-    "keys",
-    "values",
+    "ids", "positions", "mask", "hidden", "side", "parameter", "keys", "values",
     # what a recurrent layer carries from token to token, overwritten in place
     "state",
     # the slot each row is written to, [R]: its own for each layer, for a pending token has been
     # through the first layers only. As traced: how many tokens the layer's cache holds, a scalar
     "slots",
     # of an exit point: the draft tokens, and their probabilities at the previous predictor
-    "draft",
-    "previous",
-]
-
-
+    "draft", "previous",
+]  # fmt: skip
 T = TypeVar("T")
 
 
@@ -142,8 +132,7 @@ class Head:
         if not self.scales:
             return tensors[self.weight]
         parts = [tensors[name] if name else None for name in (self.weight, self.scales, self.mins)]
-        values: Tensor = torch.ops.eepass.dequantize(*parts, dtype)
-        return values
+        return torch.ops.eepass.dequantize(*parts, dtype)
 
     def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """``norm`` of hidden states [1, n, H], for any n."""
@@ -193,8 +182,7 @@ class SplitDecoder:
     @property
     def hidden_example(self) -> Tensor:
         """What a hidden state looks like: a tensor without values [1, R, H]."""
-        value: Tensor = self.layers[0].outputs[0].meta["val"]
-        return value
+        return self.layers[0].outputs[0].meta["val"]
 
     @property
     def hidden_size(self) -> int:
@@ -237,9 +225,6 @@ class CallerStep:
 
     def value_of(self, tensors: Sequence[Tensor]) -> Callable[[Input], Tensor]:
         """Look up the step's inputs among the ``tensors`` of a call."""
-
-        def look_up(role: Input) -> Tensor:
-            place = self.passed[role.name] if role.kind == "side" else self.places[role]
-            return tensors[place]
-
-        return look_up
+        return lambda role: tensors[
+            self.passed[role.name] if role.kind == "side" else self.places[role]
+        ]

@@ -19,18 +19,10 @@ def mutated_arguments(node: Node) -> list[Node]:
     schema = getattr(node.target, "_schema", None)
     if node.op != "call_function" or schema is None or not schema.is_mutable:
         return []
-    written = []
-    for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
-            continue
-        value = (
-            node.args[position]
-            if position < len(node.args)
-            else node.kwargs.get(argument.name, None)
-        )
-        if isinstance(value, Node):
-            written.append(value)
-    return written
+    values = dict(zip((argument.name for argument in schema.arguments), node.args, strict=False))
+    values |= node.kwargs
+    written = (a.name for a in schema.arguments if a.alias_info and a.alias_info.is_write)
+    return [value for name in written if isinstance(value := values.get(name), Node)]
 
 
 def descendants(graph: Graph, sources: Iterable[Node]) -> set[Node]:
@@ -55,10 +47,7 @@ def ancestors(targets: Iterable[Node]) -> set[Node]:
 
 
 def copy_nodes(
-    nodes: Sequence[Node],
-    graph: Graph,
-    known: dict[Node, Node],
-    resolve: Callable[[Node], Node],
+    nodes: Sequence[Node], graph: Graph, known: dict[Node, Node], resolve: Callable[[Node], Node]
 ) -> None:
     """Copy ``nodes`` into ``graph``; ``resolve`` makes the arguments that are not in ``known``."""
 

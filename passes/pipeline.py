@@ -18,15 +18,19 @@ from typing import Any
 
 from torch import Tensor
 
-from eepass.passes.caller.add_masks import add_masks
-from eepass.passes.caller.caller_step import check_caller_step, place_inputs, trace_caller_step
+from eepass.passes.caller.caller_step import (
+    check_caller_step,
+    name_inputs,
+    place_inputs,
+    trace_caller_step,
+)
 from eepass.passes.caller.clean_trace import (
+    add_masks,
     drop_conversions,
     inline_constants,
     refuse_writes_through_views,
     strip_advance,
 )
-from eepass.passes.caller.name_inputs import name_inputs
 from eepass.passes.caller.stack_rows import stack_rows
 from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.exits.insert_exits import insert_exits
@@ -36,15 +40,16 @@ from eepass.passes.runner import Pass, PassRunner
 from eepass.passes.split.check import check_trace, computes_as
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.fit_rows import fit_rows
-from eepass.passes.split.merge_equal_prelude import merge_equal_prelude
-from eepass.passes.split.split_segments import split_segments
+from eepass.passes.split.split_segments import merge_equal_prelude, split_segments
+from eepass.passes.trace.clean_step import (
+    drop_dead_code,
+    lift_constants,
+    read_masks_by_slot,
+    replace_lengths,
+)
 from eepass.passes.trace.decode_step import trace_decode_step
-from eepass.passes.trace.drop_dead_code import drop_dead_code
-from eepass.passes.trace.lift_constants import lift_constants
-from eepass.passes.trace.read_masks_by_slot import read_masks_by_slot
-from eepass.passes.trace.replace_lengths import replace_lengths
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
-from eepass.segments import CallerStep, DecoderGraph, Segment, SplitDecoder
+from eepass.segments import CallerStep, Segment, SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
 
@@ -79,12 +84,9 @@ def split_decoder(
 
 
 def split_for_rows(
-    model: Any,
-    cache_length: int,
-    step_rows: Sequence[int] = STEP_ROWS,
-    prefill_rows: int = 64,
+    model: Any, cache_length: int, step_rows: Sequence[int] = STEP_ROWS, prefill_rows: int = 64,
     dump: Path | None = None,
-) -> tuple[dict[int, SplitDecoder], PassReport]:
+) -> tuple[dict[int, SplitDecoder], PassReport]:  # fmt: skip
     """``model`` split for each row count: three traces, the other counts fitted between them.
 
     A model with recurrent states is split for one row alone.
@@ -108,48 +110,31 @@ def exit_segments(
     split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int = 1
 ) -> ExitSegments:
     """What runs at the exit points of ``plan`` besides layers, for ``rows`` rows."""
-
-    def predictors(split: SplitDecoder, report: PassReport) -> ExitSegments:
-        return insert_predictors(split, plan, tensors, report, rows)
-
-    found: ExitSegments = PassRunner(PassReport()).run(split, [predictors])
-    return found
+    insert = partial(insert_predictors, plan=plan, tensors=tensors, rows=rows)
+    return PassRunner(PassReport()).run(split, [insert])
 
 
 def fused_exits(
-    split: SplitDecoder,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
-    report: PassReport,
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport,
     rows: int = 1,
-) -> FusedExits | None:
+) -> FusedExits | None:  # fmt: skip
     """The same as one operator each; None where the head does not allow it, with the reason."""
-
-    def fused(split: SplitDecoder, report: PassReport) -> FusedExits | None:
-        return fuse_exit_predictor(split, plan, tensors, report, rows)
-
-    found: FusedExits | None = PassRunner(report).run(split, [fused])
-    return found
+    fuse = partial(fuse_exit_predictor, plan=plan, tensors=tensors, rows=rows)
+    return PassRunner(report).run(split, [fuse])
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:
     """The decode step of one row with its exits as one graph."""
-
-    def chain(segments: ExitSegments, report: PassReport) -> Segment:
-        return insert_exits(split, segments, plan, tensors, report)
-
     # predictors first: they are built into the branches of the layers they follow
-    found: Segment = PassRunner(PassReport()).run(exit_segments(split, plan, tensors), [chain])
-    return found
+    insert = partial(insert_predictors, plan=plan, tensors=tensors)
+    chain = partial(insert_exits, split, plan=plan, tensors=tensors)
+    return PassRunner(PassReport()).run(split, [insert, chain])
 
 
 def split_caller_step(
-    step: Callable[..., Tensor],
-    tensors: Sequence[Tensor],
-    weights: Mapping[int, str],
-    row_counts: Sequence[int],
-    report: PassReport,
-) -> CallerStep:
+    step: Callable[..., Tensor], tensors: Sequence[Tensor], weights: Mapping[int, str],
+    row_counts: Sequence[int], report: PassReport,
+) -> CallerStep:  # fmt: skip
     """Split ``step``, a function of ``tensors`` to logits [B, 1, V] that adds to their caches.
 
     ``weights`` names parameters and buffers by ``id``. Layers are also made for ``row_counts`` rows
@@ -157,7 +142,7 @@ def split_caller_step(
     ``step`` is no decode step of one token a sequence, with the reason.
     """
     runner = PassRunner(report)
-    decoder: DecoderGraph = runner.run(
+    decoder = runner.run(
         trace_caller_step(step, tensors),
         (
             inline_constants,
@@ -172,11 +157,8 @@ def split_caller_step(
             add_masks,
         ),
     )
-    found: CallerStep = runner.run(
-        decoder,
-        (*SPLIT, partial(place_inputs, decoder=decoder)),
-        partial(check_caller_step, step, tensors),
-    )
+    split: tuple[Pass, ...] = (*SPLIT, partial(place_inputs, decoder=decoder))
+    found = runner.run(decoder, split, partial(check_caller_step, step, tensors))
     # after the check: a step that goes row by row is right without it
     stack = partial(stack_rows, tensors=tensors, row_counts=row_counts)
     return runner.run(found, [stack])

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,8 @@ from torch.fx import GraphModule
 from eepass.passes.report import PassReport
 from eepass.segments import Segment
 
-Pass = Callable[[Any, PassReport], Any]
+# called with the graph and, by name, its report
+Pass = Callable[..., Any]
 # raises PassError where a result is not what it should be
 Check = Callable[[Any], None]
 
@@ -40,19 +40,19 @@ class PassRunner:
         An error of a pass, of the graph it leaves or of the check notes the passes that ran.
         """
         if not self.names:
-            self._finish("captured", graph, PassReport())
+            self._write("captured", graph, PassReport())
         try:
             for rewrite in passes:
-                self.names.append(_name(rewrite))
+                self.names.append(getattr(rewrite, "func", rewrite).__name__)
                 compiled = {id(module) for module in _modules(graph)}
                 report = PassReport()
-                graph = rewrite(graph, report)
+                graph = rewrite(graph, report=report)
                 for module in _modules(graph):
                     module.graph.lint()
                     if id(module) in compiled:
                         module.recompile()
                 self.report.add(report)
-                self._finish(self.names[-1], graph, report)
+                self._write(self.names[-1], graph, report)
             if check is not None:
                 with torch.no_grad():
                     check(graph)
@@ -61,12 +61,20 @@ class PassRunner:
             raise
         return graph
 
-    def _finish(self, name: str, graph: Any, report: PassReport) -> None:
+    def _write(self, name: str, graph: Any, report: PassReport) -> None:
+        """Write down what a pass did, and roles and code of each distinct segment it leaves."""
         if self.dump is None:
             return
+        lines = [f"rewritten: {report.rewritten}", *report.notes]
+        lines += [f"left alone: {where}: {reason}" for where, reason in report.skipped]
+        found: dict[str | None, str] = {None: "\n".join(f"# {line}" for line in lines)}
+        for place, segment in segments_in(graph):
+            roles = "".join(f"#   {role.kind} {role.name}\n" for role in segment.inputs)
+            code = f"# {place}\n{roles}{segment.graph.code.strip()}\n"
+            found.setdefault(segment.structure or place, code)
         self.dump.mkdir(parents=True, exist_ok=True)
         file = self.dump / f"{self.label}.{len(self.names) + 1}-{name}.py"
-        file.write_text(f"{_summary(report)}\n{code_of(graph)}\n", encoding="utf-8")
+        file.write_text("\n".join([*found.values(), ""]), encoding="utf-8")
 
 
 def segments_in(value: Any, name: str = "") -> Iterator[tuple[str, Segment]]:
@@ -84,28 +92,6 @@ def segments_in(value: Any, name: str = "") -> Iterator[tuple[str, Segment]]:
         yield from segments_in(part, f"{name}.{key}" if name else str(key))
 
 
-def code_of(graph: Any) -> str:
-    """Roles and code of each distinct segment."""
-    found: dict[str, str] = {}
-    for name, segment in segments_in(graph):
-        key = segment.structure or name
-        if key not in found:
-            roles = "".join(f"#   {role.kind} {role.name}\n" for role in segment.inputs)
-            found[key] = f"# {name}\n{roles}{segment.graph.code.strip()}\n"
-    return "\n".join(found.values())
-
-
 def _modules(graph: Any) -> Iterable[GraphModule]:
     """The graphs of all segments, each once."""
     return {id(segment.graph): segment.graph for _, segment in segments_in(graph)}.values()
-
-
-def _summary(report: PassReport) -> str:
-    lines = [f"rewritten: {report.rewritten}", *report.notes]
-    lines += [f"left alone: {where}: {reason}" for where, reason in report.skipped]
-    return "\n".join(f"# {line}" for line in lines)
-
-
-def _name(rewrite: Pass) -> str:
-    function = rewrite.func if isinstance(rewrite, partial) else rewrite
-    return str(getattr(function, "__name__", type(function).__name__))

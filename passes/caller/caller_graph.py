@@ -28,33 +28,48 @@ class CallerGraph:
 
     def __init__(self, graph: GraphModule, examples: Sequence[Any]) -> None:
         self.graph = graph
-        placeholders = graph.graph.find_nodes(op="placeholder")
+        looks = [n.meta["example_value"] for n in graph.graph.find_nodes(op="placeholder")]
         self._tensor_at = [i for i, value in enumerate(examples) if isinstance(value, Tensor)]
-        numbers = {i: node for i, node in enumerate(placeholders) if i not in self._tensor_at}
-        sizes: set[Any] = set()
-        for place in self._tensor_at:
-            for size in placeholders[place].meta["example_value"].shape:
-                sizes |= _symbols(size)
+        shapes = [looks[place].shape for place in self._tensor_at]
+        sizes = {symbol for shape in shapes for size in shape for symbol in _symbols(size)}
         self._sizes_at = [
             place
-            for place, node in numbers.items()
-            if _symbols(node.meta["example_value"]) <= sizes
+            for place, look in enumerate(looks)
+            if place not in self._tensor_at and _symbols(look) <= sizes
         ]
         returned: Any = graph.graph.output_node().args[0]
         results = list(returned) if isinstance(returned, (tuple, list)) else [returned]
-        tensors = [
-            place
-            for place, node in enumerate(results)
-            if isinstance(node, Node) and isinstance(node.meta.get("example_value"), Tensor)
-        ]
+        tensors = [place for place, node in enumerate(results) if _makes_tensor(node)]
         if len(tensors) != 1:
             raise PassError(f"it returns {len(tensors)} tensors, not the logits alone")
         self._logits_at = tensors[0]
         logits = results[self._logits_at].meta["example_value"]
         if logits.ndim != 3 or logits.shape[1] != 1 or not logits.is_floating_point():
             raise PassError(f"it returns {tuple(logits.shape)}, not logits of one token a sequence")
-        counts = [node for place, node in numbers.items() if place not in self._sizes_at]
-        self._numbers = _number_graph(graph, placeholders, results, tensors[0], counts)
+        self._numbers = self._number_graph(results)
+
+    def _number_graph(self, results: Sequence[Any]) -> GraphModule | None:
+        """The part of the graph that makes its results but the logits; None if there are none."""
+        graph = self.graph.graph
+        placeholders = graph.find_nodes(op="placeholder")
+        wanted = [node for place, node in enumerate(results) if place != self._logits_at]
+        needed = ancestors(node for node in wanted if isinstance(node, Node))
+        if any(_makes_tensor(node) and node.op != "placeholder" for node in needed):
+            raise PassError("it returns numbers read from tensors")
+        known_at = {*self._tensor_at, *self._sizes_at}
+        counts = [node for place, node in enumerate(placeholders) if place not in known_at]
+        beyond = descendants(graph, counts) - needed - {graph.output_node(), *placeholders}
+        if beyond:
+            first = next(node for node in graph.nodes if node in beyond)
+            raise PassError(f"{first.name} depends on a number that changes with every token")
+        if not wanted:
+            return None
+        part = Graph()
+        known = {node: part.placeholder(node.name) for node in placeholders}
+        copy_nodes([node for node in graph.nodes if node in needed], part, known, lambda node: node)
+        # in the place of the logits stands None
+        part.output(tuple(known.get(n) if isinstance(n, Node) else n for n in results))
+        return GraphModule(torch.nn.Module(), part)
 
     def tensors_of(self, arguments: Sequence[Any]) -> list[Tensor]:
         """The tensors among a call's arguments; places elsewhere are places in this list."""
@@ -68,16 +83,10 @@ class CallerGraph:
 
     def bound(self, arguments: Sequence[Any]) -> Callable[..., Tensor]:
         """The graph with the numbers of ``arguments``, a function of tensors to logits."""
-        rest = {
-            place: _number(value)
-            for place, value in enumerate(arguments)
-            if place not in self._tensor_at
-        }
+        numbers = [None if isinstance(value, Tensor) else _number(value) for value in arguments]
 
         def run(*tensors: Tensor) -> Tensor:
-            values: list[Any] = [None] * len(arguments)
-            for place, number in rest.items():
-                values[place] = number
+            values: list[Any] = list(numbers)
             for place, tensor in zip(self._tensor_at, tensors, strict=True):
                 values[place] = tensor
             found = self.graph(*values)
@@ -94,36 +103,8 @@ class CallerGraph:
         return tuple(found)
 
 
-def _number_graph(
-    graph: GraphModule,
-    placeholders: Sequence[Node],
-    results: Sequence[Any],
-    logits_at: int,
-    counts: Sequence[Node],
-) -> GraphModule | None:
-    """The part of ``graph`` that makes its results but the logits; None if there are none."""
-    wanted = [node for place, node in enumerate(results) if place != logits_at]
-    needed = ancestors(node for node in wanted if isinstance(node, Node))
-    for node in needed:
-        if isinstance(node.meta.get("example_value"), Tensor) and node.op != "placeholder":
-            raise PassError("it returns numbers read from tensors")
-    beyond = descendants(graph.graph, counts) - needed - {graph.graph.output_node()}
-    beyond = {node for node in beyond if node.op != "placeholder"}
-    if beyond:
-        first = next(node for node in graph.graph.nodes if node in beyond)
-        raise PassError(f"{first.name} depends on a number that changes with every token")
-    if not wanted:
-        return None
-    part = Graph()
-    known = {node: part.placeholder(node.name) for node in placeholders}
-    order = [node for node in graph.graph.nodes if node in needed and node not in known]
-    copy_nodes(order, part, known, lambda node: node)
-    made = [
-        None if place == logits_at else known[node] if isinstance(node, Node) else node
-        for place, node in enumerate(results)
-    ]
-    part.output(tuple(made))
-    return GraphModule(torch.nn.Module(), part)
+def _makes_tensor(node: Any) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("example_value"), Tensor)
 
 
 def _symbols(size: Any) -> set[Any]:

@@ -6,6 +6,8 @@
                          after   placeholder.add_(1)
     strip_advance        before  at = arange(1) + length; ...; length.add_(1)
                          after   at = arange(1) + length; ...
+    add_masks            before  o = attention(q, k, v, mask)              mask bool, in every layer
+                         after   added = where(mask, 0.0, lowest); o = attention(q, k, v, added)
 
 Writes to a view of an input would go unseen: ``refuse_writes_through_views`` finds them.
 """
@@ -13,13 +15,15 @@ Writes to a view of an input would go unseen: ``refuse_writes_through_views`` fi
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from eepass.errors import PassError
-from eepass.passes.graph_walk import mutated_arguments, replace_node
+from eepass.passes.graph_walk import hoist_placeholders, mutated_arguments, replace_node
 from eepass.passes.report import PassReport
 from eepass.segments import DecoderGraph
 
@@ -33,12 +37,9 @@ def inline_constants(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
         value = getattr(decoder.graph, str(node.target))
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise PassError(f"it holds a constant of shape {tuple(getattr(value, 'shape', ()))}")
+        given: dict[str, Any] = {"dtype": value.dtype, "device": value.device}
         with graph.inserting_before(node):
-            full = graph.call_function(
-                aten.full.default,
-                (list(value.shape), value.item()),
-                {"dtype": value.dtype, "device": value.device},
-            )
+            full = graph.call_function(aten.full.default, (list(value.shape), value.item()), given)
         example = next(iter(decoder.roles)).meta["val"]
         full.meta = {"val": example.fake_mode.from_tensor(value), **node.meta}
         replace_node(node, full)
@@ -100,3 +101,30 @@ def strip_advance(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
             graph.erase_node(node)
     report.rewritten = len(advance)
     return replace(decoder, advance=tuple(advance))
+
+
+def add_masks(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
+    """Make boolean attention masks additive, once for all layers: kernels want them so."""
+    made: dict[tuple[Node, torch.dtype], Node] = {}
+    graph, attention = decoder.graph.graph, aten.scaled_dot_product_attention.default
+    for node in graph.find_nodes(op="call_function", target=attention):
+        args: tuple[Any, ...] = node.args
+        if len(args) < 4 or args[3] is None or args[3].meta["val"].dtype is not torch.bool:
+            continue
+        mask, dtype = args[3], args[0].meta["val"].dtype
+        if (mask, dtype) not in made:
+            given = {"dtype": dtype, "device": mask.meta["val"].device}
+            with graph.inserting_before(mask.next):
+                lowest = graph.call_function(aten.full.default, ((), torch.finfo(dtype).min), given)
+                zero = graph.call_function(aten.full.default, ((), 0.0), given)
+                made[mask, dtype] = graph.call_function(aten.where.self, (mask, zero, lowest))
+            with mask.meta["val"].fake_mode:
+                for new in (lowest, zero, made[mask, dtype]):
+                    target: Any = new.target
+                    values = map_arg(new.args, lambda arg: arg.meta["val"])
+                    new.meta["val"] = target(*values, **new.kwargs)
+        node.args = (*args[:3], made[mask, dtype], *args[4:])
+        report.rewritten += 1
+    # a mask may be an input, with others after it
+    hoist_placeholders(graph, list(decoder.roles))
+    return decoder

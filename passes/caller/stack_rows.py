@@ -19,22 +19,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from eepass.errors import PassError
 from eepass.passes.graph_walk import propagate_shapes, replace_node
 from eepass.passes.report import PassReport
 from eepass.passes.split.split_segments import structure_of
-from eepass.passes.trace.drop_dead_code import drop_dead_code
+from eepass.passes.trace.clean_step import drop_dead_code
 from eepass.segments import HIDDEN, CallerStep, Input, Segment
 
 aten = torch.ops.aten
-RESHAPES = {
-    aten.view.default,
-    aten.reshape.default,
-    aten._unsafe_view.default,
-    aten.expand.default,
-}
+RESHAPES = {aten.view.default, aten.reshape.default, aten._unsafe_view.default, aten.expand.default}
 STACKED = ("hidden", "side", "slots")
 
 
@@ -46,9 +41,9 @@ def stack_rows(
     try:
         if step.batch > 1:
             raise PassError("several sequences go together already")
-        with torch.no_grad():
-            made = step.split.prelude(step.value_of(tensors))
         outside = step.value_of(tensors)
+        with torch.no_grad():
+            made = step.split.prelude(outside)
         stacked = {}
         for rows in row_counts:
             found: dict[str, Segment] = {}
@@ -80,27 +75,29 @@ def _stack_layer(layer: Segment, rows: int) -> Segment:
             # arange(1) + length, which is what the input stands for from here on
             replace_node(node, slots[0])
             continue
-        if node.target in RESHAPES:
-            _grow(node, rows)
+        args: tuple[Any, ...] = node.args
+        if node.target in RESHAPES and args[1][:1] == [1]:
+            node.args = (args[0], [rows, *args[1][1:]], *args[2:])
         elif node.target is aten.index_copy_.default:
-            _write_rows(gm, node, stacked)
+            target, dim, index, source = args
+            if source not in stacked or index not in stacked or target in stacked:
+                raise PassError("it writes its cache in another way than row by row")
+            node.args = (target, dim, index, _transposed(node, source, dim))
             # what it returns is the cache, which has no rows
             continue
         elif node.target is aten.scaled_dot_product_attention.default:
-            _attend_rows(gm, node, stacked)
+            _attend_rows(node, stacked)
         stacked.add(node)
     drop_dead_code(segment, PassReport())
-    shapes = []
-    for r, value in segment.examples.items():
-        shape = tuple(value.shape)
+    shapes = {r: tuple(value.shape) for r, value in segment.examples.items()}
+    for r, shape in shapes.items():
         if r.kind in STACKED:
             if shape and shape[0] != 1:
                 raise PassError(f"its {r.name} of shape {shape} is not of one row")
-            shape = (rows, *shape[1:])
-        shapes.append(shape)
+            shapes[r] = (rows, *shape[1:])
     gm.recompile()
     try:
-        propagate_shapes(gm, shapes)
+        propagate_shapes(gm, list(shapes.values()))
     except RuntimeError as error:
         raise PassError(f"its layers take no batch of rows: {error}") from error
     return replace(segment, structure=structure_of(gm, segment.inputs))
@@ -126,14 +123,16 @@ def check_stacked(
             return drawn[row : row + 1]
         if role.kind == "slots":
             return torch.full_like(values[role], row)
-        return _of_row(one[role], row) if role.kind == "side" else one[role]
+        value = one[role]
+        # sides differ by row, masks and whole numbers excepted
+        plain = role.kind == "side" and value.is_floating_point() and value.abs().max() < 1e3
+        return value * (1 + row / 8) if plain else value
 
     def all_of(role: Input) -> Tensor:
         if role.kind not in STACKED:
             return together[role]
-        return torch.cat(
-            [row_of(row, role).reshape(1, *values[role].shape[1:]) for row in range(rows)]
-        )
+        shape = (1, *values[role].shape[1:])
+        return torch.cat([row_of(row, role).reshape(shape) for row in range(rows)])
 
     with torch.no_grad():
         # twice: the second time every row finds the others' keys, as they do in one pass
@@ -150,42 +149,21 @@ def check_stacked(
             raise PassError("several rows through one of its layers differ from one by one")
 
 
-def _of_row(side: Tensor, row: int) -> Tensor:
-    """``side`` made different for each row, masks and whole numbers excepted."""
-    plain = side.is_floating_point() and bool(side.abs().max() < 1e3)
-    return side * (1 + row / 8) if plain else side
+def _transposed(place: Node, value: Node, dim: int) -> Node:
+    """``value`` right before ``place``, with its rows in ``dim``."""
+    with place.graph.inserting_before(place):
+        return place.graph.call_function(aten.transpose.int, (value, 0, dim))
 
 
-def _grow(node: Node, rows: int) -> None:
-    args: tuple[Any, ...] = node.args
-    sizes = list(args[1])
-    if sizes and sizes[0] == 1:
-        sizes[0] = rows
-        node.args = (args[0], sizes, *args[2:])
-
-
-def _write_rows(gm: GraphModule, node: Node, stacked: set[Node]) -> None:
-    args: tuple[Any, ...] = node.args
-    target, dim, index, source = args
-    if source not in stacked or index not in stacked or target in stacked:
-        raise PassError("it writes its cache in another way than row by row")
-    with gm.graph.inserting_before(node):
-        transposed = gm.graph.call_function(aten.transpose.int, (source, 0, dim))
-    node.args = (target, dim, index, transposed)
-
-
-def _attend_rows(gm: GraphModule, node: Node, stacked: set[Node]) -> None:
+def _attend_rows(node: Node, stacked: set[Node]) -> None:
     args: tuple[Any, ...] = node.args
     q, k, v, *rest = args
     if q not in stacked or k in stacked or v in stacked:
         raise PassError("it attends to other keys than those of its cache")
-    with gm.graph.inserting_before(node):
-        q = gm.graph.call_function(aten.transpose.int, (q, 0, 2))
-        if rest and rest[0] in stacked:
-            rest[0] = gm.graph.call_function(aten.transpose.int, (rest[0], 0, 2))
-    node.args = (q, k, v, *rest)
-    with gm.graph.inserting_after(node):
-        result = gm.graph.call_function(aten.transpose.int, (node, 0, 2))
+    if rest and rest[0] in stacked:
+        rest[0] = _transposed(node, rest[0], 2)
+    node.args = (_transposed(node, q, 2), k, v, *rest)
+    result = _transposed(node.next, node, 2)
     result.meta = dict(node.meta)
     node.replace_all_uses_with(result, delete_user_cb=lambda user: user is not result)
     stacked.add(result)

@@ -35,11 +35,9 @@ def refuse_difference(found: Mapping[str, Tensor], expected: Mapping[str, Tensor
     """Raise ``PassError`` where logits, or other tensors by name, differ in a bit."""
     for name, tensor in expected.items():
         # weights that hold NaN are the engine's to name
-        if torch.allclose(found[name], tensor, rtol=0.0, atol=0.0, equal_nan=True):
-            continue
-        if name == "logits":
-            raise PassError("the split decoder gives other logits than the traced one")
-        raise PassError(f"the split decoder writes other {name} than the traced one")
+        if not torch.allclose(found[name], tensor, rtol=0.0, atol=0.0, equal_nan=True):
+            does = "gives" if name == "logits" else "writes"
+            raise PassError(f"the split decoder {does} other {name} than the traced one")
 
 
 def check_trace(model: Any, decoder: DecoderGraph) -> None:
@@ -79,20 +77,14 @@ def _inputs(
 ) -> dict[Input, Tensor]:
     """The inputs of a pass of ``tokens`` from position and slot ``start`` on."""
     positions = torch.arange(start, start + len(tokens))
+    given = {"ids": torch.tensor([list(tokens)]), "positions": positions[None], "slots": positions}
     found: dict[Input, Tensor] = {}
-    examples = {r: v for _, part in segments_in(graph) for r, v in part.examples.items()}
-    for role, value in examples.items():
-        if role.kind == "ids":
-            found[role] = torch.tensor([list(tokens)])
-        elif role.kind == "positions":
-            found[role] = positions[None]
-        elif role.kind == "slots":
-            found[role] = positions
+    for role, value in {r: v for _, s in segments_in(graph) for r, v in s.examples.items()}.items():
+        if role.kind in given:
+            found[role] = given[role.kind]
         elif role.kind == "mask":
-            window = graph.windows[role.name]
-            found[role] = causal_mask(
-                len(tokens), graph.cache_length, window, value.dtype, value.device, start
-            )
+            window, size = graph.windows[role.name], graph.cache_length
+            found[role] = causal_mask(len(tokens), size, window, value.dtype, value.device, start)
         elif role.kind in MEMORY:
             found[role] = torch.zeros(value.shape, dtype=value.dtype)
         elif role.kind == "parameter":

@@ -28,22 +28,17 @@ aten = torch.ops.aten
 
 def find_layers(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
     """``decoder`` with its hidden states 0..L: the input of the first layer, …, the output of the
-    last.
-
-    Raises ``PassError`` with the reason when the graph is not a stack of layers.
-    """
-    role = decoder.roles
-    source = next(node for node, r in role.items() if r.kind == "ids")
+    last. Raises ``PassError`` with the reason when the graph is not a stack of layers."""
     writes = kv_writes(decoder)
     if not writes:
         raise PassError(
             "no layer writes keys and values to a cache: not a decoder with attention, "
             "or its cache was not initialised before tracing"
         )
-    if missing := sorted({r.layer for r in role.values() if r.kind in MEMORY} - set(writes)):
+    if missing := sorted({r.layer for r in decoder.inputs if r.kind in MEMORY} - set(writes)):
         raise PassError(f"the cache of layers {missing} is read but never written")
 
-    dominator, chain = _dominator_chain(decoder, source)
+    dominator, chain = _dominator_chain(decoder)
     on_chain = {node: place for place, node in enumerate(chain)}
     hidden_states = []
     for layer in sorted(writes):
@@ -61,17 +56,15 @@ def find_layers(decoder: DecoderGraph, report: PassReport) -> DecoderGraph:
     shapes = {tuple(node.meta["val"].shape) for node in hidden_states}
     if len(shapes) != 1:
         raise PassError(f"the hidden states between layers differ in shape: {sorted(shapes)}")
-    found_by = (
-        f"{len(writes)} layers from {len(writes)} KV writes on a dominator chain of {len(chain)}"
-    )
-    report.rewritten = len(writes)
+    count = report.rewritten = len(writes)
+    found_by = f"{count} layers from {count} KV writes on a dominator chain of {len(chain)}"
     report.note(found_by)
     return replace(decoder, hidden_states=tuple(hidden_states), layers_found_by=found_by)
 
 
-def _dominator_chain(decoder: DecoderGraph, source: Node) -> tuple[dict[Node, Node], list[Node]]:
-    """The immediate dominator of each node, and the nodes that all ways to the logits lead
-    through."""
+def _dominator_chain(decoder: DecoderGraph) -> tuple[dict[Node, Node], list[Node]]:
+    """The immediate dominator of each node, and the nodes on every path to the logits."""
+    source = next(node for node, role in decoder.roles.items() if role.kind == "ids")
     flow = nx.DiGraph()
     flow.add_node(source)
     memory = {node for node, r in decoder.roles.items() if r.kind in MEMORY}
@@ -105,16 +98,14 @@ def _last_hidden_state(chain: list[Node], hidden_states: list[Node]) -> Node:
         if node.target is aten.add.Tensor
         and sum(arg in from_ids for arg in node.all_input_nodes) >= 2
     ]
-    start = chain.index(hidden_states[-1])
-    after = [place for place in additions if place > start]
-    if not after:
+    start, place = chain.index(hidden_states[-1]), max(additions, default=-1)
+    if place <= start:
         raise PassError("no residual addition closes the last layer")
     if len(hidden_states) < 2:
-        return chain[after[-1]]
+        return chain[place]
     # what follows the last addition in the layer before is the tail of this one as well
     before = [place for place in additions if place <= start]
     tail = [node.target for node in chain[before[-1] + 1 : start + 1]] if before else []
-    place = after[-1]
     if [node.target for node in chain[place + 1 : place + 1 + len(tail)]] != tail:
         raise PassError("the last layer does not end as the layers before it do")
     return chain[place + len(tail)]

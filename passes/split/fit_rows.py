@@ -26,10 +26,7 @@ from eepass.segments import Head, Segment, SplitDecoder
 def fit_rows(
     few: SplitDecoder, report: PassReport, *, many: SplitDecoder, rows: int
 ) -> SplitDecoder:
-    """``few`` and ``many``, traced with different row counts, fitted to ``rows``.
-
-    Raises ``PassError`` where the two traces differ in more than integers.
-    """
+    """Raises ``PassError`` where the two traces differ in more than integers."""
     sizes = (few.rows, many.rows, rows)
     fitted: dict[str, Segment] = {}
 
@@ -40,16 +37,13 @@ def fit_rows(
         # isomorphic segments share the graph, each with the roles of its own inputs
         return replace(fitted[a.structure], inputs=a.inputs)
 
-    def fit_all(a: tuple[Segment, ...], b: tuple[Segment, ...]) -> tuple[Segment, ...]:
-        return tuple(fit(x, y) for x, y in zip(a, b, strict=True))
-
     return replace(
         few,
         rows=rows,
         embed=fit(few.embed, many.embed),
         positional=fit(few.positional, many.positional),
-        layers=fit_all(few.layers, many.layers),
-        kv_fills=fit_all(few.kv_fills, many.kv_fills),
+        layers=tuple(fit(a, b) for a, b in zip(few.layers, many.layers, strict=True)),
+        kv_fills=tuple(fit(a, b) for a, b in zip(few.kv_fills, many.kv_fills, strict=True)),
         head=Head(fit(few.head.whole, many.head.whole), reason=few.head.reason),
     )
 
@@ -57,18 +51,14 @@ def fit_rows(
 def _fit_segment(few: Segment, many: Segment, sizes: tuple[int, int, int]) -> Segment:
     graph = copy.deepcopy(few.graph)
     nodes, others = list(graph.graph.nodes), list(many.graph.graph.nodes)
-    if [n.target for n in nodes if n.op == "call_function"] != [
-        n.target for n in others if n.op == "call_function"
-    ]:
+    mine, theirs = ([n.target for n in s if n.op == "call_function"] for s in (nodes, others))
+    if mine != theirs:
         raise PassError(f"traces with {sizes[0]} and {sizes[1]} rows differ in their operators")
-    shapes = []
     for node, other in zip(nodes, others, strict=True):
         node.args = _fit(node.args, other.args, sizes)
         node.kwargs = _fit(node.kwargs, other.kwargs, sizes)
-        if node.op == "placeholder":
-            shape, others_shape = (tuple(n.meta["val"].shape) for n in (node, other))
-            shapes.append(_fit(shape, others_shape, sizes))
-    propagate_shapes(graph, shapes)
+    before, after = ([tuple(v.shape) for v in part.examples.values()] for part in (few, many))
+    propagate_shapes(graph, _fit(before, after, sizes))
     graph.recompile()
     return Segment(graph, few.inputs, structure_of(graph, few.inputs))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.errors import PassError
 from eepass.segments import DecoderGraph, Input, InputKind
+
+# of grad mode and autocast: the step runs without either
+MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,51 +37,43 @@ class KvSlots:
 
 
 def capture(
-    step: Callable[..., Tensor],
-    ids: Tensor,
-    positions: Tensor,
-    masks: Mapping[str, Tensor],
-    tensors: Mapping[str, Tensor],
-    cache: Sequence[KvSlots],
-    windows: Mapping[str, int | None],
+    step: Callable[..., Tensor], ids: Tensor, positions: Tensor, masks: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor], cache: Sequence[KvSlots], windows: Mapping[str, int | None],
     positions_known: int | None = None,
-) -> DecoderGraph:
+) -> DecoderGraph:  # fmt: skip
     """Trace ``step(ids, positions, masks)``; raises ``PassError`` where Dynamo cannot."""
     roles = {id(ids): Input("ids", "ids"), id(positions): Input("positions", "positions")}
     roles |= {id(mask): Input("mask", name) for name, mask in masks.items()}
     roles |= {id(tensor): Input("parameter", name) for name, tensor in tensors.items()}
     for layer, kv in enumerate(cache):
-        for kind, tensor in (("keys", kv.keys), ("values", kv.values), ("slots", kv.start)):
+        parts: dict[InputKind, Any] = {"keys": kv.keys, "values": kv.values, "slots": kv.start}
+        for kind, tensor in parts.items():
             if tensor is not None:
-                roles[id(tensor)] = Input(cast(InputKind, kind), f"{kind}.{layer}", layer)
+                roles[id(tensor)] = Input(kind, f"{kind}.{layer}", layer)
         for index, state in enumerate(kv.states):
             roles[id(state)] = Input("state", f"state.{layer}.{index}", layer)
 
-    graph, examples = _dynamo_graph(step, ids, positions, masks)
+    graph, examples = _dynamo_graph(step, ids, positions, dict(masks))
     constants: dict[str, Tensor] = {}
     for example in examples:
         if not isinstance(example, Tensor):
             raise PassError(f"the traced step takes {example!r}, which is not a tensor")
         if id(example) not in roles:
             # a constant tensor the model keeps outside its parameters and buffers
-            role = Input("parameter", f"constant.{len(constants)}")
-            roles[id(example)] = role
-            constants[role.name] = example
-    slots = next((kv.keys.shape[2] for kv in cache if kv.keys is not None), 0)
+            name = f"constant.{len(constants)}"
+            roles[id(example)], constants[name] = Input("parameter", name), example
     return DecoderGraph(
         graph=trace_to_aten(graph, examples),
         inputs=tuple(roles[id(example)] for example in examples),
         rows=ids.shape[1],
-        cache_length=slots,
+        cache_length=next((kv.keys.shape[2] for kv in cache if kv.keys is not None), 0),
         tensors={**tensors, **constants},
         windows=windows,
         positions=positions_known,
     )
 
 
-def _dynamo_graph(
-    step: Callable[..., Tensor], ids: Tensor, positions: Tensor, masks: Mapping[str, Tensor]
-) -> tuple[GraphModule, list[Any]]:
+def _dynamo_graph(step: Callable[..., Tensor], *inputs: Any) -> tuple[GraphModule, list[Any]]:
     seen: list[tuple[GraphModule, list[Any]]] = []
 
     def keep(graph: GraphModule, examples: list[Any]) -> Callable[..., Any]:
@@ -88,25 +83,20 @@ def _dynamo_graph(
     torch._dynamo.reset()
     try:
         with torch.no_grad():
-            torch.compile(step, backend=keep, fullgraph=True, dynamic=False)(
-                ids, positions, dict(masks)
-            )
+            torch.compile(step, backend=keep, fullgraph=True, dynamic=False)(*inputs)
     except Exception as error:
         text = str(error).strip()
         if "data-dependent" in text or "unbacked" in text.lower():
-            raise PassError(
-                "its control flow depends on data: no one graph fits all tokens"
-            ) from error
-        first = text.splitlines()[0]
-        raise PassError(f"the decode step cannot be traced in one graph: {first}") from error
+            reason = "its control flow depends on data: no one graph fits all tokens"
+        else:
+            reason = f"the decode step cannot be traced in one graph: {text.splitlines()[0]}"
+        raise PassError(reason) from error
     finally:
         torch._dynamo.reset()
     if len(seen) != 1:
         raise PassError(f"the decode step traced into {len(seen)} graphs instead of one")
     graph, examples = seen[0]
-    for node in graph.graph.find_nodes(
-        op="call_function", target=torch._C._log_api_usage_once, sort=False
-    ):
+    for node in graph.graph.find_nodes(op="call_function", target=torch._C._log_api_usage_once):
         graph.graph.erase_node(node)
     graph.recompile()
     return graph, examples
@@ -116,25 +106,9 @@ def trace_to_aten(graph: Callable[..., Any], examples: Sequence[Tensor]) -> Grap
     """``graph`` as ATen operators, without switches of grad mode, its one result unwrapped."""
     with torch.no_grad():
         traced = make_fx(graph, tracing_mode="fake", pre_dispatch=True)(*examples)
-    _strip_mode_switches(traced)
-    _unwrap_output(traced)
-    traced.recompile()
-    return traced
-
-
-def _strip_mode_switches(traced: GraphModule) -> None:
-    """Drop nodes that switch grad mode or autocast: the step runs without either."""
     for node in reversed(list(traced.graph.nodes)):
-        name = getattr(node.target, "__name__", "")
-        if node.op == "call_function" and name in (
-            "_set_grad_enabled",
-            "_enter_autocast",
-            "_exit_autocast",
-        ):
+        if node.op == "call_function" and getattr(node.target, "__name__", "") in MODE_SWITCHES:
             traced.graph.erase_node(node)
-
-
-def _unwrap_output(traced: GraphModule) -> None:
     output = traced.graph.output_node()
     values = output.args[0]
     if isinstance(values, (tuple, list)):
@@ -144,3 +118,5 @@ def _unwrap_output(traced: GraphModule) -> None:
                 "kept in the modules, outside of the cache, cannot be followed"
             )
         output.args = (values[0],)
+    traced.recompile()
+    return traced

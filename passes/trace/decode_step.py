@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -45,33 +45,27 @@ class DecodeStep:
             mask[name] = None
         if self.bias is not None:
             self.mask, mask = mask, self.bias
-        output = self.model(
-            input_ids=ids,
-            position_ids=positions,
-            attention_mask=mask,
-            past_key_values=self.cache,
+        return self.model(
+            input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=self.cache,
             use_cache=True,
-        )
-        return output.logits
+        ).logits  # fmt: skip
 
-    @contextmanager
-    def masks_given(self) -> Iterator[None]:
+    def masks_given(self) -> AbstractContextManager[Any]:
         """Within, the model takes its causal mask from the step."""
         if self.bias is None:
-            yield
-            return
-        with patch.object(_mask_module(self.model), MASK_MAKER, lambda *_, **__: self.mask):
-            yield
+            return nullcontext()
+        return patch.object(_mask_module(self.model), MASK_MAKER, lambda *_, **__: self.mask)
 
 
 def trace_decode_step(model: Any, rows: int, cache_length: int) -> DecoderGraph:
     """Trace ``model`` decoding ``rows`` tokens; raises ``PassError`` with the reason it cannot."""
     step = decode_step(model, cache_length)
     inputs = _example_inputs(step, rows, cache_length)
+    # the parameters themselves, not detached: by identity Dynamo's inputs get their roles. A tensor
+    # with two names keeps the first
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
     with step.masks_given(), _fixed_frequencies(model):
-        return capture(
-            step, *inputs, named_tensors(model), step.slots, step.windows, known_positions(model)
-        )
+        return capture(step, *inputs, tensors, step.slots, step.windows, known_positions(model))
 
 
 @contextmanager
@@ -91,22 +85,20 @@ def _fixed_frequencies(model: Any) -> Iterator[None]:
 
 def decode_step(model: Any, cache_length: int) -> DecodeStep:
     """The decode step of ``model`` with a zeroed static cache of ``cache_length`` slots."""
-    config = model.config.get_text_config(decoder=True)
     refuse_non_decoder(model)
+    config = model.config.get_text_config(decoder=True)
     # transformers takes seconds to import
     from eepass.passes.trace.step_cache import memory_of, step_cache
 
-    windows, unmasked = mask_windows(model, config)
-    step = DecodeStep(model, step_cache(config, cache_length), windows, unmasked)
+    step = DecodeStep(model, step_cache(config, cache_length), *mask_windows(model, config))
     reason = _first_token(step, cache_length)
-    if reason and hasattr(_mask_module(model), MASK_MAKER) and list(windows) == ["attention"]:
+    if reason and hasattr(_mask_module(model), MASK_MAKER) and list(step.windows) == ["attention"]:
         step.cache = step_cache(config, cache_length)
-        step.bias = torch.ones(1, cache_length, dtype=torch.long, device=_device(model))
+        step.bias = torch.ones(1, cache_length, dtype=torch.long, device=model.device)
         reason = _first_token(step, cache_length) and reason
     if reason:
-        raise PassError(
-            f"one token through {type(model).__name__} with a static cache fails: {reason}"
-        )
+        name = type(model).__name__
+        raise PassError(f"one token through {name} with a static cache fails: {reason}")
     step.slots = memory_of(step.cache)
     if not any(kv.keys is not None for kv in step.slots):
         kept = "only recurrent states" if step.slots else "its past in no cache of keys and values"
@@ -115,8 +107,7 @@ def decode_step(model: Any, cache_length: int) -> DecodeStep:
 
 
 def _first_token(step: DecodeStep, cache_length: int) -> str:
-    """Run one token eagerly, which gives each layer's cache its true shape; the reason if that
-    fails."""
+    """Run one token eagerly, which shapes each layer's cache; the reason if that fails."""
     try:
         with torch.no_grad(), step.masks_given():
             step(*_example_inputs(step, 1, cache_length))
@@ -129,18 +120,14 @@ def _first_token(step: DecodeStep, cache_length: int) -> str:
 def _example_inputs(
     step: DecodeStep, rows: int, cache_length: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    dtype, device = next(step.model.parameters()).dtype, _device(step.model)
+    like = next(step.model.parameters())
+    device = like.device
     masks = {
-        name: causal_mask(rows, cache_length, window, dtype, device)
+        name: causal_mask(rows, cache_length, window, like.dtype, device)
         for name, window in step.windows.items()
     }
     ids = torch.zeros(1, rows, dtype=torch.long, device=device)
     return ids, torch.arange(rows, device=device)[None], masks
-
-
-def _device(model: Any) -> torch.device:
-    device: torch.device = next(model.parameters()).device
-    return device
 
 
 def _mask_module(model: Any) -> Any:
@@ -152,11 +139,8 @@ def mask_windows(model: Any, config: Any) -> tuple[dict[str, int | None], tuple[
     of those that must be None, as recurrent layers have nothing to mask."""
     window = getattr(config, "sliding_window", None)
     chunk = getattr(config, "attention_chunk_size", None)
-    sizes = {
-        "full_attention": None,
-        "sliding_attention": window,
-        "chunked_attention": -chunk if chunk else None,
-    }
+    sizes = {"full_attention": None, "sliding_attention": window}
+    sizes["chunked_attention"] = -chunk if chunk else None
     kinds = set(getattr(config, "layer_types", None) or ())
     recurrent = kinds - set(sizes)
     attention = sorted(kinds & set(sizes)) or ["full_attention"]
@@ -184,35 +168,22 @@ def known_positions(model: Any) -> int | None:
     # one for each kind of layer, or one for all
     for each in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
         if each.get("rope_type") == "longrope":
-            found.append(each.get("original_max_position_embeddings"))
-            found.append(getattr(config, "original_max_position_embeddings", None))
+            original = "original_max_position_embeddings"
+            found += [each.get(original), getattr(config, original, None)]
     return min((count for count in found if isinstance(count, int) and count > 0), default=None)
-
-
-def named_tensors(model: Any) -> Mapping[str, Tensor]:
-    """Parameters and buffers by name; a tensor with two names keeps the first."""
-    # the parameters themselves, not detached: by identity Dynamo's inputs get their roles
-    found: dict[int, tuple[str, Tensor]] = {}
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.setdefault(id(tensor), (name, tensor))
-    return dict(found.values())
 
 
 def refuse_non_decoder(model: Any) -> None:
     """Raise ``PassError`` for models that are not causal decoders with a KV cache."""
-    config = model.config
+    name, config = type(model).__name__, model.config
     if getattr(config, "is_encoder_decoder", False):
-        raise PassError(
-            f"{type(model).__name__} is an encoder-decoder model; eepass takes decoders"
-        )
+        raise PassError(f"{name} is an encoder-decoder model; eepass takes decoders")
     if model.get_output_embeddings() is None or not hasattr(model, "generate"):
-        raise PassError(f"{type(model).__name__} is an encoder or has no LM head; use a causal LM")
+        raise PassError(f"{name} is an encoder or has no LM head; use a causal LM")
     kinds = getattr(config.get_text_config(decoder=True), "layer_types", None) or ()
     if getattr(model, "_is_stateful", False) and not any(
         (kind.endswith("_attention") and kind != "linear_attention") or kind.startswith("hybrid")
         for kind in kinds
     ):
-        raise PassError(
-            f"{type(model).__name__} is a pure state-space model: it keeps a recurrent state "
-            "instead of keys and values"
-        )
+        kept = "a recurrent state instead of keys and values"
+        raise PassError(f"{name} is a pure state-space model: it keeps {kept}")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers.cache_utils import (
     DummyLayer,
@@ -58,24 +57,20 @@ def step_cache(config: Any, cache_length: int) -> Any:
 
 
 def memory_of(cache: Any) -> list[KvSlots]:
-    """What each layer of an initialised cache keeps, zeroed; layers that keep nothing are left
-    out."""
+    """What the layers of an initialised cache keep, zeroed; without those that keep nothing."""
     found = []
     for layer in cache.layers:
-        slots = KvSlots(states=_states(layer))
+        attended: dict[str, Any] = {}
+        states: list[Any] = []
         if isinstance(layer, StaticLayer) and layer.is_initialized:
-            slots = KvSlots(layer.keys, layer.values, layer.cumulative_length, _states(layer))
-        kept = [t for t in (slots.keys, slots.values, slots.start, *slots.states) if t is not None]
-        for tensor in kept:
+            attended = {"keys": layer.keys, "values": layer.values}
+            attended["start"] = layer.cumulative_length
+        if isinstance(layer, LinearAttentionCacheLayerMixin):
+            states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
+            states = [state for state in states if isinstance(state, Tensor)]
+        for tensor in (*attended.values(), *states):
             # an eager token may have left what looks alike: states start from nothing
             tensor.zero_()
-        if kept:
-            found.append(slots)
+        if attended or states:
+            found.append(KvSlots(**attended, states=tuple(states)))
     return found
-
-
-def _states(layer: Any) -> tuple[Tensor, ...]:
-    if not isinstance(layer, LinearAttentionCacheLayerMixin):
-        return ()
-    states = [*layer.conv_states.values(), *layer.recurrent_states.values()]
-    return tuple(state for state in states if isinstance(state, torch.Tensor))
