@@ -23,6 +23,7 @@ from eepass.errors import EngineError
 from eepass.model import EarlyExitModel
 from eepass.passes.pipeline import split_for_rows
 from eepass.planning import make_plan
+from eepass.runtime.engine.engine import Engine as HostEngine
 from eepass.runtime.exits.exits import ExitDecision, RowState
 from eepass.runtime.step.launching import choose
 
@@ -153,8 +154,8 @@ class Engine:
             return early.dense
         engine: Any = early.configure(_config(how, self.bench))
         if how.name == "forced":
-            engine.schedule = None
-            engine.exits = _Forced(engine.exits, how.layer, self)
+            forced: Any = _Forced(engine.exits, how.layer, self)
+            return HostEngine(engine.decoder, forced, options=engine.options)
         return engine
 
     def _close(self, made: Any) -> None:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from caller import Seen, compiled, said
+from caller import Seen, compiled, generate
 from command_line import refused
 from models import VOCABULARY, ForcedExits, random_artifact, tiny_model, tiny_tokenizer
 from safetensors.torch import load_file
@@ -387,11 +387,11 @@ def test_through_the_backend(tmp_path):
     quantize(model, "int8")
     random_artifact(model, k=80).save(tmp_path / "a")
     ids = torch.tensor([PROMPT])
-    expected = said(model, model, ids, 8)
-    assert said(model, compiled(model, tmp_path / "a", threshold=1.0), ids, 8) == expected
+    expected = generate(model, model, ids, 8)
+    assert generate(model, compiled(model, tmp_path / "a", threshold=1.0), ids, 8) == expected
     torch._dynamo.reset()
     seen = Seen()
-    left = said(model, compiled(model, tmp_path / "a", threshold=0.4, stats=seen), ids, 8)
+    left = generate(model, compiled(model, tmp_path / "a", threshold=0.4, stats=seen), ids, 8)
     assert len(left[0]) == 8 and min(seen.layers) < 4
 
 

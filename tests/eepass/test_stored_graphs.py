@@ -56,7 +56,7 @@ def test_no_field_is_forgotten(llama_splits, read_back, pick):
 
 
 def test_a_part_of_another_type_is_not_written(llama_splits):
-    odd = dataclasses.replace(llama_splits[1], how=object())
+    odd = dataclasses.replace(llama_splits[1], layers_found_by=object())
     with pytest.raises(NotStorable, match="object"):
         GraphWriter().split(odd)
 
