@@ -1,4 +1,4 @@
-"""The model that is trained for, compiled: it runs densely, and its costs are measured."""
+"""The model that is trained for, compiled: run densely, read by the logit lens, and timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.engine.engine import Engine
 from eepass.training.calibration import Costs
-from eepass.training.lens import Lens
 
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
@@ -28,8 +27,42 @@ TOPK = 0.2
 ROW = 0.1
 
 
+class Lens:
+    """The logit lens: what the final norm and the LM head make of the hidden state after a layer.
+
+    ``lm_head`` [V, H] holds plain values.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.head = decoder.splits[1].head
+        if self.head.norm is None:
+            raise InputError(f"early exit is not possible here: {self.head.reason}")
+        self.tensors = decoder.tensors
+        self.lm_head = self.head.values(self.tensors, decoder.dtype)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The normed states z [n, H] of hidden states [n, H], differentiable."""
+        return self.head.normed(hidden[None], self.tensors)[0]
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What the model does to its logits (a scale, a soft cap)."""
+        return logits if self.head.transform is None else self.head.transform.graph(logits)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """The likeliest token [n] for each hidden state [n, H]."""
+        return torch.cat([best_token(self.norm(h), self.lm_head) for h in hidden.split(512)])
+
+
+def best_token(z: Tensor, lm_head: Tensor, candidates: int = 8) -> Tensor:
+    """The row of ``lm_head`` with the largest logit for each z [n, H]: of the best ``candidates``
+    by logits in the model's dtype, the best by logits in float32."""
+    best = (z @ lm_head.T).topk(candidates, -1).indices  # [n, candidates]
+    exact = torch.einsum("nh,nkh->nk", z.float(), lm_head[best].float())
+    return best.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
+
+
 class DenseModel:
-    """``engine`` decodes densely, ``lens`` reads its hidden states, ``embedding`` is [V, H].
+    """``engine`` decodes densely, ``lens`` reads hidden states, ``embedding`` is [V, H].
 
     Raises ``InputError`` for a model that cannot be split, or whose LM head cannot be trained for.
     """
@@ -54,17 +87,16 @@ class DenseModel:
         decoder = self.decoder
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype)
         place = decoder.side_inputs.span(0, 1)
-        layers: list[float] = []
-        heads: list[float] = []
+        layers, heads = [], []
         for _ in range(12):
             began = time.perf_counter()
             for layer in range(decoder.num_layers):
                 decoder.run_layer(layer, hidden, place)
             middle = time.perf_counter()
             decoder.logits(hidden)
-            layers.append((middle - began) / decoder.num_layers)
+            layers.append(middle - began)
             heads.append(time.perf_counter() - middle)
-        head = statistics.median(heads) / statistics.median(layers)
+        head = statistics.median(heads) / statistics.median(layers) * decoder.num_layers
         hot = head * min(hot_tokens, len(self.lm_head)) / len(self.lm_head)
         return Costs(
             num_layers=decoder.num_layers,
