@@ -81,10 +81,8 @@ class PresetPart:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """Tensors by name and what they were trained for.
-
-    ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*``, ``hot.ids``.
-    """
+    """Tensors, ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*`` and
+    ``hot.ids``, and what they were trained for."""
 
     fingerprint: Mapping[str, Any]
     presets: Mapping[str, PresetPart]

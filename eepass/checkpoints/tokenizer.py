@@ -1,7 +1,4 @@
-"""Text to tokens and back from a model's own files, by ``tokenizers`` and ``jinja2`` alone.
-
-Does what transformers' fast tokenizers do, without importing them.
-"""
+"""Text to tokens and back as transformers' fast tokenizers do, by ``tokenizers`` and ``jinja2``."""
 
 from __future__ import annotations
 
@@ -77,10 +74,8 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
 
 
 def write_tokenizer(loaded: Any, folder: Path) -> None:
-    """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it.
-
-    Raises ``InputError`` where the tokenizer does more than those files describe.
-    """
+    """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it; raises
+    ``InputError`` where it does more than those files describe."""
     tokenizer = loaded.tokenizer
     if isinstance(tokenizer, FolderTokenizer):
         for name in FILES:

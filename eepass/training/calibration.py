@@ -51,11 +51,8 @@ class ExitScores:
 def calibrate(
     exits: ExitScores, costs: Costs, targets: Sequence[float] = TARGETS
 ) -> list[Calibration]:
-    """Thresholds for each target.
-
-    A wrong exit is given a price; for each price the best thresholds follow exit by exit, deepest
-    first; the price is bisected until agreement meets the target.
-    """
+    """Thresholds for each target: a wrong exit is given a price, for which the best thresholds
+    follow exit by exit, deepest first; it is bisected until agreement meets the target."""
     return [_at_target(exits, costs, target) for target in targets]
 
 

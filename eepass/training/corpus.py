@@ -33,10 +33,8 @@ BATCH, LONGEST_PROMPT, LONGEST_ANSWER = 32, 96, 224
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts of a JSONL file: ``{"prompt": ...}`` or ``{"turns": [...]}`` a line.
-
-    Raises ``InputError`` naming the file and the line.
-    """
+    """Prompts of a JSONL file: ``{"prompt": ...}`` or ``{"turns": [...]}`` a line; an
+    ``InputError`` names the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -123,10 +121,8 @@ def write_answers(
     temperature: float = 0.0,
 ) -> list[Example]:
     """About ``tokens`` tokens of the model's own answers, greedy or sampled at a ``temperature``;
-    those in ``path`` are not generated again.
-
-    Raises ``InputError`` for a prompt as long as the model's maximum length.
-    """
+    those in ``path`` are not generated again. Raises ``InputError`` for a prompt as long as the
+    model's maximum length."""
     file = RecordFile(path)
     made = sum(len(record["answer"]) for record in file.records)
     progress.begin("generating answers", tokens)

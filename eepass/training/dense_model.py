@@ -81,6 +81,14 @@ class DenseModel:
         if self.lens.head.bias:
             raise InputError("training for an LM head with a bias is not supported yet")
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        weights = [self.decoder.tensors[name] for name in splits[1].layers[-1].parameters]
+        self.layer_size = sum(weight.nbytes for weight in weights)
+        # a byte of uint8 holds two codes
+        codes = sum(weight.numel() for weight in weights if weight.dtype == torch.uint8)
+        plain = (sum(weight.numel() for weight in weights) + codes) * self.decoder.dtype.itemsize
+        # the time of a layer of plain weights, in layers of this model: quantised layers take less
+        # time, calls of small segments do not
+        self.plain_layer = plain / self.layer_size
 
     def costs(self, hot_tokens: int) -> Costs:
         """Costs in layers: the LM head as timed, what reads rows of it in proportion to them."""
@@ -101,27 +109,15 @@ class DenseModel:
         return Costs(
             num_layers=decoder.num_layers,
             head=head,
-            draft=hot + self._in_layers(CALL + TOPK),
-            predictor=self._in_layers(CALL),
-            verify=hot + self._in_layers(CALL / 2),
-            row=self._in_layers(ROW),
+            draft=hot + (CALL + TOPK) * self.plain_layer,
+            predictor=CALL * self.plain_layer,
+            verify=hot + CALL / 2 * self.plain_layer,
+            row=ROW * self.plain_layer,
         )
 
     def costs_with_draft_head(self, costs: Costs, draft_head: Mapping[str, Tensor]) -> Costs:
         """``costs`` where the draft head drafts and the whole LM head verifies."""
         size = sum(part.numel() for part in draft_head.values()) * self.decoder.dtype.itemsize
         hot = costs.head * len(draft_head["hot.ids"]) / len(self.lm_head)
-        read = size / sum(weight.nbytes for weight in self._layer_weights())
-        return replace(costs, draft=hot + self._in_layers(CALL + TOPK) + read, verify=costs.head)
-
-    def _in_layers(self, plain: float) -> float:
-        """The time of ``plain`` layers of plain weights, in layers of this model: quantised layers
-        take less time, calls of small segments do not."""
-        weights = self._layer_weights()
-        itemsize = self.decoder.dtype.itemsize
-        size = sum(w.numel() * itemsize * (2 if w.dtype == torch.uint8 else 1) for w in weights)
-        return plain * size / sum(weight.nbytes for weight in weights)
-
-    def _layer_weights(self) -> list[Tensor]:
-        last = self.decoder.splits[1].layers[-1]
-        return [self.decoder.tensors[name] for name in last.parameters]
+        draft = hot + (CALL + TOPK) * self.plain_layer + size / self.layer_size
+        return replace(costs, draft=draft, verify=costs.head)

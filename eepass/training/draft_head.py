@@ -91,11 +91,11 @@ def fit_draft_head(
     passes: int = PASSES,
     resume: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The draft head's tensors.
+    """The draft head's tensors; embedding [V, H], hot_head [N, H].
 
-    embedding [V, H]; hot_head [N, H]. At each position the head sees the token there and the
-    features before it, and learns the hot probabilities of the z there. ``progress`` gets the
-    positions of each batch; each finished pass is saved in ``resume``.
+    At each position the head sees the token there and the features before it, and learns the hot
+    probabilities of the z there. ``progress`` gets the positions of each batch; each finished pass
+    is saved in ``resume``.
     """
     hidden, dtype = embedding.shape[1], embedding.dtype
     weights = _initial(hidden, lines.features.shape[1] // hidden)
