@@ -24,7 +24,7 @@ import torch
 import eepass
 from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
 from eepass.onnx.runtime import OnnxDecoder
-from eepass.training.predictors import WIDTH
+from eepass.training.exits import WIDTH
 
 HOT = 32
 PROMPT = "Why is the sea salty?"

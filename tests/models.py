@@ -11,7 +11,7 @@ from torch import Tensor
 from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
 from eepass.runtime.drafting.eagle_layer import shapes
 from eepass.runtime.exits.exits import ExitDecision, RowState
-from eepass.training.predictors import WIDTH
+from eepass.training.exits import WIDTH
 
 VOCABULARY = 160
 SIZES: dict[str, Any] = {

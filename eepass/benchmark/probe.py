@@ -14,9 +14,8 @@ from eepass.lengths import usual_length
 from eepass.model import EarlyExitModel, transform
 from eepass.ops import exits as exit_ops
 from eepass.runtime.engine.engine import Engine
-from eepass.training.dense_model import HOT_TOKENS
-from eepass.training.lens import Lens
-from eepass.training.translators import fit_translator
+from eepass.training.dense_model import HOT_TOKENS, Lens
+from eepass.training.exits import fit_translator
 
 # below this a compiled model gains nothing that a user would notice
 WORTH_IT = 1.10

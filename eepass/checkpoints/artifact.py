@@ -42,13 +42,11 @@ class Calibration:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
+        numbers = ("target", "agreement", "mean_exit_layer", "speedup")
         return cls(
-            target=float(values["target"]),
             thresholds={int(k): float(v) for k, v in values["thresholds"].items()},
             ranking=tuple(int(layer) for layer in values["ranking"]),
-            agreement=float(values["agreement"]),
-            mean_exit_layer=float(values["mean_exit_layer"]),
-            speedup=float(values["speedup"]),
+            **{name: float(values[name]) for name in numbers},
         )
 
 
@@ -83,10 +81,8 @@ class PresetPart:
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """Tensors by name and what they were trained for.
-
-    ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*``, ``hot.ids``.
-    """
+    """Tensors, ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*`` and
+    ``hot.ids``, and what they were trained for."""
 
     fingerprint: Mapping[str, Any]
     presets: Mapping[str, PresetPart]
@@ -95,8 +91,7 @@ class Artifact:
 
     def predictors(self, preset: str) -> dict[str, Tensor]:
         """The predictors of a preset, ``<layer>.*``."""
-        prefix = f"predictor.{preset}."
-        return {n.removeprefix(prefix): t for n, t in self.tensors.items() if n.startswith(prefix)}
+        return without_prefix(self.tensors, f"predictor.{preset}.")
 
     def exits(self, preset: str) -> list[int]:
         """The layers of a preset that have a predictor."""
@@ -105,8 +100,7 @@ class Artifact:
     def save(self, folder: Path) -> None:
         """Write the artefact to ``folder`` whole or not at all; one that was there is replaced."""
         scratch = folder.with_name(f".{folder.name}.part")
-        if scratch.exists():
-            shutil.rmtree(scratch)
+        shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir(parents=True)
         draft = {n: t for n, t in self.tensors.items() if n.startswith(("eagle.", "hot."))}
         rest = {n: t for n, t in self.tensors.items() if n not in draft}
@@ -124,6 +118,11 @@ class Artifact:
         for name in (*FILES, MANIFEST):
             os.replace(scratch / name, folder / name)
         scratch.rmdir()
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with ``prefix``, by the rest of their names."""
+    return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
 def load_artifact(folder: Path) -> Artifact:
@@ -194,11 +193,13 @@ def _sample_of_codes(weight: QuantizedWeight, shape: tuple[int, int]) -> Tensor:
     return values[torch.arange(len(index)), index % shape[1]].cpu()
 
 
-def refuse_other_model(artifact: Artifact, model: Any, where: Path | str) -> None:
-    """Raise ``InputError`` naming the first field in which the artefact is of another model."""
-    found = fingerprint(model)
-    for name, value in found.items():
-        if artifact.fingerprint.get(name) != value:
+def refuse_other_model(
+    artifact: Artifact, model: Any, where: Path | str, same_weights: bool = True
+) -> None:
+    """Raise ``InputError`` naming the first field in which the artefact is of another model; not
+    ``same_weights``: rounding may have changed those."""
+    for name, value in fingerprint(model).items():
+        if artifact.fingerprint.get(name) != value and (same_weights or name != "weights"):
             quantized = name == "weights" and any(quantized_layers(model))
             raise InputError(
                 f"{where}: trained for another model ({name} is "

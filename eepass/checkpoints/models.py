@@ -7,8 +7,8 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -94,32 +94,21 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
         artifact = artifact_beside(folder)
     model, tokenizer = _load_pretrained(str(folder), dtype, spec)
-    loaded = LoadedModel(spec, model, tokenizer, artifact)
-    return _with_quantization(loaded, quantize, file, folder)
-
-
-def _with_quantization(
-    loaded: LoadedModel, quantize: str | None, file: Path | None, folder: Path
-) -> LoadedModel:
-    """``loaded`` with its weights quantised as ``eepass.load`` is asked to.
-
-    ``file``: the GGUF file that it comes from, if any; ``folder``: what was loaded.
-    """
-    model, dequantised = loaded.model, ""
     try:
         quantised_already = read_quantized(model)
     except InputError as error:
-        raise InputError(f"{loaded.name}: {error}") from error
+        raise InputError(f"{spec}: {error}") from error
+    unquantized_artifact, dequantised = None, ""
     if quantize in KINDS:
         if quantised_already:
-            raise InputError(f"{loaded.name} is quantised already ({quantization_of(model)})")
+            raise InputError(f"{spec} is quantised already ({quantization_of(model)})")
         quantize_model(model, quantize)
-        loaded = replace(loaded, artifact=None, unquantized_artifact=loaded.artifact)
+        artifact, unquantized_artifact = None, artifact
     elif quantize == "keep" and file is not None:
         missing = _no_kernels(model)
         dequantised = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
-    parts = (quantization_of(model), dequantised)
-    return replace(loaded, quantization="; ".join(filter(None, parts)))
+    quantization = "; ".join(filter(None, (quantization_of(model), dequantised)))
+    return LoadedModel(spec, model, tokenizer, artifact, False, unquantized_artifact, quantization)
 
 
 def _no_kernels(model: Any) -> str:
@@ -142,17 +131,13 @@ def original_of(loaded: LoadedModel, purpose: str) -> Any:
 def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    try:
+    with _explained(f"{spec}: the model cannot be read"):
         config = AutoConfig.from_pretrained(folder)
-    except Exception as error:
-        raise InputError(f"{spec}: the model cannot be read ({_first_line(error)})") from error
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
-    try:
+    with _explained(f"{spec}: the model cannot be loaded"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise InputError(f"{spec}: the model cannot be loaded ({_first_line(error)})") from error
     _refuse_foreign_layers(model, spec)
     if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
         architectures: Sequence[str] = getattr(config, "architectures", None) or ()
@@ -209,13 +194,10 @@ def _converted_gguf(file: Path) -> Path:
         return target
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32
-        )
-        tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-    except Exception as error:
-        raise InputError(f"{file}: not a GGUF model that loads ({_first_line(error)})") from error
+    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    with _explained(f"{file}: not a GGUF model that loads"):
+        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(**source)
     # the loaded weights are plain tensors, but the config still says they are quantised
     plain = model.config.to_dict()
     plain.pop("quantization_config", None)
@@ -246,5 +228,11 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """Any error of the libraries below becomes an ``InputError``: ``what``, and its first line."""
+    try:
+        yield
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} ({line[:300]})") from error

@@ -1,7 +1,4 @@
-"""Text to tokens and back from a model's own files, by ``tokenizers`` and ``jinja2`` alone.
-
-Does what transformers' fast tokenizers do, without importing them.
-"""
+"""Text to tokens and back as transformers' fast tokenizers do, by ``tokenizers`` and ``jinja2``."""
 
 from __future__ import annotations
 
@@ -70,20 +67,15 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
         raise InputError("the prompt is empty: give some text")
     if raw or not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt)["input_ids"])
+    messages = [{"role": "user", "content": prompt}]
     return list(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            return_dict=False,
-        )
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     )
 
 
 def write_tokenizer(loaded: Any, folder: Path) -> None:
-    """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it.
-
-    Raises ``InputError`` where the tokenizer does more than those files describe.
-    """
+    """Write the tokenizer of ``loaded`` to ``folder`` as ``FolderTokenizer`` reads it; raises
+    ``InputError`` where it does more than those files describe."""
     tokenizer = loaded.tokenizer
     if isinstance(tokenizer, FolderTokenizer):
         for name in FILES:
@@ -109,13 +101,9 @@ def write_tokenizer(loaded: Any, folder: Path) -> None:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    found = {}
-    for name, value in config.items():
-        if name.endswith("_token") and value:
-            token = value.get("content") if isinstance(value, dict) else value
-            if isinstance(token, str):
-                found[name] = token
-    return found
+    tokens = {name: value for name, value in config.items() if name.endswith("_token") and value}
+    texts = {n: t.get("content") if isinstance(t, dict) else t for n, t in tokens.items()}
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
 def _compiled(template: str) -> Any:

@@ -47,19 +47,12 @@ class ExitScores:
     verified: Tensor
     right: Tensor
 
-    @property
-    def count(self) -> int:
-        return self.probability.shape[1]
-
 
 def calibrate(
     exits: ExitScores, costs: Costs, targets: Sequence[float] = TARGETS
 ) -> list[Calibration]:
-    """Thresholds for each target.
-
-    A wrong exit is given a price; for each price the best thresholds follow exit by exit, deepest
-    first; the price is bisected until agreement meets the target.
-    """
+    """Thresholds for each target: a wrong exit is given a price, for which the best thresholds
+    follow exit by exit, deepest first; it is bisected until agreement meets the target."""
     return [_at_target(exits, costs, target) for target in targets]
 
 
@@ -67,11 +60,11 @@ def replay(
     exits: ExitScores, thresholds: Sequence[float], costs: Costs
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exit layer, cost in layers and rightness of each token under ``thresholds``, [n] each."""
-    running = torch.ones(exits.count, dtype=torch.bool)
-    cost = torch.full((exits.count,), costs.draft if any(t < 1 for t in thresholds) else 0.0)
-    exit_layer = torch.full((exits.count,), costs.num_layers)
-    correct = torch.ones(exits.count, dtype=torch.bool)
-    exited = torch.zeros(exits.count, dtype=torch.bool)
+    count = exits.probability.shape[1]
+    running = torch.ones(count, dtype=torch.bool)
+    cost = torch.full((count,), costs.draft if any(t < 1 for t in thresholds) else 0.0)
+    exit_layer = torch.full((count,), costs.num_layers)
+    correct = torch.ones(count, dtype=torch.bool)
     for index, layer in enumerate(exits.layers):
         if thresholds[index] > 1:
             continue
@@ -81,10 +74,9 @@ def replay(
         leaves = tries & exits.verified[index]
         exit_layer[leaves] = layer
         correct[leaves] = exits.right[index][leaves]
-        exited |= leaves
         running &= ~leaves
     cost += exit_layer + (costs.num_layers - exit_layer) * costs.row
-    cost += ~exited * costs.head
+    cost += running * costs.head
     return exit_layer, cost, correct
 
 
@@ -115,11 +107,12 @@ def _at_price(exits: ExitScores, costs: Costs, price: float) -> list[float]:
     """The thresholds with the least cost where each wrong token costs ``price`` more."""
     thresholds = [0.5] * len(exits.layers)
     for _ in range(4):
-        reaching = _reaching(exits, thresholds)
+        exit_layer, _, _ = replay(exits, thresholds, costs)
         # what each token costs from here on, given the thresholds of the deeper exits
-        ahead = torch.full((exits.count,), costs.num_layers + costs.head)
+        ahead = torch.full(exit_layer.shape, costs.dense)
         for index in reversed(range(len(exits.layers))):
-            layer, here, score = exits.layers[index], reaching[index], exits.probability[index]
+            layer, score = exits.layers[index], exits.probability[index]
+            here = exit_layer >= layer  # the tokens that reach this exit
             leave = layer + (costs.num_layers - layer) * costs.row + price * ~exits.right[index]
             change = costs.verify_at(layer) + exits.verified[index] * (leave - ahead)
             thresholds[index], gain = _best_threshold(score[here], change[here])
@@ -129,17 +122,6 @@ def _at_price(exits: ExitScores, costs: Costs, price: float) -> list[float]:
                 tries = wants_exit(score, thresholds[index])
                 ahead = ahead + costs.predictor + tries * change
     return thresholds
-
-
-def _reaching(exits: ExitScores, thresholds: Sequence[float]) -> list[Tensor]:
-    """Which tokens [n] reach each exit."""
-    running = torch.ones(exits.count, dtype=torch.bool)
-    reaching = []
-    for index, threshold in enumerate(thresholds):
-        reaching.append(running)
-        exits_here = wants_exit(exits.probability[index], threshold) & exits.verified[index]
-        running = running & ~exits_here
-    return reaching
 
 
 def _best_threshold(score: Tensor, change: Tensor) -> tuple[float, float]:

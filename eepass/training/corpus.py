@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.lengths import refuse_longer, usual_length
+from eepass.training.progress import Progress, RecordFile
 
 
 class Example(NamedTuple):
@@ -25,13 +28,13 @@ class Example(NamedTuple):
 # by prompt, so that no prompt's answers are in two splits: the draft head and the translators are
 # trained on the first, predictors on the second, thresholds on the third
 SPLITS = (("fit", 0.80), ("predict", 0.92), ("calibrate", 1.0))
+# prompts at a time, and the tokens that the model writes at most
+BATCH, LONGEST_PROMPT, LONGEST_ANSWER = 32, 96, 224
 
 
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
-    """Prompts of a JSONL file: ``{"prompt": ...}`` or ``{"turns": [...]}`` a line.
-
-    Raises ``InputError`` naming the file and the line.
-    """
+    """Prompts of a JSONL file: ``{"prompt": ...}`` or ``{"turns": [...]}`` a line; an
+    ``InputError`` names the file and the line."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -40,13 +43,9 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with _expected('{"prompt": "..."} or {"turns": ["..."]}', path, number):
             record = json.loads(line)
             prompt = record["turns"][0] if "turns" in record else record["prompt"]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"prompt": "..."}} or {{"turns": ["..."]}}'
-            ) from error
         if not isinstance(prompt, str) or not prompt.strip():
             raise InputError(f"{path}, line {number}: the prompt is empty")
         prompts.append(prompt)
@@ -59,19 +58,26 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 
 def read_answers(path: Path, prompts: Sequence[list[int]], vocabulary: int) -> list[Example]:
     """Examples of a JSONL file ``{"prompt": index, "answer": [token ids]}`` over ``prompts``."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file")
     examples = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
+        with _expected('{"prompt": index, "answer": [token ids]}', path, number):
             record = json.loads(line)
             prompt, answer = prompts[record["prompt"]], [int(token) for token in record["answer"]]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"prompt": index, "answer": [token ids]}}'
-            ) from error
         if not answer or max(answer) >= vocabulary or min(answer) < 0:
             raise InputError(f"{path}, line {number}: token ids outside the vocabulary, or none")
         examples.append(Example(prompt, answer, split_of(prompt)))
     return examples
+
+
+@contextmanager
+def _expected(form: str, path: Path, number: int) -> Iterator[None]:
+    """Errors of reading a line's JSON become an ``InputError`` that shows its form."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise InputError(f"{path}, line {number}: expected {form}") from error
 
 
 def split_of(prompt: Sequence[int]) -> str:
@@ -84,90 +90,84 @@ def _hash(prompt: Sequence[int]) -> bytes:
     return hashlib.sha256(repr(list(prompt)).encode()).digest()
 
 
-def generate_prompts(
-    model: Any,
-    turn: tuple[list[int], list[int]],
-    stop: frozenset[int],
-    count: int,
-    on_batch: Callable[[list[list[int]]], None],
-    batch_size: int = 32,
-    longest: int = 96,
-) -> None:
-    """Prompts that the model writes itself, in place of the user's message.
+def write_prompts(
+    loaded: LoadedModel, count: int, path: Path, progress: Progress
+) -> list[list[int]]:
+    """``count`` prompts that the model writes itself; those in ``path`` are not written again.
 
-    ``turn``: tokens before and after a user's message. After Magpie (Xu et al., 2024): a model that
-    is tuned to answer users has learned to continue an empty user's turn with a plausible prompt.
+    After Magpie (Xu et al., 2024): a model that is tuned to answer users has learned to continue an
+    empty user's turn with a plausible prompt.
     """
-    opening, closing = turn
-    made = 0
-    while made < count:
-        ids = torch.tensor([opening] * min(batch_size, count - made))
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=True,
-                temperature=1.0,
-                top_p=0.95,
-                top_k=0,
-                max_new_tokens=longest,
-                eos_token_id=sorted(stop) or None,
-                pad_token_id=min(stop) if stop else 0,
-            )
-        prompts = []
-        for row in output[:, len(opening) :].tolist():
-            prompts.append([*opening, *row[: _length(row, stop)], *closing])
-        made += len(prompts)
-        on_batch(prompts)
+    opening, closing = loaded.turn()
+    file = RecordFile(path)
+    progress.begin("writing prompts", count)
+    progress.advance(len(file.records))
+    sampling = {"do_sample": True, "temperature": 1.0, "top_p": 0.95, "top_k": 0}
+    while (left := count - len(file.records)) > 0:
+        batch = [opening] * min(BATCH, left)
+        written = _generated(loaded, batch, LONGEST_PROMPT, sampling)
+        prompts = [[*opening, *row[: _length(row, loaded.stop)], *closing] for row in written]
+        file.extend({"prompt": prompt} for prompt in prompts)
+        progress.advance(len(prompts))
+    return [record["prompt"] for record in file.records]
 
 
-def generate_answers(
-    model: Any,
+def write_answers(
+    loaded: LoadedModel,
     prompts: Sequence[list[int]],
-    stop: frozenset[int],
     tokens: int,
-    on_batch: Callable[[list[Example]], None],
+    path: Path,
+    progress: Progress,
     temperature: float = 0.0,
-    batch_size: int = 32,
-    longest: int = 224,
-) -> None:
-    """The model's own answers, greedy or sampled at a ``temperature``, in batches of prompts.
-
-    ``on_batch`` gets each batch; generation ends after about ``tokens`` answer tokens. Raises
-    ``InputError`` for a prompt as long as the model's maximum length.
-    """
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    pad = min(stop) if stop else 0
+) -> list[Example]:
+    """About ``tokens`` tokens of the model's own answers, greedy or sampled at a ``temperature``;
+    those in ``path`` are not generated again. Raises ``InputError`` for a prompt as long as the
+    model's maximum length."""
+    file = RecordFile(path)
+    made = sum(len(record["answer"]) for record in file.records)
+    progress.begin("generating answers", tokens)
+    progress.advance(made)
+    answered = {tuple(record["prompt"]) for record in file.records}
     # in an order of their own: where the token limit ends this early, all kinds have their share
-    shuffled = sorted(prompts, key=_hash)
-    made = 0
-    for begin in range(0, len(shuffled), batch_size):
+    left = sorted((prompt for prompt in prompts if tuple(prompt) not in answered), key=_hash)
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature:
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    for begin in range(0, len(left), BATCH):
         if made >= tokens:
-            return
-        batch = shuffled[begin : begin + batch_size]
+            break
+        batch = left[begin : begin + BATCH]
         width = max(map(len, batch))
-        refuse_longer(model, width + 1, "a prompt and its answer")
-        ids = torch.full((len(batch), width), pad)
-        mask = torch.zeros_like(ids)
-        for row, prompt in enumerate(batch):
-            ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        with torch.no_grad():
-            output = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                **(sampling if temperature else {"do_sample": False}),
-                max_new_tokens=usual_length(model, width + longest) - width,
-                eos_token_id=sorted(stop) or None,
-                pad_token_id=pad,
-            )
-        examples = []
-        for prompt, row in zip(batch, output[:, width:].tolist(), strict=True):
-            # with its stop token
-            answer = row[: _length(row, stop) + 1]
-            examples.append(Example(prompt, answer, split_of(prompt)))
-            made += len(answer)
-        on_batch(examples)
+        refuse_longer(loaded.model, width + 1, "a prompt and its answer")
+        room = usual_length(loaded.model, width + LONGEST_ANSWER) - width
+        written = _generated(loaded, batch, room, sampling)
+        # with its stop token
+        answers = [row[: _length(row, loaded.stop) + 1] for row in written]
+        pairs = zip(batch, answers, strict=True)
+        file.extend({"prompt": prompt, "answer": answer} for prompt, answer in pairs)
+        made += sum(map(len, answers))
+        progress.advance(sum(map(len, answers)))
+    return [Example(r["prompt"], r["answer"], split_of(r["prompt"])) for r in file.records]
+
+
+@torch.no_grad()
+def _generated(
+    loaded: LoadedModel, batch: Sequence[list[int]], room: int, sampling: Mapping[str, Any]
+) -> list[list[int]]:
+    """Up to ``room`` tokens after each prompt of ``batch``, which is padded on the left."""
+    stop = loaded.stop
+    pad = min(stop, default=0)
+    width = max(map(len, batch))
+    output = loaded.model.generate(
+        input_ids=torch.tensor([[pad] * (width - len(ids)) + ids for ids in batch]),
+        attention_mask=torch.tensor([[0] * (width - len(i)) + [1] * len(i) for i in batch]),
+        max_new_tokens=room,
+        eos_token_id=sorted(stop) or None,
+        pad_token_id=pad,
+        **sampling,
+    )
+    written: list[list[int]] = output[:, width:].tolist()
+    return written
 
 
 def _length(tokens: Sequence[int], stop: frozenset[int]) -> int:

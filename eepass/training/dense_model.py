@@ -1,4 +1,4 @@
-"""The model that is trained for, compiled: it runs densely, and its costs are measured."""
+"""The model that is trained for, compiled: run densely, read by the logit lens, and timed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.engine.engine import Engine
 from eepass.training.calibration import Costs
-from eepass.training.lens import Lens
 
 PREFILL_ROWS = 128
 HOT_TOKENS = 8192
@@ -28,8 +27,42 @@ TOPK = 0.2
 ROW = 0.1
 
 
+class Lens:
+    """The logit lens: what the final norm and the LM head make of the hidden state after a layer.
+
+    ``lm_head`` [V, H] holds plain values.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.head = decoder.splits[1].head
+        if self.head.norm is None:
+            raise InputError(f"early exit is not possible here: {self.head.reason}")
+        self.tensors = decoder.tensors
+        self.lm_head = self.head.values(self.tensors, decoder.dtype)
+
+    def norm(self, hidden: Tensor) -> Tensor:
+        """The normed states z [n, H] of hidden states [n, H], differentiable."""
+        return self.head.normed(hidden[None], self.tensors)[0]
+
+    def transform(self, logits: Tensor) -> Tensor:
+        """What the model does to its logits (a scale, a soft cap)."""
+        return logits if self.head.transform is None else self.head.transform.graph(logits)
+
+    def tokens(self, hidden: Tensor) -> Tensor:
+        """The likeliest token [n] for each hidden state [n, H]."""
+        return torch.cat([best_token(self.norm(h), self.lm_head) for h in hidden.split(512)])
+
+
+def best_token(z: Tensor, lm_head: Tensor, candidates: int = 8) -> Tensor:
+    """The row of ``lm_head`` with the largest logit for each z [n, H]: of the best ``candidates``
+    by logits in the model's dtype, the best by logits in float32."""
+    best = (z @ lm_head.T).topk(candidates, -1).indices  # [n, candidates]
+    exact = torch.einsum("nh,nkh->nk", z.float(), lm_head[best].float())
+    return best.gather(1, exact.argmax(-1, keepdim=True))[:, 0]
+
+
 class DenseModel:
-    """``engine`` decodes densely, ``lens`` reads its hidden states, ``embedding`` is [V, H].
+    """``engine`` decodes densely, ``lens`` reads hidden states, ``embedding`` is [V, H].
 
     Raises ``InputError`` for a model that cannot be split, or whose LM head cannot be trained for.
     """
@@ -48,48 +81,43 @@ class DenseModel:
         if self.lens.head.bias:
             raise InputError("training for an LM head with a bias is not supported yet")
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        weights = [self.decoder.tensors[name] for name in splits[1].layers[-1].parameters]
+        self.layer_size = sum(weight.nbytes for weight in weights)
+        # a byte of uint8 holds two codes
+        codes = sum(weight.numel() for weight in weights if weight.dtype == torch.uint8)
+        plain = (sum(weight.numel() for weight in weights) + codes) * self.decoder.dtype.itemsize
+        # the time of a layer of plain weights, in layers of this model: quantised layers take less
+        # time, calls of small segments do not
+        self.plain_layer = plain / self.layer_size
 
     def costs(self, hot_tokens: int) -> Costs:
         """Costs in layers: the LM head as timed, what reads rows of it in proportion to them."""
         decoder = self.decoder
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype)
         place = decoder.side_inputs.span(0, 1)
-        layers: list[float] = []
-        heads: list[float] = []
+        layers, heads = [], []
         for _ in range(12):
             began = time.perf_counter()
             for layer in range(decoder.num_layers):
                 decoder.run_layer(layer, hidden, place)
             middle = time.perf_counter()
             decoder.logits(hidden)
-            layers.append((middle - began) / decoder.num_layers)
+            layers.append(middle - began)
             heads.append(time.perf_counter() - middle)
-        head = statistics.median(heads) / statistics.median(layers)
+        head = statistics.median(heads) / statistics.median(layers) * decoder.num_layers
         hot = head * min(hot_tokens, len(self.lm_head)) / len(self.lm_head)
         return Costs(
             num_layers=decoder.num_layers,
             head=head,
-            draft=hot + self._in_layers(CALL + TOPK),
-            predictor=self._in_layers(CALL),
-            verify=hot + self._in_layers(CALL / 2),
-            row=self._in_layers(ROW),
+            draft=hot + (CALL + TOPK) * self.plain_layer,
+            predictor=CALL * self.plain_layer,
+            verify=hot + CALL / 2 * self.plain_layer,
+            row=ROW * self.plain_layer,
         )
 
     def costs_with_draft_head(self, costs: Costs, draft_head: Mapping[str, Tensor]) -> Costs:
         """``costs`` where the draft head drafts and the whole LM head verifies."""
         size = sum(part.numel() for part in draft_head.values()) * self.decoder.dtype.itemsize
         hot = costs.head * len(draft_head["hot.ids"]) / len(self.lm_head)
-        read = size / sum(weight.nbytes for weight in self._layer_weights())
-        return replace(costs, draft=hot + self._in_layers(CALL + TOPK) + read, verify=costs.head)
-
-    def _in_layers(self, plain: float) -> float:
-        """The time of ``plain`` layers of plain weights, in layers of this model: quantised layers
-        take less time, calls of small segments do not."""
-        weights = self._layer_weights()
-        itemsize = self.decoder.dtype.itemsize
-        size = sum(w.numel() * itemsize * (2 if w.dtype == torch.uint8 else 1) for w in weights)
-        return plain * size / sum(weight.nbytes for weight in weights)
-
-    def _layer_weights(self) -> list[Tensor]:
-        last = self.decoder.splits[1].layers[-1]
-        return [self.decoder.tensors[name] for name in last.parameters]
+        draft = hot + (CALL + TOPK) * self.plain_layer + size / self.layer_size
+        return replace(costs, draft=draft, verify=costs.head)

@@ -6,16 +6,19 @@ Training does the same, unrolled over ``steps`` steps at every position at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from eepass.checkpoints.artifact import without_prefix
 from eepass.runtime.drafting.eagle_layer import shapes
-from eepass.training.resume import PassCheckpoint
-from eepass.training.unrolling import Lines, unroll
+from eepass.training.dense_model import DenseModel
+from eepass.training.hidden_states import HiddenStateStore
+from eepass.training.progress import PassCheckpoint, Progress
+from eepass.training.unrolling import Lines, draft_hits, unroll
 
 STEPS = 4
 PASSES = 4
@@ -31,12 +34,52 @@ DECAY = 0.8
 NOISE = 0.1
 # so many of the likeliest hot tokens stand for the model's distribution
 TARGETS = 32
+# its hot vocabulary is larger than that of exits: the whole LM head verifies these draft tokens
+HOT_SHARE = 1.5
+# a token of a prompt counts this much of one of an answer when the hot tokens are chosen
+PROMPT_SHARE = 0.3
 
 
-class _Batch(NamedTuple):
-    tokens: Tensor  # [B, T]
-    before: Tensor  # [B, T, F * H]: features of the position before each
-    source: Tensor  # [B, T]: index of each in the lines, -1 where padded
+def train_draft(
+    store: HiddenStateStore,
+    model: DenseModel,
+    hot_tokens: int,
+    steps: int,
+    resume: Path,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """The draft head's tensors, with a hot vocabulary of its own."""
+    lines, vocabulary = store.lines("fit"), len(model.lm_head)
+    counts = torch.bincount(store.labels("fit"), minlength=vocabulary).float()
+    counts += PROMPT_SHARE * torch.bincount(lines.token, minlength=vocabulary)
+    order = counts.argsort(descending=True, stable=True)
+    hot = order[: round(HOT_SHARE * hot_tokens)].sort().values
+    progress.begin("draft head", PASSES * len(lines.token))
+    fitted = fit_draft_head(
+        lines, model.embedding, model.lm_head[hot], progress.advance, steps, resume=resume
+    )
+    fitted["hot.ids"] = hot.to(torch.int32)
+    fitted["features"] = torch.tensor(store.features, dtype=torch.int32)
+    return fitted
+
+
+def report_draft(
+    tensors: Mapping[str, Tensor], store: HiddenStateStore, model: DenseModel, steps: int
+) -> dict[str, Any]:
+    """What the draft head is trained on, and its hits on held-out answers, step by step."""
+    head, lines = without_prefix(tensors, "eagle."), store.lines("calibrate")
+    hot, dense = head["hot.ids"].long(), store.labels("calibrate")
+    label = torch.full((len(lines.token),), -1)
+    label[store.read("calibrate", "line.answer")] = dense
+    return {
+        "features": list(store.features),
+        "hot_tokens": len(hot),
+        "hot_coverage": float(torch.isin(dense, hot).float().mean()),
+        "tokens": len(store.read("fit", "line.token")),
+        "passes": PASSES,
+        "steps": steps,
+        "hits": draft_hits(head, lines, label, model.embedding, hot, model.lm_head[hot], steps),
+    }
 
 
 def fit_draft_head(
@@ -48,17 +91,21 @@ def fit_draft_head(
     passes: int = PASSES,
     resume: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The draft head's tensors.
+    """The draft head's tensors; embedding [V, H], hot_head [N, H].
 
-    embedding [V, H]; hot_head [N, H]. At each position the head sees the token there and the
-    features before it, and learns the hot probabilities of the z there. ``progress`` gets the
-    positions of each batch; each finished pass is saved in ``resume``.
+    At each position the head sees the token there and the features before it, and learns the hot
+    probabilities of the z there. ``progress`` gets the positions of each batch; each finished pass
+    is saved in ``resume``.
     """
     hidden, dtype = embedding.shape[1], embedding.dtype
     weights = _initial(hidden, lines.features.shape[1] // hidden)
     batches = _batches(lines)
-    optimizers = _optimizers(weights)
-    rates = [optimizer.param_groups[0]["lr"] for optimizer in optimizers]
+    # tokens are expensive and passes few: with Muon matrices learn more from each than with Adam
+    matrices, norms = ([w for w in weights.values() if w.ndim == ndim] for ndim in (2, 1))
+    optimizers = (
+        torch.optim.Muon(matrices, RATE, weight_decay=0.02),
+        torch.optim.AdamW(norms, NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
+    )
     updates = passes * len(batches)
     targets = _targets(lines.features[:, :hidden], hot_head)
     checkpoint = PassCheckpoint(resume, weights, optimizers)
@@ -69,21 +116,21 @@ def fit_draft_head(
         unrolled = steps if number >= passes * (1 - UNROLLED) else 1
         order = torch.randperm(len(batches), generator=generator).tolist()
         for update, index in enumerate(order, number * len(batches)):
-            batch = _padded(batches[index], lines, generator)
+            tokens, before, sources = _padded(batches[index], lines, generator)
             with torch.enable_grad():
                 cast = {name: weight.to(dtype) for name, weight in weights.items()}
-                states = unroll(batch.tokens, batch.before, embedding, cast, unrolled)
+                states = unroll(tokens, before, embedding, cast, unrolled)
                 loss: Any = 0.0
                 for step, state in enumerate(states):
-                    source = batch.source[:, step:]
+                    source = sources[:, step:]
                     real = source >= 0
                     target = [part[source[real]] for part in targets]
-                    step_loss = _SoftLoss.apply(state[:, step:][real], hot_head, *target)
-                    loss = loss + DECAY**step * step_loss
+                    soft_loss = _SoftLoss.apply(state[:, step:][real], hot_head, *target)
+                    loss = loss + DECAY**step * soft_loss
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             slower = min(1.0, (update + 1) / WARMUP) * max(0.01, 1 - update / updates)
-            for optimizer, rate in zip(optimizers, rates, strict=True):
+            for optimizer, rate in zip(optimizers, (RATE, NORM_RATE), strict=True):
                 optimizer.param_groups[0]["lr"] = rate * slower
                 optimizer.step()
                 optimizer.zero_grad()
@@ -133,19 +180,10 @@ def _initial(hidden: int, features: int) -> dict[str, Tensor]:
         value = torch.ones(shape)
         if len(shape) > 1:
             value = torch.randn(shape, generator=generator) * shape[1] ** -0.5
-            value = value * (0.2 if name in ("o", "down") else 1.0)
+        if name in ("o", "down"):
+            value = value * 0.2
         weights[name] = value.requires_grad_()
     return weights
-
-
-def _optimizers(weights: dict[str, Tensor]) -> list[torch.optim.Optimizer]:
-    matrices = [weight for weight in weights.values() if weight.ndim == 2]
-    norms = [weight for weight in weights.values() if weight.ndim == 1]
-    # tokens are expensive and passes few: with Muon matrices learn more from each than with Adam
-    return [
-        torch.optim.Muon(matrices, RATE, weight_decay=0.02),
-        torch.optim.AdamW(norms, NORM_RATE, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
 
 
 def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
@@ -164,7 +202,11 @@ def _batches(lines: Lines) -> list[list[tuple[int, int]]]:
     return batches
 
 
-def _padded(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator) -> _Batch:
+def _padded(
+    spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens [B, T], the features [B, T, F * H] of the position before each, and the index of each
+    in ``lines`` [B, T], -1 where padded."""
     # the first token of a line has no features before it, so it makes no row
     length = max(end - begin for begin, end in spans) - 1
     source = torch.full((len(spans), length), -1)
@@ -175,4 +217,4 @@ def _padded(spans: Sequence[tuple[int, int]], lines: Lines, generator: torch.Gen
     noise = torch.randn(before.shape, generator=generator, dtype=before.dtype)
     scale = before.float().std(-1, keepdim=True) * 0.5 * noisy
     before = before + noise * scale.to(before.dtype)
-    return _Batch(lines.token[source.clamp_min(0)].long(), before, source)
+    return lines.token[source.clamp_min(0)].long(), before, source

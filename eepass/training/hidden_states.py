@@ -8,7 +8,7 @@ state ``z`` is stored (the losses compute hot logits from it) and the dense argm
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from eepass.files import write_tensors_atomically, write_text_atomically
 from eepass.training.corpus import Example
-from eepass.training.dense_model import DenseModel
-from eepass.training.lens import best_token
+from eepass.training.dense_model import DenseModel, best_token
+from eepass.training.progress import Progress
+from eepass.training.unrolling import Lines
 
 SHARD_TOKENS = 16_384
 
@@ -53,15 +54,14 @@ class HiddenStateStore:
                 parts.append(shard.get_tensor(name))
         return torch.cat(parts)
 
-    def hidden(self, split: str, layer: int) -> Tensor:
-        """The hidden states [n, H] after ``layer``."""
-        return self.read(split, f"boundary.{layer}")
-
     def labels(self, split: str) -> Tensor:
         """The dense tokens [n]; none for a split without answers."""
         if not self._shards(split):
             return torch.zeros(0, dtype=torch.long)
         return self.read(split, "label").long()
+
+    def lines(self, split: str) -> Lines:
+        return Lines(*(self.read(split, f"line.{name}") for name in Lines._fields))
 
     def add(self, split: str, rows: dict[str, Tensor]) -> None:
         self._rows.setdefault(split, []).append(rows)
@@ -86,23 +86,18 @@ class HiddenStateStore:
 
 @torch.no_grad()
 def collect(
-    model: DenseModel,
-    examples: Sequence[Example],
-    store: HiddenStateStore,
-    progress: Callable[[int], None],
+    model: DenseModel, examples: Sequence[Example], store: HiddenStateStore, progress: Progress
 ) -> None:
-    """Run each example through ``model`` and store the hidden states of its answer.
-
-    Examples that ``store`` holds already are skipped; ``progress`` gets each one's tokens.
-    """
+    """Store the hidden states of the answers of ``examples`` that ``store`` does not hold yet."""
+    lengths = [len(example.prompt) + len(example.answer) for example in examples]
+    progress.begin("collecting hidden states", sum(lengths))
     done = store.examples_done
-    for example in examples[:done]:
-        progress(len(example.prompt) + len(example.answer))
+    progress.advance(sum(lengths[:done]))
     for index, example in enumerate(examples[done:], done + 1):
         ids = [*example.prompt, *example.answer][: model.decoder.max_sequence_length]
         if len(ids) > len(example.prompt):
             store.add(example.split, _rows_of(model, ids, len(example.prompt) - 1, store))
-        progress(len(ids))
+        progress.advance(lengths[index - 1])
         if store.unwritten >= SHARD_TOKENS:
             store.flush(index)
     store.flush(len(examples))
@@ -124,11 +119,13 @@ def _rows_of(
     z = model.lens.norm(hidden[depth])
     tokens = torch.tensor(ids[:last], dtype=torch.int32)
     positions = torch.arange(last, dtype=torch.int32)
-    rows = {f"boundary.{layer}": hidden[layer][first:].clone() for layer in store.layers}
-    rows["z"] = z[first:].clone()
-    rows["token"] = tokens[first:].clone()
-    rows["label"] = best_token(z[first:], model.lm_head).to(torch.int32)
-    rows["line.token"], rows["line.place"] = tokens, positions
-    rows["line.features"] = torch.cat([z, *(hidden[n] for n in store.features)], -1)
-    rows["line.answer"] = positions >= first
-    return rows
+    return {
+        **{f"boundary.{layer}": hidden[layer][first:].clone() for layer in store.layers},
+        "z": z[first:].clone(),
+        "token": tokens[first:].clone(),
+        "label": best_token(z[first:], model.lm_head).to(torch.int32),
+        "line.token": tokens,
+        "line.place": positions,
+        "line.features": torch.cat([z, *(hidden[n] for n in store.features)], -1),
+        "line.answer": positions >= first,
+    }

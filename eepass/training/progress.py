@@ -1,8 +1,19 @@
-"""How training reports how far it is."""
+"""How far a training is: reported while it runs, kept on disk for the next run to resume from."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from eepass.errors import InputError
+from eepass.files import write_tensors_atomically, write_text_atomically
 
 
 class Progress(Protocol):
@@ -17,3 +28,75 @@ class NoProgress:
 
     def begin(self, stage: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
+
+
+def check_request(checkpoint: Path, request: Mapping[str, object]) -> None:
+    """Raise ``InputError`` if ``checkpoint`` holds a training that was asked for otherwise."""
+    path = checkpoint / "request.json"
+    if not path.exists():
+        write_text_atomically(path, json.dumps(request))
+        return
+    stored = json.loads(path.read_text())
+    changed = [name for name, value in request.items() if stored.get(name) != value]
+    if changed:
+        raise InputError(
+            f"{checkpoint}: holds a training with other {', '.join(changed)}; "
+            "delete it or choose another --out"
+        )
+
+
+class RecordFile:
+    """JSON records, one a line; the file grows by whole batches of them."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+
+    def extend(self, records: Iterable[dict[str, Any]]) -> None:
+        self.records.extend(records)
+        lines = (json.dumps(record) + "\n" for record in self.records)
+        write_text_atomically(self.path, "".join(lines))
+
+
+def made_once(
+    path: Path, make: Callable[..., Mapping[str, Tensor]], *arguments: Any
+) -> dict[str, Tensor]:
+    """The tensors in ``path``, which ``make`` returns the first time."""
+    if not path.exists():
+        write_tensors_atomically(path, make(*arguments))
+    return load_file(path)
+
+
+@dataclass(frozen=True, slots=True)
+class PassCheckpoint:
+    """Weights and optimizer states after each whole pass over the data, in ``path`` if given."""
+
+    path: Path | None
+    weights: Mapping[str, Tensor]
+    optimizers: Sequence[torch.optim.Optimizer]
+
+    def save(self, passes: int) -> None:
+        if self.path is None:
+            return
+        tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
+        for number, optimizer in enumerate(self.optimizers):
+            for index, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
+        write_tensors_atomically(self.path, {**tensors, "passes": torch.tensor(passes)})
+
+    def restore(self) -> int:
+        """Set weights and optimizers to what was saved; the number of passes done."""
+        if self.path is None or not self.path.exists():
+            return 0
+        tensors = load_file(self.path)
+        for name, weight in self.weights.items():
+            weight.data.copy_(tensors[f"weight.{name}"])
+        states: list[dict[int, dict[str, Tensor]]] = [{} for _ in self.optimizers]
+        for name, tensor in tensors.items():
+            number, *rest = name.split(".", 2)
+            if number.isdecimal():
+                states[int(number)].setdefault(int(rest[0]), {})[rest[1]] = tensor
+        for optimizer, state in zip(self.optimizers, states, strict=True):
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+        return int(tensors["passes"])

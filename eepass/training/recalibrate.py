@@ -5,24 +5,23 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint, load_artifact
+from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
 from eepass.training.corpus import Example, read_prompts, split_of
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
+from eepass.training.exits import PresetExits
 from eepass.training.hidden_states import HiddenStateStore, collect
-from eepass.training.predictor_stage import PredictorStage
 from eepass.training.progress import NoProgress, Progress
 from eepass.training.train import DEFAULT_PROMPTS
 
-# rounding changes none of these; an artefact in which they differ is of another model
-SAME = ("architecture", "layers", "hidden", "vocabulary")
 # a threshold for 0.99 is found on so many answer tokens at least
 FEWEST = 200
 # at most so many answers to each prompt: the first greedy, the others sampled
@@ -52,13 +51,7 @@ def calibrate(
     progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
     trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
-    found = fingerprint(model)
-    for name in SAME:
-        if trained.fingerprint.get(name) != found[name]:
-            raise InputError(
-                f"the artefact is of another model ({name} is {trained.fingerprint.get(name)!r} "
-                f"there, {found[name]!r} here); run eepass train"
-            )
+    refuse_other_model(trained, model, "the artefact", same_weights=False)
     encoded = [loaded.encode(text, raw) for text in read_prompts(Path(prompts or DEFAULT_PROMPTS))]
     held_out = [ids for ids in encoded if split_of(ids) == "calibrate"]
     if not held_out:
@@ -71,18 +64,25 @@ def calibrate(
             raise InputError(
                 f"{answered} answer tokens are too few: give more --prompts or --tokens"
             )
-        presets, agreement = _recalibrated(dense, trained, examples, Path(scratch), progress)
-    report = {
-        **trained.report,
-        "recalibrated": {
-            "tokens": answered,
-            "from": trained.fingerprint["weights"],
-            "quantised": loaded.quantization,
-            "agreement_by_exit": agreement,
-            "seconds": round(perf_counter() - began, 1),
-        },
+        exits = _exits(dense, trained, examples, Path(scratch), progress)
+        costs = dense.costs(HOT_TOKENS)
+        found = {
+            name: preset.calibrated(trained.predictors(name), trained.exits(name), costs)
+            for name, preset in exits.items()
+        }
+    recalibrated = {
+        "tokens": answered,
+        "from": trained.fingerprint["weights"],
+        "quantised": loaded.quantization,
+        "agreement_by_exit": {name: agreement for name, (_, agreement) in found.items()},
+        "seconds": round(perf_counter() - began, 1),
     }
-    made = replace(trained, fingerprint=found, presets=presets, report=report)
+    made = replace(
+        trained,
+        fingerprint=fingerprint(model),
+        presets={name: part for name, (part, _) in found.items()},
+        report={**trained.report, "recalibrated": recalibrated},
+    )
     if out is not None:
         try:
             made.save(Path(out))
@@ -104,52 +104,37 @@ def _answered(
     fitting = [p for p in prompts if len(p) + longest < model.decoder.capacity]
     examples: list[Example] = []
     answered = 0
-    for turn in range(ROUNDS):
+    for turn, prompt in product(range(ROUNDS), fitting):
+        if answered >= tokens:
+            break
         sampling = Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn)
-        for prompt in fitting:
-            if answered >= tokens:
-                return examples
-            steps = model.engine.generate(prompt, longest, stop, sampling)
-            answer = [step.token for step in steps]
-            examples.append(Example(prompt, answer, "calibrate"))
-            answered += len(answer)
-            progress.advance(len(answer))
+        answer = [step.token for step in model.engine.generate(prompt, longest, stop, sampling)]
+        examples.append(Example(prompt, answer, "calibrate"))
+        answered += len(answer)
+        progress.advance(len(answer))
     return examples
 
 
-def _recalibrated(
+def _exits(
     model: DenseModel,
     artifact: Artifact,
     examples: Sequence[Example],
     folder: Path,
     progress: Progress,
-) -> tuple[dict[str, PresetPart], dict[str, dict[str, float]]]:
-    """The presets of ``artifact`` with thresholds for the answers ``examples``, and by preset and
-    layer the share of tokens for which an exit is right."""
-    # the draft head runs in the model's dtype, as in the engine
-    dtype = model.decoder.dtype
-    tensors = {
-        name: tensor.to(dtype)
-        if name.startswith("eagle.") and tensor.is_floating_point()
-        else tensor
-        for name, tensor in artifact.tensors.items()
-    }
+) -> dict[str, PresetExits]:
+    """The exits of each preset of ``artifact`` on the hidden states of ``examples``."""
+    tensors = dict(artifact.tensors)
+    for name, tensor in tensors.items():
+        # the draft head runs in the model's dtype, as in the engine
+        if name.startswith("eagle.") and tensor.is_floating_point():
+            tensors[name] = tensor.to(model.decoder.dtype)
     tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
     layers = {part.draft_layer for part in artifact.presets.values()}
     layers = layers.union(*map(artifact.exits, artifact.presets))
-    store = HiddenStateStore(
-        folder,
-        sorted(layers - {0, model.decoder.num_layers}),
-        tensors["eagle.features"].tolist() if "eagle.features" in tensors else (),
-    )
-    progress.begin("collecting hidden states", sum(len(e.prompt) + len(e.answer) for e in examples))
-    collect(model, examples, store, progress.advance)
-    costs = model.costs(HOT_TOKENS)
-    presets: dict[str, PresetPart] = {}
-    agreement: dict[str, dict[str, float]] = {}
-    for name, part in artifact.presets.items():
-        stage = PredictorStage(model, store, tensors, part.draft_layer, part.draft_tokens)
-        presets[name], agreement[name] = stage.calibrated(
-            artifact.predictors(name), artifact.exits(name), costs
-        )
-    return presets, agreement
+    features = tensors["eagle.features"].tolist() if "eagle.features" in tensors else ()
+    store = HiddenStateStore(folder, sorted(layers - {0, model.decoder.num_layers}), features)
+    collect(model, examples, store, progress)
+    return {
+        name: PresetExits(model, store, tensors, part.draft_layer, part.draft_tokens)
+        for name, part in artifact.presets.items()
+    }

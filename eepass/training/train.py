@@ -1,28 +1,38 @@
-"""``eepass.train``: an artefact for a model, from prompts."""
+"""``eepass.train``: an artefact for a model, from prompts; each stage can be resumed."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from eepass.checkpoints.artifact import Artifact, fingerprint
+import torch
+from torch import Tensor
+
+from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint
 from eepass.checkpoints.models import LoadedModel, original_of
+from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.training.corpus import (
-    Example,
-    generate_answers,
-    generate_prompts,
-    read_answers,
-    read_prompts,
-    split_of,
+from eepass.training import corpus
+from eepass.training.calibration import Costs
+from eepass.training.dense_model import HOT_TOKENS, DenseModel
+from eepass.training.draft_head import STEPS, report_draft, train_draft
+from eepass.training.exits import (
+    PREDICTOR_PASSES,
+    TRANSLATOR_PASSES,
+    PresetExits,
+    fit_predictors,
+    fit_translator,
 )
-from eepass.training.draft_head import STEPS
-from eepass.training.progress import NoProgress, Progress
-from eepass.training.resume import RecordFile, check_request
-from eepass.training.trainer import Trainer
+from eepass.training.hidden_states import HiddenStateStore, collect
+from eepass.training.progress import NoProgress, Progress, check_request, made_once
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+# by preset; 32 draft tokens tell a predictor nearly as much as the whole hot vocabulary
+DRAFT_TOKENS = {"default": 32, "paper": 4}
 
 
 def train(
@@ -54,13 +64,12 @@ def train(
     original_of(loaded, "train on the original one, then transform that with what was trained")
     folder = Path(out)
     checkpoint = folder / "checkpoint"
-    encoded = [
-        loaded.encode(prompt, raw) for prompt in read_prompts(Path(prompts or DEFAULT_PROMPTS))
-    ]
+    texts = corpus.read_prompts(Path(prompts or DEFAULT_PROMPTS))
+    encoded = [loaded.encode(text, raw) for text in texts]
     request = {
         "model": fingerprint(loaded.model)["weights"],
         "prompts": len(encoded),
-        "answers": str(Path(answers).name) if answers else None,
+        "answers": Path(answers).name if answers else None,
         "tokens": None if answers else tokens,
         "max_length": max_length,
         "samples": samples,
@@ -72,24 +81,20 @@ def train(
     try:
         checkpoint.mkdir(parents=True, exist_ok=True)
         check_request(checkpoint, request)
-        examples: list[Example] = []
+        examples: list[corpus.Example] = []
         if answers is not None:
-            path = Path(answers)
-            if not path.is_file():
-                raise InputError(f"{path}: no such file")
-            examples = read_answers(path, encoded, loaded.model.config.vocab_size)
-        own: list[list[int]] = []
-        if own_prompts:
-            own = _own_prompts(loaded, own_prompts, checkpoint / "prompts.jsonl", progress)
+            examples = corpus.read_answers(Path(answers), encoded, loaded.model.config.vocab_size)
+        path = checkpoint / "prompts.jsonl"
+        own = corpus.write_prompts(loaded, own_prompts, path, progress) if own_prompts else []
         unanswered = own if answers is not None else encoded + own
         if unanswered:
             path = checkpoint / "answers.jsonl"
-            examples += _own_answers(loaded, unanswered, tokens, path, progress, 0.0)
+            examples += corpus.write_answers(loaded, unanswered, tokens, path, progress)
         # sampled answers go into the first split alone: what is measured stays greedy
-        fit = [prompt for prompt in encoded + own if split_of(prompt) == "fit"]
+        fit = [prompt for prompt in encoded + own if corpus.split_of(prompt) == "fit"]
         for sampled in range(1, samples + 1):
             path = checkpoint / f"answers-{sampled}.jsonl"
-            examples += _own_answers(loaded, fit, tokens, path, progress, temperature)
+            examples += corpus.write_answers(loaded, fit, tokens, path, progress, temperature)
         if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
             raise InputError(
                 f"{len(examples)} answers are too few: give more prompts or raise --tokens"
@@ -105,43 +110,147 @@ def train(
     return artifact
 
 
-def _own_prompts(
-    loaded: LoadedModel, count: int, path: Path, progress: Progress
-) -> list[list[int]]:
-    """``count`` prompts of the model's own; those in ``path`` are not written again."""
-    file = RecordFile(path)
-    done = len(file.records)
-    progress.begin("writing prompts", count)
-    progress.advance(done)
+class Trainer:
+    """One training: a model, and a checkpoint folder with what is done."""
 
-    def save(batch: list[list[int]]) -> None:
-        file.extend({"prompt": prompt} for prompt in batch)
-        progress.advance(len(batch))
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: Path,
+        progress: Progress,
+        max_length: int = 512,
+        hot_tokens: int = HOT_TOKENS,
+        draft: Literal["eagle", "none"] = "eagle",
+        steps: int = STEPS,
+    ) -> None:
+        self.original, self.checkpoint, self.progress = model, checkpoint, progress
+        self.hot_tokens, self.draft, self.steps = hot_tokens, draft, steps
+        self.seconds: dict[str, float] = {}
+        self.model = DenseModel(model, max_length)
+        depth = self.model.decoder.num_layers
 
-    generate_prompts(loaded.model, loaded.turn(), loaded.stop, count - done, save)
-    return [record["prompt"] for record in file.records]
+        def at(*fractions: float) -> list[int]:
+            return sorted({max(1, round(part * depth)) for part in fractions})
 
+        # where the default preset may draft; training keeps the better
+        self.draft_layers = at(0.63, 0.73)
+        # every other layer from there on, and the last, where an exit saves the cold rows of the
+        # LM head
+        self.exits = {layer: [*range(layer, depth, 2), depth] for layer in self.draft_layers}
+        self.translated = sorted({*chain.from_iterable(self.exits.values())} - {depth})
+        # for the preset paper every layer but the last from two thirds of the depth on; before that
+        # the logit lens rarely gives the dense answer
+        self.exits[0] = list(range(max(1, round(0.65 * depth)), depth))
+        # the draft head sees z and the hidden states after these layers, none later than an exit
+        features = at(0.4, 0.67)
+        stored = sorted({*self.translated, *self.exits[0]})
+        self.store = HiddenStateStore(checkpoint / "shards", stored, features)
 
-def _own_answers(
-    loaded: LoadedModel,
-    prompts: Sequence[list[int]],
-    tokens: int,
-    path: Path,
-    progress: Progress,
-    temperature: float,
-) -> list[Example]:
-    """About ``tokens`` tokens of answers; those in ``path`` are not generated again."""
-    file = RecordFile(path)
-    done = sum(len(record["answer"]) for record in file.records)
-    progress.begin("generating answers", tokens)
-    progress.advance(done)
-    answered = {tuple(record["prompt"]) for record in file.records}
-    left = [prompt for prompt in prompts if tuple(prompt) not in answered]
+    @torch.no_grad()
+    def run(self, examples: Sequence[corpus.Example]) -> Artifact:
+        """All stages; what the checkpoint holds is not done again."""
+        self._timed("collect", collect, self.model, examples, self.store, self.progress)
+        answered = {split: len(self.store.labels(split)) for split, _ in corpus.SPLITS}
+        if not all(answered.values()):
+            raise InputError("too few answers to train on: give more prompts or raise --tokens")
+        tensors = self._timed("hot", self._hot)
+        tensors |= self._timed("translators", self._translators, tensors["hot.ids"])
+        if self.draft == "eagle":
+            tensors |= self._timed("draft", self._draft)
+        costs = self.model.costs(self.hot_tokens)
+        tried = [
+            self._timed(f"predictors.{layer}", self._preset, layer, tensors, costs)
+            for layer in self.draft_layers
+        ]
+        report: dict[str, Any] = {
+            "draft_layers": {str(part.draft_layer): made["targets"] for _, part, made in tried}
+        }
+        presets: dict[str, PresetPart] = {}
+        # the draft layer whose exits gain most at the default target
+        target = ExitConfig().target_agreement
+        trained, presets["default"], report["default"] = max(
+            tried, key=lambda made: made[1].at_target(target).speedup
+        )
+        if self.draft == "eagle":
+            paper, presets["paper"], report["paper"] = self._timed(
+                "predictors.paper", self._preset, 0, tensors, costs
+            )
+            trained = trained | paper
+            report["draft_head"] = report_draft(tensors, self.store, self.model, self.steps)
+        used = {str(layer) for layer in self.exits[presets["default"].draft_layer]}
+        for name in [name for name in tensors if name.startswith("translator.")]:
+            if name.split(".")[1] not in used:
+                del tensors[name]
+        hot = torch.isin(self.store.labels("calibrate"), tensors["hot.ids"].long())
+        report |= {
+            "examples": len(examples),
+            "tokens": answered,
+            "hot_coverage": float(hot.float().mean()),
+            "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
+            "layers_per": {n: c for n, c in asdict(costs).items() if "layer" not in n},
+        }
+        return Artifact(fingerprint(self.original), presets, tensors | trained, report)
 
-    def save(batch: list[Example]) -> None:
-        file.extend({"prompt": example.prompt, "answer": example.answer} for example in batch)
-        progress.advance(sum(len(example.answer) for example in batch))
+    def _hot(self) -> dict[str, Tensor]:
+        vocabulary = len(self.model.lm_head)
+        counts = torch.bincount(self.store.labels("fit"), minlength=vocabulary)
+        hot = counts.argsort(descending=True, stable=True)[: self.hot_tokens]
+        # by token id, so that ties are broken as in the whole vocabulary
+        return {"hot.ids": hot.sort().values.to(torch.int32)}
 
-    if done < tokens and left:
-        generate_answers(loaded.model, left, loaded.stop, tokens - done, save, temperature)
-    return [Example(r["prompt"], r["answer"], split_of(r["prompt"])) for r in file.records]
+    def _translators(self, hot_ids: Tensor) -> dict[str, Tensor]:
+        hot_head = self.model.lm_head[hot_ids.long()].contiguous()
+        z = self.store.read("fit", "z")
+        updates = TRANSLATOR_PASSES * len(z)
+        self.progress.begin("translators", updates * len(self.translated))
+        tensors: dict[str, Tensor] = {}
+        for layer in self.translated:
+            path = self.checkpoint / f"translator-{layer}.safetensors"
+            if path.exists():
+                self.progress.advance(updates)
+            made = made_once(path, self._fit_translator, layer, z, hot_head)
+            tensors |= {f"translator.{layer}.{n}": t for n, t in made.items()}
+        return tensors
+
+    def _fit_translator(self, layer: int, z: Tensor, hot_head: Tensor) -> dict[str, Tensor]:
+        hidden, norm = self.store.read("fit", f"boundary.{layer}"), self.model.lens.norm
+        return fit_translator(hidden, z, norm, hot_head, self.progress.advance)
+
+    def _draft(self) -> dict[str, Tensor]:
+        path = self.checkpoint / "eagle.safetensors"
+        unfinished = path.with_suffix(".part")  # each finished pass
+        made = made_once(
+            path, train_draft, self.store, self.model, self.hot_tokens, self.steps, unfinished,
+            self.progress,
+        )  # fmt: skip
+        unfinished.unlink(missing_ok=True)
+        return {f"eagle.{name}": tensor for name, tensor in made.items()}
+
+    def _preset(
+        self, draft_layer: int, tensors: Mapping[str, Tensor], costs: Costs
+    ) -> tuple[dict[str, Tensor], PresetPart, dict[str, Any]]:
+        """Predictors and thresholds with the draft taken at a layer; 0 is the preset ``paper``."""
+        preset = "default" if draft_layer else "paper"
+        layers = self.exits[draft_layer]
+        self.progress.begin(
+            f"predictors, draft at {draft_layer}" if draft_layer else "predictors (paper)",
+            PREDICTOR_PASSES * len(layers) * len(self.store.labels("predict")),
+        )
+        exits = PresetExits(self.model, self.store, tensors, draft_layer, DRAFT_TOKENS[preset])
+        fitted = made_once(
+            self.checkpoint / f"predictors-{draft_layer}.safetensors",
+            lambda: fit_predictors(exits.data("predict", layers), self.progress.advance),
+        )
+        part, agreement = exits.calibrated(fitted, layers, costs)
+        report = {
+            "agreement_by_exit": agreement,
+            "dense_in_draft": exits.draft_hits(),
+            "targets": [asdict(c) for c in part.calibrations],
+        }
+        return {f"predictor.{preset}.{name}": t for name, t in fitted.items()}, part, report
+
+    def _timed(self, stage: str, work: Callable[..., Any], *arguments: Any) -> Any:
+        began = time.perf_counter()
+        result = work(*arguments)
+        self.seconds[stage] = time.perf_counter() - began
+        return result

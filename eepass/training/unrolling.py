@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,13 @@ class Lines(NamedTuple):
     def spans(self) -> list[tuple[int, int]]:
         starts = (self.place == 0).nonzero()[:, 0].tolist()
         return [*zip(starts, [*starts[1:], len(self.place)], strict=True)]
+
+    def rows(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Where the tokens of each sequence lie, except its first, which has no features before it;
+        these tokens [1, T]; the features [1, T, F * H] before each."""
+        for begin, end in self.spans():
+            where = slice(begin + 1, end)
+            yield where, self.token[None, where].long(), self.features[None, begin : end - 1]
 
 
 def unroll(
@@ -58,8 +65,8 @@ def unroll(
 def draft_states(weights: Mapping[str, Tensor], lines: Lines, embedding: Tensor) -> Tensor:
     """The draft head's states [n, H], zero at the first token of each line."""
     states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
-    for begin, end in lines.spans():
-        states[begin + 1 : end] = _unroll_line(lines, begin, end, embedding, weights, 1)[0][0]
+    for where, tokens, before in lines.rows():
+        states[where] = unroll(tokens, before, embedding, weights, 1)[0][0]
     return states
 
 
@@ -79,22 +86,13 @@ def draft_hits(
     second step on the draft tokens before are the dense ones, and the states the head's own.
     """
     found: list[list[Tensor]] = [[] for _ in range(steps)]
-    for begin, end in lines.spans():
-        known = label[begin + 1 : end]
-        for step, state in enumerate(_unroll_line(lines, begin, end, embedding, weights, steps)):
+    for where, tokens, before in lines.rows():
+        for step, state in enumerate(unroll(tokens, before, embedding, weights, steps)):
             best = hot_ids[(state[0, step:] @ hot_head.T).topk(4, -1).indices]
-            counted = known[step:] >= 0
-            found[step].append((best == known[step:, None])[counted])
+            known = label[where][step:]
+            found[step].append((best == known[:, None])[known >= 0])
     hits = [torch.cat(parts).float() for parts in found]
     return [{"top1": float(hit[:, 0].mean()), "top4": float(hit.sum(1).mean())} for hit in hits]
-
-
-def _unroll_line(
-    lines: Lines, begin: int, end: int, embedding: Tensor, weights: Mapping[str, Tensor], steps: int
-) -> list[Tensor]:
-    """``unroll`` over one line but its first token, which has no features before it."""
-    tokens, before = lines.token[None, begin + 1 : end], lines.features[None, begin : end - 1]
-    return unroll(tokens.long(), before, embedding, weights, steps)
 
 
 def _seen(length: int, step: int) -> Tensor:

@@ -13,14 +13,12 @@ from eepass.ops import exits as exit_ops
 from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
-from eepass.training.corpus import Example, read_answers, read_prompts, split_of
+from eepass.training.corpus import Example, read_answers, read_prompts, split_of, write_prompts
+from eepass.training.dense_model import best_token
 from eepass.training.draft_head import fit_draft_head
+from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
-from eepass.training.lens import best_token
-from eepass.training.predictors import ExitData, fit_predictors, score_exits
-from eepass.training.train import _own_prompts
-from eepass.training.trainer import Trainer
-from eepass.training.translators import fit_translator
+from eepass.training.train import Trainer
 from eepass.training.unrolling import Lines, draft_hits
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
@@ -140,20 +138,17 @@ def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_pat
 def made_data(count=4000):
     """Exits of which the draft's first logit says whether they are right."""
     torch.manual_seed(0)
-    right = {layer: torch.rand(count) < layer / 10 for layer in (4, 6, 8)}
-    logits = {
-        layer: torch.randn(count, 4) + 3 * right[layer][:, None] * torch.tensor([1.0, 0, 0, 0])
-        for layer in right
-    }
-    verified = {layer: torch.ones(count, dtype=torch.bool) for layer in right}
-    return ExitData((4, 6, 8), logits, verified, right)
+    right = torch.stack([torch.rand(count) < layer / 10 for layer in (4, 6, 8)])
+    logits = [
+        torch.randn(count, 4) + 3 * here[:, None] * torch.tensor([1.0, 0, 0, 0]) for here in right
+    ]
+    return ExitData((4, 6, 8), logits, torch.ones_like(right), right)
 
 
 def test_predictors_tell_right_exits_from_wrong_ones():
     data = made_data()
     fitted = fit_predictors(data, lambda n: None)
-    for row, layer in zip(score_exits(data, fitted).probability, data.layers, strict=True):
-        right = data.right[layer]
+    for row, right in zip(score_exits(data, fitted).probability, data.right, strict=True):
         assert row[right].mean() > row[~right].mean() + 0.25
 
 
@@ -238,10 +233,10 @@ class Chatty:
 
 def test_a_model_writes_its_own_prompts_once(tmp_path):
     loaded, file = Chatty(tiny_model("llama")), tmp_path / "prompts.jsonl"
-    prompts = _own_prompts(loaded, 5, file, Watch())
+    prompts = write_prompts(loaded, 5, file, Watch())
     assert len(prompts) == 5 and len({tuple(p) for p in prompts}) == 5
     for prompt in prompts:
         assert prompt[:2] == [5, 6] and prompt[-1] == 7 and 2 not in prompt
     # taken up again they are the same, and only those missing are written
-    again = _own_prompts(loaded, 7, file, Watch())
+    again = write_prompts(loaded, 7, file, Watch())
     assert again[:5] == prompts and len(again) == 7
