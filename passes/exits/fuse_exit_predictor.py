@@ -30,7 +30,6 @@ from eepass.kernel_forms import HeadChain
 from eepass.passes.exits.read_head_chain import read_head_chain
 from eepass.passes.exits.trace_segment import (
     DRAFT,
-    HIDDEN,
     PREVIOUS,
     Get,
     SegmentTracer,
@@ -39,7 +38,7 @@ from eepass.passes.exits.trace_segment import (
 )
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
-from eepass.segments import Segment, SplitDecoder
+from eepass.segments import HIDDEN, Segment, SplitDecoder
 
 
 def fuse_exit_predictor(

@@ -16,9 +16,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.passes.split.split_segments import structure_of
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import HIDDEN, Input, Segment, SplitDecoder
 
-HIDDEN = Input("hidden", "hidden")
 DRAFT = Input("draft", "draft")
 PREVIOUS = Input("previous", "previous")
 # gives a parameter by name; None for the name "", which stands for a parameter there is not
