@@ -72,12 +72,9 @@ def compile_kernels(
 
 
 def compile_split(
-    split: SplitDecoder,
-    artifact: Artifact | None,
-    target: str,
-    rows: Sequence[int],
+    split: SplitDecoder, artifact: Artifact | None, target: str, rows: Sequence[int],
     out: Path | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """As ``compile_kernels``, for a decoder that is split (for one row) and passes of each of
     ``rows``; where there are several the report names each kernel with its rows."""
     capability = capability_of(target)

@@ -74,9 +74,7 @@ def _create_key(file: Path) -> None:
     if file.exists():
         return
     text = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # written with mode 0600, linked when it is whole; of two processes the first wins

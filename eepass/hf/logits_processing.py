@@ -53,8 +53,7 @@ def native_options(processors: Sequence[Any], padding: Tensor) -> dict[str, floa
         if not usual:
             return None
         name = NATIVE[type(processor)]
-        value = getattr(processor, name)
-        options["repetition_penalty" if name == "penalty" else name] = value
+        options["repetition_penalty" if name == "penalty" else name] = getattr(processor, name)
     return options
 
 
@@ -68,13 +67,9 @@ class RowProcessors:
     """
 
     def __init__(
-        self,
-        processors: LogitsProcessorList,
-        row: int,
-        padding: Sequence[int],
-        rows: int,
+        self, processors: LogitsProcessorList, row: int, padding: Sequence[int], rows: int,
         keep: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.row, self.rows, self.padding, self.keep = row, rows, list(padding), keep
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []

@@ -35,13 +35,9 @@ class ExitChain(StepCalls):
     """One token through a decoder with the exits of ``plan``."""
 
     def __init__(
-        self,
-        build: Builder,
-        split: SplitDecoder,
-        segments: ExitSegments,
-        plan: ExitPlan,
+        self, build: Builder, split: SplitDecoder, segments: ExitSegments, plan: ExitPlan,
         value_of: Callable[[Input], Value],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(build, split, value_of)
         self.segments, self.plan = segments, plan
 

@@ -35,12 +35,9 @@ aten = torch.ops.aten
 
 
 def insert_exits(
-    split: SplitDecoder,
-    segments: ExitSegments,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
+    split: SplitDecoder, segments: ExitSegments, plan: ExitPlan, tensors: Mapping[str, Tensor],
     report: PassReport,
-) -> Segment:
+) -> Segment:  # fmt: skip
     """The exit graph for one row.
 
     Inputs: ids, positions, masks, keys, values and slots as in the traced decoder; ``active``
@@ -48,9 +45,8 @@ def insert_exits(
     the plan takes its draft tokens from no hidden state); parameters by name. Outputs: token [1],
     exit_layer [1], hidden [1, 1, H], the hidden state at the exit.
     """
-    examples: dict[Input, Tensor] = {}
-    for segment in (split.embed, split.positional, *split.layers, *split.kv_fills):
-        examples |= segment.examples
+    read = (split.embed, split.positional, *split.layers, *split.kv_fills)
+    examples = {role: like for segment in read for role, like in segment.examples.items()}
     build = _GraphBuilder(tensors)
     by_layer = torch.zeros(plan.num_layers + 1)
     draft = torch.zeros(1, plan.draft_tokens, dtype=torch.long)

@@ -22,14 +22,7 @@ import torch
 from torch import Tensor
 
 from eepass.errors import PassError
-from eepass.passes.exits.trace_segment import (
-    DRAFT,
-    PREVIOUS,
-    Get,
-    SegmentTracer,
-    predictor_names,
-    translator_names,
-)
+from eepass.passes.exits.trace_segment import DRAFT, PREVIOUS, Get, SegmentTracer
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.segments import HIDDEN, Segment, SplitDecoder
@@ -39,12 +32,9 @@ PARTS = ("", ".scales", ".mins")
 
 
 def insert_predictors(
-    split: SplitDecoder,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
-    report: PassReport,
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport,
     rows: int = 1,
-) -> ExitSegments:
+) -> ExitSegments:  # fmt: skip
     """The segments that run at the exit points of ``plan``, for ``rows`` rows; ``split`` is the
     decoder for one row.
 
@@ -75,9 +65,9 @@ class _Tracer(SegmentTracer):
         self.head, self.norm_names = split.head, split.head.norm.parameters
 
     def predictor(self, layer: int, translated: bool) -> Segment:
-        translator = translator_names(layer) if translated else []
+        translator = self.translator_names(layer) if translated else []
         head = [self.head.parts.get(end, "") for end in PARTS]
-        mlp = predictor_names(layer)
+        mlp = self.predictor_names(layer)
 
         def run(get: Get, hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
             z = self._normed(translator, get, hidden)
@@ -94,7 +84,7 @@ class _Tracer(SegmentTracer):
 
     def normed(self, layer: int) -> Segment:
         translated = f"translator.{layer}.down" in self.tensors
-        translator = translator_names(layer) if translated else []
+        translator = self.translator_names(layer) if translated else []
 
         run = partial(self._normed, translator)
         return self.trace(run, (HIDDEN,), [*translator, *self.norm_names])

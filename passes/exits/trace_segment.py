@@ -24,14 +24,6 @@ PREVIOUS = Input("previous", "previous")
 Get = Callable[[str], Any]
 
 
-def translator_names(layer: int) -> list[str]:
-    return [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
-
-
-def predictor_names(layer: int) -> list[str]:
-    return [f"predictor.{layer}.{part}" for part in ("w1", "b1", "w2", "b2")]
-
-
 class SegmentTracer:
     """Traces functions of ``rows`` hidden states, their draft tokens and named tensors."""
 
@@ -44,6 +36,14 @@ class SegmentTracer:
             DRAFT: torch.zeros(rows, draft_tokens, dtype=torch.long),
             PREVIOUS: torch.zeros(rows, draft_tokens),
         }
+
+    @staticmethod
+    def translator_names(layer: int) -> list[str]:
+        return [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
+
+    @staticmethod
+    def predictor_names(layer: int) -> list[str]:
+        return [f"predictor.{layer}.{part}" for part in ("w1", "b1", "w2", "b2")]
 
     def trace(
         self, function: Callable[..., Any], inputs: tuple[Input, ...], names: Iterable[str]

@@ -56,9 +56,8 @@ def rows_returned(segment: Segment) -> Segment:
                 raise PassError(f"{written.name} is overwritten in place by {node.target}")
             rows[cache] = node.args[3]
             copies[_copy_instead(graph, node)] = target
-    for node in graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    ):
+    attention = aten.scaled_dot_product_attention.default
+    for node in graph.find_nodes(op="call_function", target=attention):
         _read_in_place(graph, node, copies)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     # a fill's results are its writes
@@ -110,12 +109,9 @@ def attend(
 
 def _memory_of(node: Node) -> Node:
     """The node whose memory ``node`` is, or is a view of."""
-    while node.op == "call_function":
+    while node.args and isinstance(source := node.args[0], Node):
         schema = getattr(node.target, "_schema", None)
-        source = node.args[0] if node.args else None
-        if schema is None or not isinstance(source, Node) or not schema.returns:
-            break
-        if schema.returns[0].alias_info is None:
+        if schema is None or not schema.returns or schema.returns[0].alias_info is None:
             break
         node = source
     return node
@@ -142,7 +138,7 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
     if key not in copies or value not in copies:
         return
     query, bias = q.meta["val"], mask.meta["val"]
-    if bias.dtype != query.dtype or bias.shape[:2] != (1, 1) or bias.shape[2] != query.shape[2]:
+    if bias.dtype != query.dtype or bias.shape[:3] != (1, 1, query.shape[2]):
         return
     if key.args[1] != ROWS_DIM or value.args[1] != ROWS_DIM:
         return
