@@ -158,12 +158,9 @@ def _trained(artifact: Artifact) -> dict[str, Any]:
     ranks = [t.shape[0] for name, t in tensors.items() if re.match(r"translator\..*\.down$", name)]
     w1 = tensors[f"predictor.default.{artifact.exits('default')[0]}.w1"]
     return {
-        "drafts": w1.shape[1] // 3,
-        "width": w1.shape[0],
-        "predictor": w1.dtype,
-        "rank": max(ranks, default=0),
-        "hot": len(tensors["hot.ids"]),
-    }
+        "drafts": w1.shape[1] // 3, "width": w1.shape[0], "predictor": w1.dtype,
+        "rank": max(ranks, default=0), "hot": len(tensors["hot.ids"]),
+    }  # fmt: skip
 
 
 def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:

@@ -21,7 +21,6 @@ from eepass.errors import InputError
 
 
 def key_file() -> Path:
-    """The path of this user's key."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "eepass" / "signing.key"
 

@@ -104,7 +104,10 @@ class GraphReader:
             args = tuple(_value(arg, nodes) for arg in entry["args"])
             kwargs = {name: _value(arg, nodes) for name, arg in entry["kwargs"].items()}
             if entry["op"] == "placeholder":
-                node = graph.placeholder(_identifier(entry["name"]))
+                # the graph's names become Python code
+                if not entry["name"].isidentifier():
+                    raise NotStorable(f"{entry['name']!r} is not a name")
+                node = graph.placeholder(entry["name"])
             elif entry["op"] == "output":
                 node = graph.output(args[0])
             else:
@@ -163,13 +166,6 @@ def _operator(name: str) -> Any:
     if namespace not in NAMESPACES:
         raise NotStorable(f"it calls {name}, which is no operator of {', '.join(NAMESPACES)}")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-
-
-def _identifier(name: str) -> str:
-    # the graph's names become Python code
-    if not name.isidentifier():
-        raise NotStorable(f"{name!r} is not a name")
-    return name
 
 
 def _argument(value: Any, indices: Mapping[Node, int]) -> Any:

@@ -173,10 +173,8 @@ def _decode_graph(step: FunctionalDecodeStep, tensors: Mapping[str, Tensor]) -> 
     ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
     position = build.input("position", torch.zeros(1, dtype=torch.long))
     recent = build.input("recent", torch.zeros(SCHEDULE_WINDOW, dtype=torch.long))
-    threshold = build.input("threshold", limits)
-    build.default(threshold, limits)
-    caches = _caches(build, step)
-    outputs = step.build(build, ids, position, recent, threshold, caches)
+    threshold = build.input("threshold", limits, default=True)
+    outputs = step.build(build, ids, position, recent, threshold, _caches(build, step))
     return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
 
 

@@ -49,15 +49,11 @@ class OnnxBuilder:
         self._functions: dict[Hashable, tuple[Any, list[Tensor]]] = {}
         self._count = 0
 
-    def input(self, name: str, like: Tensor) -> OnnxValue:
-        value = self._value(name, like)
-        self.graph.inputs.append(value)
-        return OnnxValue(value, like)
-
-    def default(self, given: OnnxValue, tensor: Tensor) -> None:
-        """Make ``tensor`` the value of an input that is not given."""
-        given.value.const_value = self.ir.Tensor(tensor.numpy(), name=given.value.name)
-        self.graph.register_initializer(given.value)
+    def input(self, name: str, like: Tensor, default: bool = False) -> OnnxValue:
+        """An input; with ``default``, ``like`` is its value where it is not given."""
+        given = self._initializer(name, like) if default else self._value(name, like)
+        self.graph.inputs.append(given.value)
+        return given
 
     def weight(self, name: str) -> OnnxValue:
         if name not in self._weights:
@@ -94,8 +90,9 @@ class OnnxBuilder:
             body = ir.Graph([], outputs, nodes=nodes, name=f"{name}_{self._count}")
             branches.append(ir.AttrGraph(name, body))
         node = ir.Node("", "If", [condition.value], branches, num_outputs=len(results))
+        results = self._results(node, [result.like for result in results])
         self.graph.append(node)
-        return self._results(node, [result.like for result in results])
+        return results
 
     def finish(self, outputs: Mapping[str, OnnxValue]) -> Any:
         """The model, in standard operators only; constants and weights are initialisers of the
@@ -161,10 +158,10 @@ class OnnxBuilder:
         return ir.Function(DOMAIN, name, graph=graph, attributes=[]), results
 
     def _initializer(self, name: str, tensor: Tensor) -> OnnxValue:
-        value = self._value(name, tensor)
-        value.const_value = self.ir.Tensor(tensor.contiguous().numpy(), name=name)
-        self.graph.register_initializer(value)
-        return OnnxValue(value, tensor)
+        made = self._value(name, tensor)
+        made.value.const_value = self.ir.Tensor(tensor.contiguous().numpy(), name=name)
+        self.graph.register_initializer(made.value)
+        return made
 
     def _results(self, node: Any, likes: Sequence[Tensor]) -> list[OnnxValue]:
         """The results of ``node``, named and typed."""
@@ -176,10 +173,10 @@ class OnnxBuilder:
         self._count += 1
         return list(map(OnnxValue, node.outputs, likes))
 
-    def _value(self, name: str, like: Tensor) -> Any:
+    def _value(self, name: str, like: Tensor) -> OnnxValue:
         ir = self.ir
         kind = ir.TensorType(ir.tensor_adapters.from_torch_dtype(like.dtype))
-        return ir.Value(name=name, shape=ir.Shape(like.shape), type=kind)
+        return OnnxValue(ir.Value(name=name, shape=ir.Shape(like.shape), type=kind), like)
 
 
 class _Module(torch.nn.Module):

@@ -66,11 +66,8 @@ class ExitChain(StepCalls):
                 wanted, previous, z = self._predict(
                     index + 1, number, active, threshold, done, hidden, draft, previous
                 )
-                done, token, exit_layer = build.branch(
-                    wanted,
-                    self._verify(number, z, draft, token, exit_layer),
-                    [done, token, exit_layer],
-                )
+                verify = self._verify(number, z, draft, token, exit_layer)
+                done, token, exit_layer = build.branch(wanted, verify, [done, token, exit_layer])
         (token,) = build.branch(done, [token], self.head(hidden, self.split.head.whole))
         return token, exit_layer, hidden, rows
 

@@ -85,7 +85,6 @@ class _Tracer(SegmentTracer):
     def normed(self, layer: int) -> Segment:
         translated = f"translator.{layer}.down" in self.tensors
         translator = self.translator_names(layer) if translated else []
-
         run = partial(self._normed, translator)
         return self.trace(run, (HIDDEN,), [*translator, *self.norm_names])
 
