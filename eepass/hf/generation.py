@@ -27,6 +27,7 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.hf.logits_processing import (
     RowProcessors,
+    kept_by_token,
     native_options,
     refuse_processors,
     row_samplings,
@@ -107,11 +108,9 @@ def generate(
     if not as_dict:
         return sequences
     result: dict[str, Any] = {"sequences": sequences}
-    new = sequences.shape[1] - input_ids.shape[1]
     for name in ("scores", "logits"):
         if keep and getattr(generation_config, f"output_{name}"):
-            kept = [getattr(row, name) for row in processors]
-            result[name] = _by_token(kept, answers.lengths, new)
+            result[name] = kept_by_token(processors, name, answers.lengths)
     return GenerateDecoderOnlyOutput(**result)
 
 
@@ -296,14 +295,3 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
         raise InputError(
             f"{', '.join(unknown)}: eepass decodes from input_ids alone; leave them out"
         )
-
-
-def _by_token(
-    rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], new: int
-) -> tuple[Tensor, ...]:
-    """For each new token the values [B, V] that the rows kept; zeros for rows that had ended."""
-    nothing = torch.zeros_like(rows[0][0])
-    return tuple(
-        torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
-        for at in range(new)
-    )

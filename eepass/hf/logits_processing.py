@@ -99,6 +99,19 @@ class RowProcessors:
         return scores
 
 
+def kept_by_token(
+    processors: Sequence[RowProcessors], name: str, lengths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """For each new token the ``name`` ("logits", "scores") [B, V] that the rows' processors kept;
+    zeros for rows that had ended."""
+    rows: list[list[Tensor]] = [getattr(each, name) for each in processors]
+    nothing = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
+        for at in range(max(lengths))
+    )
+
+
 def refuse_processors(processors: Sequence[Any], native: bool, approximate: bool) -> None:
     """Raise ``InputError`` for processors the engine cannot honour, by name."""
     for processor in processors:
