@@ -12,8 +12,7 @@ if TYPE_CHECKING:
     from eepass.config import ExitConfig
     from eepass.doctoring import doctor
     from eepass.errors import InputError
-    from eepass.hf.generation import generate
-    from eepass.hf.preparing import prepare
+    from eepass.hf.generation import generate, prepare
     from eepass.hf.serving import serve
     from eepass.loading import load
     from eepass.model import transform
@@ -31,7 +30,7 @@ _HOMES = {
     "generate": "eepass.hf.generation",
     "load": "eepass.loading",
     "load_artifact": "eepass.checkpoints.artifact",
-    "prepare": "eepass.hf.preparing",
+    "prepare": "eepass.hf.generation",
     "probe": "eepass.benchmark.probe",
     "serve": "eepass.hf.serving",
     "train": "eepass.training.train",

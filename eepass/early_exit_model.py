@@ -159,19 +159,20 @@ class EarlyExitModel:
         plain = dense or force is not None
         with torch.no_grad(), making_tensors_on(decoder.device):
             if self.launching is not None and (plain or fits_captured_steps(config)):
-                parts = None if plain or is_dense(config) else self._exit_parts(config)
+                parts = None if plain or is_dense(config) else self.exit_parts(config)
                 return CapturedSteps(
                     decoder, config, parts, self.launching, self.stop, force,
                     lambda: getattr(compiler(), "fuse", None), self.debug,
                 )  # fmt: skip
             if dense:
                 return Engine(decoder)
-            parts = self._exit_parts(config)
+            parts = self.exit_parts(config)
             small = None if self.draft_model is None else self.draft_model.decoder
             draft = draft_for(decoder, config, parts, small, trace=self.folder is None)
             return engine_for(decoder, config, parts, draft, self._measured)
 
-    def _exit_parts(self, config: ExitConfig) -> ExitParts | None:
+    def exit_parts(self, config: ExitConfig) -> ExitParts | None:
+        """The exits of the plan, as ``config`` set it up; None where there is no artefact."""
         plan, segments_for, own = self.plan, self.segments_for, self.decoder.tensors
         if plan is None or self.artifact is None:
             return None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors.torch import save_file
 from torch import Tensor
+
+from eepass.errors import InputError
 
 
 def write_tensors_atomically(
@@ -39,11 +41,24 @@ def _replacing(path: Path) -> Iterator[Path]:
         scratch.unlink(missing_ok=True)
 
 
-def replace_dir_atomically(scratch: Path, target: Path) -> None:
-    """Rename the finished folder ``scratch`` to ``target``, and then delete what was there."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(scratch, target)
-    shutil.rmtree(old, ignore_errors=True)
+def refuse_other_folder(target: Path, ours: Callable[[Path], bool]) -> None:
+    """Raise ``InputError`` if ``target`` is there, and is neither empty nor a folder of ours."""
+    if target.exists() and not (target.is_dir() and (ours(target) or not any(target.iterdir()))):
+        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+
+
+@contextmanager
+def replacing_folder(target: Path) -> Iterator[Path]:
+    """A folder beside ``target`` to fill, which takes its place afterwards."""
+    scratch, old = (target.with_name(f".{target.name}.{end}") for end in ("part", "old"))
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(scratch, target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

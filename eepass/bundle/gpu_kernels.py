@@ -72,12 +72,9 @@ def compile_kernels(
 
 
 def compile_split(
-    split: SplitDecoder,
-    artifact: Artifact | None,
-    target: str,
-    rows: Sequence[int],
+    split: SplitDecoder, artifact: Artifact | None, target: str, rows: Sequence[int],
     out: Path | None,
-) -> dict[str, Any]:
+) -> dict[str, Any]:  # fmt: skip
     """As ``compile_kernels``, for a decoder that is split (for one row) and passes of each of
     ``rows``; where there are several the report names each kernel with its rows."""
     capability = capability_of(target)
@@ -161,12 +158,9 @@ def _trained(artifact: Artifact) -> dict[str, Any]:
     ranks = [t.shape[0] for name, t in tensors.items() if re.match(r"translator\..*\.down$", name)]
     w1 = tensors[f"predictor.default.{artifact.exits('default')[0]}.w1"]
     return {
-        "drafts": w1.shape[1] // 3,
-        "width": w1.shape[0],
-        "predictor": w1.dtype,
-        "rank": max(ranks, default=0),
-        "hot": len(tensors["hot.ids"]),
-    }
+        "drafts": w1.shape[1] // 3, "width": w1.shape[0], "predictor": w1.dtype,
+        "rank": max(ranks, default=0), "hot": len(tensors["hot.ids"]),
+    }  # fmt: skip
 
 
 def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:

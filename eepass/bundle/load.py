@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,11 @@ def load_folder(
         splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
         compiler = CompiledCode(folder / CODE, manifest.code)
         model = EarlyExitModel(
-            splits,
-            PassReport(),
-            frozenset(manifest.stop),
-            artifact,
+            splits, PassReport(), frozenset(manifest.stop), artifact,
             compiler=compiler,
-            segments_for=StoredSegments(reader, graphs["exits"]),
+            segments_for=partial(_stored_segments, reader, graphs["exits"]),
             folder=folder,
-        )
+        )  # fmt: skip
     except (KeyError, TypeError, ValueError, LookupError) as error:
         raise InputError(
             f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
@@ -71,23 +69,19 @@ def load_folder(
     return model, FolderTokenizer(folder), manifest.dtype
 
 
-class StoredSegments:
-    """The compiled segments of the exits, by preset and row count."""
-
-    def __init__(self, reader: GraphReader, stored: Mapping[str, Mapping[str, Any]]) -> None:
-        self.reader, self.stored = reader, stored
-
-    def __call__(
-        self, config: ExitConfig, plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int
-    ) -> ExitSegments:
-        preset = ExitConfig.preset(config.name)
-        for name in COMPILED_IN:
-            if getattr(config, name) != getattr(preset, name):
-                raise InputError(
-                    f"{name}={getattr(config, name)!r}: a transformed folder holds the preset "
-                    f"{config.name} as it is ({getattr(preset, name)!r}); transform the original"
-                )
-        segments = self.reader.exits(self.stored[config.name][str(rows)])
-        wanted = {point.layer for point in plan.exits}
-        segments.predictors = {n: p for n, p in segments.predictors.items() if n in wanted}
-        return segments
+def _stored_segments(
+    reader: GraphReader, stored: Mapping[str, Mapping[str, Any]], config: ExitConfig,
+    plan: ExitPlan, tensors: Mapping[str, Tensor], rows: int,
+) -> ExitSegments:  # fmt: skip
+    """The compiled segments of the exits; ``stored``: by preset and row count."""
+    preset = ExitConfig.preset(config.name)
+    for name in COMPILED_IN:
+        if getattr(config, name) != getattr(preset, name):
+            raise InputError(
+                f"{name}={getattr(config, name)!r}: a transformed folder holds the preset "
+                f"{config.name} as it is ({getattr(preset, name)!r}); transform the original"
+            )
+    segments = reader.exits(stored[config.name][str(rows)])
+    wanted = {point.layer for point in plan.exits}
+    segments.predictors = {n: p for n, p in segments.predictors.items() if n in wanted}
+    return segments

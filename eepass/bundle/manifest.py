@@ -132,7 +132,7 @@ def _check_machine(manifest: Manifest, path: Path) -> None:
 
 def _check_file(folder: Path, name: str, digest: str, size: int) -> None:
     path = folder / name
-    if path.resolve().parent != folder.resolve() and folder.resolve() not in path.resolve().parents:
+    if folder.resolve() not in path.resolve().parents:
         raise InputError(f"{folder / MANIFEST}: names {name}, which is not in the folder; {AGAIN}")
     try:
         found, length = _digest(path)

@@ -21,7 +21,6 @@ from eepass.errors import InputError
 
 
 def key_file() -> Path:
-    """The path of this user's key."""
     home = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
     return home / "eepass" / "signing.key"
 
@@ -74,9 +73,7 @@ def _create_key(file: Path) -> None:
     if file.exists():
         return
     text = Ed25519PrivateKey.generate().private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     # written with mode 0600, linked when it is whole; of two processes the first wins

@@ -37,12 +37,9 @@ class GraphWriter:
     def __init__(self) -> None:
         self.graphs: dict[str, Any] = {}
 
-    def split(self, split: SplitDecoder) -> dict[str, Any]:
-        """All fields of ``split`` and its head, except the tensors."""
-        return self._fields(split)
-
-    def exits(self, segments: ExitSegments) -> dict[str, Any]:
-        return self._fields(segments)
+    def parts(self, of: SplitDecoder | Head | ExitSegments) -> dict[str, Any]:
+        """All its fields and its head's, except the tensors."""
+        return {name: self._value(getattr(of, name)) for name in _stored_fields(type(of))}
 
     def segment(self, segment: Segment) -> dict[str, Any]:
         if segment.structure not in self.graphs:
@@ -50,14 +47,11 @@ class GraphWriter:
         inputs = [[role.kind, role.name, role.layer] for role in segment.inputs]
         return {"structure": segment.structure, "inputs": inputs}
 
-    def _fields(self, parts: Any) -> dict[str, Any]:
-        return {name: self._value(getattr(parts, name)) for name in _stored_fields(type(parts))}
-
     def _value(self, value: Any) -> Any:
         if isinstance(value, Segment):
             return self.segment(value)
         if isinstance(value, Head):
-            return self._fields(value)
+            return self.parts(value)
         if isinstance(value, tuple):
             return [self._value(one) for one in value]
         if isinstance(value, Mapping):
@@ -110,7 +104,10 @@ class GraphReader:
             args = tuple(_value(arg, nodes) for arg in entry["args"])
             kwargs = {name: _value(arg, nodes) for name, arg in entry["kwargs"].items()}
             if entry["op"] == "placeholder":
-                node = graph.placeholder(_identifier(entry["name"]))
+                # the graph's names become Python code
+                if not entry["name"].isidentifier():
+                    raise NotStorable(f"{entry['name']!r} is not a name")
+                node = graph.placeholder(entry["name"])
             elif entry["op"] == "output":
                 node = graph.output(args[0])
             else:
@@ -138,18 +135,18 @@ def _graph_to_json(graph: Graph) -> list[dict[str, Any]]:
     indices = {node: index for index, node in enumerate(graph.nodes)}
     entries = []
     for node in graph.nodes:
-        entry: dict[str, Any] = {"op": node.op, "args": [], "kwargs": {}, "val": None}
+        entry: dict[str, Any] = {
+            "op": node.op,
+            "args": [_argument(arg, indices) for arg in node.args],
+            "kwargs": {name: _argument(arg, indices) for name, arg in node.kwargs.items()},
+            "val": None if node.op == "output" else _shape(node.meta.get("val")),
+        }
         if node.op == "placeholder":
             entry["name"] = str(node.target)
-        else:
-            entry["args"] = [_argument(arg, indices) for arg in node.args]
-            entry["kwargs"] = {name: _argument(arg, indices) for name, arg in node.kwargs.items()}
-        if node.op == "call_function":
+        elif node.op == "call_function":
             entry["target"] = _target_name(node.target)
-        elif node.op not in ("placeholder", "output"):
+        elif node.op != "output":
             raise NotStorable(f"its graph holds {node.op} {node.target}")
-        if node.op != "output":
-            entry["val"] = _shape(node.meta.get("val"))
         entries.append(entry)
     return entries
 
@@ -169,13 +166,6 @@ def _operator(name: str) -> Any:
     if namespace not in NAMESPACES:
         raise NotStorable(f"it calls {name}, which is no operator of {', '.join(NAMESPACES)}")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload)
-
-
-def _identifier(name: str) -> str:
-    # the graph's names become Python code
-    if not name.isidentifier():
-        raise NotStorable(f"{name!r} is not a name")
-    return name
 
 
 def _argument(value: Any, indices: Mapping[Node, int]) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 import eepass
 from eepass import inspecting, pictures
@@ -27,9 +25,8 @@ from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
 from eepass.codegen.cpu.native import KernelsMissing
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.files import replace_dir_atomically
+from eepass.files import refuse_other_folder, replacing_folder
 from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
-from eepass.planning import exit_tensors
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.exits.exits import ROW_COUNTS
 
@@ -66,18 +63,11 @@ def write_folder(
     trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
     if trained is not None:
         refuse_other_model(trained, loaded.model, "artifact")
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
     try:
-        with torch.no_grad():
-            report = _Writer(loaded, scratch, trained, notify, gpus).write(sizes, max_length)
-        replace_dir_atomically(scratch, target)
+        with replacing_folder(target) as folder, torch.no_grad():
+            return _Writer(loaded, folder, trained, notify, gpus).write(sizes, max_length)
     except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
         raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return report
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +92,14 @@ class _Writer:
         ready = EarlyExitModel(splits, report, self.loaded.stop, self.artifact, compiler=compiler)
         writer = GraphWriter()
         graphs: dict[str, Any] = {
-            "splits": [writer.split(split) for split in ready.decoder.splits.values()],
+            "splits": [writer.parts(split) for split in ready.decoder.splits.values()],
             "exits": {},
             "graphs": writer.graphs,
         }
         self._compile_layers(ready)
         for preset in self.artifact.presets if self.artifact else ():
             segments = self._compile_exits(ready, preset)
-            graphs["exits"][preset] = {str(n): writer.exits(p) for n, p in segments.items()}
+            graphs["exits"][preset] = {str(n): writer.parts(p) for n, p in segments.items()}
         (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
         kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
         self.notify("writing weights, exit graph and report")
@@ -121,7 +111,21 @@ class _Writer:
         found["gpu_kernels"] = kernels
         found["seconds"] = round(perf_counter() - began, 1)
         (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        self._sign(ready, compiler)
+        decoder, loaded = ready.decoder, self.loaded
+        write_manifest(
+            self.folder,
+            name=loaded.name,
+            eepass=eepass.__version__,
+            threads=torch.get_num_threads(),
+            fingerprint=fingerprint(model),
+            dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+            max_length=decoder.max_sequence_length,
+            rows=list(decoder.buckets),
+            stop=sorted(loaded.stop),
+            artifact=self.artifact is not None,
+            code=compiler.files,
+            tensors=list(decoder.tensors),
+        )
         return found
 
     def _compile_layers(self, ready: EarlyExitModel) -> None:
@@ -140,17 +144,13 @@ class _Writer:
         # one threshold for all, so that every trained exit is in the plan
         config = replace(ExitConfig.preset(preset), threshold=0.5)
         engine: Any = ready.configure(config)
-        assert engine.exits is not None and ready.plan is not None and ready.artifact is not None
+        parts = ready.exit_parts(config)
+        assert parts is not None
         engine.exits.prepare(max(ROW_COUNTS))
         if engine.draft is not None:
             # compiles it, since it runs once with each number of rows
             engine.draft.call_seconds()
-        tensors = {**ready.decoder.tensors, **self._exit_tensors(ready, preset)}
-        return {n: ready.segments_for(config, ready.plan, tensors, n) for n in ROW_COUNTS}
-
-    def _exit_tensors(self, ready: EarlyExitModel, preset: str) -> dict[str, Tensor]:
-        assert ready.artifact is not None
-        return exit_tensors(preset, ready.artifact, ready.decoder.tensors, ready.splits[1])
+        return {rows: parts.segments(rows) for rows in ROW_COUNTS}
 
     def _compile_for(self, gpu: str, ready: EarlyExitModel) -> dict[str, Any]:
         self.notify(f"compiling kernels for {gpu}")
@@ -166,38 +166,18 @@ class _Writer:
         if self.artifact is None:
             found["exit_graph"] = "none: without an artefact no token exits early"
         else:
-            self._export(ready)
+            segment = inspecting.exit_graph_of(ready)
+            assert segment is not None
+            # for other programs; tensors without values: the weights too are inputs, named by
+            # role, and lie in the folder beside it
+            examples = tuple(segment.examples.values())
+            exported = torch.export.export(segment.graph, examples, strict=False)
+            exported._example_inputs = None
+            torch.export.save(exported, self.folder / EXIT_GRAPH)
             found["exit_graph"] = EXIT_GRAPH
         code = self.folder / CODE
         found["compiled"] = {p.name: p.stat().st_size for p in sorted(code.glob("*.so"))}
         return found
-
-    def _export(self, ready: EarlyExitModel) -> None:
-        """Export the exit graph for other programs; its inputs, weights too, are named by role."""
-        segment = inspecting.exit_graph_of(ready)
-        assert segment is not None
-        # tensors without values: the weights are inputs, and lie in the folder beside it
-        examples = tuple(segment.examples.values())
-        exported = torch.export.export(segment.graph, examples, strict=False)
-        exported._example_inputs = None
-        torch.export.save(exported, self.folder / EXIT_GRAPH)
-
-    def _sign(self, ready: EarlyExitModel, compiler: AheadCompiler) -> None:
-        loaded, decoder = self.loaded, ready.decoder
-        write_manifest(
-            self.folder,
-            name=loaded.name,
-            eepass=eepass.__version__,
-            threads=torch.get_num_threads(),
-            fingerprint=fingerprint(loaded.model),
-            dtype=str(next(loaded.model.parameters()).dtype).removeprefix("torch."),
-            max_length=decoder.max_sequence_length,
-            rows=list(decoder.buckets),
-            stop=sorted(loaded.stop),
-            artifact=self.artifact is not None,
-            code=compiler.files,
-            tensors=list(decoder.tensors),
-        )
 
 
 def _checked(loaded: LoadedModel, target: Path, rows: Sequence[int]) -> tuple[int, ...]:
@@ -206,8 +186,5 @@ def _checked(loaded: LoadedModel, target: Path, rows: Sequence[int]) -> tuple[in
     sizes = tuple(sorted(set(rows)))
     if not sizes or sizes[0] != 1 or sizes[-1] > MOST_ROWS:
         raise InputError(f"rows={list(rows)}: expected 1 and others up to {MOST_ROWS}")
-    if target.exists() and not (
-        target.is_dir() and (is_transformed(target) or not any(target.iterdir()))
-    ):
-        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+    refuse_other_folder(target, is_transformed)
     return sizes

@@ -12,7 +12,7 @@ from typing import Any
 import typer
 
 from eepass.errors import InputError
-from eepass.onnx.files import decode_file
+from eepass.onnx.files import decode_file, describe
 
 # options that apply to a graph that is exported already
 ALWAYS = {"model", "debug", "json_file"}
@@ -97,13 +97,12 @@ def export(
 def inspect(context: typer.Context, model: str) -> dict[str, Any]:
     """Print what an exported graph holds; returns it."""
     from eepass.cli.console import console
-    from eepass.onnx import inspect
 
     refuse_others(context, ALWAYS)
     path = Path(model)
     # the graph of the prompt can be inspected too
     file = path if path.suffix == ".onnx" and path.is_file() else decode_file(model)
-    found = inspect.describe(file)
+    found = describe(file)
     for name, value in found.items():
         console.print(f"{name}: {value}", highlight=False)
     return found

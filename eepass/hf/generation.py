@@ -1,10 +1,13 @@
-"""``eepass.generate``: what ``model.generate(custom_generate=eepass.generate)`` calls."""
+"""``eepass.generate``, which ``model.generate(custom_generate=eepass.generate)`` calls, and
+``eepass.prepare``, after which ``model.generate`` calls it by itself."""
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterable, Sequence
 from contextlib import closing
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -19,29 +22,26 @@ from transformers import (
 )
 from transformers.generation import GenerateDecoderOnlyOutput, GenerationMode
 
+from eepass.checkpoints.artifact import Artifact
+from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.hf.logits_processing import (
     RowProcessors,
+    kept_by_token,
     native_options,
     refuse_processors,
     row_samplings,
 )
-from eepass.hf.prepared import in_use
+from eepass.hf.prepared import in_use, register
+from eepass.model import EarlyExitModel
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.engine.engine import Engine
 
 # what ``generate`` prepares for the forward call of the model; the engine needs none of it
 NOT_NEEDED = {
-    "attention_mask",
-    "past_key_values",
-    "position_ids",
-    "cache_position",
-    "use_cache",
-    "logits_to_keep",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-}
+    "attention_mask", "past_key_values", "position_ids", "cache_position", "use_cache",
+    "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict",
+}  # fmt: skip
 
 
 def generate(
@@ -86,14 +86,13 @@ def generate(
         refuse_processors(logits_processor, native is not None, approximate)
         if keep and approximate:
             raise InputError("output_scores and output_logits need guarantee='exact'")
-        leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
-        processors = [
-            RowProcessors(logits_processor, row, lead, len(leads), keep)
-            for row, lead in enumerate(leads)
-            if native is None or keep
-        ]
-        options: list[dict[str, Any]] = [{"process": each} for each in processors]
-        options = options or [dict(native or {}) for _ in leads]
+        processors: list[RowProcessors] = []
+        options: list[dict[str, Any]] = [dict(native or {}) for _ in prompts]
+        if native is None or keep:
+            leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
+            for row, lead in enumerate(leads):
+                processors.append(RowProcessors(logits_processor, row, lead, len(leads), keep))
+                options[row] = {"process": processors[row]}
         samplings = row_samplings(generation_config, options)
         requests = [
             Request(prompt, limit, stop, sampling)
@@ -109,12 +108,48 @@ def generate(
     if not as_dict:
         return sequences
     result: dict[str, Any] = {"sequences": sequences}
-    new = sequences.shape[1] - input_ids.shape[1]
     for name in ("scores", "logits"):
         if keep and getattr(generation_config, f"output_{name}"):
-            kept = [getattr(row, name) for row in processors]
-            result[name] = _by_token(kept, answers.lengths, new)
+            result[name] = kept_by_token(processors, name, answers.lengths)
     return GenerateDecoderOnlyOutput(**result)
+
+
+def prepare(
+    model: Any,
+    artifact: str | Path | Artifact | None = "auto",
+    config: ExitConfig | None = None,
+    max_length: int | None = None,
+) -> EarlyExitModel:
+    """Transform ``model`` for its own ``generate``, which uses eepass from here on.
+
+    ``artifact``: a folder written by ``eepass.train``, None for none, ``"auto"`` for the one beside
+    the checkpoint or shipped with eepass. ``max_length``: prompt and answer together, in tokens;
+    without it the cache is made anew when longer ones come, which compiles again. The result is
+    kept as long as the model is; its ``statistics`` tell what decoding did.
+    ``model.generate(..., custom_generate=None)`` is transformers' own way. Raises ``InputError``
+    for a model or artefact that does not fit, with the reason.
+    """
+    transformed = register(model, artifact, config or ExitConfig(), max_length)
+    # on this model alone: no other one, and no class of transformers, is changed
+    model._extract_generation_mode_kwargs = functools.partial(_mode_kwargs, model)
+    model.generate = functools.partial(type(model).generate, model, custom_generate=generate)
+    return transformed
+
+
+def _mode_kwargs(
+    model: Any, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any,
+    assistant_model: Any, streamer: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """What transformers hands to its own decoding methods, for ``eepass.generate`` as well: a
+    callable given as ``custom_generate`` gets no streamer, and stop strings find no tokenizer."""
+    options = (custom_generate, kwargs, synced_gpus, assistant_model, streamer)
+    # read beforehand: transformers takes the tokenizer out of them
+    given = {"assistant_model": assistant_model, "streamer": streamer}
+    given["tokenizer"] = kwargs.get("tokenizer")
+    found: dict[str, Any] = type(model)._extract_generation_mode_kwargs(model, *options)
+    if custom_generate is generate:
+        found |= {name: value for name, value in given.items() if value is not None}
+    return found
 
 
 def _refuse_withheld(own: FrameType | None, streamer: Any, assistant_model: Any) -> None:
@@ -138,13 +173,9 @@ class _Answers:
     """The tokens of all rows; evaluates the criteria after each, streams what all rows have."""
 
     def __init__(
-        self,
-        input_ids: Tensor,
-        requests: Sequence[Request],
-        criteria: StoppingCriteriaList,
-        streamer: Any,
-        pad: int,
-    ) -> None:
+        self, input_ids: Tensor, requests: Sequence[Request], criteria: StoppingCriteriaList,
+        streamer: Any, pad: int,
+    ) -> None:  # fmt: skip
         self.input_ids, self.criteria, self.streamer, self.pad = input_ids, criteria, streamer, pad
         self.requests = list(requests)
         self.new: dict[Request, list[int]] = {request: [] for request in requests}
@@ -264,14 +295,3 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
         raise InputError(
             f"{', '.join(unknown)}: eepass decodes from input_ids alone; leave them out"
         )
-
-
-def _by_token(
-    rows: Sequence[Sequence[Tensor]], lengths: Sequence[int], new: int
-) -> tuple[Tensor, ...]:
-    """For each new token the values [B, V] that the rows kept; zeros for rows that had ended."""
-    nothing = torch.zeros_like(rows[0][0])
-    return tuple(
-        torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
-        for at in range(new)
-    )

@@ -53,8 +53,7 @@ def native_options(processors: Sequence[Any], padding: Tensor) -> dict[str, floa
         if not usual:
             return None
         name = NATIVE[type(processor)]
-        value = getattr(processor, name)
-        options["repetition_penalty" if name == "penalty" else name] = value
+        options["repetition_penalty" if name == "penalty" else name] = getattr(processor, name)
     return options
 
 
@@ -68,13 +67,9 @@ class RowProcessors:
     """
 
     def __init__(
-        self,
-        processors: LogitsProcessorList,
-        row: int,
-        padding: Sequence[int],
-        rows: int,
+        self, processors: LogitsProcessorList, row: int, padding: Sequence[int], rows: int,
         keep: bool = False,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.row, self.rows, self.padding, self.keep = row, rows, list(padding), keep
         self.logits: list[Tensor] = []
         self.scores: list[Tensor] = []
@@ -102,6 +97,19 @@ class RowProcessors:
         if self.keep:
             self.scores.append(scores.clone())
         return scores
+
+
+def kept_by_token(
+    processors: Sequence[RowProcessors], name: str, lengths: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """For each new token the ``name`` ("logits", "scores") [B, V] that the rows' processors kept;
+    zeros for rows that had ended."""
+    rows: list[list[Tensor]] = [getattr(each, name) for each in processors]
+    nothing = torch.zeros_like(rows[0][0])
+    return tuple(
+        torch.cat([r[at] if at < n else nothing for r, n in zip(rows, lengths, strict=True)])
+        for at in range(max(lengths))
+    )
 
 
 def refuse_processors(processors: Sequence[Any], native: bool, approximate: bool) -> None:

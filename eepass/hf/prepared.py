@@ -78,9 +78,8 @@ def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
 def compile_now(model: Any) -> None:
     """Compile what a first ``generate`` would, and measure what passes cost."""
     with in_use(model, 1) as transformed, torch.no_grad():
-        few = 4
-        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.max_sequence_length - few)
-        list(transformed.engine.generate(prompt, few))
+        prompt = [0] * min(PREFILL_ROWS, transformed.decoder.max_sequence_length - 4)
+        list(transformed.engine.generate(prompt, 4))
 
 
 def refuse_length(model: Any, length: int) -> None:
@@ -112,9 +111,8 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         logger.warning(
             "%d tokens, and room for %d: transforming the model again; "
             "prepare(model, max_length=...) says beforehand how long texts get",
-            length,
-            current.decoder.max_sequence_length,
-        )
+            length, current.decoder.max_sequence_length,
+        )  # fmt: skip
         current = None
     if current is None:
         prepared.transformed = None

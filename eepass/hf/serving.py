@@ -10,8 +10,8 @@ from typing import Any
 
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
+from eepass.hf.generation import prepare
 from eepass.hf.prepared import compile_now, is_prepared, refuse_length
-from eepass.hf.preparing import prepare
 from eepass.lengths import usual_length
 
 try:
@@ -39,12 +39,9 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
 
 
 def serve(
-    loaded: LoadedModel,
-    host: str = "localhost",
-    port: int = 8000,
-    log_level: str = "error",
+    loaded: LoadedModel, host: str = "localhost", port: int = 8000, log_level: str = "error",
     warm_up: bool = True,
-) -> Server:
+) -> Server:  # fmt: skip
     """Serve ``loaded`` by the OpenAI protocol at ``host``:``port``, in a thread of its own.
 
     The model's own ``generate`` answers; ``eepass.prepare`` it first to say how, and how long texts
@@ -83,7 +80,16 @@ class Server(Serve):
 
     def start_server(self) -> None:
         """Called by ``Serve`` when all is built: set the model, but do not listen yet."""
-        self._set_model()
+        manager: Any = self._model_manager
+        loaded = self._loaded
+        manager.force_model = loaded.name
+        manager.model_timeout = -1
+        # called again after a reset; never looks for the model on a hub
+        manager._load_model = lambda *args, **kwargs: loaded.model
+        manager._load_processor = lambda *args, **kwargs: loaded.tokenizer
+        entry = {"id": loaded.name, "object": "model", "created": 0, "owned_by": "eepass"}
+        manager.get_gen_models = lambda *args, **kwargs: [entry]
+        manager.load_model_and_processor(manager.process_model_name(loaded.name))
         for handler in (self._chat_handler, self._completion_handler, self._response_handler):
             _add_checks(handler)
         app: Any = self.server.config.app
@@ -115,19 +121,6 @@ class Server(Serve):
             self._thread.join()
         except KeyboardInterrupt:
             self.kill_server()
-
-    def _set_model(self) -> None:
-        manager: Any = self._model_manager
-        loaded = self._loaded
-        manager.force_model = loaded.name
-        manager.model_timeout = -1
-        # called again after a reset; never looks for the model on a hub
-        manager._load_model = lambda *args, **kwargs: loaded.model
-        manager._load_processor = lambda *args, **kwargs: loaded.tokenizer
-        entry = {"id": loaded.name, "object": "model", "created": 0, "owned_by": "eepass"}
-        manager.get_gen_models = lambda *args, **kwargs: [entry]
-        key = manager.process_model_name(loaded.name)
-        manager.load_model_and_processor(key)
 
 
 def _add_checks(handler: Any) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
@@ -19,7 +18,7 @@ from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
 from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
-from eepass.files import replace_dir_atomically
+from eepass.files import refuse_other_folder, replacing_folder
 from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 from eepass.onnx.graph import OnnxBuilder, OnnxValue
@@ -28,8 +27,6 @@ from eepass.passes.functional.functional_step import (
     FunctionalPromptStep,
     FunctionalStep,
 )
-from eepass.planning import exit_tensors
-from eepass.segments import SplitDecoder
 
 # weights are mapped into memory
 ALIGNMENT = 4096
@@ -55,31 +52,31 @@ def export_onnx(
         needed(module)
     began = perf_counter()
     target = Path(out).resolve()
-    if target.exists() and not (
-        target.is_dir() and ((target / DECODE).exists() or not any(target.iterdir()))
-    ):
-        raise InputError(f"{target}: something else is there; give a new or an empty folder")
+    refuse_other_folder(target, lambda folder: (folder / DECODE).exists())
     config = config or propagating()
     notify("tracing and splitting")
     try:
         with torch.no_grad():
-            model, split, prompt = _configured(loaded, artifact, config, max_length)
-            decode, tensors = _decode_step(model, split, config)
-            prefill = FunctionalPromptStep(prompt, split)
+            model = _configured(loaded, artifact, config, max_length)
+            split, parts = model.splits[1], model.exit_parts(config)
+            assert parts is not None
+            always = ALWAYS_ACTIVE if config.schedule else None
+            decode = FunctionalDecodeStep(split, parts.segments(1), parts.plan, always)
+            prefill = FunctionalPromptStep(model.splits[max(model.splits)], split)
     except PassError as error:
         raise InputError(f"{loaded.name} cannot be exported to ONNX: {error}") from error
-    described = _metadata(loaded, model, config, split, prompt)
-    scratch = target.with_name(f".{target.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    try:
-        write_tokenizer(loaded, scratch)
-        writer = _Writer(scratch, described, tensors, notify)
-        found = writer.write(decode, prefill)
-        replace_dir_atomically(scratch, target)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return {**found, "seconds": round(perf_counter() - began, 1)}
+    described = _metadata(loaded, model, config, prefill.split.rows)
+    tensors = {**model.decoder.tensors, **parts.tensors}
+    with replacing_folder(target) as folder:
+        write_tokenizer(loaded, folder)
+        notify("exporting the decode step")
+        models = {DECODE: _decode_graph(decode, tensors)}
+        notify("exporting the prompt step")
+        models[PROMPT] = _prompt_graph(prefill, tensors)
+        notify("writing and checking")
+        _write(folder, models, described, tensors)
+        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
+    return {"files": files, **described, "seconds": round(perf_counter() - began, 1)}
 
 
 def propagating() -> ExitConfig:
@@ -88,12 +85,10 @@ def propagating() -> ExitConfig:
 
 
 def _configured(
-    loaded: LoadedModel,
-    artifact: str | Path | Artifact | None,
-    config: ExitConfig,
+    loaded: LoadedModel, artifact: str | Path | Artifact | None, config: ExitConfig,
     max_length: int | None,
-) -> tuple[EarlyExitModel, SplitDecoder, SplitDecoder]:
-    """The configured model, and its splits for one row and for prompts; nothing is compiled."""
+) -> EarlyExitModel:  # fmt: skip
+    """The transformed model, of which nothing is compiled."""
     model = loaded.model
     if isinstance(model, EarlyExitModel):
         ready = _transformed(model, artifact, max_length)
@@ -113,7 +108,7 @@ def _configured(
         ready = EarlyExitModel(splits, report, loaded.stop, trained, compiler=_no_compiler)
     _refuse_dtype(loaded, ready.splits[1].hidden_example.dtype)
     ready.configure(config)
-    return ready, ready.splits[1], ready.splits[max(ready.splits)]
+    return ready
 
 
 def _refuse_dtype(loaded: LoadedModel, dtype: torch.dtype) -> None:
@@ -141,26 +136,10 @@ def _no_compiler(*_: Any, **__: Any) -> Any:
     raise RuntimeError("an exported model is not compiled")
 
 
-def _decode_step(
-    model: EarlyExitModel, split: SplitDecoder, config: ExitConfig
-) -> tuple[FunctionalDecodeStep, dict[str, Tensor]]:
-    """The step, and all tensors of the model and its exits."""
-    assert model.plan is not None and model.artifact is not None
-    own = model.decoder.tensors
-    tensors = {**own, **exit_tensors(config.name, model.artifact, own, split)}
-    segments = model.segments_for(config, model.plan, tensors, 1)
-    always = ALWAYS_ACTIVE if config.schedule else None
-    return FunctionalDecodeStep(split, segments, model.plan, always), tensors
-
-
 def _metadata(
-    loaded: LoadedModel,
-    model: EarlyExitModel,
-    config: ExitConfig,
-    split: SplitDecoder,
-    prompt: SplitDecoder,
+    loaded: LoadedModel, model: EarlyExitModel, config: ExitConfig, prompt_rows: int
 ) -> dict[str, Any]:
-    plan = model.plan
+    plan, slots = model.plan, model.splits[1].cache_length
     assert plan is not None and model.artifact is not None
     known = model.artifact.fingerprint
     return {
@@ -168,9 +147,9 @@ def _metadata(
         "eepass": eepass.__version__,
         "fingerprint": dict(known if loaded.transformed else fingerprint(loaded.model)),
         "layers": plan.num_layers,
-        "max_length": split.cache_length - prompt.rows,
-        "slots": split.cache_length,
-        "prompt_rows": prompt.rows,
+        "max_length": slots - prompt_rows,
+        "slots": slots,
+        "prompt_rows": prompt_rows,
         "stop": sorted(loaded.stop),
         "kv_policy": plan.kv_policy,
         "verify": plan.verify,
@@ -186,81 +165,26 @@ def _metadata(
     }
 
 
-class _Writer:
-    """Writes two graphs and one file of their weights to ``folder``; ``tensors``: all by name."""
+def _decode_graph(step: FunctionalDecodeStep, tensors: Mapping[str, Tensor]) -> Any:
+    build = OnnxBuilder("decode", tensors)
+    limits = torch.full((step.plan.num_layers + 1,), NEVER)
+    for point in step.plan.exits:
+        limits[point.layer] = point.threshold
+    ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
+    position = build.input("position", torch.zeros(1, dtype=torch.long))
+    recent = build.input("recent", torch.zeros(SCHEDULE_WINDOW, dtype=torch.long))
+    threshold = build.input("threshold", limits, default=True)
+    outputs = step.build(build, ids, position, recent, threshold, _caches(build, step))
+    return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
 
-    def __init__(
-        self,
-        folder: Path,
-        metadata: dict[str, Any],
-        tensors: Mapping[str, Tensor],
-        notify: Notify,
-    ) -> None:
-        self.folder, self.metadata, self.tensors = folder, metadata, tensors
-        self.notify = notify
 
-    def write(self, decode: FunctionalDecodeStep, prefill: FunctionalPromptStep) -> dict[str, Any]:
-        import onnx
-        import onnx_ir
-
-        self.notify("exporting the decode step")
-        models = {DECODE: self._decode(decode)}
-        self.notify("exporting the prompt step")
-        models[PROMPT] = self._prompt(prefill)
-        self.notify("writing and checking")
-        self._store_weights(models.values())
-        for name, model in models.items():
-            onnx_ir.save(model, self.folder / name)
-            onnx.checker.check_model(str(self.folder / name), full_check=True)
-        return {
-            "files": {p.name: p.stat().st_size for p in sorted(self.folder.iterdir())},
-            **self.metadata,
-        }
-
-    def _decode(self, step: FunctionalDecodeStep) -> Any:
-        build = OnnxBuilder("decode", self.tensors)
-        limits = torch.full((step.plan.num_layers + 1,), NEVER)
-        for point in step.plan.exits:
-            limits[point.layer] = point.threshold
-        ids = build.input("ids", torch.zeros(1, 1, dtype=torch.long))
-        position = build.input("position", torch.zeros(1, dtype=torch.long))
-        recent = build.input("recent", torch.zeros(SCHEDULE_WINDOW, dtype=torch.long))
-        threshold = build.input("threshold", limits)
-        build.default(threshold, limits)
-        caches = _caches(build, step)
-        outputs = step.build(build, ids, position, recent, threshold, caches)
-        return _finished(build, step, ("token", "exit_layer", "new_recent"), outputs)
-
-    def _prompt(self, step: FunctionalPromptStep) -> Any:
-        build = OnnxBuilder("prefill", self.tensors)
-        ids = build.input("ids", torch.zeros(1, step.split.rows, dtype=torch.long))
-        start = build.input("start", torch.zeros(1, dtype=torch.long))
-        last = build.input("last", torch.zeros(1, dtype=torch.long))
-        outputs = step.build(build, ids, start, last, _caches(build, step))
-        return _finished(build, step, ("token",), outputs)
-
-    def _store_weights(self, models: Collection[Any]) -> None:
-        import onnx_ir
-
-        stored = [
-            name
-            for name in self.tensors
-            if any(name in model.graph.initializers for model in models)
-        ]
-        arrays = [
-            onnx_ir.Tensor(self.tensors[name].detach().contiguous().numpy(), name=name)
-            for name in stored
-        ]
-        written = onnx_ir.external_data.convert_tensors_to_external(
-            arrays, self.folder, WEIGHTS, alignment=ALIGNMENT
-        )
-        self.metadata["weights"] = (self.folder / WEIGHTS).stat().st_size
-        described = OnnxMetadata(**self.metadata).to_json()
-        for model in models:
-            model.metadata_props[ENTRY] = described
-            for name, tensor in zip(stored, written, strict=True):
-                if name in model.graph.initializers:
-                    model.graph.initializers[name].const_value = tensor
+def _prompt_graph(step: FunctionalPromptStep, tensors: Mapping[str, Tensor]) -> Any:
+    build = OnnxBuilder("prefill", tensors)
+    ids = build.input("ids", torch.zeros(1, step.split.rows, dtype=torch.long))
+    start = build.input("start", torch.zeros(1, dtype=torch.long))
+    last = build.input("last", torch.zeros(1, dtype=torch.long))
+    outputs = step.build(build, ids, start, last, _caches(build, step))
+    return _finished(build, step, ("token",), outputs)
 
 
 def _caches(build: OnnxBuilder, step: FunctionalStep) -> list[OnnxValue]:
@@ -269,10 +193,33 @@ def _caches(build: OnnxBuilder, step: FunctionalStep) -> list[OnnxValue]:
 
 
 def _finished(
-    build: OnnxBuilder,
-    step: FunctionalStep,
-    names: Sequence[str],
-    outputs: Sequence[OnnxValue],
+    build: OnnxBuilder, step: FunctionalStep, names: Sequence[str], outputs: Sequence[OnnxValue]
 ) -> Any:
     rows = [f"new_{role.name}" for role in step.caches]
     return build.finish(dict(zip([*names, *rows], outputs, strict=True)))
+
+
+def _write(
+    folder: Path, models: Mapping[str, Any], metadata: dict[str, Any], tensors: Mapping[str, Tensor]
+) -> None:
+    """Write ``models`` by file name, and one file of the ``tensors`` they read, whose size is added
+    to ``metadata``."""
+    import onnx
+    import onnx_ir
+
+    initializers = [model.graph.initializers for model in models.values()]
+    read = [name for name in tensors if any(name in own for own in initializers)]
+    arrays = [
+        onnx_ir.Tensor(tensors[name].detach().contiguous().numpy(), name=name) for name in read
+    ]
+    written = onnx_ir.external_data.convert_tensors_to_external(
+        arrays, folder, WEIGHTS, alignment=ALIGNMENT
+    )
+    metadata["weights"] = (folder / WEIGHTS).stat().st_size
+    for file, model in models.items():
+        model.metadata_props[ENTRY] = OnnxMetadata(**metadata).to_json()
+        for name, tensor in zip(read, written, strict=True):
+            if name in model.graph.initializers:
+                model.graph.initializers[name].const_value = tensor
+        onnx_ir.save(model, folder / file)
+        onnx.checker.check_model(str(folder / file), full_check=True)

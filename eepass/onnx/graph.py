@@ -42,23 +42,18 @@ class OnnxBuilder:
         import onnx_ir
 
         self.ir, self.tensors = onnx_ir, tensors
-        self.graph = onnx_ir.Graph(
-            [], [], nodes=[], name=name, opset_imports={"": OPSET, DOMAIN: 1}
-        )
+        opsets = {"": OPSET, DOMAIN: 1}
+        self.graph = onnx_ir.Graph([], [], nodes=[], name=name, opset_imports=opsets)
         self._weights: dict[str, OnnxValue] = {}
         self._constants: dict[str, OnnxValue] = {}
         self._functions: dict[Hashable, tuple[Any, list[Tensor]]] = {}
         self._count = 0
 
-    def input(self, name: str, like: Tensor) -> OnnxValue:
-        value = self._value(name, like)
-        self.graph.inputs.append(value)
-        return OnnxValue(value, like)
-
-    def default(self, given: OnnxValue, tensor: Tensor) -> None:
-        """Make ``tensor`` the value of an input that is not given."""
-        given.value.const_value = self.ir.Tensor(tensor.numpy(), name=given.value.name)
-        self.graph.register_initializer(given.value)
+    def input(self, name: str, like: Tensor, default: bool = False) -> OnnxValue:
+        """An input; with ``default``, ``like`` is its value where it is not given."""
+        given = self._initializer(name, like) if default else self._value(name, like)
+        self.graph.inputs.append(given.value)
+        return given
 
     def weight(self, name: str) -> OnnxValue:
         if name not in self._weights:
@@ -75,32 +70,29 @@ class OnnxBuilder:
     def call(self, call: Call) -> list[OnnxValue]:
         node, results = self._call(call)
         self.graph.append(node)
-        return _values(node, results)
+        return results
 
     def branch(
-        self,
-        condition: OnnxValue,
-        then: Call | Sequence[OnnxValue],
+        self, condition: OnnxValue, then: Call | Sequence[OnnxValue],
         otherwise: Call | Sequence[OnnxValue],
-    ) -> list[OnnxValue]:
+    ) -> list[OnnxValue]:  # fmt: skip
         ir, branches = self.ir, []
-        results: list[Tensor] = []
+        results: list[OnnxValue] = []
         for name, case in (("then_branch", then), ("else_branch", otherwise)):
             if isinstance(case, Call):
                 node, results = self._call(case)
-                nodes, outputs = [node], list(node.outputs)
+                nodes = [node]
             else:
-                results = [each.like for each in case]
                 nodes = [ir.Node("", "Identity", [each.value]) for each in case]
-                for node, like in zip(nodes, results, strict=True):
-                    self._name(node, [like])
-                outputs = [node.outputs[0] for node in nodes]
+                pairs = zip(nodes, case, strict=True)
+                results = [self._results(node, [each.like])[0] for node, each in pairs]
+            outputs = [result.value for result in results]
             body = ir.Graph([], outputs, nodes=nodes, name=f"{name}_{self._count}")
             branches.append(ir.AttrGraph(name, body))
         node = ir.Node("", "If", [condition.value], branches, num_outputs=len(results))
-        self._name(node, results)
+        results = self._results(node, [result.like for result in results])
         self.graph.append(node)
-        return _values(node, results)
+        return results
 
     def finish(self, outputs: Mapping[str, OnnxValue]) -> Any:
         """The model, in standard operators only; constants and weights are initialisers of the
@@ -131,15 +123,14 @@ class OnnxBuilder:
                 each(model)
         return model
 
-    def _call(self, call: Call) -> tuple[Any, list[Tensor]]:
+    def _call(self, call: Call) -> tuple[Any, list[OnnxValue]]:
         if call.key not in self._functions:
             examples = [each.like for each in call.operands]
             self._functions[call.key] = self._exported(call.function, examples)
-        function, results = self._functions[call.key]
+        function, likes = self._functions[call.key]
         inputs = [each.value for each in call.operands]
-        node = self.ir.Node(DOMAIN, function.name, inputs, num_outputs=len(results))
-        self._name(node, results)
-        return node, results
+        node = self.ir.Node(DOMAIN, function.name, inputs, num_outputs=len(likes))
+        return node, self._results(node, likes)
 
     def _exported(self, function: Function, examples: list[Tensor]) -> tuple[Any, list[Tensor]]:
         """``function`` as an ONNX function of as many inputs as there are examples."""
@@ -167,27 +158,25 @@ class OnnxBuilder:
         return ir.Function(DOMAIN, name, graph=graph, attributes=[]), results
 
     def _initializer(self, name: str, tensor: Tensor) -> OnnxValue:
-        value = self._value(name, tensor)
-        value.const_value = self.ir.Tensor(tensor.contiguous().numpy(), name=name)
-        self.graph.register_initializer(value)
-        return OnnxValue(value, tensor)
+        made = self._value(name, tensor)
+        made.value.const_value = self.ir.Tensor(tensor.contiguous().numpy(), name=name)
+        self.graph.register_initializer(made.value)
+        return made
 
-    def _name(self, node: Any, results: Sequence[Tensor]) -> None:
+    def _results(self, node: Any, likes: Sequence[Tensor]) -> list[OnnxValue]:
+        """The results of ``node``, named and typed."""
         node.name = f"step_{self._count}"
-        for index, (value, like) in enumerate(zip(node.outputs, results, strict=True)):
+        for index, (value, like) in enumerate(zip(node.outputs, likes, strict=True)):
             value.name = f"value_{self._count}_{index}"
             value.dtype = self.ir.tensor_adapters.from_torch_dtype(like.dtype)
             value.shape = self.ir.Shape(like.shape)
         self._count += 1
+        return list(map(OnnxValue, node.outputs, likes))
 
-    def _value(self, name: str, like: Tensor) -> Any:
+    def _value(self, name: str, like: Tensor) -> OnnxValue:
         ir = self.ir
         kind = ir.TensorType(ir.tensor_adapters.from_torch_dtype(like.dtype))
-        return ir.Value(name=name, shape=ir.Shape(like.shape), type=kind)
-
-
-def _values(node: Any, results: Sequence[Tensor]) -> list[OnnxValue]:
-    return [OnnxValue(value, like) for value, like in zip(node.outputs, results, strict=True)]
+        return OnnxValue(ir.Value(name=name, shape=ir.Shape(like.shape), type=kind), like)
 
 
 class _Module(torch.nn.Module):

@@ -15,6 +15,9 @@ import numpy as np
 from eepass.errors import InputError
 from eepass.onnx.files import AGAIN, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 
+# of ONNX Runtime's names for them
+DTYPES = {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}
+
 
 class OnnxStep(NamedTuple):
     """A token of the answer and its exit layer."""
@@ -38,25 +41,22 @@ class OnnxDecoder:
                 raise InputError(
                     f"{file}: no {name} beside it: not written by eepass export-onnx, or in part"
                 )
-        self._decode = self._session(file)
-        self.metadata = self._metadata(file, self._decode)
+        decode, self.metadata = self._session(file)
         size = (file.parent / WEIGHTS).stat().st_size
         if size != self.metadata.weights:
             raise InputError(
                 f"{file.parent / WEIGHTS}: {size} bytes, not {self.metadata.weights}; {AGAIN}"
             )
-        prompt = file.parent / PROMPT
-        self._prompt = self._session(prompt)
-        if self._metadata(prompt, self._prompt) != self.metadata:
-            raise InputError(f"{prompt}: of another export than {file.name}; {AGAIN}")
-        inputs = [x for x in self._prompt.get_inputs() if x.name.startswith(("keys.", "values."))]
+        prompt, metadata = self._session(file.parent / PROMPT)
+        if metadata != self.metadata:
+            raise InputError(f"{file.parent / PROMPT}: of another export than {file.name}; {AGAIN}")
+        inputs = [x for x in prompt.get_inputs() if x.name.startswith(("keys.", "values."))]
         self.caches = {x.name: np.zeros(x.shape, np.float32) for x in inputs}
-        layers = self.metadata.layers + 1
-        self.thresholds = np.full(layers, NEVER, np.float32)
+        self.thresholds = np.full(self.metadata.layers + 1, NEVER, np.float32)
         for layer, threshold in self.metadata.exits.items():
             self.thresholds[int(layer)] = threshold
-        self._bound_prompt = _Bound(self._runtime, self._prompt, self.caches)
-        self._bound_decode = _Bound(self._runtime, self._decode, self.caches)
+        self._prompt = _Bound(self._runtime, prompt, self.caches)
+        self._decode = _Bound(self._runtime, decode, self.caches)
 
     def stream(
         self,
@@ -100,8 +100,8 @@ class OnnxDecoder:
             chunk = list(ids[start : start + size])
             padded = np.array([chunk + chunk[-1:] * (size - len(chunk))])
             inputs = {"ids": padded, "start": [start], "last": [len(chunk) - 1]}
-            token = int(self._bound_prompt.run(inputs)["token"][0])
-            self._bound_prompt.keep(start, len(chunk))
+            token = int(self._prompt.run(inputs)["token"][0])
+            self._prompt.keep(start, len(chunk))
         return token
 
     def step(
@@ -114,19 +114,18 @@ class OnnxDecoder:
             "recent": recent,
             "threshold": self.thresholds if thresholds is None else thresholds,
         }
-        found = self._bound_decode.run(inputs)
-        self._bound_decode.keep(position, 1)
-        return OnnxStep(int(found["token"][0]), int(found["exit_layer"][0])), found[
-            "new_recent"
-        ].copy()
+        found = self._decode.run(inputs)
+        self._decode.keep(position, 1)
+        step = OnnxStep(int(found["token"][0]), int(found["exit_layer"][0]))
+        return step, found["new_recent"].copy()
 
-    def _session(self, file: Path) -> Any:
+    def _session(self, file: Path) -> tuple[Any, OnnxMetadata]:
         options = self._runtime.SessionOptions()
         options.intra_op_num_threads = self.threads
         # log fatal errors only: all others are raised
         options.log_severity_level = 4
         try:
-            return self._runtime.InferenceSession(
+            session = self._runtime.InferenceSession(
                 str(file), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # onnxruntime's errors share no type of their own
@@ -134,11 +133,8 @@ class OnnxDecoder:
             raise InputError(
                 f"{file}: ONNX Runtime cannot load it, or {WEIGHTS} beside it; {AGAIN} ({reason})"
             ) from error
-
-    @staticmethod
-    def _metadata(file: Path, session: Any) -> OnnxMetadata:
         entries: Mapping[str, str] = session.get_modelmeta().custom_metadata_map
-        return OnnxMetadata.read(entries.get(ENTRY), file)
+        return session, OnnxMetadata.read(entries.get(ENTRY), file)
 
 
 class _Bound:
@@ -147,28 +143,20 @@ class _Bound:
     def __init__(self, runtime: Any, session: Any, caches: Mapping[str, np.ndarray]) -> None:
         self.session = session
         self.binding = session.io_binding()
-        self.inputs: dict[str, np.ndarray] = {}
-        self.outputs: dict[str, np.ndarray] = {}
-        value_of = runtime.OrtValue.ortvalue_from_numpy
+        self.inputs, self.outputs = dict(caches), dict[str, np.ndarray]()
         # the binding does not keep the arrays alive
-        self.values = []
+        self.values: list[Any] = []
+
+        def bind(bound: Any, arrays: dict[str, np.ndarray], bind_value: Any) -> None:
+            array = arrays.setdefault(bound.name, np.zeros(bound.shape, DTYPES[bound.type]))
+            self.values.append(runtime.OrtValue.ortvalue_from_numpy(array))
+            bind_value(bound.name, self.values[-1])
+
         for each in (*session.get_inputs(), *session.get_overridable_initializers()):
-            if each.name in caches:
-                array = caches[each.name]
-            else:
-                array = np.zeros(each.shape, _dtype(each.type))
-                self.inputs[each.name] = array
-            self.values.append(value_of(array))
-            self.binding.bind_ortvalue_input(each.name, self.values[-1])
+            bind(each, self.inputs, self.binding.bind_ortvalue_input)
         for each in session.get_outputs():
-            self.outputs[each.name] = np.zeros(each.shape, _dtype(each.type))
-            self.values.append(value_of(self.outputs[each.name]))
-            self.binding.bind_ortvalue_output(each.name, self.values[-1])
-        self._new = [
-            (self.outputs[f"new_{name}"], cache)
-            for name, cache in caches.items()
-            if f"new_{name}" in self.outputs
-        ]
+            bind(each, self.outputs, self.binding.bind_ortvalue_output)
+        self._new = [(self.outputs[f"new_{name}"], cache) for name, cache in caches.items()]
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
         """Outputs by name, overwritten by the next run."""
@@ -181,7 +169,3 @@ class _Bound:
         """Write the first ``count`` new rows to the caches, from ``slot`` on."""
         for rows, cache in self._new:
             cache[:, :, slot : slot + count] = rows[:, :, :count]
-
-
-def _dtype(name: str) -> Any:
-    return {"tensor(float)": np.float32, "tensor(int64)": np.int64, "tensor(bool)": np.bool_}[name]

@@ -21,51 +21,33 @@ exit; with ``drop`` nobody does.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eepass.exit_rule import among_drafts, wants_exit
-from eepass.passes.exits.step_builder import (
-    Builder,
-    Call,
-    StepCalls,
-    Value,
-    called,
-    likeliest,
-)
+from eepass.passes.exits.step_builder import Builder, Call, StepCalls, Value, called, likeliest
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.segments import Input, SplitDecoder
-
-
-class ChainOutputs(NamedTuple):
-    """token [1], exit_layer [1], the hidden state at the exit [1, 1, H], and the rows of keys and
-    values where layers return them."""
-
-    token: Value
-    exit_layer: Value
-    hidden: Value
-    kv_rows: list[Value]
 
 
 class ExitChain(StepCalls):
     """One token through a decoder with the exits of ``plan``."""
 
     def __init__(
-        self,
-        build: Builder,
-        split: SplitDecoder,
-        segments: ExitSegments,
-        plan: ExitPlan,
+        self, build: Builder, split: SplitDecoder, segments: ExitSegments, plan: ExitPlan,
         value_of: Callable[[Input], Value],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(build, split, value_of)
         self.segments, self.plan = segments, plan
 
-    def write(self, active: Value, threshold: Value, draft: Value) -> ChainOutputs:
+    def write(
+        self, active: Value, threshold: Value, draft: Value
+    ) -> tuple[Value, Value, Value, list[Value]]:
         """active bool [L + 1] and threshold float32 [L + 1] by exit layer; draft int64 [1, K]:
-        the draft tokens, unless they are taken from a hidden state on the way."""
+        the draft tokens, unless they are taken from a hidden state on the way. Returns token [1],
+        exit_layer [1], the hidden state at the exit [1, 1, H], and the rows of keys and values
+        where layers return them."""
         build, plan = self.build, self.plan
         hidden = self.begin()
         done = build.constant(torch.tensor(False))
@@ -84,13 +66,10 @@ class ExitChain(StepCalls):
                 wanted, previous, z = self._predict(
                     index + 1, number, active, threshold, done, hidden, draft, previous
                 )
-                done, token, exit_layer = build.branch(
-                    wanted,
-                    self._verify(number, z, draft, token, exit_layer),
-                    [done, token, exit_layer],
-                )
+                verify = self._verify(number, z, draft, token, exit_layer)
+                done, token, exit_layer = build.branch(wanted, verify, [done, token, exit_layer])
         (token,) = build.branch(done, [token], self.head(hidden, self.split.head.whole))
-        return ChainOutputs(token, exit_layer, hidden, rows)
+        return token, exit_layer, hidden, rows
 
     def _fill(self, index: int, hidden: Value) -> Call | Sequence[Value]:
         """What stands in for a layer that is skipped."""
@@ -101,22 +80,22 @@ class ExitChain(StepCalls):
             return [hidden, *map(self.build.constant, zeros)]
 
         def project(given: Mapping[Input, Tensor], hidden: Tensor) -> Sequence[Tensor]:
-            written = called(fill, given, hidden=hidden)
+            written = called(fill, given, hidden)
             return [hidden, *(written if rows else ())]
 
-        return self.reading((fill,), "fill", fill.structure, project, [hidden])
+        return self.reading("fill", [fill], project, hidden)
 
     def _draft(self, active: Value, hidden: Value, draft: Value) -> Value:
         normed, logits = self.segments.normed, self.segments.draft
 
         def run(given: Mapping[Input, Tensor], hidden: Tensor, hot: Tensor) -> Sequence[Tensor]:
-            (z,) = called(normed, given, hidden=hidden)
-            (ranked,) = called(logits, given, hidden=z)
+            (z,) = called(normed, given, hidden)
+            (ranked,) = called(logits, given, z)
             return [hot[ranked[0].topk(self.plan.draft_tokens, -1).indices]]
 
-        (needed,) = self.build.call(Call("any_active", "", _any, [active]))
-        operands = [hidden, self.build.weight("hot.ids")]
-        call = self.reading((normed, logits), "draft", "", run, operands)
+        (needed,) = self.build.call(Call("any_active", lambda active: [active.any()], [active]))
+        hot = self.build.weight("hot.ids")
+        call = self.reading("draft", [normed, logits], run, hidden, hot)
         return self.build.branch(needed, call, [draft])[0]
 
     def _predict(
@@ -131,14 +110,17 @@ class ExitChain(StepCalls):
             draft: Tensor, previous: Tensor,
         ) -> Sequence[Tensor]:  # fmt: skip
             probability, probabilities, z = called(
-                predictor, given, hidden=hidden, draft=draft, previous=previous
+                predictor, given, hidden, draft=draft, previous=previous
             )[:3]
             wanted = wants_exit(probability, threshold.index_select(0, number))
             return wanted[0], probabilities, z
 
-        (needed,) = self.build.call(Call("is_needed", "", _is_needed, [active, number, done]))
+        def is_needed(active: Tensor, number: Tensor, done: Tensor) -> Sequence[Tensor]:
+            return [active.index_select(0, number)[0] & ~done]
+
+        (needed,) = self.build.call(Call("is_needed", is_needed, [active, number, done]))
         operands = [number, threshold, hidden, draft, previous]
-        call = self.reading((predictor,), "predict", predictor.structure, run, operands)
+        call = self.reading("predict", [predictor], run, *operands)
         no = self.build.constant(torch.tensor(False))
         return self.build.branch(needed, call, [no, previous, hidden])
 
@@ -155,21 +137,9 @@ class ExitChain(StepCalls):
             best = likeliest(verify, given, z)
             verified = hot_ids[0][best] if hot else best
             exits = among_drafts(verified, draft)
-            return (
-                exits[0],
-                torch.where(exits, verified, token),
-                torch.where(exits, number, exit_layer),
-            )
+            token = torch.where(exits, verified, token)
+            return exits[0], token, torch.where(exits, number, exit_layer)
 
-        operands = [number, z, draft, token, exit_layer]
-        if hot:
-            operands.append(self.build.weight("hot.ids"))
-        return self.reading((verify,), "verify", "", run, operands)
-
-
-def _any(active: Tensor) -> Sequence[Tensor]:
-    return [active.any()]
-
-
-def _is_needed(active: Tensor, number: Tensor, done: Tensor) -> Sequence[Tensor]:
-    return [active.index_select(0, number)[0] & ~done]
+        hot_ids = [self.build.weight("hot.ids")] if hot else []
+        operands = [number, z, draft, token, exit_layer, *hot_ids]
+        return self.reading("verify", [verify], run, *operands)

@@ -28,27 +28,16 @@ import eepass.ops.fused  # noqa: F401  the operators must be defined before they
 from eepass.errors import PassError
 from eepass.kernel_forms import HeadChain
 from eepass.passes.exits.read_head_chain import read_head_chain
-from eepass.passes.exits.trace_segment import (
-    DRAFT,
-    HIDDEN,
-    PREVIOUS,
-    Get,
-    SegmentTracer,
-    predictor_names,
-    translator_names,
-)
+from eepass.passes.exits.trace_segment import DRAFT, PREVIOUS, Get, SegmentTracer
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, FusedExits
-from eepass.segments import Segment, SplitDecoder
+from eepass.segments import HIDDEN, Segment, SplitDecoder
 
 
 def fuse_exit_predictor(
-    split: SplitDecoder,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
-    report: PassReport,
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport,
     rows: int = 1,
-) -> FusedExits | None:
+) -> FusedExits | None:  # fmt: skip
     """The exit points of ``plan`` for ``rows`` rows, or None with the reason in ``report``.
 
     ``split`` is the decoder for one row; ``tensors`` the model's and the artefact's.
@@ -71,13 +60,9 @@ def fuse_exit_predictor(
 
 class _Tracer(SegmentTracer):
     def __init__(
-        self,
-        split: SplitDecoder,
-        plan: ExitPlan,
-        tensors: Mapping[str, Tensor],
-        chain: HeadChain,
+        self, split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], chain: HeadChain,
         rows: int,
-    ) -> None:
+    ) -> None:  # fmt: skip
         tensors = {**tensors, **plan.threshold_tensors()}
         super().__init__(split, tensors, plan.draft_tokens, rows)
         self.chain, self.plan = chain, plan
@@ -87,8 +72,8 @@ class _Tracer(SegmentTracer):
 
     def predictor(self, layer: int, translated: bool) -> Segment:
         chain = self.chain
-        before = [*(translator_names(layer) if translated else ["", "", ""]), *self.norm]
-        mlp = [*predictor_names(layer), f"predictor.{layer}.threshold"]
+        before = [*(self.translator_names(layer) if translated else ["", "", ""]), *self.norm]
+        mlp = [*self.predictor_names(layer), f"predictor.{layer}.threshold"]
 
         def run(get: Get, hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
             probability, probabilities, z, exits = torch.ops.eepass.exit_predictor(

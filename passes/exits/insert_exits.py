@@ -35,12 +35,9 @@ aten = torch.ops.aten
 
 
 def insert_exits(
-    split: SplitDecoder,
-    segments: ExitSegments,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
+    split: SplitDecoder, segments: ExitSegments, plan: ExitPlan, tensors: Mapping[str, Tensor],
     report: PassReport,
-) -> Segment:
+) -> Segment:  # fmt: skip
     """The exit graph for one row.
 
     Inputs: ids, positions, masks, keys, values and slots as in the traced decoder; ``active``
@@ -48,20 +45,19 @@ def insert_exits(
     the plan takes its draft tokens from no hidden state); parameters by name. Outputs: token [1],
     exit_layer [1], hidden [1, 1, H], the hidden state at the exit.
     """
-    examples: dict[Input, Tensor] = {}
-    for segment in (split.embed, split.positional, *split.layers, *split.kv_fills):
-        examples |= segment.examples
+    read = (split.embed, split.positional, *split.layers, *split.kv_fills)
+    examples = {role: like for segment in read for role, like in segment.examples.items()}
     build = _GraphBuilder(tensors)
     by_layer = torch.zeros(plan.num_layers + 1)
     draft = torch.zeros(1, plan.draft_tokens, dtype=torch.long)
     chain = ExitChain(build, split, segments, plan, lambda role: build.input(role, examples[role]))
-    out = chain.write(
+    token, exit_layer, hidden, _ = chain.write(
         build.input(Input("draft", "active"), by_layer.bool()),
         build.input(Input("draft", "threshold"), by_layer),
         build.input(Input("draft", "draft"), draft),
     )
     report.rewritten += plan.num_layers
-    return build.finish(out.token, out.exit_layer, out.hidden)
+    return build.finish(token, exit_layer, hidden)
 
 
 class _GraphBuilder:
@@ -105,17 +101,19 @@ class _GraphBuilder:
     def branch(
         self, condition: Node, then: Call | Sequence[Node], otherwise: Call | Sequence[Node]
     ) -> list[Node]:
+        cases = [
+            case if isinstance(case, Call) else Call("keep", lambda *values: values, case)
+            for case in (then, otherwise)
+        ]
         # both branches take the same operands, and export wants each of them once
-        operands = list(dict.fromkeys((*_operands(then), *_operands(otherwise))))
-        names = [self._branch(case, operands) for case in (then, otherwise)]
+        operands = list(dict.fromkeys(node for case in cases for node in case.operands))
+        names = [self._branch(case, operands) for case in cases]
         branches = (self.graph.get_attr(name) for name in names)
         out = self.graph.call_function(cond, (condition, *branches, tuple(operands)))
         (results,) = getattr(self.root, names[0]).graph.output_node().args
-        nodes = []
-        for place, result in enumerate(results):
-            node = self.graph.call_function(operator.getitem, (out, place))
+        nodes = [self.graph.call_function(operator.getitem, (out, n)) for n in range(len(results))]
+        for node, result in zip(nodes, results, strict=True):
             node.meta["val"] = result.meta["val"]
-            nodes.append(node)
         return nodes
 
     def finish(self, *outputs: Node) -> Segment:
@@ -125,21 +123,19 @@ class _GraphBuilder:
         module.graph.lint()
         return Segment(module, tuple(self.inputs))
 
-    def _branch(self, case: Call | Sequence[Node], operands: Sequence[Node]) -> str:
+    def _branch(self, case: Call, operands: Sequence[Node]) -> str:
         """The name of the submodule that takes ``operands`` and returns the results of ``case``."""
-        places = [operands.index(node) for node in _operands(case)]
-        kind, structure, function = "keep", "", _keep
-        if isinstance(case, Call):
-            kind, structure, function = case.kind, case.structure, case.function
+        places = [operands.index(node) for node in case.operands]
         likes = [node.meta["val"] for node in operands]
-        key = (kind, structure, *places, *((x.shape, x.stride(), x.dtype) for x in likes))
+        key = (case.key, *places, *((x.shape, x.stride(), x.dtype) for x in likes))
         if key not in self.names:
-            number = Counter(name.rpartition("_")[0] for name in self.names.values())[kind]
-            self.names[key] = f"{kind}_{number}"
-            branch = self._trace(
-                lambda *values: unaliased(function(*(values[place] for place in places))), operands
-            )
-            setattr(self.root, self.names[key], branch)
+            number = Counter(name.rpartition("_")[0] for name in self.names.values())[case.kind]
+            self.names[key] = f"{case.kind}_{number}"
+
+            def run(*values: Tensor) -> Sequence[Tensor]:
+                return unaliased(case.function(*(values[place] for place in places)))
+
+            setattr(self.root, self.names[key], self._trace(run, operands))
         return self.names[key]
 
     def _trace(self, function: Function, operands: Sequence[Node]) -> GraphModule:
@@ -150,11 +146,3 @@ class _GraphBuilder:
     def _fake(self, like: Tensor) -> Tensor:
         with self.mode:
             return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-
-
-def _keep(*values: Tensor) -> Sequence[Tensor]:
-    return values
-
-
-def _operands(case: Call | Sequence[Node]) -> Sequence[Node]:
-    return case.operands if isinstance(case, Call) else case

@@ -15,36 +15,26 @@ a hidden state. Of a quantised head the operators are ``quantized_draft_logits``
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eepass.errors import PassError
-from eepass.passes.exits.trace_segment import (
-    DRAFT,
-    HIDDEN,
-    PREVIOUS,
-    Get,
-    SegmentTracer,
-    predictor_names,
-    translator_names,
-)
+from eepass.passes.exits.trace_segment import DRAFT, PREVIOUS, Get, SegmentTracer
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
-from eepass.segments import Segment, SplitDecoder
+from eepass.segments import HIDDEN, Segment, SplitDecoder
 
 # how the names of an LM head's parts end: weight or codes, scales, minima
 PARTS = ("", ".scales", ".mins")
 
 
 def insert_predictors(
-    split: SplitDecoder,
-    plan: ExitPlan,
-    tensors: Mapping[str, Tensor],
-    report: PassReport,
+    split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor], report: PassReport,
     rows: int = 1,
-) -> ExitSegments:
+) -> ExitSegments:  # fmt: skip
     """The segments that run at the exit points of ``plan``, for ``rows`` rows; ``split`` is the
     decoder for one row.
 
@@ -54,22 +44,15 @@ def insert_predictors(
     if split.head.norm is None:
         raise PassError(f"early exits need single rows of the LM head: {split.head.reason}")
     trace = _Tracer(split, tensors, plan.draft_tokens, rows)
-    predictors = {}
-    for point in plan.exits:
-        predictors[point.layer] = trace.predictor(point.layer, point.translated)
-        report.rewritten += 1
+    report.rewritten += len(plan.exits)
     for layer in range(1, plan.num_layers + 1):
         if plan.at(layer) is None:
             report.skip(f"layer {layer}", "the plan has no exit here")
-    drafting = plan.at(plan.draft_layer)
-    translated = f"translator.{plan.draft_layer}.down" in tensors or (
-        drafting is not None and drafting.translated
-    )
     return ExitSegments(
-        predictors=predictors,
+        predictors={p.layer: trace.predictor(p.layer, p.translated) for p in plan.exits},
         verify=trace.logits(hot=plan.verify == "hot"),
         draft=trace.logits(hot=True),
-        normed=trace.normed(plan.draft_layer, translated),
+        normed=trace.normed(plan.draft_layer),
     )
 
 
@@ -82,32 +65,27 @@ class _Tracer(SegmentTracer):
         self.head, self.norm_names = split.head, split.head.norm.parameters
 
     def predictor(self, layer: int, translated: bool) -> Segment:
-        translator = translator_names(layer) if translated else []
+        translator = self.translator_names(layer) if translated else []
         head = [self.head.parts.get(end, "") for end in PARTS]
-        mlp = predictor_names(layer)
+        mlp = self.predictor_names(layer)
 
         def run(get: Get, hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
-            z = self._normed(get, hidden, translator)
+            z = self._normed(translator, get, hidden)
             rows, bias = [get(name) for name in head], get(self.head.bias)
             if self.head.scales:
                 logits = torch.ops.eepass.quantized_draft_logits(z[0], *rows, bias, draft)
             else:
                 logits = torch.ops.eepass.draft_logits(z[0], rows[0], bias, draft)
             logits = self._transformed(logits)
-            probability, probabilities = torch.ops.eepass.predict_exit(
-                logits, previous, *map(get, mlp)
-            )
-            return probability, probabilities, z
+            return *torch.ops.eepass.predict_exit(logits, previous, *map(get, mlp)), z
 
         names = [*translator, *self.norm_names, *head, self.head.bias, *mlp]
         return self.trace(run, (HIDDEN, DRAFT, PREVIOUS), names)
 
-    def normed(self, layer: int, translated: bool) -> Segment:
-        translator = translator_names(layer) if translated else []
-
-        def run(get: Get, hidden: Tensor) -> Tensor:
-            return self._normed(get, hidden, translator)
-
+    def normed(self, layer: int) -> Segment:
+        translated = f"translator.{layer}.down" in self.tensors
+        translator = self.translator_names(layer) if translated else []
+        run = partial(self._normed, translator)
         return self.trace(run, (HIDDEN,), [*translator, *self.norm_names])
 
     def logits(self, hot: bool) -> Segment:
@@ -119,21 +97,19 @@ class _Tracer(SegmentTracer):
         def run(get: Get, z: Tensor) -> Tensor:
             rows = [get(name) for name in names]
             if self.head.scales:
-                logits = torch.ops.eepass.quantized_logits(
-                    z[0], *rows, get(bias), self.head.dynamic
-                )
+                dynamic = self.head.dynamic
+                logits = torch.ops.eepass.quantized_logits(z[0], *rows, get(bias), dynamic)
             else:
                 logits = torch.ops.eepass.logits_rows(z[0], rows[0], get(bias))
             return self._transformed(logits)[None]
 
         return self.trace(run, (HIDDEN,), [*names, bias])
 
-    def _normed(self, get: Get, hidden: Tensor, translator: list[str]) -> Tensor:
+    def _normed(self, translator: list[str], get: Get, hidden: Tensor) -> Tensor:
         if translator:
             hidden = torch.ops.eepass.translate(hidden[0], *map(get, translator))[None]
         return self.head.normed(hidden, {name: get(name) for name in self.norm_names})
 
     def _transformed(self, logits: Tensor) -> Tensor:
-        if self.head.transform is None:
-            return logits
-        return self.head.transform.graph(logits).float()
+        transform = self.head.transform
+        return logits if transform is None else transform.graph(logits).float()

@@ -72,6 +72,7 @@ class _Logits:
 
 
 Value = Hidden | _Moment | Weight | Normed | _Logits
+Step = Callable[[Any, list[Any]], Value | None]
 
 
 def read_head_chain(head: Head) -> HeadChain:
@@ -91,9 +92,6 @@ def read_head_chain(head: Head) -> HeadChain:
         found.norm, found.eps, found.weight.name, found.bias, found.weight.offset, head.weight,
         head.bias, logits.scale, logits.cap,
     )  # fmt: skip
-
-
-Step = Callable[[Any, list[Any]], Value | None]
 
 
 def norms_within(segment: Segment) -> dict[Node, Normed]:

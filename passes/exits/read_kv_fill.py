@@ -64,7 +64,7 @@ def read_kv_fill(fill: Segment, tensors: Mapping[str, Tensor]) -> KvForm:
     """
     role = fill.roles
     normed = norms_within(fill)
-    writes: dict[str, Node] = {}
+    writes: dict[str, Any] = {}
     for node in fill.graph.graph.find_nodes(op="call_function", target=aten.index_copy_.default):
         writes[role[node.args[0]].kind] = node
     if writes.keys() != {"keys", "values"}:
@@ -73,7 +73,7 @@ def read_kv_fill(fill: Segment, tensors: Mapping[str, Tensor]) -> KvForm:
     if normed[key.state] != normed[value.state] or key.transposed != value.transposed:
         raise PassError("keys and values are not computed from the same normed hidden state")
     norm = normed[key.state]
-    shapes = [_node(writes[kind].args[0]).meta["val"].shape for kind in ("keys", "values")]
+    shapes = [writes[kind].args[0].meta["val"].shape for kind in ("keys", "values")]
     if shapes[0] != shapes[1]:
         raise PassError("keys and values differ in shape")
     groups, channels = shapes[0][1], shapes[0][-1]
@@ -117,11 +117,6 @@ def read_kv_fill(fill: Segment, tensors: Mapping[str, Tensor]) -> KvForm:
     raise PassError("keys and values are not what norm, projection and rotary embedding give")
 
 
-def _node(value: Any) -> Node:
-    assert isinstance(value, Node)
-    return value
-
-
 def _projection(write: Node, normed: Mapping[Node, Any], role: Mapping[Node, Input]) -> _Linear:
     found = [linear for node in ancestors([write]) if (linear := _linear(node, normed)) is not None]
     if len(found) != 1:
@@ -143,10 +138,10 @@ def _linear(node: Node, normed: Mapping[Node, Any]) -> _Linear | None:
         flipped = args[1].target in TRANSPOSES
         weight = args[1].args[0] if flipped else args[1]
         linear = _Linear(node, args[0], weight, None, not flipped)
-        sums = [user for user in node.users if user.target is aten.add.Tensor]
+        sums: list[Any] = [user for user in node.users if user.target is aten.add.Tensor]
         if len(sums) == len(node.users) == 1 and sums[0].args[0] is node:
             # the bias is added on its own
-            linear = replace(linear, node=sums[0], bias=_node(sums[0].args[1]))
+            linear = replace(linear, node=sums[0], bias=sums[0].args[1])
     return linear if linear is not None and linear.state in normed else None
 
 
@@ -157,11 +152,9 @@ def _channels(
     outputs = linear.node.meta["val"]
     if outputs.numel() != outputs.shape[-1]:
         raise PassError("keys and values are read from a trace of one row")
-    numbers: dict[Node, Any] = {
-        **indices,
-        linear.node: torch.arange(outputs.numel()).view(outputs.shape),
-    }
-    found: Tensor | None = None
+    own = torch.arange(outputs.numel()).view(outputs.shape)
+    numbers: dict[Node, Any] = {**indices, linear.node: own}
+    found = own if own.numel() == groups * channels else None
     towards = ancestors([write])
     for node in linear.node.graph.nodes:
         source = node.args[0] if node.args else None
@@ -176,11 +169,7 @@ def _channels(
         if linear.node in ancestors([node]) and isinstance(made, Tensor):
             found = made if made.numel() == groups * channels else found
     if found is None:
-        if outputs.numel() != groups * channels:
-            raise PassError(
-                f"{write.name}: which outputs of the projection it writes cannot be read"
-            )
-        found = numbers[linear.node]
+        raise PassError(f"{write.name}: which outputs of the projection it writes cannot be read")
     found = found.reshape(groups, channels)
     first = int(found[0, 0])
     head = int(found[1, 0]) - first if groups > 1 else channels

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +31,9 @@ class Call:
     first of them. ``kind`` names what it does: "layer", "predict"."""
 
     kind: str
-    structure: str
     function: Function
     operands: Sequence[Value]
+    structure: str = ""
 
     @property
     def key(self) -> Hashable:
@@ -76,42 +77,29 @@ class StepCalls:
 
     def begin(self) -> Value:
         """The hidden state before layer 1; side inputs are computed with it."""
-        embed, positional = self.split.embed, self.split.positional
+        split = self.split
 
         def run(given: Mapping[Input, Tensor]) -> Sequence[Tensor]:
-            return [*embed.run(given.__getitem__), *positional.run(given.__getitem__)]
+            return list(split.prelude(given.__getitem__).values())
 
-        hidden, *sides = self.build.call(self.reading((embed, positional), "begin", "", run, []))
-        names = (*self.split.embed_outputs[1:], *self.split.side_outputs)
-        roles = (Input("side", name) for name in names)
-        self._sides = dict(zip(roles, sides, strict=True))
+        begin = self.reading("begin", [split.embed, split.positional], run)
+        hidden, *sides = self.build.call(begin)
+        names = (*split.embed_outputs[1:], *split.side_outputs)
+        self._sides = dict(zip((Input("side", name) for name in names), sides, strict=True))
         return hidden
 
     def layer(self, index: int, hidden: Value) -> Call:
         """Layer ``index`` of ``hidden``: its hidden state, and rows of keys and values where it
         returns them."""
         layer = self.split.layers[index]
-
-        def run(given: Mapping[Input, Tensor], hidden: Tensor) -> Sequence[Tensor]:
-            return called(layer, given, hidden=hidden)
-
-        return self.reading((layer,), "layer", layer.structure, run, [hidden])
+        return self.reading("layer", [layer], partial(called, layer), hidden)
 
     def head(self, hidden: Value, head: Segment) -> Call:
         """The token [1] with the highest logit of ``head``, from ``hidden`` [1, 1, H]."""
-
-        def run(given: Mapping[Input, Tensor], hidden: Tensor) -> Sequence[Tensor]:
-            return [likeliest(head, given, hidden)]
-
-        return self.reading((head,), "head", "", run, [hidden])
+        return self.reading("head", [head], lambda *given: [likeliest(head, *given)], hidden)
 
     def reading(
-        self,
-        segments: Sequence[Segment],
-        kind: str,
-        structure: str,
-        function: Function,
-        operands: Sequence[Value],
+        self, kind: str, segments: Sequence[Segment], function: Function, *operands: Value
     ) -> Call:
         """A call of ``function(given, *operands)``; ``given`` holds what ``segments`` read."""
         inputs = (role for segment in segments for role in segment.inputs)
@@ -122,7 +110,8 @@ class StepCalls:
             given = dict(zip(roles, tensors[count:], strict=True))
             return function(given, *tensors[:count])
 
-        return Call(kind, structure, positional, [*operands, *map(self._value, roles)])
+        structure = " ".join(segment.structure for segment in segments)
+        return Call(kind, positional, [*operands, *map(self._value, roles)], structure)
 
     def _value(self, role: Input) -> Value:
         if role.kind == "parameter":
@@ -130,11 +119,14 @@ class StepCalls:
         return self._sides[role] if role.kind == "side" else self._value_of(role)
 
 
-def called(segment: Segment, given: Mapping[Input, Tensor], **state: Tensor) -> tuple[Tensor, ...]:
-    """The outputs of ``segment``; ``state``: by kind, what changes along the step."""
+def called(
+    segment: Segment, given: Mapping[Input, Tensor], hidden: Tensor, **state: Tensor
+) -> tuple[Tensor, ...]:
+    """The outputs of ``segment``; ``state``: by kind, what else changes along the step."""
+    state["hidden"] = hidden
     return segment.run(lambda role: state[role.kind] if role.kind in STATE else given[role])
 
 
 def likeliest(segment: Segment, given: Mapping[Input, Tensor], hidden: Tensor) -> Tensor:
     """Argmax [1] of the logits [1, 1, N] that ``segment`` computes from hidden [1, 1, H]."""
-    return called(segment, given, hidden=hidden)[0][0].float().argmax(-1)
+    return called(segment, given, hidden)[0][0].float().argmax(-1)

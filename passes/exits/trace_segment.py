@@ -16,21 +16,12 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.passes.split.split_segments import structure_of
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import HIDDEN, Input, Segment, SplitDecoder
 
-HIDDEN = Input("hidden", "hidden")
 DRAFT = Input("draft", "draft")
 PREVIOUS = Input("previous", "previous")
 # gives a parameter by name; None for the name "", which stands for a parameter there is not
 Get = Callable[[str], Any]
-
-
-def translator_names(layer: int) -> list[str]:
-    return [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
-
-
-def predictor_names(layer: int) -> list[str]:
-    return [f"predictor.{layer}.{part}" for part in ("w1", "b1", "w2", "b2")]
 
 
 class SegmentTracer:
@@ -45,6 +36,14 @@ class SegmentTracer:
             DRAFT: torch.zeros(rows, draft_tokens, dtype=torch.long),
             PREVIOUS: torch.zeros(rows, draft_tokens),
         }
+
+    @staticmethod
+    def translator_names(layer: int) -> list[str]:
+        return [f"translator.{layer}.{part}" for part in ("scale", "down", "up")]
+
+    @staticmethod
+    def predictor_names(layer: int) -> list[str]:
+        return [f"predictor.{layer}.{part}" for part in ("w1", "b1", "w2", "b2")]
 
     def trace(
         self, function: Callable[..., Any], inputs: tuple[Input, ...], names: Iterable[str]

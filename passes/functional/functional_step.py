@@ -45,10 +45,8 @@ class FunctionalStep:
             raise PassError("its layers share keys and values, or write them in several places")
 
     def empty_caches(self) -> list[Tensor]:
-        like = {
-            role: value for layer in self.split.layers for role, value in layer.examples.items()
-        }
-        return [torch.zeros(like[role].shape, dtype=like[role].dtype) for role in self.caches]
+        like = [layer.examples[role] for layer in self.split.layers for role in row_inputs(layer)]
+        return [torch.zeros(each.shape, dtype=each.dtype) for each in like]
 
     def _inputs(
         self, build: Builder, ids: Value, first: Value, caches: Sequence[Value]
@@ -65,7 +63,7 @@ class FunctionalStep:
             )
             return [positions, positions[None], *masks]
 
-        slots, positions, *masks = build.call(Call("place", "", place, [first]))
+        slots, positions, *masks = build.call(Call("place", place, [first]))
         roles = (role for layer in split.layers for role in layer.inputs)
         found = {role: slots for role in roles if role.kind == "slots"}
         found |= zip((Input("mask", name) for name in split.windows), masks, strict=True)
@@ -109,9 +107,14 @@ class FunctionalDecodeStep(FunctionalStep):
         inputs = self._inputs(build, ids, position, caches)
         chain = ExitChain(build, self.split, self.segments, self.plan, inputs.__getitem__)
         draft = build.constant(torch.zeros(1, self.plan.draft_tokens, dtype=torch.long))
-        out = chain.write(self._active(build, recent, threshold), threshold, draft)
-        (recent,) = build.call(Call("remember", "", _remember, [recent, out.exit_layer]))
-        return [out.token, out.exit_layer, recent, *out.kv_rows]
+        active = self._active(build, recent, threshold)
+        token, exit_layer, _, rows = chain.write(active, threshold, draft)
+
+        def remember(recent: Tensor, exit_layer: Tensor) -> Sequence[Tensor]:
+            return [torch.cat([recent[1:], exit_layer])]
+
+        (recent,) = build.call(Call("remember", remember, [recent, exit_layer]))
+        return [token, exit_layer, recent, *rows]
 
     def _active(self, build: Builder, recent: Value, threshold: Value) -> Value:
         """Which predictors run, bool [L + 1]."""
@@ -130,7 +133,7 @@ class FunctionalDecodeStep(FunctionalStep):
             build.constant(torch.tensor([n in chosen for n in layers]))
             for chosen in (self.segments.predictors, self.fixed)
         )
-        return build.call(Call("active", "", active, [recent, threshold, exits, fixed]))[0]
+        return build.call(Call("active", active, [recent, threshold, exits, fixed]))[0]
 
 
 class FunctionalPromptStep(FunctionalStep):
@@ -152,13 +155,9 @@ class FunctionalPromptStep(FunctionalStep):
         for index in range(len(self.split.layers)):
             hidden, *new = build.call(step.layer(index, hidden))
             rows += new
-        (row,) = build.call(Call("last_row", "", _row, [hidden, last]))
-        return [*build.call(step.head(row, self.head)), *rows]
 
+        def row(hidden: Tensor, last: Tensor) -> Sequence[Tensor]:
+            return [hidden.index_select(1, last)]
 
-def _row(hidden: Tensor, last: Tensor) -> Sequence[Tensor]:
-    return [hidden.index_select(1, last)]
-
-
-def _remember(recent: Tensor, exit_layer: Tensor) -> Sequence[Tensor]:
-    return [torch.cat([recent[1:], exit_layer])]
+        (hidden,) = build.call(Call("last_row", row, [hidden, last]))
+        return [*build.call(step.head(hidden, self.head)), *rows]

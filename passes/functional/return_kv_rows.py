@@ -23,7 +23,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from eepass.errors import PassError
 from eepass.ops.registry import REFERENCES
-from eepass.passes.graph_walk import mutated_arguments
+from eepass.passes.graph_walk import mutated_arguments, replace_node
 from eepass.segments import Input, Segment, SplitDecoder
 
 aten = torch.ops.aten
@@ -34,8 +34,7 @@ REPEATED = [aten.unsqueeze.default, aten.expand.default, aten.reshape.default]
 def return_kv_rows(split: SplitDecoder) -> SplitDecoder:
     """``split`` with layers and KV fills that write nothing and return their rows, in the order of
     ``row_inputs``; ``PassError`` where they write anything but keys and values."""
-    layers = tuple(rows_returned(segment) for segment in split.layers)
-    fills = tuple(rows_returned(segment) for segment in split.kv_fills)
+    layers, fills = (tuple(map(rows_returned, part)) for part in (split.layers, split.kv_fills))
     return replace(split, layers=layers, kv_fills=fills)
 
 
@@ -55,21 +54,18 @@ def rows_returned(segment: Segment) -> Segment:
             cache = role.get(target)
             if cache is None or node.target is not aten.index_copy_.default:
                 raise PassError(f"{written.name} is overwritten in place by {node.target}")
-            args: tuple[Any, ...] = node.args
-            rows[cache] = args[3]
+            rows[cache] = node.args[3]
             copies[_copy_instead(graph, node)] = target
-    for node in graph.find_nodes(
-        op="call_function", target=aten.scaled_dot_product_attention.default
-    ):
+    attention = aten.scaled_dot_product_attention.default
+    for node in graph.find_nodes(op="call_function", target=attention):
         _read_in_place(graph, node, copies)
     outputs = result if isinstance(result, (tuple, list)) else (result,)
     # a fill's results are its writes
     hidden = [node for node in outputs if node.target is not aten.index_copy_.default]
     graph.output((*hidden, *(rows[role] for role in row_inputs(segment) if role in rows)))
     graph.eliminate_dead_code()
-    return Segment(
-        GraphModule(torch.nn.Module(), graph), segment.inputs, segment.structure + ".rows"
-    )
+    module = GraphModule(torch.nn.Module(), graph)
+    return Segment(module, segment.inputs, segment.structure + ".rows")
 
 
 def with_standard_operators(segment: Segment) -> Segment:
@@ -79,9 +75,8 @@ def with_standard_operators(segment: Segment) -> Segment:
     for node in graph.nodes:
         if node.target in REFERENCES:
             node.target = REFERENCES[node.target]
-    return Segment(
-        GraphModule(torch.nn.Module(), graph), segment.inputs, segment.structure + ".standard"
-    )
+    module = GraphModule(torch.nn.Module(), graph)
+    return Segment(module, segment.inputs, segment.structure + ".standard")
 
 
 def row_inputs(segment: Segment) -> list[Input]:
@@ -114,12 +109,9 @@ def attend(
 
 def _memory_of(node: Node) -> Node:
     """The node whose memory ``node`` is, or is a view of."""
-    while node.op == "call_function":
+    while node.args and isinstance(source := node.args[0], Node):
         schema = getattr(node.target, "_schema", None)
-        source = node.args[0] if node.args else None
-        if schema is None or not isinstance(source, Node) or not schema.returns:
-            break
-        if schema.returns[0].alias_info is None:
+        if schema is None or not schema.returns or schema.returns[0].alias_info is None:
             break
         node = source
     return node
@@ -131,8 +123,7 @@ def _copy_instead(graph: Graph, write: Node) -> Node:
     with graph.inserting_before(write):
         copy = graph.call_function(aten.index_copy.default, args)
     copy.meta = dict(write.meta)
-    write.replace_all_uses_with(copy)
-    graph.erase_node(write)
+    replace_node(write, copy)
     later = {node for node in graph.nodes if node > copy}
     args[0].replace_all_uses_with(copy, delete_user_cb=lambda user: user in later)
     return copy
@@ -147,7 +138,7 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
     if key not in copies or value not in copies:
         return
     query, bias = q.meta["val"], mask.meta["val"]
-    if bias.dtype != query.dtype or bias.shape[:2] != (1, 1) or bias.shape[2] != query.shape[2]:
+    if bias.dtype != query.dtype or bias.shape[:3] != (1, 1, query.shape[2]):
         return
     if key.args[1] != ROWS_DIM or value.args[1] != ROWS_DIM:
         return
@@ -155,12 +146,10 @@ def _read_in_place(graph: Graph, node: Node, copies: Mapping[Node, Node]) -> Non
     slots = key.args[2]
     with graph.inserting_before(node):
         new = graph.call_function(
-            attend,
-            (q, copies[key], copies[value], key.args[3], value.args[3], mask, slots, scale),
+            attend, (q, copies[key], copies[value], key.args[3], value.args[3], mask, slots, scale)
         )
     new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
+    replace_node(node, new)
 
 
 def _before_repeat(node: Node) -> Node:

@@ -166,9 +166,9 @@ def test_an_exit_skips_the_layers_behind_it(exported, tmp_path):
 
 def test_the_chain_is_flat_and_of_standard_operators(exported):
     both = exported()
-    from eepass.onnx import inspect
+    from eepass.onnx.files import describe
 
-    found = inspect.describe(both.folder / "decode.onnx")
+    found = describe(both.folder / "decode.onnx")
     # layers, the draft, predictor and verification at each exit, the head
     assert found["conditions"] == 8 + 1 + 2 * 7 + 1
     assert found["nested"] == 0

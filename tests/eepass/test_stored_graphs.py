@@ -16,7 +16,7 @@ from eepass.segments import Head, Input, Segment
 @pytest.fixture(scope="module")
 def read_back(llama_splits):
     writer = GraphWriter()
-    stored = [writer.split(split) for split in llama_splits.values()]
+    stored = [writer.parts(split) for split in llama_splits.values()]
     text = json.dumps({"splits": stored, "graphs": writer.graphs})
     data = json.loads(text)
     reader = GraphReader(data["graphs"])
@@ -58,7 +58,7 @@ def test_no_field_is_forgotten(llama_splits, read_back, pick):
 def test_a_part_of_another_type_is_not_written(llama_splits):
     odd = dataclasses.replace(llama_splits[1], layers_found_by=object())
     with pytest.raises(NotStorable, match="object"):
-        GraphWriter().split(odd)
+        GraphWriter().parts(odd)
 
 
 def test_they_decode_to_the_same_bits(llama_splits, read_back):
