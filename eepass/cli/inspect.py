@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
+from eepass.cli.command import command, load_model, refuse_fixed_options, transform_model
 from eepass.cli.console import console
-from eepass.cli.models import load_model, transform_model
-from eepass.onnx.files import is_onnx
+from eepass.onnx.files import decode_file, is_onnx
 
 
 @command
@@ -34,9 +33,16 @@ def inspect(
 ) -> dict[str, Any]:
     """Show layers, segments, exits and the exit graph of MODEL, or of an ONNX file."""
     if is_onnx(model):
-        from eepass.cli import onnx_model
+        from eepass.onnx import inspect as onnx_inspect
 
-        return onnx_model.inspect(context, model)
+        refuse_fixed_options(context)
+        # the graph of the prompt can be inspected too
+        path = Path(model)
+        file = path if path.suffix == ".onnx" and path.is_file() else decode_file(model)
+        found = onnx_inspect.describe(file)
+        for name, value in found.items():
+            console.print(f"{name}: {value}", highlight=False)
+        return found
     from eepass import inspecting, pictures
     from eepass.lengths import usual_length
 
