@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
+from eepass.cli.command import command, load_model, transform_model
 from eepass.cli.console import console, progress_bars, speed_up, table
-from eepass.cli.models import load_model, transform_model
 from eepass.errors import InputError
 
 

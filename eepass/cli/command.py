@@ -1,4 +1,4 @@
-"""A function as a command: figures to ``--json``, mistakes in one line."""
+"""What commands share: mistakes in one line, figures to ``--json``, the model they work on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import typer
 
-from eepass.cli.console import errors
+from eepass.cli.console import console, errors, progress_bars
 from eepass.errors import InputError
 
 
@@ -50,3 +50,73 @@ def write_json(file: Path | None, value: Any) -> None:
         write_text_atomically(file, json.dumps(value, indent=1) + "\n")
     except OSError as error:
         raise InputError(f"{file}: cannot be written ({error.strerror})") from error
+
+
+def load_model(
+    model: str,
+    dtype: str | None,
+    threads: int,
+    trust_native: bool = False,
+    quantize: str = "none",
+) -> Any:
+    import torch
+
+    import eepass
+
+    if threads:
+        torch.set_num_threads(threads)
+    with console.status(f"loading {model}"):
+        loaded = eepass.load(model, dtype, trust_native, None if quantize == "none" else quantize)
+    if "dequantised" in loaded.quantization:
+        errors.print(f"{model}: {loaded.quantization}", highlight=False, markup=False)
+    return loaded
+
+
+def calibrate_artifact(loaded: Any, artifact: Path | None = None, **options: Any) -> Any:
+    """An artefact with thresholds for ``loaded`` as it is quantised; ``options`` of
+    ``eepass.calibrate``."""
+    from eepass.training.recalibrate import calibrate
+
+    source = artifact or loaded.unquantized_artifact or loaded.artifact
+    if source is None:
+        raise InputError(f"{loaded.name} has no artefact to calibrate: give --artifact DIR")
+    with progress_bars() as bars:
+        return calibrate(loaded, source, progress=bars, **options)
+
+
+def transform_model(
+    loaded: Any,
+    artifact: Path | None,
+    config: Any,
+    max_length: int | None,
+    dense: bool = False,
+    dump: Path | None = None,
+    exits_optional: bool = False,
+) -> Any:
+    from eepass.model import transform
+
+    folder = None if dense else artifact or loaded.artifact
+    if folder is None:
+        # what needs no training: exact decoding, drafts from the prompt
+        if config.guarantee == "approximate" and (dense or exits_optional):
+            config = None
+        elif config.guarantee == "approximate":
+            raise InputError(
+                f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "
+                "--artifact DIR, or ask for --dense"
+            )
+    with console.status("tracing, splitting and compiling"):
+        return transform(loaded.model, folder, config, max_length, loaded.stop, dump)
+
+
+def refuse_fixed_options(context: typer.Context, *allowed: str) -> None:
+    """Raise ``InputError`` naming the first given option that an exported graph has fixed."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        given = source is not None and source.name == "COMMANDLINE"
+        if given and name not in (*allowed, "model", "debug", "json_file"):
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option}: decided when the graph was exported, or not in ONNX; leave it out, or "
+                "give the original model"
+            )

@@ -1,20 +1,22 @@
-"""``eepass generate``: answer one prompt."""
+"""``eepass generate``: answer one prompt; in ONNX Runtime without PyTorch."""
 
 from __future__ import annotations
 
 import sys
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
-from eepass.cli.console import LiveAnswer, console
-from eepass.cli.models import load_model, transform_model
+from eepass.cli.command import command, load_model, refuse_fixed_options, transform_model
+from eepass.cli.console import LiveAnswer, console, table
 from eepass.cli.outcome import show_outcome
-from eepass.onnx.files import is_onnx
+from eepass.onnx.files import decode_file, is_onnx
 
 
 @command
@@ -56,11 +58,10 @@ def generate(
 ) -> dict[str, Any]:
     """Answer one prompt, tokens coloured by exit layer; MODEL may be an ONNX file."""
     if is_onnx(model):
-        from eepass.cli import onnx_model
-
-        return onnx_model.generate(
-            context, model, prompt, max_new_tokens, dense, stats, raw, threads
+        refuse_fixed_options(
+            context, "prompt", "max_new_tokens", "dense", "stats", "raw", "threads"
         )
+        return _generate_onnx(model, prompt, max_new_tokens, dense, stats, raw, threads)
     from eepass.lengths import refuse_longer
     from eepass.runtime.sampling import Sampling
 
@@ -76,22 +77,62 @@ def generate(
         refuse_longer(loaded.model, length, "prompt and answer together")
     ready = transform_model(loaded, artifact, config, length, dense, dump)
     engine = ready.dense if dense else ready.engine
-
-    def decode(tokens: list[int]) -> str:
-        return str(loaded.tokenizer.decode(tokens, skip_special_tokens=True))
-
-    steps = []
-    show = LiveAnswer(decode, ready.decoder.num_layers, model)
-    with show if console.is_terminal else nullcontext():
-        for step in engine.generate(ids, max_new_tokens, loaded.stop, sampling):
-            steps.append(step)
-            if console.is_terminal and step.token not in loaded.stop:
-                show.add(*step)
-    tokens = [step.token for step in steps]
-    text = decode(tokens)
-    if not console.is_terminal:
-        sys.stdout.write(text + "\n")
+    steps = engine.generate(ids, max_new_tokens, loaded.stop, sampling)
+    tokens, _, text = _show(steps, loaded.tokenizer, ready.decoder.num_layers, loaded.stop, model)
     summary, decision = engine.statistics.summary(), engine.planner.decision()
     if stats:
         show_outcome(summary, decision)
     return {**summary, "text": text, "ids": tokens, "decision": decision}
+
+
+def _show(
+    steps: Iterator[Any], tokenizer: Any, depth: int, stop: Collection[int], title: str
+) -> tuple[list[int], list[int], str]:
+    """Print an answer: live in a terminal, else when it is whole.
+
+    Returns its tokens, their exit layers and its text.
+    """
+    decode: Callable[..., str] = partial(tokenizer.decode, skip_special_tokens=True)
+    tokens, layers = [], []
+    live = LiveAnswer(decode, depth, title) if console.is_terminal else None
+    with live or nullcontext():
+        for token, layer in steps:
+            tokens.append(token)
+            layers.append(layer)
+            if live and token not in stop:
+                live.add(token, layer)
+    text = decode(tokens)
+    if not live:
+        sys.stdout.write(text + "\n")
+    return tokens, layers, text
+
+
+def _generate_onnx(
+    model: str, prompt: str, max_new_tokens: int, dense: bool, stats: bool, raw: bool, threads: int
+) -> dict[str, Any]:
+    from eepass.checkpoints.tokenizer import FolderTokenizer, encode
+    from eepass.onnx.runtime import OnnxDecoder
+
+    file = decode_file(model)
+    tokenizer = FolderTokenizer(file.parent)
+    ids = encode(tokenizer, prompt, raw)
+    with console.status(f"loading {file}"):
+        decoder = OnnxDecoder(file, threads)
+    found = decoder.metadata
+    steps = decoder.stream(ids, max_new_tokens, decoder.dense() if dense else None)
+    tokens, layers, text = _show(steps, tokenizer, found.layers, found.stop, model)
+    mean = sum(layers) / len(layers)
+    if stats:
+        rows = [(str(n), str(count)) for n, count in sorted(Counter(layers).items())]
+        table("exit layers", ("layers run", "tokens"), rows)
+        console.print(
+            f"mean {mean:.1f} of {found.layers} layers; KV of skipped layers: {found.kv_policy}"
+        )
+    return {
+        "text": text,
+        "ids": tokens,
+        "steps": [list(step) for step in zip(tokens, layers, strict=True)],
+        "mean_exit_layer": mean,
+        "kv_policy": found.kv_policy,
+        "guarantee": "dense" if dense else "approximate",
+    }

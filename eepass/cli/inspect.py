@@ -9,10 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
+from eepass.cli.command import command, load_model, refuse_fixed_options, transform_model
 from eepass.cli.console import console
-from eepass.cli.models import load_model, transform_model
-from eepass.onnx.files import is_onnx
+from eepass.onnx import files as onnx_files
 
 
 @command
@@ -33,10 +32,15 @@ def inspect(
     debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Show layers, segments, exits and the exit graph of MODEL, or of an ONNX file."""
-    if is_onnx(model):
-        from eepass.cli import onnx_model
-
-        return onnx_model.inspect(context, model)
+    if onnx_files.is_onnx(model):
+        refuse_fixed_options(context)
+        # the graph of the prompt can be inspected too
+        path = Path(model)
+        file = path if path.suffix == ".onnx" and path.is_file() else onnx_files.decode_file(model)
+        found = onnx_files.describe(file)
+        for name, value in found.items():
+            console.print(f"{name}: {value}", highlight=False)
+        return found
     from eepass import inspecting, pictures
     from eepass.lengths import usual_length
 

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import sys
+from typing import Annotated
 
 import typer
 
 from eepass.cli.bench import bench
-from eepass.cli.calibrate import calibrate
-from eepass.cli.codegen import codegen
-from eepass.cli.doctor import doctor
-from eepass.cli.export_onnx import export_onnx
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
 from eepass.cli.probe import probe
-from eepass.cli.train import train
-from eepass.cli.transform import transform
+from eepass.cli.train import calibrate, train
+from eepass.cli.transform import codegen, export_onnx, transform
+
+
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Report what is installed here, what eepass will use and why, and what is missing."""
+    from eepass import doctoring
+
+    found = doctoring.doctor()
+    text = json.dumps(found, indent=1) if as_json else doctoring.as_text(found)
+    sys.stdout.write(text + "\n")
+    if not found["ready"]:
+        raise typer.Exit(1)
+
 
 app = typer.Typer(
     add_completion=False,

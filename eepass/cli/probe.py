@@ -9,9 +9,8 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
+from eepass.cli.command import command, load_model
 from eepass.cli.console import console, table
-from eepass.cli.models import load_model
 
 
 @command

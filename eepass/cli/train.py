@@ -1,4 +1,4 @@
-"""``eepass train``: translators, draft head, predictors and thresholds for a model."""
+"""``eepass train`` and ``eepass calibrate``: an artefact for a model, or new thresholds of one."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command
+from eepass.cli.command import calibrate_artifact, command, load_model
 from eepass.cli.console import console, progress_bars, table
-from eepass.cli.models import load_model
 from eepass.errors import InputError
 
 
@@ -44,11 +43,13 @@ def train(
     """Train translators, draft head, predictors and thresholds for MODEL, on its own answers."""
     from eepass.training import train as training
 
+    if draft not in ("eagle", "none"):
+        raise InputError(f"--draft {draft}: expected eagle or none")
     loaded = load_model(model, dtype, threads)
     with progress_bars() as bars:
         artifact = training.train(
             loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
-            _draft(draft), steps, own_prompts, progress=bars,
+            "eagle" if draft == "eagle" else "none", steps, own_prompts, progress=bars,
         )  # fmt: skip
     show(artifact)
     console.print(f"artefact: {out}")
@@ -68,7 +69,22 @@ def show(artifact: Any) -> None:
         )  # fmt: skip
 
 
-def _draft(name: str) -> Any:
-    if name not in ("eagle", "none"):
-        raise InputError(f"--draft {name}: expected eagle or none")
-    return name
+@command
+def calibrate(
+    model: options.Model,
+    out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
+    artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "keep",
+    prompts: options.Prompts = None,
+    tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
+    """Find an artefact's thresholds anew for quantised weights; trains nothing, takes minutes."""
+    loaded = load_model(model, dtype, threads, quantize=quantize)
+    made = calibrate_artifact(loaded, artifact, out=out, prompts=prompts, tokens=tokens, raw=raw)
+    console.print(f"artefact: {out}", highlight=False)
+    return dict(made.report)

@@ -186,7 +186,7 @@ def test_exits_forced_at_each_boundary_leave_the_dense_cache(quantised):
 
 def test_hot_rows_and_drafts_read_the_quantised_head(quantised):
     model, original = quantised
-    tensors = model._exits(ExitConfig().approximate())[1]
+    tensors = model.exit_parts(ExitConfig().approximate()).tensors
     hot = tensors["hot.ids"]
     layer = original.lm_head
     assert isinstance(layer, QuantizedLinear)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from eepass.cli import bench, codegen, outcome, probe, train
+from eepass.cli import bench, outcome, probe, train, transform
 from eepass.cli.console import console, speed_up, table
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.tree import Tree
@@ -114,7 +114,7 @@ def test_train(printed):
 def test_codegen(printed):
     kernel = {"registers": 255, "spills": 123, "shared": 232448, "bytes": 123456789, "µs": 1234.5}
     names = ("exit_predictor, rank 128", "path_predictor, 8 nodes", "fill_kv, 8 layers")
-    text = printed(codegen.show, {"kernels": dict.fromkeys(names, kernel)}, "it")
+    text = printed(transform.show_kernels, {"kernels": dict.fromkeys(names, kernel)}, "it")
     assert headers(text) == [["kernel", "registers", "spills", "shared", "bytes", "µs"]]
     assert all(name in text for name in names)
 
