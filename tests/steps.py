@@ -11,10 +11,9 @@ from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
 from eepass.runtime.step.build import build_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.engine import StepEngine
-from eepass.runtime.step.host import HostDriven, HostFlags, called
+from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
-from eepass.runtime.step.results import HostResultQueue
 
 BUCKETS = (1, 2, 4, 8)
 
@@ -106,7 +105,7 @@ class LateFlags:
         return bool(self.arrived[flag.storage_offset()])
 
 
-class LateResultQueue(HostResultQueue):
+class LateResultQueue(ResultQueue):
     """Results as from a GPU; ``most``: how many steps were in flight."""
 
     def __init__(self, out):
@@ -125,11 +124,11 @@ def engine_for(decoder, exits=None, how="interpret", watch=False, in_flight=2, *
     if how == "interpret":
         executor = Interpreter(step, watch=watch)
     elif how == "predicated":
-        executor = Interpreter(step, watch=watch, always=True)
+        executor = Interpreter(step.flattened(), watch=watch)
     elif how == "late":
         executor = HostDriven(step, LateFlags(step.flags), called(step))
     else:
-        executor = HostDriven(step, HostFlags(), called(step))
+        executor = HostDriven(step, Flags(), called(step))
     return StepEngine(decoder, step, executor, LateResultQueue(step["out"]), in_flight)
 
 

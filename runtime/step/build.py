@@ -29,10 +29,7 @@ Fuse = Callable[[Callable[..., None]], Callable[..., None]]
 
 
 def build_step(
-    decoder: Decoder,
-    exits: ExitPoints | None,
-    options: StepOptions,
-    fuse: Fuse | None = None,
+    decoder: Decoder, exits: ExitPoints | None, options: StepOptions, fuse: Fuse | None = None
 ) -> Step:
     """The step of ``decoder``; dense without ``exits`` and ``options.force``."""
     return _Builder(decoder, exits, options, fuse or (lambda update: update)).build()
@@ -45,26 +42,28 @@ class _Builder(StepLayout):
         super().__init__(decoder, exits, options)
         self.fuse = fuse
         # all exit points share their compiled updates
-        exiting: dict[str, Any] = {
-            "scratch": decoder.kv.scratch, "fills": options.kv != "defer",
-        }  # fmt: skip
+        exiting: dict[str, Any] = dict(scratch=decoder.kv.scratch, fills=options.kv != "defer")
         self.predicted = fuse(updates.predicted)
+        self.verified = fuse(partial(updates.verified, **exiting))
+        self.exit_early = partial(updates.exit_early, **exiting)
         self.draw = fuse(drawing.draw)
         self.drawing = (*drawing.OPTIONS, "position") if options.draws else ()
         self.drawn = ("drawn",) if options.draws else ()
-        self.verified = fuse(partial(updates.verified, **exiting))
-        self.forced = fuse(partial(updates.forced, **exiting))
 
     def build(self) -> Step:
         items: list[Item] = [self._begin(), *self._prelude()]
         for index, (start, end) in enumerate(zip(self.cuts, self.cuts[1:], strict=False)):
             items += self._segment(index, start, end)
-            if end == self.draft_layer and self.exits is not None:
-                items.append(self._draft())
+            if self.exits is not None and end == self.draft_layer:
+                items.append(self._draft(self.exits))
             if end in self.points:
                 items.append(self._exit(end))
         items += [self._head(), self._commit()]
-        return Step(self.buffers, tuple(items), self.flags, self.constants())
+        constants = dict(self.decoder.tensors)
+        if self.exits is not None:
+            constants |= {f"exit {name}": tensor for name, tensor in self.exits.tensors.items()}
+        constants = {name: tensor for name, tensor in constants.items() if tensor.numel()}
+        return Step(self.buffers, tuple(items), self.flags, constants)
 
     def _launch(
         self,
@@ -75,14 +74,12 @@ class _Builder(StepLayout):
         writes: Sequence[str] = (),
     ) -> Launch:
         """``update`` over buffers: those it reads, those it changes, those it writes whole."""
-        names = (*reads, *changes, *writes)
-        fused = self.fuse(update)
-        return Launch(
-            name,
-            lambda b: fused(*(b[name] for name in names)),
-            (*reads, *changes),
-            (*changes, *writes),
-        )
+        names, fused = (*reads, *changes, *writes), self.fuse(update)
+
+        def run(b: Buffers) -> None:
+            fused(*(b[name] for name in names))
+
+        return Launch(name, run, (*reads, *changes), (*changes, *writes))
 
     def _begin(self) -> Launch:
         update = partial(updates.begin, pending=self.pending, scratch=self.decoder.kv.scratch)
@@ -120,18 +117,13 @@ class _Builder(StepLayout):
         if start < self.first:
             # before the first exit point there is one row, and it always runs
             return [self._layers(index, start, end, 1)]
-        bodies = [
-            Conditional(
-                f"go.{index}@{count}", (self._layers(index, start, end, count),), ahead=True
-            )
-            for count in self.buckets
-        ]
-        items: list[Item] = [bodies[0]]
-        if len(bodies) > 2:
+        items: list[Item] = []
+        for count in self.buckets:
+            layers = self._layers(index, start, end, count)
+            items.append(Conditional(f"go.{index}@{count}", (layers,), ahead=True))
+        if len(items) > 2:
             # few steps run more than one row: they alone look up how many
-            items.append(Conditional(f"more.{index}", tuple(bodies[1:]), ahead=True))
-        else:
-            items += bodies[1:]
+            items[1:] = [Conditional(f"more.{index}", tuple(items[1:]), ahead=True)]
         if self.options.kv != "defer":
             items.append(Conditional(f"fill.{index}", (self._fill(index, start, end),)))
         return items
@@ -179,10 +171,7 @@ class _Builder(StepLayout):
     def _cache_names(self, start: int, end: int) -> tuple[str, ...]:
         return tuple(f"{k}.{layer}" for layer in range(start, end) for k in ("keys", "values"))
 
-    def _draft(self) -> Launch:
-        exits = self.exits
-        assert exits is not None
-
+    def _draft(self, exits: ExitPoints) -> Launch:
         def run(b: Buffers) -> None:
             b["drafts"].copy_(exits.draft(b["hidden@1"]))
 
@@ -193,10 +182,15 @@ class _Builder(StepLayout):
         self.add(number, self.tensor([layer]), "kept")
         where = ("wants_exit", number, "starts", "rows")
         changed = ("active", "go", "more", "live", "slots", "fill", "exit_layer")
-        if self.options.force is not None:
-            return self._forced_exit(layer, where, changed)
         exits = self.exits
-        assert exits is not None
+        if exits is None:
+
+            def want(b: Buffers) -> None:
+                b["wants_exit"].copy_(b[active])
+
+            wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
+            exited = self._launch(f"exit {layer}", self.exit_early, where, changed)
+            return Conditional(active, (wanted, exited))
 
         def predict(b: Buffers) -> None:
             wants, probabilities, z = exits.predict(
@@ -206,7 +200,7 @@ class _Builder(StepLayout):
             noted = (b[active], b["previous"], b["wants_exit"], b["counters"])
             self.predicted(wants, probabilities, *noted)
 
-        found = (*changed, "needs_head", "answer", "counters")
+        answer = ("needs_head", "answer", "counters")
 
         def verify(b: Buffers) -> None:
             if self.options.draws:
@@ -214,38 +208,17 @@ class _Builder(StepLayout):
                 token, drafted = exits.named(b["drawn"], b["drafts"])
             else:
                 token, drafted = exits.verify(b["z"], b["drafts"])
-            self.verified(token, drafted, *(b[name] for name in (*where, *found)))
+            self.verified(token, drafted, *(b[name] for name in (*answer, *where, *changed)))
 
-        prediction = Launch(
-            f"predict {layer}",
-            predict,
-            ("hidden@1", "drafts", "previous", active, "counters"),
-            ("z", "previous", "wants_exit", "counters"),
-        )
-        verification = Launch(
-            f"verify {layer}",
-            verify,
-            ("z", "drafts", *where, *found, *self.drawing),
-            (*found, *self.drawn),
-        )
+        reads = ("hidden@1", "drafts", "previous", active, "counters")
+        writes = ("z", "previous", "wants_exit", "counters")
+        prediction = Launch(f"predict {layer}", predict, reads, writes)
+        reads = ("z", "drafts", *where, *answer, *changed, *self.drawing)
+        writes = (*answer, *changed, *self.drawn)
+        verification: Item = Launch(f"verify {layer}", verify, reads, writes)
         if self.options.verify == "wanted":
-            return Conditional(active, (prediction, Conditional("wants_exit", (verification,))))
+            verification = Conditional("wants_exit", (verification,))
         return Conditional(active, (prediction, verification))
-
-    def _forced_exit(
-        self, layer: int, where: tuple[str, ...], changed: tuple[str, ...]
-    ) -> Conditional:
-        active = f"active.{layer}"
-
-        def want(b: Buffers) -> None:
-            b["wants_exit"].copy_(b[active])
-
-        def exit_early(b: Buffers) -> None:
-            self.forced(*(b[name] for name in (*where, *changed)))
-
-        wanted = Launch(f"want exit {layer}", want, (active,), ("wants_exit",))
-        exited = Launch(f"exit {layer}", exit_early, (*where, *changed), changed)
-        return Conditional(active, (wanted, exited))
 
     def _head(self) -> Conditional:
         decoder = self.decoder

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from eepass.runtime.step.conditional_graph import Chain, ConditionalGraph
 from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, launches
-from eepass.runtime.step.host import Block, HostDriven
+from eepass.runtime.step.host import Block, Flags, ResultQueue
 
 # runs before capture, in which compilers tune and libraries allocate their workspaces
 WARM_UP = 2
@@ -76,30 +76,13 @@ class Captures:
         self._stream.wait_stream(current)
         with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
             for _ in range(WARM_UP):
-                self._run(list(launches(self.step_data.items)))
+                self._run(launches(self.step_data.items))
         current.wait_stream(self._stream)
         torch.cuda.synchronize(self.device)
 
     def _run(self, block: Sequence[Launch]) -> None:
         for launch in block:
             launch.run(self.step_data.given(launch))
-
-
-class PredicatedGraph:
-    """The whole step as one captured graph without conditionals: every launch runs, and masks keep
-    those whose flag is false from changing anything."""
-
-    synchronisations = 0
-
-    def __init__(self, captures: Captures) -> None:
-        self._captures = captures
-        self._replay = captures.prepare(tuple(launches(captures.step_data.items)))
-
-    def step(self) -> None:
-        self._replay()
-
-    def close(self) -> None:
-        self._captures.close()
 
 
 class DeviceGraph:
@@ -146,12 +129,6 @@ class DeviceGraph:
                 chain.child(self._captures.capture(entry).raw_cuda_graph())
 
 
-def host_segments(captures: Captures) -> HostDriven:
-    """Blocks as graphs of their own, launched by a host that reads the flags."""
-    step = captures.step_data
-    return HostDriven(step, CudaFlags(step.flags), captures.prepare, captures.close)
-
-
 class PinnedCopies:
     """Copies of a tensor in the host's pinned memory, numbered from 1, the last ``slots`` of them.
 
@@ -178,14 +155,15 @@ class PinnedCopies:
         return self._pinned[number % len(self._events)]
 
 
-class CudaFlags:
+class CudaFlags(Flags):
     """Flags copied to the host."""
 
     def __init__(self, flags: Tensor) -> None:
         self._flags, self._copies = flags, PinnedCopies(flags, slots=16)
         self._arrived = 0
-        self.synchronisations = 0
-        self.post = self._copies.post
+
+    def post(self) -> int:
+        return self._copies.post()
 
     def wait(self, number: int) -> None:
         self._copies.wait(number)
@@ -197,7 +175,7 @@ class CudaFlags:
         return bool(self._copies[self._arrived][offset])
 
 
-class CudaResultQueue:
+class CudaResultQueue(ResultQueue):
     """Results copied to the host."""
 
     def __init__(self, out: Tensor) -> None:

@@ -10,14 +10,13 @@ body may be launched before its flag is known, or always.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Buffers = Mapping[str, Tensor]
-Run = Callable[[Buffers], None]
 
 
 class StepError(RuntimeError):
@@ -42,7 +41,7 @@ class Launch:
     writes whole."""
 
     name: str
-    run: Run
+    run: Callable[[Buffers], None]
     reads: tuple[str, ...]
     writes: tuple[str, ...]
 
@@ -93,6 +92,11 @@ class Step:
         """Memory of the step's own buffers, in bytes."""
         return sum(b.tensor.nbytes for b in self.wholes if b.owner == "step")
 
+    def flattened(self) -> Step:
+        """The same step without conditionals: every launch runs, and masks keep those whose flag
+        is false from changing anything."""
+        return replace(self, items=tuple(launches(self.items)))
+
     def addresses(self) -> dict[str, int]:
         """The addresses of buffers and constants."""
         found = {name: buffer.tensor.data_ptr() for name, buffer in self.buffers.items()}
@@ -105,13 +109,17 @@ class Step:
             raise StepError(f"{', '.join(moved[:3])}: no longer at the address of the capture")
 
 
-def launches(items: Sequence[Item]) -> Iterator[Launch]:
-    """All launches, those in bodies too, in order."""
+def walk(items: Sequence[Item]) -> Iterator[Item]:
+    """All items, those in bodies too, in order."""
     for item in items:
-        if isinstance(item, Launch):
-            yield item
-        else:
-            yield from launches(item.body)
+        yield item
+        if isinstance(item, Conditional):
+            yield from walk(item.body)
+
+
+def launches(items: Sequence[Item]) -> list[Launch]:
+    """All launches, those in bodies too, in order."""
+    return [item for item in walk(items) if isinstance(item, Launch)]
 
 
 def blocks(
@@ -131,21 +139,11 @@ def blocks(
     return [*found, tuple(together)] if together else found
 
 
-def conditionals(items: Sequence[Item]) -> Iterator[Conditional]:
-    """All conditionals, nested ones too, in order."""
-    for item in items:
-        if isinstance(item, Conditional):
-            yield item
-            yield from conditionals(item.body)
-
-
 def flag_writers(step: Step) -> frozenset[Launch]:
     """The launches that write the flag of a conditional."""
-    flags = {step.base(conditional.flag) for conditional in conditionals(step.items)}
+    flags = {step.base(item.flag) for item in walk(step.items) if isinstance(item, Conditional)}
     return frozenset(
-        launch
-        for launch in launches(step.items)
-        if flags & {step.base(name) for name in launch.writes}
+        launch for launch in launches(step.items) if flags & set(map(step.base, launch.writes))
     )
 
 

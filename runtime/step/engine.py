@@ -18,7 +18,7 @@ from eepass.runtime.sampling import Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Step, StepError
-from eepass.runtime.step.results import ResultQueue
+from eepass.runtime.step.host import ResultQueue
 
 GREEDY = Sampling()
 
@@ -113,13 +113,11 @@ class StepEngine:
     @property
     def statistics(self) -> Statistics:
         """Counts since the last reset, read from the device; times are the host's."""
-        layers, counted = updates.counts(self.step["counters"].tolist())
+        num_layers, counts = self.decoder.num_layers, self.step["counters"].tolist()
+        layers = counts[: num_layers + 1]
+        counted = dict(zip(updates.COUNTED, counts[len(layers) :], strict=True))
         return Statistics(
-            self.decoder.num_layers,
-            tokens=sum(layers),
-            exit_layers=layers,
-            seconds=self._seconds,
-            **counted,
+            num_layers, sum(layers), exit_layers=layers, seconds=self._seconds, **counted
         )
 
     @statistics.setter

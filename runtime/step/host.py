@@ -7,8 +7,9 @@ from changing anything.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections import deque
+from collections.abc import Callable, Collection
+from typing import Any
 
 from torch import Tensor
 
@@ -17,36 +18,45 @@ from eepass.runtime.step.data import Conditional, Item, Launch, Step, blocks, fl
 Block = tuple[Launch, ...]
 # a block -> the function that launches it
 Prepare = Callable[[Block], Callable[[], None]]
+# a block's function and whether the block writes flags, or a conditional and its prepared body
+Prepared = list[tuple[Callable[[], None] | Conditional, Any]]
 
 
-class Flags(Protocol):
-    """Copies on the host of flags in a device's memory."""
+class Flags:
+    """Flags as the host knows them: here in its own memory, which needs no copies."""
 
-    synchronisations: int
+    synchronisations = 0
 
     def post(self) -> int:
         """Enqueue a copy of the flags behind what was launched; returns the copy's number."""
+        return 0
 
     def wait(self, number: int) -> None:
         """Wait until copy ``number`` has arrived."""
 
     def known(self, flag: Tensor) -> bool:
         """The flag's value in the last copy waited for."""
-
-
-class HostFlags:
-    """Flags in the host's own memory, which needs no copies."""
-
-    synchronisations = 0
-
-    def post(self) -> int:
-        return 0
-
-    def wait(self, number: int) -> None:
-        """Return at once."""
-
-    def known(self, flag: Tensor) -> bool:
         return bool(flag)
+
+
+class ResultQueue:
+    """Results of steps, each copied while later steps run: here within the host's own memory."""
+
+    def __init__(self, out: Tensor) -> None:
+        self._out, self._sent = out, deque[Tensor]()
+
+    def post(self) -> None:
+        """Enqueue the result of the step launched last."""
+        self._sent.append(self._out.clone())
+
+    def take(self) -> tuple[int, int]:
+        """Wait for the oldest result and remove it: token and exit layer."""
+        token, layer = self._sent.popleft().tolist()
+        return token, layer
+
+    def clear(self) -> None:
+        """Drop all results."""
+        self._sent.clear()
 
 
 class HostDriven:
@@ -56,10 +66,7 @@ class HostDriven:
         self, step: Step, flags: Flags, prepare: Prepare, close: Callable[[], None] | None = None
     ) -> None:
         self.step_data, self.flags, self._close = step, flags, close
-        self._writers = flag_writers(step)
-        self._prepared: dict[Block, Callable[[], None]] = {}
-        self._order: dict[tuple[Item, ...], list[Block | Conditional]] = {}
-        self._prepare(step.items, prepare)
+        self._prepared = self._prepare(step.items, prepare, flag_writers(step))
         # numbers of copies: the last posted, the last waited for, the last before this step
         self._posted = self._arrived = self._begun = 0
 
@@ -70,7 +77,7 @@ class HostDriven:
 
     def step(self) -> None:
         self._begun = self._posted
-        self._run(self.step_data.items)
+        self._run(self._prepared)
 
     def close(self) -> None:
         """Drop what was prepared."""
@@ -78,30 +85,33 @@ class HostDriven:
         if self._close is not None:
             self._close()
 
-    def _prepare(self, items: tuple[Item, ...], prepare: Prepare) -> None:
-        self._order[items] = blocks(items, self._writers)
-        for entry in self._order[items]:
+    def _prepare(
+        self, items: tuple[Item, ...], prepare: Prepare, writers: Collection[Launch]
+    ) -> Prepared:
+        prepared: Prepared = []
+        for entry in blocks(items, writers):
             if isinstance(entry, Conditional):
-                self._prepare(entry.body, prepare)
+                prepared.append((entry, self._prepare(entry.body, prepare, writers)))
             else:
-                self._prepared[entry] = prepare(entry)
+                prepared.append((prepare(entry), entry[-1] in writers))
+        return prepared
 
-    def _run(self, items: tuple[Item, ...]) -> None:
-        for entry in self._order[items]:
+    def _run(self, prepared: Prepared) -> None:
+        for entry, detail in prepared:
             if isinstance(entry, Conditional):
-                self._conditional(entry)
+                self._conditional(entry, detail)
             else:
-                self._prepared[entry]()
-                if entry[-1] in self._writers:
+                entry()
+                if detail:
                     self._posted = self.flags.post()
 
-    def _conditional(self, conditional: Conditional) -> None:
+    def _conditional(self, conditional: Conditional, body: Prepared) -> None:
         flag, posted = self.step_data[conditional.flag], self._posted
         ahead = conditional.ahead and self._arrived > self._begun
         if not ahead:
             self._wait(posted)
         if self.flags.known(flag):
-            self._run(conditional.body)
+            self._run(body)
             # the flags as they were before this body decide on the next one
             self._wait(posted)
 
@@ -114,7 +124,7 @@ class HostDriven:
 def called(step: Step) -> Prepare:
     """Blocks as plain calls."""
 
-    def prepare(block: Sequence[Launch]) -> Callable[[], None]:
+    def prepare(block: Block) -> Callable[[], None]:
         calls = [(launch.run, step.given(launch)) for launch in block]
 
         def run() -> None:

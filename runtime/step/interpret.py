@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from eepass.runtime.step.data import Buffer, Conditional, Item, Launch, Step, StepError, check_step
+from eepass.runtime.step.data import Buffer, Item, Launch, Step, StepError, check_step
 
 # fills integer buffers before they are written: no token, slot or sum of such has this value
 POISON = -(2**52) - 12345
@@ -18,15 +18,14 @@ POISON = -(2**52) - 12345
 class Interpreter:
     """Executes a step launch by launch; raises ``StepError`` where one is not as it is declared.
 
-    ``watch``: also compare every buffer a launch did not declare, before and after. ``always``: run
-    bodies whatever their flags are, as devices without conditional nodes do.
+    ``watch``: also compare every buffer a launch did not declare, before and after.
     """
 
     synchronisations = 0
 
-    def __init__(self, step: Step, watch: bool = True, always: bool = False) -> None:
+    def __init__(self, step: Step, watch: bool = True) -> None:
         check_step(step)
-        self.step_data, self.watch, self.always = step, watch, always
+        self.step_data, self.watch = step, watch
         self.addresses = step.addresses()
         self.ran: list[str] = []
 
@@ -46,11 +45,8 @@ class Interpreter:
         for item in items:
             if isinstance(item, Launch):
                 self._launch(item)
-            elif self._flag(item) or self.always:
+            elif bool(self.step_data[item.flag]):
                 self._run(item.body)
-
-    def _flag(self, conditional: Conditional) -> bool:
-        return bool(self.step_data[conditional.flag])
 
     def _launch(self, launch: Launch) -> None:
         step = self.step_data

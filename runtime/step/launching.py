@@ -12,20 +12,19 @@ import torch
 
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.step import cuda
 from eepass.runtime.step.build import Fuse, build_step
 from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_missing
-from eepass.runtime.step.data import check_step, launches
+from eepass.runtime.step.data import Step, check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
-from eepass.runtime.step.host import HostDriven, HostFlags, called
+from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
-from eepass.runtime.step.results import HostResultQueue, ResultQueue
 
 Mode = Literal["device", "predicated", "host", "interpret"]
 MODES: tuple[str, ...] = ("auto", "device", "predicated", "host", "interpret")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LOWER = "lower max_length or pending (fewer rows a segment), or free memory on the device"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +93,10 @@ def running_out(when: str) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        failed = EngineError(f"out of memory while {when}: {LOWER}")
+        failed = EngineError(
+            f"out of memory while {when}: lower max_length or pending (fewer rows a segment), or "
+            "free memory on the device"
+        )
         # the traceback keeps alive what was allocated
         error.__traceback__ = None
         gc.collect()
@@ -107,21 +109,17 @@ def choose(launch: str, device: torch.device) -> Launching:
     the mode cannot run."""
     if launch not in MODES:
         raise EngineError(f"launch={launch!r}: must be one of {', '.join(MODES)}")
-    requested = f"launch={launch!r} was asked for"
-    if device.type == "cpu":
-        if launch in ("device", "predicated"):
-            raise EngineError(f"launch={launch!r}: needs a CUDA device; on a CPU use host")
-        if launch == "interpret":
-            return Launching("interpret", requested)
-        reason = requested if launch == "host" else "on a CPU flags are plain loads"
-        return Launching("host", reason)
-    if launch == "interpret":
+    if device.type == "cpu" and launch in ("device", "predicated"):
+        raise EngineError(f"launch={launch!r}: needs a CUDA device; on a CPU use host")
+    if device.type != "cpu" and launch == "interpret":
         raise EngineError("launch='interpret': runs on a CPU only; use device='cpu'")
-    missing = _missing(device)
+    missing = "" if device.type == "cpu" else _missing(device)
     if launch == "device" and missing:
         raise EngineError(f"launch='device': {missing}; use launch='host'")
     if launch != "auto":
-        return Launching(cast(Mode, launch), requested)
+        return Launching(cast(Mode, launch), f"launch={launch!r} was asked for")
+    if device.type == "cpu":
+        return Launching("host", "on a CPU flags are plain loads")
     if missing:
         return Launching("host", f"no conditional graph nodes: {missing}", (missing,))
     return Launching("device", "conditional graph nodes are there", auto=True)
@@ -154,17 +152,18 @@ def make_engine(
         options = replace(options, verify="always")
     try:
         with torch.no_grad(), running_out("capturing a step"):
-            engine = _engine(decoder, exits, options, launching.mode, fuse, debug)
+            step = build_step(decoder, exits, options, fuse)
+            check_step(step)
+            engine = _engine(decoder, step, launching.mode, debug)
     except CudaError as error:
         if launching.auto:
             why = f"a graph with IF nodes could not be made: {error}"
             launching = Launching("host", why, (why,))
             return make_engine(decoder, exits, options, launching, fuse, debug)
         raise EngineError(f"a step could not be captured ({error}): use launch='host'") from error
-    taken = max(_reserved(decoder.device) - before, engine.step.nbytes)
+    taken = max(_reserved(decoder.device) - before, step.nbytes)
 
     def report() -> LaunchReport:
-        step = engine.step
         return LaunchReport(
             launching.mode,
             launching.reason,
@@ -178,44 +177,32 @@ def make_engine(
     return engine, report
 
 
-def _engine(
-    decoder: Decoder,
-    exits: ExitPoints | None,
-    options: StepOptions,
-    mode: Mode,
-    fuse: Fuse | None,
-    debug: bool,
-) -> StepEngine:
-    step = build_step(decoder, exits, options, fuse)
-    check_step(step)
+def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine:
     executor: Executor
-    results: ResultQueue = HostResultQueue(step["out"])
-    if mode == "interpret":
-        executor = Interpreter(step)
-    elif decoder.device.type == "cpu":
-        executor = HostDriven(step, HostFlags(), called(step))
-    else:
-        from eepass.runtime.step import cuda
-
-        captures = cuda.Captures(step, debug)
-        try:
-            if mode == "device":
-                executor = cuda.DeviceGraph(captures)
-            elif mode == "predicated":
-                executor = cuda.PredicatedGraph(captures)
-            else:
-                executor = cuda.host_segments(captures)
-        except BaseException:
-            # whatever ended it, the captured memory is freed
-            captures.close()
-            raise
-        results = cuda.CudaResultQueue(step["out"])
-        # warm-up has counted too
-        step["counters"].zero_()
-        # prompts of all lengths use one row count, compiled before the first one comes
-        decoder.prepare(decoder.buckets[-1])
-        return StepEngine(decoder, step, executor, results, prompt_rows=decoder.buckets[-1])
-    return StepEngine(decoder, step, executor, results)
+    if decoder.device.type == "cpu":
+        interprets = mode == "interpret"
+        executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))
+        return StepEngine(decoder, step, executor, ResultQueue(step["out"]))
+    captures = cuda.Captures(step, debug)
+    try:
+        if mode == "device":
+            executor = cuda.DeviceGraph(captures)
+        else:
+            # without conditionals all launches are one block
+            driven = step.flattened() if mode == "predicated" else step
+            flags = cuda.CudaFlags(step.flags)
+            executor = HostDriven(driven, flags, captures.prepare, captures.close)
+    except BaseException:
+        # whatever ended it, the captured memory is freed
+        captures.close()
+        raise
+    # warm-up has counted too
+    step["counters"].zero_()
+    # prompts of all lengths use one row count, compiled before the first one comes
+    rows = decoder.buckets[-1]
+    decoder.prepare(rows)
+    results = cuda.CudaResultQueue(step["out"])
+    return StepEngine(decoder, step, executor, results, prompt_rows=rows)
 
 
 def _reserved(device: torch.device) -> int:

@@ -6,7 +6,7 @@ buffer: one address whatever their number.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -50,11 +50,12 @@ class StepLayout:
     ``points``: layers after which tokens may exit. ``cuts``: where segments begin and end.
     ``first``: the first exit point. ``pending``: how many tokens may be pending, −1 where tokens
     are not deferred. ``buckets``: row counts of the segments after ``first``. ``counts``: those,
-    and 1.
+    and 1. ``exits``: None where exits are forced.
     """
 
     def __init__(self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions) -> None:
-        self.decoder, self.exits, self.options = decoder, exits, options
+        self.decoder, self.options = decoder, options
+        self.exits = exits if options.force is None else None
         self.layers = decoder.num_layers
         if options.force is not None:
             self.points: tuple[int, ...] = (options.force,)
@@ -69,23 +70,33 @@ class StepLayout:
         self.buckets = fitting[-1:] if options.one_size else fitting
         # one row before the first exit point, several after it
         self.counts = sorted({1, *self.buckets})
-        draft = exits.plan.draft_layer if exits is not None and options.force is None else 0
-        cuts = {0, *early, self.layers} | ({draft} if 0 < draft < self.layers else set())
-        self.draft_layer = draft
-        self.cuts = sorted(cuts)
+        self.draft_layer = self.exits.plan.draft_layer if self.exits is not None else 0
+        cuts = {0, *early, self.layers}
+        self.cuts = sorted(cuts | ({self.draft_layer} & set(range(self.layers))))
         self.first = min(early, default=self.layers)
         self.buffers: dict[str, Buffer] = {}
         self._make_state()
         self._make_flags()
+        self._make_values()
         self._make_sides()
-        self._name_cache()
+        kv = decoder.kv
+        for kind, tensors in (("keys", kv.keys), ("values", kv.values)):
+            for layer, tensor in enumerate(tensors):
+                self.add(f"{kind}.{layer}", tensor, "kept", "cache")
 
-    def add(self, name: str, tensor: Tensor, life: Literal["kept", "step"] = "step") -> None:
-        self.buffers[name] = Buffer(name, tensor, life)
+    def add(
+        self,
+        name: str,
+        tensor: Tensor,
+        life: Literal["kept", "step"] = "step",
+        owner: Literal["step", "cache"] = "step",
+    ) -> None:
+        self.buffers[name] = Buffer(name, tensor, life, owner)
 
-    def part(self, name: str, base: str, tensor: Tensor) -> None:
+    def part(self, name: str, base: str, *at: int | slice) -> None:
+        """Name the slice ``at`` of buffer ``base``."""
         whole = self.buffers[base]
-        self.buffers[name] = Buffer(name, tensor, whole.life, whole.owner, base)
+        self.buffers[name] = Buffer(name, whole.tensor[at], whole.life, whole.owner, base)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.decoder.device)
@@ -94,31 +105,36 @@ class StepLayout:
         return torch.tensor(values, dtype=dtype, device=self.decoder.device)
 
     def _make_state(self) -> None:
-        decoder, layers = self.decoder, self.layers
-        hidden = self._zeros(1, self.rows, decoder.hidden_size, dtype=decoder.dtype)
-        self.add("hidden", hidden, "kept")
+        """What is kept from step to step."""
+        decoder, options, layers = self.decoder, self.options, self.layers
+        numbers = range(layers + 1)
+        scheduled = bool(options.ranking) and options.force is None
+        fixed = options.ranking[: options.always] if scheduled else self.points
+        state = {
+            "hidden": self._zeros(1, self.rows, decoder.hidden_size, dtype=decoder.dtype),
+            "depth": self._zeros(self.rows) + layers,
+            "token": self._zeros(1),
+            "position": self._zeros(1),
+            "stopped": self._zeros(1, dtype=torch.bool),
+            "ring": self._zeros(SCHEDULE_WINDOW) + updates.NEVER,
+            "out": self._zeros(2),
+            "counters": self._zeros(layers + 1 + len(updates.COUNTED)),
+            # at least one element, which equals no token
+            "stop": self.tensor([*options.stop, updates.NOTHING]),
+            "exits": self.tensor([layer in self.points for layer in numbers], torch.bool),
+            "fixed": self.tensor([layer in fixed for layer in numbers], torch.bool),
+            # a number on the host would be copied to the device whenever it is used
+            "scratch": self._zeros(1) + decoder.kv.scratch,
+            "starts": self.tensor(self.cuts[:-1]),
+            "buckets": self.tensor([[0, *self.buckets[:-1]], self.buckets]),
+        }
+        for name, tensor in state.items():
+            self.add(name, tensor, "kept")
         for count in self.counts:
-            self.part(f"hidden@{count}", "hidden", hidden[:, :count])
-        self.add("depth", self._zeros(self.rows) + layers, "kept")
-        for name in ("token", "position"):
-            self.add(name, self._zeros(1), "kept")
-        self.add("stopped", self._zeros(1, dtype=torch.bool), "kept")
-        self.add("ring", self._zeros(SCHEDULE_WINDOW) + updates.NEVER, "kept")
-        self.add("out", self._zeros(2), "kept")
-        self.add("counters", self._zeros(layers + 1 + len(updates.COUNTED)), "kept")
-        # at least one element, which equals no token
-        self.add("stop", self.tensor([*self.options.stop, updates.NOTHING]), "kept")
-        exits = [layer in self.points for layer in range(layers + 1)]
-        scheduled = bool(self.options.ranking) and self.options.force is None
-        fixed = set(self.options.ranking[: self.options.always]) if scheduled else set(self.points)
-        self.add("exits", self.tensor(exits, torch.bool), "kept")
-        self.add("fixed", self.tensor([n in fixed for n in range(layers + 1)], torch.bool), "kept")
-        # a number on the host would be copied to the device whenever it is used
-        self.add("scratch", self._zeros(1) + decoder.kv.scratch, "kept")
-        self.add("starts", self.tensor(self.cuts[:-1]), "kept")
-        self.add("buckets", self.tensor([[0, *self.buckets[:-1]], self.buckets]), "kept")
+            self.part(f"hidden@{count}", "hidden", slice(None), slice(count))
 
     def _make_flags(self) -> None:
+        """The flags, and what says for each segment where its rows go."""
         segments, rows = len(self.cuts) - 1, self.rows
         shapes = {
             "run": (1,), "needs_head": (1,), "wants_exit": (1,), "active": (self.layers + 1,),
@@ -129,80 +145,60 @@ class StepLayout:
         self.flags = self._zeros(sum(sizes), dtype=torch.bool)
         for (name, shape), part in zip(shapes.items(), self.flags.split(sizes), strict=True):
             self.add(name, part.view(shape))
-        for point in self.points:
-            flag = self.buffers["active"].tensor[point : point + 1]
-            self.part(f"active.{point}", "active", flag)
         self.add("live", self._zeros(segments, rows, dtype=torch.bool))
         # rows of an even number of slots: each begins at a multiple of 16 bytes
         self.add("slots", self._zeros(segments, rows + rows % 2))
+        for point in self.points:
+            self.part(f"active.{point}", "active", slice(point, point + 1))
         for index in range(segments):
             for name in ("more", "fill"):
-                tensor = self.buffers[name].tensor[index : index + 1]
-                self.part(f"{name}.{index}", name, tensor)
+                self.part(f"{name}.{index}", name, slice(index, index + 1))
             for count in self.counts:
                 for name in ("live", "slots"):
-                    tensor = self.buffers[name].tensor[index, :count]
-                    self.part(f"{name}.{index}@{count}", name, tensor)
+                    self.part(f"{name}.{index}@{count}", name, index, slice(count))
             for place, count in enumerate(self.buckets):
-                go = self.buffers["go"].tensor[index, place : place + 1]
-                self.part(f"go.{index}@{count}", "go", go)
-        self.add("rows", self._zeros(rows))
-        self.part("rows@1", "rows", self.buffers["rows"].tensor[:1])
-        for name in ("answer", "exit_layer"):
-            self.add(name, self._zeros(1))
+                self.part(f"go.{index}@{count}", "go", index, slice(place, place + 1))
+
+    def _make_values(self) -> None:
+        """What launches hand to one another within a step, and how tokens are sampled."""
         k = self.exits.plan.draft_tokens if self.exits is not None else 1
+        self.add("rows", self._zeros(self.rows))
+        self.part("rows@1", "rows", slice(1))
+        self.add("answer", self._zeros(1))
+        self.add("exit_layer", self._zeros(1))
         self.add("previous", self._zeros(1, k, dtype=torch.float32))
-        if self.options.draws:
-            for name in drawing.OPTIONS:
-                whole = name in ("top_k", "seed")
-                dtype = torch.long if whole else torch.float64
-                self.add(name, self._zeros(1, dtype=dtype), "kept")
-            self.add("drawn", self._zeros(1))
-            self.add("layer.head", self._zeros(1), "kept")
-        if self.exits is not None and self.options.force is None:
+        if self.exits is not None:
             self.add("drafts", self._zeros(1, k))
             size = self.decoder.hidden_size
             self.add("z", self._zeros(1, 1, size, dtype=self.decoder.dtype))
+        if self.options.draws:
+            for name in drawing.OPTIONS:
+                dtype = torch.long if name in ("top_k", "seed") else torch.float64
+                self.add(name, self._zeros(1, dtype=dtype), "kept")
+            self.add("drawn", self._zeros(1))
+            self.add("layer.head", self._zeros(1), "kept")
 
     def _make_sides(self) -> None:
         """Buffers for the rows' side inputs, and tables of those that depend on tokens."""
-        decoder = self.decoder
-        side_inputs = decoder.side_inputs
+        decoder, side_inputs = self.decoder, self.decoder.side_inputs
         # creates the tables of what depends on tokens; the slot is scratch
-        scratch = self._zeros(1) + decoder.kv.scratch
-        decoder.embed(self._zeros(1, 1), self._zeros(1, 1), scratch)
+        decoder.embed(self._zeros(1, 1), self._zeros(1, 1), self.buffers["scratch"].tensor)
         # the device looks up the rows of masks too
         self.tables = {**side_inputs.tables, **side_inputs.whole_masks()}
         for name, table in self.tables.items():
             if name in side_inputs.by_token:
-                self.buffers[f"table {name}"] = Buffer(f"table {name}", table, "kept", "cache")
+                self.add(f"table {name}", table, "kept", "cache")
             dim = side_inputs.row_dim[name]
             shape = list(table.shape)
             shape[dim] = self.rows
-            value = table.new_zeros(shape)
-            self.add(f"side {name}", value)
+            self.add(f"side {name}", table.new_zeros(shape))
             for count in self.counts:
-                part = value.narrow(dim, 0, count)
-                like = table.narrow(dim, 0, count)
-                _require_layout(name, part, like)
-                self.part(f"side {name}@{count}", f"side {name}", part)
-
-    def _name_cache(self) -> None:
-        kv = self.decoder.kv
-        for kind, tensors in (("keys", kv.keys), ("values", kv.values)):
-            for layer, tensor in enumerate(tensors):
-                name = f"{kind}.{layer}"
-                self.buffers[name] = Buffer(name, tensor, "kept", "cache")
-
-    def constants(self) -> Mapping[str, Tensor]:
-        found = dict(self.decoder.tensors)
-        if self.exits is not None:
-            found |= {f"exit {name}": tensor for name, tensor in self.exits.tensors.items()}
-        return {name: tensor for name, tensor in found.items() if tensor.numel()}
-
-
-def _require_layout(name: str, part: Tensor, like: Tensor) -> None:
-    """Layers are compiled for slices of tables: slices of the buffer must have their strides."""
-    strides = zip(part.shape, part.stride(), like.stride(), strict=True)
-    if any(size > 1 and mine != theirs for size, mine, theirs in strides):
-        raise ValueError(f"{name} has strides {list(like.stride())}: its rows do not come first")
+                part = f"side {name}@{count}"
+                self.part(part, f"side {name}", *[slice(None)] * dim, slice(count))
+                # layers are compiled for slices of tables: those of the buffer have their strides
+                mine, like = self.buffers[part].tensor, table.narrow(dim, 0, count)
+                strides = zip(mine.shape, mine.stride(), like.stride(), strict=True)
+                if any(size > 1 and stride != other for size, stride, other in strides):
+                    raise ValueError(
+                        f"{name} has strides {list(like.stride())}: its rows do not come first"
+                    )

@@ -12,8 +12,6 @@ Shapes: R rows, S segments, B buckets of rows, L layers. All flags are bool.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -95,38 +93,26 @@ def predicted(
 
 
 def verified(
-    token: Tensor, drafted: Tensor, wants_exit: Tensor, layer: Tensor, starts: Tensor,
-    rows: Tensor, active: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor,
-    fill: Tensor, exit_layer: Tensor, needs_head: Tensor, answer: Tensor, counters: Tensor,
-    *, scratch: int, fills: bool,
+    token: Tensor, drafted: Tensor, needs_head: Tensor, answer: Tensor, counters: Tensor,
+    wants_exit: Tensor, *where: Tensor, scratch: int, fills: bool,
 ) -> None:  # fmt: skip
-    """Exit after ``layer`` [1] where the verified ``token`` [1] is one of the draft tokens."""
+    """Exit where the verified ``token`` [1] is one of the draft tokens; ``where``: as for
+    ``exit_early``."""
     accepted = wants_exit & drafted
-    _exit(accepted, layer, starts, rows, active, go, more, live, slots, fill, exit_layer,
-          scratch=scratch, fills=fills)  # fmt: skip
+    exit_early(accepted, *where, scratch=scratch, fills=fills)
     needs_head.copy_(needs_head & ~accepted)
     answer.copy_(torch.where(accepted, token, answer))
     _count(counters, "wanted", wants_exit)
     _count(counters, "refused", wants_exit & ~drafted)
 
 
-def forced(
-    wants_exit: Tensor, layer: Tensor, starts: Tensor, rows: Tensor,
-    active: Tensor, go: Tensor, more: Tensor, live: Tensor, slots: Tensor, fill: Tensor,
-    exit_layer: Tensor,
-    *, scratch: int, fills: bool,
-) -> None:  # fmt: skip
-    """Exit after ``layer`` [1] wherever ``wants_exit``; the LM head gives the token."""
-    _exit(wants_exit, layer, starts, rows, active, go, more, live, slots, fill, exit_layer,
-          scratch=scratch, fills=fills)  # fmt: skip
-
-
-def _exit(
+def exit_early(
     accepted: Tensor, layer: Tensor, starts: Tensor, rows: Tensor, active: Tensor, go: Tensor,
     more: Tensor, live: Tensor, slots: Tensor, fill: Tensor, exit_layer: Tensor,
     *, scratch: int, fills: bool,
 ) -> None:  # fmt: skip
-    """Where ``accepted`` [1], nothing deeper runs in this step but KV fills."""
+    """Exit after ``layer`` [1] where ``accepted`` [1]: nothing deeper runs in this step but KV
+    fills."""
     stays = ~accepted
     active.copy_(active & stays)
     go.copy_(go & stays)
@@ -172,10 +158,3 @@ def commit(
 def _count(counters: Tensor, name: str, by: Tensor) -> None:
     place = counters.numel() - len(COUNTED) + COUNTED.index(name)
     counters[place : place + 1] += by.long()
-
-
-def counts(counters: Sequence[int]) -> tuple[list[int], dict[str, int]]:
-    """How many tokens exited after each layer, and the other counts by name."""
-    values = list(counters)
-    cut = len(values) - len(COUNTED)
-    return values[:cut], dict(zip(COUNTED, values[cut:], strict=True))
