@@ -21,11 +21,14 @@ from eepass.errors import PassError
 from eepass.passes.caller.caller_graph import CallerGraph
 from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.torch_compile.early_exit_step import EarlyExitStep
-from eepass.torch_compile.logs import log, say_once
-from eepass.torch_compile.model_lookup import expressions_of, find_artifact, find_model
+from eepass.torch_compile.model_lookup import (
+    expressions_of,
+    find_artifact,
+    find_model,
+    log,
+    say_once,
+)  # fmt: skip
 from eepass.torch_compile.options import BackendOptions
-
-Run = Callable[..., Any]
 
 
 def specee(
@@ -34,7 +37,7 @@ def specee(
     *,
     mode: str | None = None,
     options: Mapping[str, Any] | None = None,
-) -> Run:
+) -> Callable[..., Any]:
     """Compile one of Dynamo's graphs; see ``BackendOptions`` for the options.
 
     ``mode`` goes to inductor for what is compiled whole. Raises ``InputError`` for options and
@@ -51,17 +54,24 @@ def specee(
             raise PassError("autocast is on")
     except PassError as error:
         log.debug("compiled whole: %s", error)
-        return _whole(graph, examples, mode, wanted.inner_backend)
-    try:
-        model, expression = find_model(expressions_of(graph), caller.tensors_of(examples))
-        _require_exits(model, wanted)
-        # weights may move: before exits keep their addresses
-        with torch.no_grad():
-            settle_weights(weights_to_read(model))
-        return EarlyExitStep(caller, examples, model, expression, wanted)
-    except PassError as error:
-        say_once(f"torch.compile(backend='specee') decodes dense: {error}")
-        return _whole(graph, examples, mode, wanted.inner_backend)
+    else:
+        try:
+            model, expression = find_model(expressions_of(graph), caller.tensors_of(examples))
+            _require_exits(model, wanted)
+            # weights may move: before exits keep their addresses
+            with torch.no_grad():
+                settle_weights(weights_to_read(model))
+            return EarlyExitStep(caller, examples, model, expression, wanted)
+        except PassError as error:
+            say_once(f"torch.compile(backend='specee') decodes dense: {error}")
+    if wanted.inner_backend != "inductor":
+        return lookup_backend(wanted.inner_backend)(graph, list(examples))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode and mode != "default" else None
+    compiled: Any = compile_fx(graph, list(examples), config_patches=patches)
+    return compiled
 
 
 def _require_exits(model: Any, wanted: BackendOptions) -> None:
@@ -81,13 +91,3 @@ def _require_exits(model: Any, wanted: BackendOptions) -> None:
             "no artefact was given or lies beside the checkpoint "
             "(eepass train MODEL --out DIR makes one)"
         )
-
-
-def _whole(graph: GraphModule, examples: Sequence[Any], mode: str | None, inner: str) -> Any:
-    if inner == "inductor":
-        from torch._inductor import list_mode_options
-        from torch._inductor.compile_fx import compile_fx
-
-        patches = list_mode_options(mode) if mode and mode != "default" else None
-        return compile_fx(graph, list(examples), config_patches=patches)
-    return lookup_backend(inner)(graph, list(examples))

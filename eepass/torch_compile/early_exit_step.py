@@ -21,17 +21,14 @@ from eepass.model import ALWAYS_ACTIVE
 from eepass.passes.caller.caller_graph import CallerGraph
 from eepass.passes.pipeline import exit_segments, split_caller_step
 from eepass.passes.report import PassReport
-from eepass.plan import ExitSegments
 from eepass.planning import exit_tensors, make_plan
-from eepass.runtime.caller.cache_states import CacheState, CacheStates
-from eepass.runtime.caller.caller_decoder import CallerDecoder
+from eepass.runtime.caller.caller_decoder import CacheState, CacheStates, CallerDecoder
 from eepass.runtime.caller.caller_exits import CallerExits, CallerWeights
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep
-from eepass.torch_compile.logs import log, say_once
-from eepass.torch_compile.model_lookup import find_artifact, find_model
+from eepass.torch_compile.model_lookup import find_artifact, find_model, log, say_once
 from eepass.torch_compile.options import BackendOptions
 
 # rows of one sequence that layers are compiled for: two cost what four do
@@ -182,23 +179,17 @@ class ShapedStep:
         if not head.weight:
             raise PassError(f"early exits need single rows of the LM head: {head.reason}")
         plan = make_plan(config, artifact, self.decoder.num_layers)
-        weights = CallerWeights(step, tensors, self._compile)
+        weights: Any = CallerWeights(step, tensors, self._compile)
         made = exit_tensors(config.name, artifact, weights.tensors, step.split)
         every = {**weights.tensors, **made}
-
-        def segments(rows: int) -> ExitSegments:
-            return exit_segments(step.split, plan, every, rows)
-
-        exits = Exits(weights, plan, segments, made)  # type: ignore[arg-type]
+        exits = Exits(weights, plan, partial(exit_segments, step.split, plan, every), made)
         full = None
         if wanted.logits == "full":
             whole = replace(plan, exits=(), verify="full")
             verify = exit_segments(step.split, whole, every, step.batch).verify
             hidden = torch.zeros(1, step.batch, weights.hidden_size, dtype=weights.dtype)
             full = weights.bind(verify, made, [hidden])
-        found = CallerExits(exits, step, full)
-        found.prepare()
-        return found
+        return CallerExits(exits, step, full)
 
 
 def _room(step: CallerStep, tensors: Sequence[Tensor]) -> tuple[tuple[int, int], ...]:

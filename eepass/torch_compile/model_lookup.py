@@ -9,8 +9,10 @@ the frame that calls the graph.
 
 from __future__ import annotations
 
+import functools
+import logging
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -22,10 +24,15 @@ from torch.fx import GraphModule
 
 from eepass.checkpoints.artifact import Artifact, found_artifact, load_artifact, refuse_other_model
 from eepass.errors import InputError
-from eepass.torch_compile.logs import say_once
 from eepass.torch_compile.options import BackendOptions
 
-Variables = Mapping[str, Any]
+log = logging.getLogger("eepass")
+
+
+@functools.cache
+def say_once(message: str) -> None:
+    """Warn with ``message``, once in a process."""
+    log.warning(message)
 
 
 def find_model(expressions: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Any, str]:
@@ -34,9 +41,14 @@ def find_model(expressions: Sequence[str], tensors: Sequence[Tensor]) -> tuple[A
     (None, "") where it is none of them.
     """
     known = {id(tensor) for tensor in tensors}
-    for local_variables, global_variables in _scopes():
+    for variables in _scopes():
         for expression in expressions:
-            found = _evaluate(expression, local_variables, global_variables)
+            try:
+                # as Dynamo's guards evaluate it
+                found = eval(expression, variables)
+            except Exception:
+                # other frames have other things under these names, and getters may raise anything
+                continue
             if _is_model_of(found, known):
                 return found, expression
     return None, ""
@@ -59,41 +71,33 @@ def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
 
     Raises ``InputError`` where the one asked for is damaged or of another model.
     """
-    asked = wanted.artifact is not None
-    folder = Path(wanted.artifact) if wanted.artifact is not None else found_artifact(model)
+    asked = wanted.artifact
+    folder = found_artifact(model) if asked is None else Path(asked)
     if folder is None:
         return None
     artifact = load_artifact(folder)
     try:
         refuse_other_model(artifact, model, folder)
     except InputError as error:
-        if asked:
+        if asked is not None:
             raise
         say_once(f"torch.compile(backend='specee'): {error}")
         return None
     return artifact
 
 
-def _scopes() -> Iterator[tuple[Variables, Variables]]:
-    """Local and global variables: of the function being compiled, else of each caller."""
+def _scopes() -> Iterator[dict[str, Any]]:
+    """Local and global variables, "L" and "G": of the function being compiled, else of each
+    caller."""
     try:
         output = InstructionTranslator.current_tx().output
     except AttributeError:
         frame: FrameType | None = sys._getframe(1)
         while frame is not None:
-            yield frame.f_locals, frame.f_globals
+            yield {"L": frame.f_locals, "G": frame.f_globals}
             frame = frame.f_back
     else:
-        yield output.local_scope, output.global_scope
-
-
-def _evaluate(expression: str, local_variables: Variables, global_variables: Variables) -> Any:
-    """As Dynamo's guards evaluate it; None where the variables are others."""
-    try:
-        return eval(expression, {"L": local_variables, "G": global_variables})
-    except Exception:
-        # other frames have other things under these names, and getters may raise whatever they like
-        return None
+        yield {"L": output.local_scope, "G": output.global_scope}
 
 
 def _is_model_of(found: Any, known: set[int]) -> bool:

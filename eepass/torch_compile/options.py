@@ -53,9 +53,15 @@ class BackendOptions:
                 "which cannot roll a token back; use "
                 "model.generate(..., custom_generate=eepass.generate)"
             )
-        options._one_of("guarantee", ("approximate",))
-        options._one_of("kv", ("defer", "propagate"))
-        options._one_of("logits", ("full", "hot"))
+        for name, choices in (
+            ("guarantee", ("approximate",)),
+            ("kv", ("defer", "propagate")),
+            ("logits", ("full", "hot")),
+        ):
+            if (value := getattr(options, name)) not in choices:
+                raise InputError(
+                    f"backend 'specee': {name}={value!r}: must be one of {', '.join(choices)}"
+                )
         if options.draft != "lens":
             raise InputError(
                 f"backend 'specee': draft={options.draft!r}: must be lens; the other drafts "
@@ -83,10 +89,3 @@ class BackendOptions:
             raise
         except (TypeError, ValueError) as error:
             raise InputError(f"backend 'specee': {error}") from error
-
-    def _one_of(self, name: str, known: tuple[str, ...]) -> None:
-        if getattr(self, name) not in known:
-            raise InputError(
-                f"backend 'specee': {name}={getattr(self, name)!r}: "
-                f"must be one of {', '.join(known)}"
-            )

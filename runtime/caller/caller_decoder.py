@@ -5,19 +5,26 @@ next token. The layers left out get keys and values projected from the hidden st
 whoever reads the cache next finds every slot filled. Where one sequence decodes, that hidden state
 is also kept, and the next step that goes deeper takes it along as another row: its keys and values
 become the true ones.
+
+A cache may be reset, cropped, reordered, filled anew or freed between two steps without notice.
+Every such change is a write, and tensors count their writes: what was remembered of a cache holds
+only if nothing was written since the step that remembered it.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from eepass.runtime.caller.caller_exits import CallerExits
 from eepass.runtime.decoder.decoder import Compile
+from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep, Input, Segment
 
@@ -34,6 +41,47 @@ class DeferredToken:
     hidden: Tensor
     sides: dict[str, Tensor]
     slots: dict[int, Tensor]
+
+
+@dataclass(slots=True)
+class CacheState:
+    """Of one cache: the schedule of its predictors, its statistics, the tokens the deeper layers
+    have not seen, its count of writes."""
+
+    schedule: PredictorSchedule | None
+    statistics: Statistics
+    pending: list[DeferredToken] = field(default_factory=list)
+    written: tuple[int, ...] = ()
+
+
+class CacheStates:
+    """One ``CacheState`` for each cache alive; a cache goes by its first tensor."""
+
+    def __init__(self) -> None:
+        self._states = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
+
+    def take(self, cache: Sequence[Tensor], fresh: Callable[[], CacheState]) -> CacheState:
+        """The state of ``cache``; a new one if anyone wrote to it since ``keep``."""
+        with self._lock:
+            state = self._states.get(cache[0])
+        if state is None or not state.written or state.written != _writes(cache):
+            return fresh()
+        return state
+
+    def keep(self, cache: Sequence[Tensor], state: CacheState) -> None:
+        """Remember ``state`` after a step that wrote to ``cache``."""
+        if not cache[0].is_inference():
+            # compiled code writes past the counters, and others go by them too
+            torch.autograd.graph.increment_version(cache)
+        state.written = _writes(cache)
+        with self._lock:
+            self._states[cache[0]] = state
+
+
+def _writes(cache: Sequence[Tensor]) -> tuple[int, ...]:
+    # tensors of inference mode do not count: nothing is remembered of them
+    return () if cache[0].is_inference() else tuple(tensor._version for tensor in cache)
 
 
 class CallerDecoder:
@@ -59,7 +107,9 @@ class CallerDecoder:
         self._grown = [rows for _, rows in step.advance]
         values = self._example(tensors)
         self._embed = self._bind(split.embed, values)
-        self._positional = self._bind(split.positional, values) if split.side_outputs else _nothing
+        self._positional: Callable[[Values], Sequence[Tensor]] = lambda values: ()
+        if split.side_outputs:
+            self._positional = self._bind(split.positional, values)
         self._layers = [self._bind(layer, values) for layer in split.layers]
         self._fills = [self._bind(fill, values) for fill in split.kv_fills]
         self._head = self._bind(split.head.whole, values)
@@ -248,7 +298,3 @@ class _JoinedRows:
 def _as_rows(hidden: Tensor) -> Tensor:
     """Hidden states [B, 1, H] as rows [1, B, H]."""
     return hidden if hidden.shape[0] == 1 else hidden.transpose(0, 1).contiguous()
-
-
-def _nothing(values: Values) -> Sequence[Tensor]:
-    return ()

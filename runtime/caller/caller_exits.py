@@ -51,11 +51,8 @@ class CallerExits:
         if full is not None:
             # the logits of the last layer are what the caller asked for
             self.layers -= {len(step.split.layers)}
-
-    def prepare(self) -> None:
-        """Compile what exits need."""
         # several rows are padded to the next row count there is code for
-        self.exits.prepare(1 if self.batch == 1 else max(ROW_COUNTS))
+        exits.prepare(1 if self.batch == 1 else max(ROW_COUNTS))
 
     def check(
         self, layer: int, hidden: Tensor, state: RowState, statistics: Statistics
@@ -72,17 +69,13 @@ class CallerExits:
         if len(found.tokens) < self.batch:
             return None, state
         if self.full is None:
-            return self._from_hot(seen[0][: self.batch]), state
+            hot = seen[0][: self.batch]
+            made = hot.new_full(self.like.shape, -torch.inf, dtype=self.like.dtype)
+            made[:, 0, self.exits.hot_ids] = hot.to(made.dtype)
+            return made, state
         (logits,) = self.full(found.z[:, : self.batch])
         if not bool(among_drafts(logits[0].argmax(-1), state.drafts).all()):
             # a cold token is likelier than the hot one that was verified
             statistics.refused += self.batch
             return None, state
         return logits.transpose(0, 1).to(self.like.dtype), state
-
-    def _from_hot(self, hot: Tensor) -> Tensor:
-        """Logits of the whole vocabulary from those of its hot tokens."""
-        shape, dtype = self.like.shape, self.like.dtype
-        made = hot.new_full(shape, -torch.inf, dtype=dtype)
-        made[:, 0, self.exits.hot_ids] = hot.to(dtype)
-        return made
