@@ -105,7 +105,10 @@ class CallerDecoder:
         ]
         self._lengths = [place for place, _ in step.advance]
         self._grown = [rows for _, rows in step.advance]
-        values = self._example(tensors)
+        values = [*tensors, *self._spare]
+        hidden, *values[self._tokens] = split.embed.run(lambda role: values[self._place(role)])
+        values[self._sides] = split.positional.run(lambda role: values[self._place(role)])
+        values[self._hidden_at] = hidden
         self._embed = self._bind(split.embed, values)
         self._positional: Callable[[Values], Sequence[Tensor]] = lambda values: ()
         if split.side_outputs:
@@ -144,7 +147,8 @@ class CallerDecoder:
         for layer in self._layers:
             if layers in joining:
                 assert pending is not None
-                rows = self._join(rows, hidden, layers, pending, values)
+                new = [token for token in pending if token.layer == layers]
+                rows = self._join(new, rows, hidden, values)
             if rows is None:
                 values[self._hidden_at] = hidden
                 (hidden,) = layer(values)
@@ -163,8 +167,11 @@ class CallerDecoder:
         if layers < self.num_layers:
             for fill in self._fills[layers:]:
                 fill(values)
-        if pending is not None:
-            self._update_pending(pending, rows, layers, values, statistics)
+            if pending is not None:
+                self._defer(pending, rows, layers, values)
+        elif pending:
+            statistics.rows_caught_up += len(pending)
+            pending.clear()
         if logits is None:
             (logits,) = self._head(values)
             statistics.full_heads += self.step.batch
@@ -174,15 +181,9 @@ class CallerDecoder:
         return logits, layers
 
     def _join(
-        self,
-        rows: _JoinedRows | None,
-        hidden: Tensor,
-        layer: int,
-        pending: Sequence[DeferredToken],
-        values: Values,
+        self, new: list[DeferredToken], rows: _JoinedRows | None, hidden: Tensor, values: Values
     ) -> _JoinedRows:
-        """The rows from ``layer`` on: tokens deferred there, those before, the step's own."""
-        new = [token for token in pending if token.layer == layer]
+        """The rows from a layer on: tokens deferred there, those before, the step's own."""
         tokens = [*new, *(rows.tokens if rows else ())]
         size = next(count for count in self._stacked if count > len(tokens))
         before = [rows.hidden[: len(rows.tokens)]] if rows else []
@@ -191,26 +192,16 @@ class CallerDecoder:
         joined = torch.cat([*(token.hidden for token in new), *before, *padding])
         return _JoinedRows(tokens, joined, size, values)
 
-    def _update_pending(
-        self,
-        pending: list[DeferredToken],
-        rows: _JoinedRows | None,
-        layers: int,
-        values: Values,
-        statistics: Statistics,
+    def _defer(
+        self, pending: list[DeferredToken], rows: _JoinedRows | None, layers: int, values: Values
     ) -> None:
-        """Note how far this step took the pending tokens, and defer its own if it exited."""
-        if layers == self.num_layers:
-            statistics.rows_caught_up += len(pending)
-            pending.clear()
-            return
+        """Defer the step's own token, and note how far the step took those that joined it."""
         if rows is not None:
             for row, token in enumerate(rows.tokens):
                 token.layer, token.hidden = layers, rows.hidden[row : row + 1].clone()
-        passed = self.step.passed
         sides = {
             # what the caller brought may be written to before it is needed again
-            name: values[at].clone() if name in passed else values[at]
+            name: values[at].clone() if name in self.step.passed else values[at]
             for name, at in self._side_at.items()
         }
         slots = {
@@ -223,18 +214,6 @@ class CallerDecoder:
         if role.kind == "hidden":
             return self._hidden_at
         return self._side_at[role.name] if role.kind == "side" else self.step.places[role]
-
-    def _example(self, tensors: Sequence[Tensor]) -> Values:
-        split = self.step.split
-        values = [*tensors, *self._spare]
-
-        def value_of(role: Input) -> Any:
-            return values[self._place(role)]
-
-        hidden, *values[self._tokens] = split.embed.run(value_of)
-        values[self._sides] = split.positional.run(value_of)
-        values[self._hidden_at] = hidden
-        return values
 
     def _bind(self, segment: Segment, values: Values) -> Callable[[Values], Sequence[Tensor]]:
         at = segment.arguments(self._place)

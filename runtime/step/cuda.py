@@ -25,10 +25,16 @@ class Captures:
         self.device = step.flags.device
         self.graphs: list[torch.cuda.CUDAGraph] = []
         self.addresses = step.addresses()
-        with torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), torch.no_grad():
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream()
-        self._warm_up()
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UP):
+                    self._run(launches(step.items))
+            current.wait_stream(self._stream)
+            torch.cuda.synchronize()
 
     def capture(self, block: Sequence[Launch]) -> torch.cuda.CUDAGraph:
         """``block`` as a graph, neither instantiated nor run."""
@@ -70,15 +76,6 @@ class Captures:
             with suppress(RuntimeError):
                 graph.reset()
         self.graphs.clear()
-
-    def _warm_up(self) -> None:
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
-            for _ in range(WARM_UP):
-                self._run(launches(self.step_data.items))
-        current.wait_stream(self._stream)
-        torch.cuda.synchronize(self.device)
 
     def _run(self, block: Sequence[Launch]) -> None:
         for launch in block:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 Buffers = Mapping[str, Tensor]
+Life = Literal["kept", "step"]
+Owner = Literal["step", "cache"]
 
 
 class StepError(RuntimeError):
@@ -30,8 +32,8 @@ class Buffer:
 
     name: str
     tensor: Tensor
-    life: Literal["kept", "step"]
-    owner: Literal["step", "cache"] = "step"
+    life: Life
+    owner: Owner = "step"
     base: str = ""
 
 
@@ -151,33 +153,28 @@ def check_step(step: Step) -> None:
     """Raise ``StepError`` where a name is unknown, a flag is not a bool [1], buffers overlap, or a
     buffer is read that was not written on every path there."""
     _check_overlap(step)
-    written = {buffer.name for buffer in step.wholes if buffer.life == "kept"}
-    _check_order(step, step.items, written)
+    _check_order(step, step.items, {b.name for b in step.wholes if b.life == "kept"})
 
 
 def _check_order(step: Step, items: Sequence[Item], written: set[str]) -> None:
     for item in items:
+        who = item.name if isinstance(item, Launch) else f"the conditional on {item.flag}"
+        for name in item.reads if isinstance(item, Launch) else [item.flag]:
+            if name not in step.buffers:
+                raise StepError(f"{who} reads {name}, which is no buffer")
+            if step.base(name) not in written:
+                raise StepError(f"{who} reads {name} before anything wrote it")
         if isinstance(item, Conditional):
-            _require(step, f"the conditional on {item.flag}", [item.flag], written)
             flag = step[item.flag]
             if flag.dtype != torch.bool or flag.numel() != 1:
                 raise StepError(f"{item.flag} is no flag: {flag.dtype} {list(flag.shape)}")
             # what a body writes counts as written within that body alone
             _check_order(step, item.body, set(written))
         else:
-            _require(step, item.name, item.reads, written)
-            unknown = [name for name in item.writes if name not in step.buffers]
-            if unknown:
-                raise StepError(f"{item.name} writes {unknown[0]}, which is no buffer")
-            written |= {step.base(name) for name in item.writes}
-
-
-def _require(step: Step, who: str, names: Sequence[str], written: set[str]) -> None:
-    for name in names:
-        if name not in step.buffers:
-            raise StepError(f"{who} reads {name}, which is no buffer")
-        if step.base(name) not in written:
-            raise StepError(f"{who} reads {name} before anything wrote it")
+            for name in item.writes:
+                if name not in step.buffers:
+                    raise StepError(f"{item.name} writes {name}, which is no buffer")
+                written.add(step.base(name))
 
 
 def _check_overlap(step: Step) -> None:

@@ -29,10 +29,10 @@ class ExitPoints:
         fused: FusedExits | None = None,
     ) -> None:
         self.plan, self.tensors = plan, tensors
+        self.layers = tuple(point.layer for point in plan.exits)
         self._hot = tensors["hot.ids"]
         self._fused = fused is not None
-        k = plan.draft_tokens
-        device = decoder.device
+        k, device = plan.draft_tokens, decoder.device
         hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype, device=device)
         self._example = hidden
         drafts = torch.zeros(1, k, dtype=torch.long, device=device)
@@ -50,10 +50,6 @@ class ExitPoints:
             p.layer: torch.tensor([p.threshold], dtype=torch.float64, device=device)
             for p in plan.exits
         }
-
-    @property
-    def layers(self) -> tuple[int, ...]:
-        return tuple(point.layer for point in self.plan.exits)
 
     def draft(self, hidden: Tensor) -> Tensor:
         """The draft tokens [1, K] of a hidden state [1, 1, H]: its likeliest hot tokens."""

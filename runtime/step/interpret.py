@@ -1,15 +1,13 @@
-"""Run a step on the CPU and check every launch: order, addresses, overlap, declared reads and
-writes."""
+"""Run a step on the CPU and check each launch: order, addresses, overlap, declared accesses."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from eepass.runtime.step.data import Buffer, Item, Launch, Step, StepError, check_step
+from eepass.runtime.step.data import Item, Launch, Step, StepError, check_step
 
 # fills integer buffers before they are written: no token, slot or sum of such has this value
 POISON = -(2**52) - 12345
@@ -57,21 +55,17 @@ class Interpreter:
         for buffer in written_only:
             poison(buffer.tensor)
         declared = {step.base(name) for name in launch.writes}
-        with self._unchanged([b for b in step.wholes if b.name not in declared], launch):
-            launch.run(step.given(launch))
+        others = [b for b in step.wholes if b.name not in declared] if self.watch else []
+        before = [_bits(buffer.tensor).clone() for buffer in others]
+        launch.run(step.given(launch))
+        for buffer, was in zip(others, before, strict=True):
+            if not torch.equal(_bits(buffer.tensor), was):
+                raise StepError(f"{launch.name} writes {buffer.name}, which it does not declare")
         self.ran.append(launch.name)
         step.require_addresses(self.addresses)
         for buffer in written_only:
             if poisoned(buffer.tensor):
                 raise StepError(f"{launch.name} leaves {buffer.name} unwritten, or reads it first")
-
-    @contextmanager
-    def _unchanged(self, buffers: Sequence[Buffer], launch: Launch) -> Iterator[None]:
-        before = [_bits(b.tensor).clone() for b in buffers] if self.watch else []
-        yield
-        for buffer, was in zip(buffers, before, strict=False):
-            if not torch.equal(_bits(buffer.tensor), was):
-                raise StepError(f"{launch.name} writes {buffer.name}, which it does not declare")
 
 
 def poison(tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from eepass.exit_rule import SCHEDULE_WINDOW
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import drawing, updates
-from eepass.runtime.step.data import Buffer
+from eepass.runtime.step.data import Buffer, Life, Owner
 from eepass.runtime.step.exit_points import ExitPoints
 
 
@@ -84,13 +84,7 @@ class StepLayout:
             for layer, tensor in enumerate(tensors):
                 self.add(f"{kind}.{layer}", tensor, "kept", "cache")
 
-    def add(
-        self,
-        name: str,
-        tensor: Tensor,
-        life: Literal["kept", "step"] = "step",
-        owner: Literal["step", "cache"] = "step",
-    ) -> None:
+    def add(self, name: str, tensor: Tensor, life: Life = "step", owner: Owner = "step") -> None:
         self.buffers[name] = Buffer(name, tensor, life, owner)
 
     def part(self, name: str, base: str, *at: int | slice) -> None:
