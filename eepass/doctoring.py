@@ -40,16 +40,9 @@ def doctor() -> dict[str, Any]:
     command that supplies it; ``ready``: whether nothing that eepass needs is missing. A part that
     could not be determined is ``{"error": why}``.
     """
-    found: dict[str, Any] = {
-        "eepass": eepass.__version__,
-        "versions": _guarded(_versions),
-        "extras": _guarded(_extras),
-        "cpu": _guarded(_cpu),
-        "compiler": _guarded(_compiler),
-        "cuda": _guarded(_cuda),
-        "caches": _guarded(_caches),
-        "smollm2": _guarded(_smollm2),
-    }
+    found: dict[str, Any] = {"eepass": eepass.__version__}
+    for part in (_versions, _extras, _cpu, _compiler, _cuda, _caches, _smollm2):
+        found[part.__name__.removeprefix("_")] = _guarded(part)
     found["uses"] = _guarded(lambda: _uses(found))
     found["missing"] = missing = _missing(found)
     found["ready"] = not any(entry["needed"] for entry in missing)
@@ -130,23 +123,16 @@ def _checked(extra: str) -> Iterator[tuple[str, str, str]]:
         except metadata.PackageNotFoundError:
             yield requirement.name, "", "not installed"
             continue
-        wrong = ""
+        wrong, module = "", requirement.name.replace("-", "_").lower()
         if not requirement.specifier.contains(version, prereleases=True):
             wrong = f"{requirement.name} {version}, and {requirement.specifier} is needed"
-        yield requirement.name, version, wrong or _import_error(requirement.name)
-
-
-def _import_error(name: str) -> str:
-    """Why the library ``name`` cannot be imported, or nothing."""
-    module = name.replace("-", "_").lower()
-    if find_spec(module) is None:
-        # imported under another name: that it is installed has to do
-        return ""
-    try:
-        importlib.import_module(module)
-    except Exception as error:
-        return f"{name} cannot be imported ({_first_line(error)})"
-    return ""
+        elif find_spec(module) is not None:
+            # one that is imported under another name is installed, which has to do
+            try:
+                importlib.import_module(module)
+            except Exception as error:
+                wrong = f"{requirement.name} cannot be imported ({_first_line(error)})"
+        yield requirement.name, version, wrong
 
 
 def _requirements() -> list[str]:
@@ -171,14 +157,12 @@ def _cpu() -> dict[str, Any]:
 
     from eepass.codegen.cpu.native import cpu_flags
 
-    flags = set(cpu_flags())
+    flags = cpu_flags()
     return {
         "machine": platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "avx512": "avx512f" in flags,
-        "avx512_bf16": "avx512_bf16" in flags,
-        "avx512_vnni": "avx512_vnni" in flags,
-        "amx_bf16": "amx_bf16" in flags,
+        **{name: name in flags for name in ("avx512_bf16", "avx512_vnni", "amx_bf16")},
         "threads": torch.get_num_threads(),
     }
 
@@ -210,16 +194,14 @@ def _cuda() -> dict[str, Any]:
         return {"built": built, "devices": [], "why": "torch finds no CUDA device"}
     # only builds with CUDA have it
     driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
-    devices = []
-    for index in range(torch.cuda.device_count()):
-        device = torch.cuda.get_device_properties(index)
-        devices.append(
-            {
-                "name": device.name,
-                "capability": f"{device.major}.{device.minor}",
-                "memory_gb": round(device.total_memory / 1e9, 1),
-            }
-        )
+    devices = [
+        {
+            "name": device.name,
+            "capability": f"{device.major}.{device.minor}",
+            "memory_gb": round(device.total_memory / 1e9, 1),
+        }
+        for device in map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    ]
     why = conditional_nodes_missing(torch.cuda.get_device_capability(0))
     return {
         "built": built,
@@ -261,49 +243,38 @@ def _smollm2() -> dict[str, Any]:
 
 def _uses(found: dict[str, Any]) -> dict[str, Any]:
     """Each choice: what will be used, and why."""
-    return {
-        "device": _device(found["cuda"]),
-        "operators": _operators(found["compiler"], found["cpu"]),
-        "launch": _launch(found["cuda"]),
-        "drafts": _drafts(found["smollm2"]),
-    }
-
-
-def _device(cuda: dict[str, Any]) -> dict[str, str]:
-    why = cuda.get("error") or cuda.get("why")
+    cuda, drafts = found["cuda"], "a trained head and prompt look-up, for models with an artefact"
+    device = cuda.get("error") or cuda.get("why") or "no CUDA device"
+    launch = "segments, called one by one"
+    why = "on a CPU a call costs microseconds: there is nothing to capture"
     if cuda.get("devices"):
-        why = "commands run on the CPU; on a GPU call eepass.transform(model, ..., device='cuda')"
-    return {"use": "cpu", "why": why or "no CUDA device"}
+        import torch
+
+        from eepass.runtime.step.launching import choose
+
+        device = "commands run on the CPU; on a GPU call "
+        device += "eepass.transform(model, ..., device='cuda')"
+        chosen = choose("auto", torch.device("cuda"))
+        launch, why = chosen.mode, chosen.reason
+    if found["smollm2"].get("artifact"):
+        drafts += " (smollm2 comes with one)"
+    choices = {
+        "device": ("cpu", device),
+        "operators": _operators(found["compiler"], found["cpu"]),
+        "launch": (launch, why),
+        "drafts": ("cascade", f"{drafts}; prompt look-up alone for others"),
+    }
+    return {name: {"use": use, "why": why} for name, (use, why) in choices.items()}
 
 
-def _launch(cuda: dict[str, Any]) -> dict[str, str]:
-    if not cuda.get("devices"):
-        why = "on a CPU a call costs microseconds: there is nothing to capture"
-        return {"use": "segments, called one by one", "why": why}
-    import torch
-
-    from eepass.runtime.step.launching import choose
-
-    chosen = choose("auto", torch.device("cuda"))
-    return {"use": chosen.mode, "why": chosen.reason}
-
-
-def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> dict[str, str]:
+def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> tuple[str, str]:
     if "error" in compiler:
-        return {"use": "unknown", "why": compiler["error"]}
+        return "unknown", compiler["error"]
     if compiler["path"] is None:
-        why = f"{compiler['why']}; correct, but slower"
-        return {"use": "eager definitions", "why": why}
+        return "eager definitions", f"{compiler['why']}; correct, but slower"
     built = "built" if compiler["kernels_built"] else "built at the first use, in about 20 s"
     loops = "AVX-512 with bf16" if cpu.get("avx512_bf16") else "plain loops: no AVX-512 with bf16"
-    return {"use": "C++ kernels", "why": f"{built}; {loops}"}
-
-
-def _drafts(smollm2: dict[str, Any]) -> dict[str, str]:
-    trained = "a trained head and prompt look-up, for models with an artefact"
-    if smollm2.get("artifact"):
-        trained += " (smollm2 comes with one)"
-    return {"use": "cascade", "why": f"{trained}; prompt look-up alone for others"}
+    return "C++ kernels", f"{built}; {loops}"
 
 
 def _missing(found: dict[str, Any]) -> list[dict[str, Any]]:

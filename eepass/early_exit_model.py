@@ -15,7 +15,7 @@ from torch import Tensor
 from eepass.checkpoints.artifact import Artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.executors import CapturedSteps, ExitParts, Measured, draft_for, engine_for
+from eepass.executors import CapturedSteps, ExitParts, Measured, engine_for
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import exit_tensors, fits_captured_steps, is_dense, settle
@@ -33,7 +33,6 @@ from eepass.segments import SplitDecoder
 ARTIFACT = "artifact"
 # the segments at the exits of a plan for a number of rows
 SegmentsFor = Callable[[ExitConfig, ExitPlan, Mapping[str, Tensor], int], ExitSegments]
-GREEDY = Sampling()
 
 
 class EarlyExitModel:
@@ -41,13 +40,10 @@ class EarlyExitModel:
 
     It decodes through its ``engine``: an ``Engine``, pass by pass from the host, or
     ``CapturedSteps``, where ``transform`` was given ``device=`` or ``launch=`` and the config can
-    run as such. What the tokens are is the config's promise, whatever decodes them. Engines,
-    compiled code and captured steps are made when they are first needed.
-
-    One model serves one sequence at a time. ``dense`` is the same model without exits and drafts,
-    over the same weights and cache. ``folder``: where it was read from, if from one that ``eepass
-    transform`` wrote; such a model comes with a ``compiler`` that has compiled and ``segments_for``
-    that traces nothing.
+    run as such; the config says what the tokens are. Engines, compiled code and captured steps are
+    made when they are first needed. One model serves one sequence at a time. ``folder``: where it
+    was read from, if from one that ``eepass transform`` wrote; such a model comes with a
+    ``compiler`` that has compiled and ``segments_for`` that traces nothing.
     """
 
     def __init__(
@@ -87,11 +83,7 @@ class EarlyExitModel:
         self._force: int | None = None
 
     def configure(
-        self,
-        config: ExitConfig | None = None,
-        *,
-        dense: bool = False,
-        force: int | None = None,
+        self, config: ExitConfig | None = None, *, dense: bool = False, force: int | None = None
     ) -> Engine | CapturedSteps:
         """Decode so from here on; returns the engine, its statistics at zero.
 
@@ -166,18 +158,17 @@ class EarlyExitModel:
                 )  # fmt: skip
             if dense:
                 return Engine(decoder)
-            parts = self.exit_parts(config)
+            parts, trace = self.exit_parts(config), self.folder is None
             small = None if self.draft_model is None else self.draft_model.decoder
-            draft = draft_for(decoder, config, parts, small, trace=self.folder is None)
-            return engine_for(decoder, config, parts, draft, self._measured)
+            return engine_for(self._measured, config, parts, small, trace)
 
     def exit_parts(self, config: ExitConfig) -> ExitParts | None:
         """The exits of the plan, as ``config`` set it up; None where there is no artefact."""
         plan, segments_for, own = self.plan, self.segments_for, self.decoder.tensors
         if plan is None or self.artifact is None:
             return None
-        tensors = exit_tensors(config.name, self.artifact, own, self.splits[1])
-        tensors = with_thresholds(tensors, plan)
+        trained = exit_tensors(config.name, self.artifact, own, self.splits[1])
+        tensors = with_thresholds(trained, plan)
         every = {**own, **tensors}
         return ExitParts(plan, tensors, lambda rows: segments_for(config, plan, every, rows))
 
@@ -186,10 +177,8 @@ class EarlyExitModel:
     ) -> Iterator[DecodedToken]:
         """Tokens after ``ids``, each with the layers it took, as they are confirmed."""
         engine = self.engine
-        tokens = engine.generate(list(ids), max_new_tokens, self.stop, sampling or GREEDY)
-        if isinstance(engine, CapturedSteps):
-            return tokens
-        return self._without_gradients(tokens)
+        tokens = engine.generate(list(ids), max_new_tokens, self.stop, sampling or Sampling())
+        return tokens if isinstance(engine, CapturedSteps) else self._without_gradients(tokens)
 
     def _without_gradients(self, tokens: Iterator[DecodedToken]) -> Iterator[DecodedToken]:
         stream: Any = tokens
@@ -239,9 +228,8 @@ class EarlyExitModel:
     @property
     def launch_report(self) -> LaunchReport:
         """How decode steps are launched, and what they cost besides; captures them if need be."""
-        engine = self.engine
-        if isinstance(engine, CapturedSteps):
-            return engine.launch_report
+        if isinstance(self.engine, CapturedSteps):
+            return self.engine.launch_report
         reason = "exact answers and several tokens a pass go layer by layer"
         if self.launching is None:
             reason = "neither device= nor launch= was given: layer by layer, from the host"

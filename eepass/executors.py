@@ -13,7 +13,7 @@ from torch import Tensor
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.passes.report import PassReport
-from eepass.plan import ExitPlan, ExitSegments, FusedExits
+from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import DRAFT_HEAD
 from eepass.runtime.decoder.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
@@ -53,32 +53,36 @@ class ExitParts:
     segments: Callable[[int], ExitSegments]
 
 
+@dataclass
 class Measured:
     """What is measured on a decoder once, when it is first needed."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder = decoder
+    decoder: Decoder
 
     @cached_property
     def pass_seconds(self) -> dict[int, float]:
-        rows = [size for size in self._decoder.buckets if size <= TREE_ROWS]
-        return pass_seconds(self._decoder, rows, at=256)
+        rows = [size for size in self.decoder.buckets if size <= TREE_ROWS]
+        return pass_seconds(self.decoder, rows, at=256)
 
     @cached_property
     def logit_noise(self) -> float:
         # rows that go one by one have the same logits wherever they stand
-        stepwise = self._decoder.splits[1].stepwise
-        return 0.0 if stepwise else logit_noise(self._decoder)
+        return 0.0 if self.decoder.splits[1].stepwise else logit_noise(self.decoder)
 
 
 def engine_for(
-    decoder: Decoder,
+    measured: Measured,
     config: ExitConfig,
     parts: ExitParts | None,
-    draft: Draft | None,
-    measured: Measured,
+    draft_decoder: Decoder | None,
+    trace: bool,
 ) -> Engine:
-    """The engine that decodes as ``config`` says; its first sequence compiles and measures."""
+    """The engine that decodes as ``config`` says; its first sequence compiles and measures.
+
+    ``trace``: whether a trained head has still to be traced, or was compiled ahead of time.
+    """
+    decoder = measured.decoder
+    draft = _draft_for(decoder, config, parts, draft_decoder, trace)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -88,27 +92,22 @@ def engine_for(
     options = Options(config.guarantee, config.kv, config.pending, modes)
 
     def planner() -> Planner:
-        costs = dict(measured.pass_seconds)
-        if draft is None:
-            return Planner(costs, 0.0, 1.0)
-        return Planner(costs, draft.call_seconds(), draft.expected)
+        seconds, expected = (draft.call_seconds(), draft.expected) if draft else (0.0, 1.0)
+        return Planner(dict(measured.pass_seconds), seconds, expected)
 
-    plans = len(modes) > 1 or draft is not None
     return Engine(
         decoder, exits, schedule, draft, options,
-        planner if plans else None, lambda: measured.logit_noise,
+        planner if len(modes) > 1 or draft else None, lambda: measured.logit_noise,
     )  # fmt: skip
 
 
-def draft_for(
+def _draft_for(
     decoder: Decoder,
     config: ExitConfig,
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
 ) -> Draft | None:
-    """Where ``config`` takes its draft tokens from. ``trace``: whether a trained head has still to
-    be traced, or was compiled ahead of time."""
     source = config.speculate
     if source == "model":
         assert draft_decoder is not None
@@ -235,21 +234,16 @@ class CapturedSteps:
             plain = ExitPoints(decoder, plan, segments, tensors)
             if decoder.device.type != "cuda" or draws:
                 return plain
-            fused = self._fused(parts)
-            if fused is None:
-                return plain
-            kernels = ExitPoints(decoder, plan, segments, tensors, fused)
-            if reason := kernels.differ_from(plain):
-                self._notes = (f"kernels of exit points: {reason}",)
-                return plain
-            return kernels
+            from eepass.passes.pipeline import fused_exits
 
-    def _fused(self, parts: ExitParts) -> FusedExits | None:
-        from eepass.passes.pipeline import fused_exits
-
-        report = PassReport()
-        every = {**self.decoder.tensors, **parts.tensors}
-        fused = fused_exits(self.decoder.splits[1], parts.plan, every, report)
-        if fused is None:
-            self._notes = tuple(f"kernels of exit points: {reason}" for _, reason in report.skipped)
-        return fused
+            report = PassReport()
+            fused = fused_exits(decoder.splits[1], plan, {**decoder.tensors, **tensors}, report)
+            reasons = [reason for _, reason in report.skipped]
+            if fused is not None:
+                kernels = ExitPoints(decoder, plan, segments, tensors, fused)
+                reason = kernels.differ_from(plain)
+                if not reason:
+                    return kernels
+                reasons = [reason]
+        self._notes = tuple(f"kernels of exit points: {reason}" for reason in reasons)
+        return plain

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from typing import Any
 
 from eepass.errors import PassError
@@ -15,19 +17,22 @@ from eepass.segments import Segment, SplitDecoder
 def describe(model: EarlyExitModel) -> dict[str, Any]:
     """Layers and how they were found, segments, exits, predictors, KV policy."""
     split, plan = model.splits[1], model.plan
+    preset = model.config.name if model.config else ""
+    trained = model.artifact.tensors if model.artifact else {}
     exits = [
         {
-            "layer": point.layer,
-            "translated": point.translated,
-            "threshold": point.threshold,
+            **asdict(point),
             "predictor": sum(
-                t.numel()
-                for n, t in (model.artifact.tensors if model.artifact else {}).items()
-                if model.config and n.startswith(f"predictor.{model.config.name}.{point.layer}.")
+                tensor.numel()
+                for name, tensor in trained.items()
+                if name.startswith(f"predictor.{preset}.{point.layer}.")
             ),
         }
         for point in (plan.exits if plan else ())
     ]
+    draft = None
+    if plan is not None:
+        draft = f"after layer {plan.draft_layer}" if plan.draft_layer else "trained draft head"
     return {
         "layers": len(split.layers),
         "how": split.layers_found_by,
@@ -38,13 +43,7 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
         or "norm, LM head" + (", transform" if split.head.transform else ""),
         "exit_kernels": _fused(split),
         "exits": exits,
-        "draft": (
-            None
-            if plan is None
-            else f"after layer {plan.draft_layer}"
-            if plan.draft_layer
-            else "trained draft head"
-        ),
+        "draft": draft,
         "draft_tokens": plan.draft_tokens if plan else 0,
         "verify": plan.verify if plan else None,
         "kv_policy": plan.kv_policy if plan else "dense",
@@ -56,16 +55,11 @@ def describe(model: EarlyExitModel) -> dict[str, Any]:
 
 def _weight_forms(model: EarlyExitModel) -> dict[str, int]:
     """Bytes a dense pass reads, by dtype."""
-    split, tensors = model.splits[1], model.decoder.tensors
-    segments = (*split.layers, split.head.whole)
-    read = {
-        role.name for segment in segments for role in segment.inputs if role.kind == "parameter"
-    }
-    found: dict[str, int] = {}
-    for name in sorted(read):
-        kind = str(tensors[name].dtype).removeprefix("torch.")
-        found[kind] = found.get(kind, 0) + tensors[name].nbytes
-    return found
+    found: Counter[str] = Counter()
+    for name in model.splits[1].parameters:
+        tensor = model.decoder.tensors[name]
+        found[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    return dict(found)
 
 
 def _fused(split: SplitDecoder) -> str:
@@ -79,11 +73,9 @@ def exit_graph_of(model: EarlyExitModel) -> Segment | None:
     """The exit graph of a configured model; None for a dense one."""
     if model.plan is None or model.artifact is None or not model.config:
         return None
-    tensors = exit_tensors(
-        model.config.name, model.artifact, model.decoder.tensors, model.splits[1]
-    )
-    tensors = {**model.decoder.tensors, **tensors}
-    return exit_graph(model.splits[1], model.plan, tensors)
+    split, own = model.splits[1], model.decoder.tensors
+    tensors = {**own, **exit_tensors(model.config.name, model.artifact, own, split)}
+    return exit_graph(split, model.plan, tensors)
 
 
 def code_of(model: EarlyExitModel) -> str:
@@ -94,7 +86,5 @@ def code_of(model: EarlyExitModel) -> str:
         for number, layer in enumerate(model.splits[1].layers, 1):
             seen.setdefault(layer.structure, f"# layer {number}\n{layer.graph.code.strip()}")
         return "\n\n".join(seen.values())
-    parts = [f"# the chain\n{segment.graph.code.strip()}"]
-    for name, branch in segment.graph.named_children():
-        parts.append(f"# {name}\n{str(branch.code).strip()}")
-    return "\n\n".join(parts)
+    parts: list[tuple[str, Any]] = [("the chain", segment.graph), *segment.graph.named_children()]
+    return "\n\n".join(f"# {name}\n{part.code.strip()}" for name, part in parts)

@@ -165,15 +165,13 @@ def _move(model: Any, target: torch.device, max_length: int | None) -> None:
     """Move ``model``; ``EngineError`` beforehand where its weights and cache do not fit."""
     if target.type == "cuda":
         config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = (
-            getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        )
-        size = next(model.parameters()).element_size()
+        all_heads, weight = config.num_attention_heads, next(model.parameters())
+        heads = getattr(config, "num_key_value_heads", None) or all_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
         length = max_length or usual_length(model, MAX_LENGTH)
         # twice: a trace needs a cache of its own for a while
-        needed = 2 * 2 * config.num_hidden_layers * heads * width * size * (length + 64)
-        if next(model.parameters()).device.type != "cuda":
+        needed = 2 * 2 * config.num_hidden_layers * heads * width * weight.itemsize * (length + 64)
+        if weight.device.type != "cuda":
             needed += sum(p.nbytes for p in model.parameters())
         require_room(target, int(needed))
     model.to(target)

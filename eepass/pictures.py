@@ -14,22 +14,20 @@ COLOURS = {"embed": "#8da0cb", "layer": "#a6cee3", "exit": "#66c2a5", "head": "#
 
 def exit_layers(counts: Sequence[int], file: Path, title: str) -> None:
     """Bar chart of the exit layers of tokens; ``counts[0]`` is layer 0."""
-    plt = _pyplot()
     total = max(sum(counts), 1)
-    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    axes = _axes(9, 3.6)
     layers = range(1, len(counts))
     axes.bar(layers, [100 * counts[n] / total for n in layers], color=COLOURS["exit"])
     mean = sum(n * counts[n] for n in layers) / total
     axes.axvline(mean, color=COLOURS["head"], linestyle="--", label=f"mean {mean:.1f}")
     axes.set(xlabel="layers run", ylabel="% of tokens", title=title, xlim=(0.4, len(counts) - 0.4))
     axes.legend(frameon=False)
-    _save(figure, file)
+    _save(axes, file)
 
 
 def agreement(report: Mapping[str, Any], file: Path, title: str) -> None:
     """Agreement with the dense answer by layer, as ``eepass.probe`` reports it."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    axes = _axes(8, 4)
     by_layer = report["agreement_by_layer"]
     axes.plot(range(1, len(by_layer) + 1), by_layer, marker="o", markersize=3, label="logit lens")
     if "translated" in report:
@@ -40,15 +38,14 @@ def agreement(report: Mapping[str, Any], file: Path, title: str) -> None:
     )
     axes.set(xlabel="layers run", ylabel="agreement with the last layer", title=title, ylim=(0, 1))
     axes.legend(frameon=False)
-    _save(figure, file)
+    _save(axes, file)
 
 
 def by_position(
     stretches: Sequence[Mapping[str, Any]], layers: int, file: Path, title: str
 ) -> None:
     """Agreement and mean exit layer by position in the answer, as ``eepass bench`` reports."""
-    plt = _pyplot()
-    figure, axes = plt.subplots(figsize=(8, 3.6), layout="constrained")
+    axes = _axes(8, 3.6)
     names = [f"{s['first']}–{s['last']}" for s in stretches]
     axes.plot(names, [s["agreement"] for s in stretches], marker="o", color=COLOURS["head"])
     axes.set(xlabel="token of the answer", ylabel="agreement", title=title, ylim=(0, 1.02))
@@ -59,14 +56,13 @@ def by_position(
     # bars behind the line
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
-    _save(figure, file)
+    _save(axes, file)
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: str) -> None:
     """The chain of segments with its exits, drawn left to right in rows."""
     import networkx as nx
 
-    plt = _pyplot()
     structures = list(dict.fromkeys(layer.structure for layer in split.layers))
     flow = nx.DiGraph()
     names = ["embed", *(f"layer {n}" for n in range(1, len(split.layers) + 1)), "head"]
@@ -90,7 +86,7 @@ def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: st
         colour[name] = COLOURS["exit"]
         label[name] = f"> {point.threshold:.2f}" + ("\nT" if point.translated else "")
     rows = -(-len(names) // per_row)
-    figure, axes = plt.subplots(figsize=(13, 1.7 * rows + 1.2), layout="constrained")
+    axes = _axes(13, 1.7 * rows + 1.2)
     nodes = list(flow.nodes)
     nx.draw_networkx(
         flow, position, nodelist=nodes, ax=axes, labels=label, font_size=7, node_size=820,
@@ -103,10 +99,11 @@ def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: st
         f"{len(exits)} exits (> threshold; T: translated)"
     )
     axes.axis("off")
-    _save(figure, file)
+    _save(axes, file)
 
 
-def _pyplot() -> Any:
+def _axes(width: float, height: float) -> Any:
+    """Axes that fill a figure of so many inches."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -114,11 +111,13 @@ def _pyplot() -> Any:
     matplotlib.rcParams.update({"svg.hashsalt": "eepass", "svg.fonttype": "none"})
     import matplotlib.pyplot as plt
 
-    return plt
+    return plt.subplots(figsize=(width, height), layout="constrained")[1]
 
 
-def _save(figure: Any, file: Path) -> None:
+def _save(axes: Any, file: Path) -> None:
+    import matplotlib.pyplot as plt
+
     file.parent.mkdir(parents=True, exist_ok=True)
     undated = {"Date": None} if file.suffix == ".svg" else None
-    figure.savefig(file, dpi=130, metadata=undated)
-    _pyplot().close(figure)
+    axes.figure.savefig(file, dpi=130, metadata=undated)
+    plt.close(axes.figure)

@@ -28,11 +28,19 @@ def settle(
 
     Raises ``InputError`` where it asks for what they do not hold.
     """
-    config = without_rollback(config, split)
+    if split.stepwise and config.guarantee == "exact":
+        # recurrent states cannot be rolled back
+        config = replace(config, exits=False, draft="lens", speculate="off")
+    elif split.stepwise or (split.counts_slots and config.speculate != "lens"):
+        # where biases go by slot a tree of drafts would have wrong ones
+        config = replace(config, speculate="off")
     if config.speculate == "model" and not draft_model:
         raise InputError("speculate='model': give transform a draft_model")
     if artifact is None:
-        return without_artifact(config), None
+        if config.guarantee == "approximate" and not is_dense(config):
+            raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
+        untrained = "ngram" if config.speculate in ("cascade", "eagle") else config.speculate
+        return replace(config, exits=False, draft="lens", speculate=untrained), None
     plan = make_plan(config, artifact, len(split.layers))
     source = config.speculate
     trained_head = source == "eagle" or (source in ("lens", "off") and config.draft == "eagle")
@@ -52,28 +60,8 @@ def is_dense(config: ExitConfig) -> bool:
 def fits_captured_steps(config: ExitConfig) -> bool:
     """Whether a captured step, which is never rolled back, can decode so: dense, or approximate
     with one token a pass and drafts from a hidden state."""
-    one_token = config.speculate in ("off", "lens")
-    early = config.guarantee == "approximate" and one_token and config.draft != "eagle"
-    return is_dense(config) or early
-
-
-def without_rollback(config: ExitConfig, split: SplitDecoder) -> ExitConfig:
-    """``config`` without what ``split`` cannot do: recurrent states cannot be rolled back, and
-    where biases go by slot a tree of drafts would have wrong ones."""
-    if split.stepwise and config.guarantee == "exact":
-        return replace(config, exits=False, draft="lens", speculate="off")
-    if split.stepwise or (split.counts_slots and config.speculate != "lens"):
-        return replace(config, speculate="off")
-    return config
-
-
-def without_artifact(config: ExitConfig) -> ExitConfig:
-    """``config`` without what is trained; ``InputError`` where it needs that."""
-    if config.guarantee == "approximate" and not is_dense(config):
-        raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
-    trained = config.speculate in ("cascade", "eagle")
-    source = "ngram" if trained else config.speculate
-    return replace(config, exits=False, draft="lens", speculate=source)
+    early = config.guarantee == "approximate" and config.draft != "eagle"
+    return config.speculate in ("off", "lens") and (early or not config.exits)
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:
@@ -84,12 +72,10 @@ def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPl
     exact = config.guarantee == "exact"
     calibration = part.at_target(EXACT_TARGET if exact else config.target_agreement)
     trained = artifact.exits(config.name)
-    if config.threshold is None:
-        thresholds = calibration.thresholds
-        ranking = calibration.ranking
-    else:
+    thresholds, ranking = calibration.thresholds, calibration.ranking
+    if config.threshold is not None:
         thresholds = dict.fromkeys(trained, config.threshold)
-        ranking = (*calibration.ranking, *(n for n in trained if n not in calibration.ranking))
+        ranking = (*ranking, *(n for n in trained if n not in ranking))
     points = tuple(
         ExitPoint(layer, config.translators and f"translator.{layer}.down" in artifact.tensors, t)
         for layer, t in sorted(thresholds.items())

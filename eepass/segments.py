@@ -185,6 +185,12 @@ class SplitDecoder:
         return self.layers[0].outputs[0].meta["val"]
 
     @property
+    def parameters(self) -> list[str]:
+        """Names of what a dense pass reads whole: layers and head, not an embedding's rows."""
+        read = {name for part in (*self.layers, self.head.whole) for name in part.parameters}
+        return sorted(read)
+
+    @property
     def hidden_size(self) -> int:
         return int(self.hidden_example.shape[-1])
 

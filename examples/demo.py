@@ -18,8 +18,7 @@ from eepass import pictures
 from eepass.benchmark.turns import Answer, EngineStream, decode_in_turns, speed_up
 from eepass.checkpoints.models import LoadedModel
 from eepass.cli import console as terminal
-from eepass.cli.console import LiveAnswer, console, errors
-from eepass.cli.outcome import outcome
+from eepass.cli.console import LiveAnswer, console, errors, outcome
 from eepass.config import ExitConfig
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.statistics import Statistics

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -73,21 +74,20 @@ class HfDecoder:
 
 def fastest_compiled(model: Any, cache_length: int, prompt: list[int]) -> tuple[str, HfDecoder]:
     """Compile every variant, decode with each, and keep the fastest; its name says which it is."""
-    best: tuple[float, str, HfDecoder] | None = None
+    measured = []
     for name, options in VARIANTS.items():
         torch._dynamo.reset()
         decoder = HfDecoder(model, cache_length, options)
         with torch._inductor.config.patch(options):
             _decode_seconds(decoder, prompt)
             seconds = min(_decode_seconds(decoder, prompt) for _ in range(3))
-        if best is None or seconds < best[0]:
-            best = (seconds, name, decoder)
-    assert best is not None
-    return best[1], best[2]
+        measured.append((seconds, name, decoder))
+    _, name, decoder = min(measured, key=itemgetter(0))
+    return name, decoder
 
 
-def _decode_seconds(decoder: HfDecoder, prompt: list[int], new_tokens: int = 24) -> float:
-    tokens = decoder.tokens(prompt, new_tokens, frozenset())
+def _decode_seconds(decoder: HfDecoder, prompt: list[int]) -> float:
+    tokens = decoder.tokens(prompt, 24, frozenset())
     next(tokens)
     began = perf_counter()
     list(tokens)
@@ -121,12 +121,9 @@ class LlamaCpp:
         self.llama.reset()
         for _ in range(new_tokens):
             self.llama.eval(ids)
-            token = self._best()
+            # llama.cpp's defaults sample at random
+            token = int(self.llama.sample(temp=0.0, repeat_penalty=1.0))
             yield token
             if token in stop:
                 return
             ids = [token]
-
-    def _best(self) -> int:
-        # llama.cpp's defaults sample at random
-        return int(self.llama.sample(temp=0.0, repeat_penalty=1.0))

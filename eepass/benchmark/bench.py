@@ -17,17 +17,10 @@ from typing import Any, Protocol
 
 import torch
 
+from eepass.benchmark import turns
 from eepass.benchmark.baselines import HfDecoder, fastest_compiled
-from eepass.benchmark.frontier import Notify, follow_pairs, frontier
-from eepass.benchmark.quality import repetition_4gram, score_answer
-from eepass.benchmark.turns import (
-    BLOCK_TOKENS,
-    Answer,
-    EngineStream,
-    Stream,
-    decode_in_turns,
-    speed_up,
-)
+from eepass.benchmark.frontier import Notify, Pairs, follow_pairs, frontier, score
+from eepass.benchmark.turns import Answer, EngineStream, Stream, speed_up
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.config import ExitConfig
 from eepass.errors import InputError
@@ -42,6 +35,11 @@ T3_TARGET = 0.99
 SHOWN = (
     "accepted_per_pass", "near_ties", "rollbacks", "mean_exit_layer", "draft_share",
     "predictor_share", "verify_share", "false_verify_rate",
+)  # fmt: skip
+# of plain early exit, in place of the free-running figures
+FOLLOWED = (
+    "agreement", "mean_exit_layer", "active_predictors", "false_verify_rate", "predictor_share",
+    "draft_share", "verify_share", "full_head_rate", "exit_layers",
 )  # fmt: skip
 
 
@@ -63,9 +61,6 @@ class _System:
         """By prompt, the prompt's pass apart; 0 for an answer of one token."""
         return [1e3 * answer.seconds_per_token for answer in self.answers]
 
-    def tokens(self) -> list[list[int]]:
-        return [answer.tokens for answer in self.answers]
-
 
 def bench(
     loaded: LoadedModel,
@@ -86,19 +81,29 @@ def bench(
     when an exact answer differs from the dense one for another reason than a near tie.
     """
     config = config or ExitConfig()
+    if model.artifact is None:
+        raise InputError("early exit needs an artefact: run eepass train")
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.max_sequence_length]
     if not encoded:
         raise InputError("no prompt fits the cache together with its answer: raise max_length")
-    answers = _dense_answers(model, encoded, new_tokens, notify)
-    pairs = [(ids, answer) for ids, answer in zip(encoded, answers, strict=True) if len(answer) > 2]
+    pairs = []
+    for done, ids in enumerate(encoded):
+        notify("dense answers", done, len(encoded))
+        answer = [s.token for s in model.host_engine().generate(ids, new_tokens, model.stop)]
+        if len(answer) > 2:
+            pairs.append((ids, answer))
     if not pairs:
         raise InputError("the model answers every prompt with one token: nothing to measure")
-    systems, variant = _systems(
-        loaded, model, config, new_tokens, pairs[0][0], baselines, others or {}
-    )
+    foreign: dict[str, TokenStream] = {}
+    variant = ""
+    if baselines:
+        length = model.decoder.cache_length
+        foreign["hf-eager"] = HfDecoder(loaded.model, length)
+        variant, foreign["hf-compiled"] = fastest_compiled(loaded.model, length, pairs[0][0])
+    systems = _systems(model, config, new_tokens, foreign | (others or {}))
     _decode_all(systems, [ids for ids, _ in pairs], notify)
     figures = {
         name: _figures(model, system, systems["eepass-dense"], pairs, notify)
@@ -108,14 +113,15 @@ def bench(
         figures["hf-compiled"]["variant"] = variant
     bandwidth = copy_bandwidth()
     reference = "hf-compiled" if baselines else "eepass-dense"
-    weight_seconds = _weight_bytes(model) / bandwidth
+    tensors = model.decoder.tensors
+    weight_seconds = sum(tensors[name].nbytes for name in model.splits[1].parameters) / bandwidth
     result: dict[str, Any] = {
         "model": loaded.name,
         "config": config.to_json(),
         "layers": model.decoder.num_layers,
         "prompts": len(pairs),
         "new_tokens": new_tokens,
-        "block_tokens": BLOCK_TOKENS,
+        "block_tokens": turns.BLOCK_TOKENS,
         "threads": torch.get_num_threads(),
         "dtype": str(model.decoder.kv.keys[0].dtype).removeprefix("torch."),
         "copy_bandwidth_gb_s": bandwidth / 1e9,
@@ -134,7 +140,12 @@ def bench(
     result["frontier"] = frontier(model, presets, pairs, notify) if frontier_too else []
     approximate = model.host_engine(config.approximate())
     followed = follow_pairs(model, {"it": approximate}, pairs, notify)["it"]
-    _replace_by_followed(figures["eepass-approximate"], followed)
+    figures["eepass-approximate"] |= {
+        "free_running_agreement": figures["eepass-approximate"]["agreement"],
+        "teacher_forced_ratio_to_dense": followed["ratio_to_dense"],
+        "teacher_forced_ratio_to_dense_spread": followed["ratio_to_dense_spread"],
+        **{name: followed[name] for name in FOLLOWED},
+    }
     result["by_position"] = followed["by_position"]
     model.host_engine(config)
     return result
@@ -161,27 +172,10 @@ def copy_bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
     return 2 * size / statistics.median(times)
 
 
-def _dense_answers(
-    model: EarlyExitModel, encoded: Sequence[list[int]], new_tokens: int, notify: Notify
-) -> list[list[int]]:
-    answers = []
-    for done, ids in enumerate(encoded):
-        notify("dense answers", done, len(encoded))
-        answers.append([s.token for s in model.host_engine().generate(ids, new_tokens, model.stop)])
-    return answers
-
-
 def _systems(
-    loaded: LoadedModel,
-    model: EarlyExitModel,
-    config: ExitConfig,
-    new_tokens: int,
-    example: list[int],
-    baselines: bool,
-    others: dict[str, TokenStream],
-) -> tuple[dict[str, _System], str]:
-    if model.artifact is None:
-        raise InputError("early exit needs an artefact: run eepass train")
+    model: EarlyExitModel, config: ExitConfig, new_tokens: int, foreign: dict[str, TokenStream]
+) -> dict[str, _System]:
+    assert model.artifact is not None
     target = min(T3_TARGET, model.artifact.presets[config.name].most)
     exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
     engines = {
@@ -193,14 +187,6 @@ def _systems(
             replace(exact, guarantee="approximate", exits=True, target_agreement=target)
         ),
     }
-    variant = ""
-    foreign: dict[str, TokenStream] = {}
-    if baselines:
-        foreign["hf-eager"] = HfDecoder(loaded.model, model.decoder.cache_length)
-        variant, foreign["hf-compiled"] = fastest_compiled(
-            loaded.model, model.decoder.cache_length, example
-        )
-    foreign |= others
 
     def stream_of(system: TokenStream, ids: list[int]) -> Stream:
         return Stream([token] for token in system.tokens(ids, new_tokens, model.stop))
@@ -209,30 +195,25 @@ def _systems(
     for name, engine in engines.items():
         stream = partial(EngineStream.generate, engine, new_tokens=new_tokens, stop=model.stop)
         systems[name] = _System(stream, engine)
-    return systems, variant
+    return systems
 
 
 def _decode_all(systems: dict[str, _System], prompts: Sequence[list[int]], notify: Notify) -> None:
     """Every system answers every prompt: a prompt at a time, in turns."""
     for done, system in enumerate(systems.values()):
         notify("warming up", done, len(systems))
-        for _ in system.stream(prompts[0]).passes:
-            pass  # not counted
+        list(system.stream(prompts[0]).passes)  # not counted
         if system.engine is not None:
             system.engine.statistics = Statistics(system.engine.decoder.num_layers)
     for done, ids in enumerate(prompts):
         notify("free running", done, len(prompts))
         streams = {name: system.stream(ids) for name, system in systems.items()}
-        for name, answer in decode_in_turns(streams, done).items():
+        for name, answer in turns.decode_in_turns(streams, done).items():
             systems[name].answers.append(answer)
 
 
 def _figures(
-    model: EarlyExitModel,
-    system: _System,
-    dense: _System,
-    pairs: Sequence[tuple[list[int], list[int]]],
-    notify: Notify,
+    model: EarlyExitModel, system: _System, dense: _System, pairs: Pairs, notify: Notify
 ) -> dict[str, Any]:
     ms = system.ms_per_token()
     if not any(ms):
@@ -241,44 +222,18 @@ def _figures(
     found: dict[str, Any] = {"ms_per_token": typical, "tokens_per_s": 1e3 / typical}
     if system.engine is None:
         return found
-    answers = system.tokens()
+    answers = [answer.tokens for answer in system.answers]
     ratios = (its / own for its, own in zip(dense.ms_per_token(), ms, strict=True) if own)
     found["worst_ratio_to_dense"] = min(ratios)
-    same = [own == other for own, other in zip(answers, dense.tokens(), strict=True)]
+    same = [own == its.tokens for own, its in zip(answers, dense.answers, strict=True)]
     found["exact_match"] = sum(same) / len(same)
     summary = system.engine.statistics.summary()
     found |= {name: summary[name] for name in SHOWN}
     notify("likelihood of the answers", 0, 1)
-    scores = [score_answer(model, ids, own) for (ids, _), own in zip(pairs, answers, strict=True)]
-    tokens = sum(score.tokens for score in scores)
-    found["agreement"] = sum(score.agreeing for score in scores) / tokens
-    found["dense_nll"] = sum(score.nll for score in scores) / tokens
-    found["repetition_4gram"] = repetition_4gram(answers)
+    found |= score(model, pairs, answers)
     if len(system.engine.options.modes) > 1:
         found["decision"] = system.engine.planner.decision()
     exact = system.engine.options.guarantee == "exact" and system.engine is not model.host_engine()
     if exact and not all(same) and not summary["near_ties"]:
         raise InputError("an exact answer differs from the dense one without a near tie: a defect")
     return found
-
-
-def _replace_by_followed(figures: dict[str, Any], followed: dict[str, Any]) -> None:
-    """Put teacher-forced figures of plain early exit in place of the free-running ones."""
-    for end in ("", "_spread"):
-        figures[f"teacher_forced_ratio_to_dense{end}"] = followed[f"ratio_to_dense{end}"]
-    figures["free_running_agreement"] = figures["agreement"]
-    figures |= {
-        name: followed[name]
-        for name in (
-            "agreement", "mean_exit_layer", "active_predictors", "false_verify_rate",
-            "predictor_share", "draft_share", "verify_share", "full_head_rate", "exit_layers",
-        )
-    }  # fmt: skip
-
-
-def _weight_bytes(model: EarlyExitModel) -> int:
-    """Bytes a dense step reads: those of layers and head, not of an embedding it looks up."""
-    split = model.splits[1]
-    segments = (*split.layers, split.head.whole)
-    read = {name for segment in segments for name in segment.parameters}
-    return sum(model.decoder.tensors[name].nbytes for name in read)

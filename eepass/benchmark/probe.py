@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eepass.benchmark.frontier import hidden_states
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.lengths import usual_length
 from eepass.model import EarlyExitModel, transform
 from eepass.ops import exits as exit_ops
-from eepass.runtime.engine.engine import Engine
 from eepass.training.dense_model import HOT_TOKENS, Lens
 from eepass.training.exits import fit_translator
 
@@ -38,22 +38,22 @@ def probe(
     that exits at the first agreement, verifying on the whole or on the hot vocabulary. With
     ``translate`` the same after a quick fit of translators on half of the answers.
     """
-    encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     if loaded.transformed:
         max_length = min(max_length, loaded.model.decoder.max_sequence_length)
     else:
         max_length = usual_length(loaded.model, max_length)
     longest = max_length - new_tokens
-    fitting = [ids for ids in encoded if len(ids) <= longest]
-    if not fitting:
+    encoded = [loaded.encode(prompt, raw) for prompt in prompts]
+    encoded = [ids for ids in encoded if len(ids) <= longest]
+    if not encoded:
         raise InputError(f"every prompt is longer than {longest} tokens: raise max_length")
     model = transform(loaded.model, None, max_length=max_length, stop=loaded.stop)
     lens = Lens(model.decoder)
     parts: list[list[Tensor]] = []
-    for ids in fitting:
+    for ids in encoded:
         answer = [step.token for step in model.host_engine().generate(ids, new_tokens, loaded.stop)]
         if len(answer) > 1:
-            parts.append(_hidden_states(model.host_engine(), ids, answer))
+            parts.append(hidden_states(model.host_engine(), ids, answer))
     if not parts:
         raise InputError("the model answers every prompt with one token: nothing to measure")
     states = [torch.cat(layer) for layer in zip(*parts, strict=True)]
@@ -62,18 +62,9 @@ def probe(
     report = _report(model, agrees)
     report["prompts"], report["tokens"] = len(parts), int(agrees.shape[1])
     if translate:
-        report["translated"] = _translated(lens, states, dense)
+        report["translated"] = _translated(lens, states, dense, agrees)
     report["verdict"] = _verdict(report)
     return report
-
-
-def _hidden_states(engine: Engine, ids: list[int], answer: list[int]) -> list[Tensor]:
-    """Hidden states after 0..L layers at the positions that predict the answer, [n, H] each."""
-    kept: list[list[Tensor]] = [[] for _ in range(engine.decoder.num_layers + 1)]
-    engine.prefill(
-        [*ids, *answer[:-1]], lambda layer, hidden: kept[layer].append(hidden[0].clone())
-    )
-    return [torch.cat(parts)[len(ids) - 1 :] for parts in kept]
 
 
 def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
@@ -101,7 +92,7 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     }
 
 
-def _translated(lens: Lens, states: list[Tensor], dense: Tensor) -> dict[str, Any]:
+def _translated(lens: Lens, states: list[Tensor], dense: Tensor, agrees: Tensor) -> dict[str, Any]:
     """Agreement at every other layer of the deeper half; fitted on one half of the tokens."""
     depth = len(states) - 1
     half = len(dense) // 2
@@ -109,17 +100,14 @@ def _translated(lens: Lens, states: list[Tensor], dense: Tensor) -> dict[str, An
     hot = torch.bincount(dense, minlength=len(lens.lm_head)).argsort(descending=True)[:HOT_TOKENS]
     hot_head = lens.lm_head[hot].contiguous()
     agreement, untranslated = {}, {}
-
-    def agreeing(hidden: Tensor) -> float:
-        return float((lens.tokens(hidden) == dense[half:]).float().mean())
-
     for layer in range(depth // 2, depth, 2):
         fit, held_out = states[layer][:half], states[layer][half:]
         fitted = fit_translator(
             fit, normed[:half], lens.norm, hot_head, lambda done: None, passes=12
         )
-        agreement[str(layer)] = agreeing(exit_ops.translate(held_out, *fitted.values()))
-        untranslated[str(layer)] = agreeing(held_out)
+        right = lens.tokens(exit_ops.translate(held_out, *fitted.values())) == dense[half:]
+        agreement[str(layer)] = float(right.float().mean())
+        untranslated[str(layer)] = float(agrees[layer - 1, half:].float().mean())
     return {"agreement_by_layer": agreement, "lens_on_the_same": untranslated, "fitted_on": half}
 
 

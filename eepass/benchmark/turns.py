@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -46,8 +46,8 @@ class EngineStream(Stream):
     keys and values are copied out and in again.
     """
 
-    def __init__(self, engine: Engine, passes: Iterator[Sequence[int]] | None = None) -> None:
-        super().__init__(iter(()) if passes is None else passes)
+    def __init__(self, engine: Engine) -> None:
+        super().__init__(iter(()))
         self.engine = engine
         self.sequence: running.Sequence | None = None
         self.followed: list[running.DecodedToken] = []
@@ -76,10 +76,8 @@ class EngineStream(Stream):
         sequence = self.sequence = engine.start(ids, new_tokens, stop)
         yield [step.token for step in sequence.take_confirmed()]
         while not sequence.finished:
-            if sequence.at_its_end:
-                engine.catch_up([sequence])
-            else:
-                engine.step([sequence])
+            advance = engine.catch_up if sequence.at_its_end else engine.step
+            advance([sequence])
             yield [step.token for step in sequence.take_confirmed()]
         self._end()
 
@@ -212,8 +210,7 @@ class SpeedUp:
         return self.median if steady and self.blocks else None
 
     def spread(self) -> dict[str, Any]:
-        names = ("lower", "upper", "lowest", "highest", "blocks")
-        return {name: getattr(self, name) for name in names}
+        return {name: value for name, value in asdict(self).items() if name != "median"}
 
     def to_json(self, name: str) -> dict[str, Any]:
         """The value as ``name``, and the blocks' range beside it."""

@@ -1,8 +1,9 @@
-"""``eepass bench``: speculation and early exit beside dense, compiled and eager."""
+"""``eepass probe`` and ``eepass bench``: what early exit could bring a model, and what it does."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -11,6 +12,62 @@ from eepass.cli import options
 from eepass.cli.command import command, load_model, transform_model
 from eepass.cli.console import console, progress_bars, speed_up, table
 from eepass.errors import InputError
+
+
+@command
+def probe(
+    model: options.Model,
+    prompts: options.Prompts = None,
+    limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    translate: Annotated[
+        bool, typer.Option("--translate", help="Also fit translators, quickly.")
+    ] = False,
+    picture: Annotated[Path | None, typer.Option(help="PNG or SVG of agreement by layer.")] = None,
+    raw: options.Raw = False,
+    json_file: options.Json = None,
+    dtype: options.Dtype = None,
+    threads: options.Threads = 0,
+    trust_native: options.Trust = False,
+    debug: options.Debug = False,
+) -> dict[str, Any]:
+    """Report whether early exit will pay for MODEL: how early answers are known, what it allows."""
+    from eepass import pictures
+    from eepass.benchmark import probe as probing
+    from eepass.training.corpus import read_prompts
+    from eepass.training.train import DEFAULT_PROMPTS
+
+    texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+    loaded = load_model(model, dtype, threads, trust_native)
+    with console.status("measuring agreement by layer"):
+        report = probing.probe(loaded, texts, new_tokens, translate, raw)
+    show_probe(report, model)
+    picture = picture or Path("eepass-probe.png")
+    pictures.agreement(report, picture, model)
+    console.print(f"picture: {picture}")
+    return report
+
+
+def show_probe(report: Mapping[str, Any], model: str) -> None:
+    translated = report.get("translated", {}).get("agreement_by_layer", {})
+    rows = []
+    for layers, agreement in enumerate(report["agreement_by_layer"], 1):
+        fitted = translated.get(str(layers))
+        if fitted is not None or layers % 3 == 0 or layers > report["layers"] - 6:
+            cells = [str(layers), f"{agreement:.3f}"]
+            if translated:
+                cells.append("" if fitted is None else f"{fitted:.3f}")
+            rows.append(cells)
+    table(
+        f"{model}: {report['tokens']} tokens of {report['prompts']} answers",
+        ("layers run", "agreement", *(["translated"] if translated else [])),
+        rows,
+    )
+    console.print(
+        f"LM head {report['lm_head_layers']:.2f} layers, draft {report['draft_layers']:.2f}; "
+        f"bound {report['bound']:.2f}x, with hot verification {report['bound_hot']:.2f}x"
+    )
+    console.print(report["verdict"], style="bold")
 
 
 @command
@@ -36,38 +93,33 @@ def bench(
     debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Measure speculation and early exit beside dense, compiled and eager, with their quality."""
+    import torch
+
     from eepass.benchmark import bench as benchmarking
+    from eepass.benchmark.baselines import LlamaCpp
+    from eepass.checkpoints.models import gguf_of
     from eepass.lengths import usual_length
     from eepass.training.corpus import read_prompts
     from eepass.training.train import DEFAULT_PROMPTS
 
+    if unknown := sorted(set(beside or []) - {"llama.cpp"}):
+        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
     texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
     config = options.exit_config(preset, target_agreement=target_agreement)
     loaded = load_model(model, dtype, threads, trust_native)
     if max_length is None and not loaded.transformed:
         max_length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
     ready = transform_model(loaded, artifact, config, max_length)
-    others = _other_systems(beside or [], model, threads, ready.decoder.max_sequence_length)
+    others: dict[str, Any] = {}
+    if beside:
+        cores, context = threads or torch.get_num_threads(), ready.decoder.max_sequence_length
+        others["llama.cpp"] = LlamaCpp(gguf_of(model), cores, context)
     with progress_bars() as bars:
         result = benchmarking.bench(
             loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others, bars.notify
         )
     show(result)
     return result
-
-
-def _other_systems(names: list[str], model: str, threads: int, max_length: int) -> dict[str, Any]:
-    """The systems named by ``--with``; ``InputError`` for one unknown or not installed."""
-    import torch
-
-    from eepass.benchmark.baselines import LlamaCpp
-    from eepass.checkpoints.models import gguf_of
-
-    if unknown := sorted(set(names) - {"llama.cpp"}):
-        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
-    if not names:
-        return {}
-    return {"llama.cpp": LlamaCpp(gguf_of(model), threads or torch.get_num_threads(), max_length)}
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -82,10 +134,7 @@ def show(result: Mapping[str, Any]) -> None:
             (
                 name,
                 f"{figures['ms_per_token']:.2f}",
-                *(
-                    speed_up(result[key][name], result[f"{key}_spread"][name])
-                    for key in ratios.values()
-                ),
+                *(speed_up(result[r][name], result[f"{r}_spread"][name]) for r in ratios.values()),
             )
             for name, figures in systems.items()
         ],

@@ -53,11 +53,7 @@ def write_json(file: Path | None, value: Any) -> None:
 
 
 def load_model(
-    model: str,
-    dtype: str | None,
-    threads: int,
-    trust_native: bool = False,
-    quantize: str = "none",
+    model: str, dtype: str | None, threads: int, trust_native: bool = False, quantize: str = "none"
 ) -> Any:
     import torch
 

@@ -1,4 +1,4 @@
-"""What a person sees in the terminal: progress, coloured text, tables."""
+"""What a person sees in the terminal: progress, coloured text, tables, what decoding came to."""
 
 from __future__ import annotations
 
@@ -17,6 +17,15 @@ from rich.text import Text
 
 console = Console()
 errors = Console(stderr=True)
+# tokens of one pass come so soon after one another, in seconds
+SAME_PASS = 1e-3
+# the ways of decoding
+MODE_NAMES = {
+    "dense": "dense",
+    "exits": "early exit",
+    "speculation": "speculation",
+    "both": "speculation with early exit",
+}
 
 
 class BarProgress:
@@ -52,10 +61,6 @@ def progress_bars() -> Iterator[BarProgress]:
     )  # fmt: skip
     with Bars(*columns, console=errors) as bars:
         yield BarProgress(bars)
-
-
-# tokens of one pass come so soon after one another, in seconds
-SAME_PASS = 1e-3
 
 
 def colour(layer: int, depth: int) -> str:
@@ -110,15 +115,13 @@ class LiveAnswer:
         self.last = perf_counter()
 
     def _render(self) -> Text:
-        head = Text(f"{self.title}\n", style="bold")
-        if len(self.ids) > 1:
-            rate = (len(self.ids) - 1) / max(perf_counter() - self.began, 1e-9)
-            mean = self.layers / len(self.ids)
-            a_pass = len(self.ids) / self.passes
-            foot = f"\n{rate:.1f} tokens/s · {a_pass:.1f} tokens a pass · "
-            foot += f"mean exit layer {mean:.1f} of {self.depth}"
-            return head + self.text + Text(foot, style="dim")
-        return head + self.text
+        shown, count = Text(f"{self.title}\n", style="bold") + self.text, len(self.ids)
+        if count > 1:
+            rate = (count - 1) / max(perf_counter() - self.began, 1e-9)
+            foot = f"\n{rate:.1f} tokens/s · {count / self.passes:.1f} tokens a pass · "
+            foot += f"mean exit layer {self.layers / count:.1f} of {self.depth}"
+            shown += Text(foot, style="dim")
+        return shown
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -139,3 +142,53 @@ def speed_up(value: float | None, spread: Mapping[str, Any]) -> str:
         lowest, highest = (f"{end:.1f}" if end < 10 else f"{end:.0f}" for end in ends)
         return f"unstable ({lowest}-{highest}x)"
     return f"{value:.2f}x ({spread['lower']:.2f}-{spread['upper']:.2f})"
+
+
+def show_outcome(summary: Mapping[str, Any], decision: Mapping[str, Any]) -> None:
+    """Show ``Statistics.summary()`` and ``Planner.decision()`` of a run."""
+    table(
+        "where tokens exited",
+        ("layers run", "tokens"),
+        [(str(n), str(count)) for n, count in enumerate(summary["exit_layers"]) if count],
+    )
+    table(
+        "decoding",
+        ("figure", "value"),
+        [
+            ("ms/token", f"{summary['ms_per_token']:.2f}"),
+            ("tokens a pass", f"{summary['accepted_per_pass']:.2f}"),
+            ("mean exit layer", f"{summary['mean_exit_layer']:.1f}"),
+            ("time in drafts", f"{summary['draft_share']:.1%}"),
+            ("time in predictors", f"{summary['predictor_share']:.1%}"),
+            ("time in verification", f"{summary['verify_share']:.1%}"),
+            ("rollbacks", str(summary["rollbacks"])),
+            ("near ties", str(summary["near_ties"])),
+        ],
+    )
+    console.print(outcome(summary, decision), highlight=False)
+
+
+def outcome(summary: Mapping[str, Any], decision: Mapping[str, Any]) -> str:
+    """One sentence: which way of decoding was used and the figures that decided it."""
+    mode, used = decision["mode"], decision["ms_per_token"]
+    figures = []
+    if mode in ("speculation", "both"):
+        figures.append(f"{summary['accepted_per_pass']:.1f} tokens a pass")
+    if mode in ("exits", "both"):
+        depth = len(summary["exit_layers"]) - 1
+        figures.append(f"{summary['mean_exit_layer']:.1f} of {depth} layers a token")
+    figures.append(f"{used.get(mode, summary['ms_per_token']):.1f} ms a token")
+    if len(decision["modes"]) == 1:
+        return f"{MODE_NAMES[mode]}, as asked: {', '.join(figures)}."
+    tried = [f"{MODE_NAMES[other]} {ms:.1f} ms" for other, ms in used.items() if other != mode]
+    if tried:
+        figures[-1] += f" ({', '.join(tried)})"
+    costs = decision["pass_ms"]
+    rows = 4 if 4 in costs else max(costs)
+    parts = [
+        f"{MODE_NAMES[mode]} was fastest here: {', '.join(figures)}",
+        f"a pass of {rows} rows costs {costs[rows]:.1f} ms, one row {costs[1]:.1f} ms",
+    ]
+    if decision["draft_hit_rate"] is not None:
+        parts.append(f"drafts hit {decision['draft_hit_rate']:.2f}")
+    return "; ".join(parts) + "."

@@ -14,8 +14,7 @@ import typer
 
 from eepass.cli import options
 from eepass.cli.command import command, load_model, refuse_fixed_options, transform_model
-from eepass.cli.console import LiveAnswer, console, table
-from eepass.cli.outcome import show_outcome
+from eepass.cli.console import LiveAnswer, console, show_outcome, table
 from eepass.onnx.files import decode_file, is_onnx
 
 

@@ -50,10 +50,8 @@ def inspect(
     ready = transform_model(loaded, artifact, config, length, dump=dump, exits_optional=True)
     found = inspecting.describe(ready)
     for name, value in found.items():
-        if name == "exits":
-            console.print(f"exits: {[e['layer'] for e in value]}")
-        else:
-            console.print(f"{name}: {value}", highlight=False)
+        shown = [point["layer"] for point in value] if name == "exits" else value
+        console.print(f"{name}: {shown}", highlight=False)
     if picture is not None:
         pictures.exit_graph(ready.splits[1], ready.plan, picture, model)
         console.print(f"picture: {picture}")

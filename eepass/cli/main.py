@@ -9,17 +9,14 @@ from typing import Annotated
 
 import typer
 
-from eepass.cli.bench import bench
+from eepass.cli.bench import bench, probe
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
-from eepass.cli.probe import probe
 from eepass.cli.train import calibrate, train
 from eepass.cli.transform import codegen, export_onnx, transform
 
 
-def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Report what is installed here, what eepass will use and why, and what is missing."""
     from eepass import doctoring
 

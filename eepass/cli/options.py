@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,8 +56,6 @@ Exits = Annotated[bool, typer.Option(help="Let tokens exit early.")]
 
 def exit_config(preset: str, **options: Any) -> Any:
     """The ``ExitConfig`` of a preset with ``options``; ``ValueError`` for what is not allowed."""
-    from dataclasses import replace
-
     from eepass.config import ExitConfig
 
     base = ExitConfig.preset(preset)

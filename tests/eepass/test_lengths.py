@@ -7,7 +7,7 @@ import torch
 from models import tiny_model
 
 import eepass
-from eepass.benchmark.quality import by_position
+from eepass.benchmark.frontier import by_position
 from eepass.cli.console import LiveAnswer
 from eepass.errors import InputError
 from eepass.hf.prepared import refuse_length

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from eepass.cli import bench, outcome, probe, train, transform
-from eepass.cli.console import console, speed_up, table
+from eepass.cli import bench, train, transform
+from eepass.cli.console import MODE_NAMES, console, outcome, show_outcome, speed_up, table
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.statistics import Statistics
@@ -97,11 +97,11 @@ def test_probe(printed):
         "translated": {"agreement_by_layer": {"16": 0.75, "18": 0.875}}, "lm_head_layers": 8.25,
         "draft_layers": 1.25, "bound": 1.5, "bound_hot": 1.75, "verdict": "may pay: " + "x" * 60,
     }  # fmt: skip
-    text = printed(probe.show, report, "HuggingFaceTB/SmolLM2-135M-Instruct")
+    text = printed(bench.show_probe, report, "HuggingFaceTB/SmolLM2-135M-Instruct")
     assert headers(text) == [["layers run", "agreement", "translated"]]
     assert re.search(r"16 +0\.500 +0\.750", text)
     del report["translated"]
-    assert headers(printed(probe.show, report, "it")) == [["layers run", "agreement"]]
+    assert headers(printed(bench.show_probe, report, "it")) == [["layers run", "agreement"]]
 
 
 def test_train(printed):
@@ -164,31 +164,31 @@ COSTS = "a pass of 4 rows costs 9.1 ms, one row 6.8 ms"
     ),
 )
 def test_a_sentence_for_each_way_of_decoding(mode, sentence):
-    assert outcome.outcome(summary(), decision(mode)) == sentence
-    without = outcome.outcome(summary(), decision(mode, hits=None))
+    assert outcome(summary(), decision(mode)) == sentence
+    without = outcome(summary(), decision(mode, hits=None))
     assert without == sentence.replace("; drafts hit 0.31", "")
-    alone = outcome.outcome(summary(), decision(mode, modes=(mode,)))
-    assert alone.startswith(f"{outcome.NAMES[mode]}, as asked: ") and "fastest" not in alone
+    alone = outcome(summary(), decision(mode, modes=(mode,)))
+    assert alone.startswith(f"{MODE_NAMES[mode]}, as asked: ") and "fastest" not in alone
 
 
 def test_a_planner_says_what_the_sentence_needs():
     planner = Planner({1: 0.007, 4: 0.009}, 0.001, 2.0, ("dense", "speculation"))
     assert planner.decision()["draft_hit_rate"] is None
     # before the first pass: expectations, and no figure of a way that was not used
-    assert "5.0 ms a token; a pass" in outcome.outcome(summary(), planner.decision())
+    assert "5.0 ms a token; a pass" in outcome(summary(), planner.decision())
     tree = Tree([5])
     right, wrong = (tree.add(token, 0, 0.5, (0, token)) for token in (6, 7))
     planner.learn(tree, [0, right])
     assert wrong and planner.decision()["draft_hit_rate"] == 0.5
     for _ in range(60):
         planner.record("speculation", 4, 0.009, 3)
-    text = outcome.outcome(summary(), planner.decision())
+    text = outcome(summary(), planner.decision())
     assert text.startswith("speculation was fastest here: 1.9 tokens a pass, 3.0 ms a token")
     assert text.endswith("a pass of 4 rows costs 9.0 ms, one row 7.0 ms; drafts hit 0.50.")
 
 
 def test_stats_end_in_tables_and_the_sentence(printed):
-    text = printed(outcome.show_outcome, summary(), decision("speculation"))
+    text = printed(show_outcome, summary(), decision("speculation"))
     assert headers(text) == [["layers run", "tokens"], ["figure", "value"]]
     assert "{" not in text
     assert "speculation was fastest here: 1.9 tokens a pass" in text
