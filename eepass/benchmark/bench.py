@@ -81,10 +81,10 @@ def bench(
     when an exact answer differs from the dense one for another reason than a near tie.
     """
     config = config or ExitConfig()
-    if model.artifact is None:
-        raise InputError("early exit needs an artefact: run eepass train")
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
+    if model.artifact is None:
+        raise InputError("early exit needs an artefact: run eepass train")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.max_sequence_length]
     if not encoded:
