@@ -23,7 +23,7 @@ from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.sequence import DecodedToken
-from eepass.runtime.sampling import Sampling
+from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step.exit_points import with_thresholds
 from eepass.runtime.step.launching import Launching, LaunchReport
@@ -177,7 +177,7 @@ class EarlyExitModel:
     ) -> Iterator[DecodedToken]:
         """Tokens after ``ids``, each with the layers it took, as they are confirmed."""
         engine = self.engine
-        tokens = engine.generate(list(ids), max_new_tokens, self.stop, sampling or Sampling())
+        tokens = engine.generate(list(ids), max_new_tokens, self.stop, sampling or GREEDY)
         return tokens if isinstance(engine, CapturedSteps) else self._without_gradients(tokens)
 
     def _without_gradients(self, tokens: Iterator[DecodedToken]) -> Iterator[DecodedToken]:

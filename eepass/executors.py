@@ -28,7 +28,7 @@ from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.exits.scheduler import PredictorSchedule
-from eepass.runtime.sampling import Sampling
+from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step.build import Fuse
 from eepass.runtime.step.engine import StepEngine
@@ -41,7 +41,6 @@ ALWAYS_ACTIVE = 2
 TREE_ROWS = 8
 # rows of the largest pass of a captured step
 MOST_STEP_ROWS = 32
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)

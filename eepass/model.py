@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, artifact_for
 from eepass.checkpoints.quantized_weights import weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
 from eepass.config import ExitConfig
@@ -85,9 +85,7 @@ def transform(
         launching = choose(launch or "auto", target)
         compiler = _cuda_compiler() if target.type == "cuda" else None
     read_quantized(model)
-    loaded = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
-    if loaded is not None:
-        refuse_other_model(loaded, model, "artifact")
+    loaded = None if artifact is None else artifact_for(model, artifact)
     with running_out("moving the model and tracing it"):
         if captured:
             _move(model, target, max_length)

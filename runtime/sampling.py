@@ -72,6 +72,9 @@ class Sampling:
         return generator
 
 
+GREEDY = Sampling()
+
+
 def greedy(
     logits: Tensor, sampling: Sampling, context: Sequence[Sequence[int]] | None = None
 ) -> Tensor:

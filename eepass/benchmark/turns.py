@@ -76,8 +76,7 @@ class EngineStream(Stream):
         sequence = self.sequence = engine.start(ids, new_tokens, stop)
         yield [step.token for step in sequence.take_confirmed()]
         while not sequence.finished:
-            advance = engine.catch_up if sequence.at_its_end else engine.step
-            advance([sequence])
+            engine.advance(sequence)
             yield [step.token for step in sequence.take_confirmed()]
         self._end()
 
@@ -85,11 +84,8 @@ class EngineStream(Stream):
         sequence = self.sequence = self.engine.start(ids)
         yield []
         for token in answer[:-1]:
-            sequence.replace_last(token)
-            self.engine.step([sequence])
-            found = running.DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1])
-            self.followed.append(found)
-            yield [found.token]
+            self.followed.append(self.engine.step_after(sequence, token))
+            yield [self.followed[-1].token]
         self._end()
 
     def _end(self) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, artifact_for
 from eepass.codegen.cuda.stored_kernels import KernelsUnfit, best_folder, write_kernels
 from eepass.errors import InputError, PassError
 from eepass.kernel_forms import HeadChain
@@ -60,9 +60,7 @@ def compile_kernels(
     capability_of(target)
     if not 0 < rows <= MOST_ROWS:
         raise InputError(f"--rows {rows}: kernels take 1 to {MOST_ROWS}")
-    trained = None if artifact is None else load_artifact(artifact)
-    if trained is not None:
-        refuse_other_model(trained, model, "artifact")
+    trained = None if artifact is None else artifact_for(model, artifact)
     try:
         with torch.no_grad():
             split, _ = split_decoder(model, 1, 64)

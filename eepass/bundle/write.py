@@ -18,7 +18,7 @@ from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.bundle.stored_graphs import GraphWriter, NotStorable
-from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
@@ -60,9 +60,7 @@ def write_folder(
         capability_of(gpu, "--gpu")
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
-    trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
-    if trained is not None:
-        refuse_other_model(trained, loaded.model, "artifact")
+    trained = None if artifact is None else artifact_for(loaded.model, artifact)
     try:
         with replacing_folder(target) as folder, torch.no_grad():
             return _Writer(loaded, folder, trained, notify, gpus).write(sizes, max_length)

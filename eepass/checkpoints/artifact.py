@@ -208,6 +208,16 @@ def refuse_other_model(
             )
 
 
+def artifact_for(
+    model: Any, artifact: str | Path | Artifact, where: str = "artifact", same_weights: bool = True
+) -> Artifact:
+    """``artifact``, read if it is a folder; raises ``InputError`` where it is damaged or, calling
+    it ``where``, not of ``model``. ``same_weights`` as for ``refuse_other_model``."""
+    found = artifact if isinstance(artifact, Artifact) else load_artifact(Path(artifact))
+    refuse_other_model(found, model, where, same_weights)
+    return found
+
+
 def artifact_beside(checkpoint: Path) -> Path | None:
     """The artefact in the folder ``eepass`` of a checkpoint, if there is one."""
     folder = checkpoint / "eepass"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import eepass
-from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.config import ExitConfig
@@ -99,8 +99,7 @@ def _configured(
                 f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "
                 "--artifact DIR"
             )
-        trained = chosen if isinstance(chosen, Artifact) else load_artifact(Path(chosen))
-        refuse_other_model(trained, model, "artifact")
+        trained = artifact_for(model, chosen)
         _refuse_dtype(loaded, next(model.parameters()).dtype)
         splits, report = split_model(model, max_length, (1,))
         if PREFILL_ROWS not in splits:

@@ -11,7 +11,7 @@ from time import perf_counter
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
@@ -50,8 +50,7 @@ def calibrate(
     began = perf_counter()
     progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
-    trained = load_artifact(Path(artifact)) if isinstance(artifact, (str, Path)) else artifact
-    refuse_other_model(trained, model, "the artefact", same_weights=False)
+    trained = artifact_for(model, artifact, "the artefact", same_weights=False)
     encoded = [loaded.encode(text, raw) for text in read_prompts(Path(prompts or DEFAULT_PROMPTS))]
     held_out = [ids for ids in encoded if split_of(ids) == "calibrate"]
     if not held_out:

@@ -28,12 +28,11 @@ from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.exits.scheduler import PredictorSchedule
-from eepass.runtime.sampling import Sampling
+from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
 
 # rows of a decode pass at most; larger row counts are for prompts and for catching up
 STEP_ROWS = 32
-GREEDY = Sampling()
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,20 +189,23 @@ class Engine:
         try:
             yield from sequence.take_confirmed()
             while not sequence.finished:
-                if sequence.at_its_end:
-                    # all that is missing is the last layer's verification
-                    self.catch_up([sequence])
-                elif sequence.position >= sequence.capacity:
-                    raise EngineError(
-                        f"the cache is full at {sequence.position} tokens: "
-                        f"{self.decoder.length_hint}"
-                    )
-                else:
-                    self.step([sequence])
+                self.advance(sequence)
                 yield from sequence.take_confirmed()
         finally:
             self.catch_up([sequence])
             self.end(sequence)
+
+    def advance(self, sequence: Sequence) -> None:
+        """One pass of a ``sequence`` that is not finished; ``EngineError`` if the cache is full."""
+        if sequence.at_its_end:
+            # all that is missing is the last layer's verification
+            self.catch_up([sequence])
+        elif sequence.position >= sequence.capacity:
+            raise EngineError(
+                f"the cache is full at {sequence.position} tokens: {self.decoder.length_hint}"
+            )
+        else:
+            self.step([sequence])
 
     def follow(self, ids: SequenceOf[int], answer: SequenceOf[int]) -> list[DecodedToken]:
         """Teacher forcing: the next token after each token of ``answer`` but the last.
@@ -211,16 +213,18 @@ class Engine:
         For guarantee ``approximate`` and one token a pass.
         """
         sequence = self.start(ids)
-        found: list[DecodedToken] = []
         try:
-            for token in answer[:-1]:
-                sequence.replace_last(token)
-                self.step([sequence])
-                found.append(DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1]))
+            found = [self.step_after(sequence, token) for token in answer[:-1]]
             self.catch_up([sequence])
         finally:
             self.end(sequence)
         return found
+
+    def step_after(self, sequence: Sequence, token: int) -> DecodedToken:
+        """What follows ``token``, which takes the place of the last token of ``sequence``."""
+        sequence.replace_last(token)
+        self.step([sequence])
+        return DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1])
 
     def _check(self, ids: SequenceOf[int], capacity: int, sampling: Sampling) -> None:
         longest, hint = self.decoder.max_sequence_length, self.decoder.length_hint

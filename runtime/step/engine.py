@@ -14,13 +14,11 @@ from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.engine.sequence import DecodedToken
-from eepass.runtime.sampling import Sampling
+from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Step, StepError
 from eepass.runtime.step.host import ResultQueue
-
-GREEDY = Sampling()
 
 
 class Executor(Protocol):
