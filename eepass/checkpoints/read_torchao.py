@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from eepass.checkpoints.quantized_weights import QuantizedWeight, four_bit, replace_linears
+from eepass.checkpoints.quantized_weights import QuantizedWeight, grouped, replace_linears
 from eepass.errors import InputError
 
 KINDS = ("int8", "int4", "int8-dynamic")
@@ -96,13 +96,13 @@ def _int8(weight: Any) -> QuantizedWeight:
     scales, mins = _scales_and_mins(weight)
     inputs = weight.act_quant_kwargs
     if inputs is None:
-        return QuantizedWeight(weight.qdata, scales, mins)
+        return _signed(weight.qdata, scales, mins)
     rounding = (type(inputs.granularity).__name__, inputs.mapping_type.name, inputs.reduce_range)
     if rounding != ("PerRow", "SYMMETRIC", False) or weight.act_quant_scale is not None:
         raise ValueError("its inputs are not rounded symmetrically, token by token")
-    if mins is not None or scales.shape[1] != 1:
+    if mins.any() or scales.shape[1] != 1:
         raise ValueError("its inputs are rounded, but its weights not symmetrically, row by row")
-    return QuantizedWeight(weight.qdata, scales, dynamic=True)
+    return _signed(weight.qdata, scales, mins, dynamic=True)
 
 
 def _intx(weight: Any) -> QuantizedWeight:
@@ -110,10 +110,15 @@ def _intx(weight: Any) -> QuantizedWeight:
         raise ValueError("its inputs are rounded with a zero point, which eepass does not do")
     scales, mins = _scales_and_mins(weight)
     if weight.target_dtype is not INT4:
-        return QuantizedWeight(weight.qdata, scales, mins)
-    if mins is not None:
-        mins = mins - 8 * scales.float()
-    return four_bit(weight.qdata + 8, scales, mins)
+        return _signed(weight.qdata, scales, mins)
+    return grouped((weight.qdata + 8).to(torch.uint8), scales, mins - 8 * scales, 4)
+
+
+def _signed(
+    codes: Tensor, scales: Tensor, mins: Tensor, dynamic: bool = False
+) -> QuantizedWeight:
+    """A weight of codes int8."""
+    return grouped(codes.view(torch.uint8) ^ 128, scales, mins - 128 * scales, 8, dynamic)
 
 
 def _int4(weight: Any) -> QuantizedWeight:
@@ -123,7 +128,7 @@ def _int4(weight: Any) -> QuantizedWeight:
     packed = weight.qdata.view(torch.uint8)
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2) ^ 8
     scales, zero = weight.scale.t().float(), weight.zero_point.t().float()
-    return four_bit(codes, scales, zero - 8 * scales)
+    return grouped(codes, scales, zero - 8 * scales, 4)
 
 
 READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
@@ -133,12 +138,12 @@ READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
 }
 
 
-def _scales_and_mins(weight: Any) -> tuple[Tensor, Tensor | None]:
-    """Scales [N, G] and, where there is a zero point, mins: (code - zero) * scale."""
-    scales, zero = _by_row(weight.scale, weight), weight.zero_point
-    if zero is None or not zero.any():
-        return scales, None
-    return scales, -_by_row(zero, weight).float() * scales.float()
+def _scales_and_mins(weight: Any) -> tuple[Tensor, Tensor]:
+    """Scales and mins float32 [N, G], zero where there is no zero point: (code - zero) * scale."""
+    scales, zero = _by_row(weight.scale, weight).float(), weight.zero_point
+    if zero is None:
+        return scales, torch.zeros_like(scales)
+    return scales, -_by_row(zero, weight).float() * scales
 
 
 def _by_row(numbers: Tensor, weight: Any) -> Tensor:

@@ -1,0 +1,10 @@
+// The kernels over packed weights for avx2; `native.py` gives this file its compiler flags.
+
+#define EEPASS_ISA avx2
+
+#include "packed_kernels.h"
+
+const eepass::PackedKernels* eepass::packed_kernels_avx2() {
+  static const PackedKernels kernels{"avx2", eepass::avx2::MOST_ROWS, eepass::avx2::multiply};
+  return &kernels;
+}
