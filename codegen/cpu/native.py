@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 # the operators must be defined before kernels are added to them
-import eepass.ops.fused
-import eepass.ops.quantized  # noqa: F401
+import eepass.ops  # noqa: F401
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -32,7 +31,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "avx512bf16": (*AVX512, "-mavx512bf16"),
 }
 # sources that are compiled for the processor that is here
-NATIVE = {"attend_rows", "linear_rows", "quantized_rows"}
+NATIVE = {"attend_rows", "linear_rows"}
 
 
 def cache_dir() -> Path:

@@ -14,7 +14,7 @@ class Tensor;
 
 namespace eepass {
 
-// Inputs that share one scale of the activations.
+// Inputs whose activations are laid out together.
 constexpr int64_t SPAN = 256;
 // Outputs of a block, and inputs of a group of codes.
 constexpr int64_t OUTPUTS = 16, GROUP = 32;
@@ -36,9 +36,10 @@ int64_t packed_inputs(Form form, const at::Tensor& packed);
 
 // What kernels read of R rows of activations, from front to back, for each SPAN inputs: 64 words [R]
 // of 4 signed bytes, or SPAN floats [R]; then the sums of each 32 inputs [8][R] and of each 16
-// [16][R], and the scales [R]. Every word has 4 bytes.
+// [16][R], and the scales [8][R], of which only the first row counts where there is one for all.
+// Every word has 4 bytes.
 constexpr int64_t words_of(bool integers) { return integers ? SPAN / 4 : SPAN; }
-constexpr int64_t span_words(bool integers) { return words_of(integers) + 8 + 16 + 1; }
+constexpr int64_t span_words(bool integers) { return words_of(integers) + 8 + 16 + 8; }
 
 // A linear layer's weight [N, K].
 struct PackedLayer {
@@ -47,13 +48,24 @@ struct PackedLayer {
   int64_t N, K;
 };
 
+// How rows of x are rounded: to int8 with a scale for each GROUP or SPAN inputs, with one for the
+// whole row as torchao does it, or not at all.
+enum class Rounding { groups, spans, row, none };
+
+// Whether x may have a scale for each SPAN inputs only, as ggml has it for its K types.
+inline bool coarse(Form form) {
+  return form.kind == Kind::q4_k || form.kind == Kind::q5_k || form.kind == Kind::q6_k;
+}
+
 struct PackedKernels {
-  const char* name;
   // rows that are multiplied together at most; others: 1, 2, 4
   int most_rows;
   // one block times `rows` rows -> out [rows, OUTPUTS]; `fetch`: ask for the next weights ahead
-  void (*multiply)(const PackedLayer& layer, int64_t block, const int32_t* x, int rows, bool integers,
-                   bool fetch, float* out);
+  void (*multiply)(const PackedLayer& layer, int64_t block, const int32_t* x, int rows,
+                   Rounding rounding, bool fetch, float* out);
+  // one row of x [K], float32 or (`bf16`) bfloat16, as row r of a tile of R rows
+  void (*prepare)(const void* x, bool bf16, int64_t K, Rounding rounding, int64_t R, int64_t r,
+                  int32_t* tile);
 };
 
 const PackedKernels* packed_kernels_avx512();

@@ -5,6 +5,7 @@
 #include "packed_kernels.h"
 
 const eepass::PackedKernels* eepass::packed_kernels_avx2() {
-  static const PackedKernels kernels{"avx2", eepass::avx2::MOST_ROWS, eepass::avx2::multiply};
+  static const PackedKernels kernels{eepass::avx2::MOST_ROWS, eepass::avx2::multiply,
+                                     eepass::avx2::prepare};
   return &kernels;
 }

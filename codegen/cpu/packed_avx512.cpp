@@ -5,6 +5,7 @@
 #include "packed_kernels.h"
 
 const eepass::PackedKernels* eepass::packed_kernels_avx512() {
-  static const PackedKernels kernels{"avx512", eepass::avx512::MOST_ROWS, eepass::avx512::multiply};
+  static const PackedKernels kernels{eepass::avx512::MOST_ROWS, eepass::avx512::multiply,
+                                     eepass::avx512::prepare};
   return &kernels;
 }

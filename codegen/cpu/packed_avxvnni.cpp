@@ -5,6 +5,7 @@
 #include "packed_kernels.h"
 
 const eepass::PackedKernels* eepass::packed_kernels_avxvnni() {
-  static const PackedKernels kernels{"avxvnni", eepass::avxvnni::MOST_ROWS, eepass::avxvnni::multiply};
+  static const PackedKernels kernels{eepass::avxvnni::MOST_ROWS, eepass::avxvnni::multiply,
+                                     eepass::avxvnni::prepare};
   return &kernels;
 }

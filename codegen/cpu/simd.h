@@ -63,6 +63,23 @@ inline Ints dot(Ints sum, Ints codes, int32_t x) {
   return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(x))};
 }
 
+// 16 values as floats, of float32 or bfloat16.
+inline Floats values(const float* p) { return floats(p); }
+inline Floats values(const uint16_t* p) {
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline Floats most(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
+inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+// Rounds to the nearest bytes, ties to even; returns their sum.
+inline int32_t round_bytes(Floats a, int8_t* out) {
+  const __m512i codes = _mm512_min_epi32(
+      _mm512_max_epi32(_mm512_cvtps_epi32(a.v), _mm512_set1_epi32(-128)), _mm512_set1_epi32(127));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(codes));
+  return _mm512_reduce_add_epi32(codes);
+}
+
 #else
 
 constexpr int MOST_ROWS = 4;
@@ -149,7 +166,45 @@ inline Ints dot(Ints sum, Ints codes, int32_t x) {
   return {dot_lanes<BITS>(sum.a, codes.a, four), dot_lanes<BITS>(sum.b, codes.b, four)};
 }
 
+inline Floats values(const float* p) { return floats(p); }
+inline Floats values(const uint16_t* p) {
+  const auto* q = reinterpret_cast<const __m128i*>(p);
+  const auto widened = [](__m128i bits) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+  };
+  return {widened(_mm_loadu_si128(q)), widened(_mm_loadu_si128(q + 1))};
+}
+inline Floats most(Floats x, Floats y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+inline Floats magnitude(Floats x) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+}
+inline float largest(Floats x) {
+  float lanes[16], found = 0;
+  store(lanes, x);
+  for (float lane : lanes) found = lane > found ? lane : found;
+  return found;
+}
+inline int32_t round_bytes(Floats x, int8_t* out) {
+  const __m256i low = _mm256_set1_epi32(-128), high = _mm256_set1_epi32(127);
+  int32_t codes[16], sum = 0;
+  const auto put = [&](__m256 half, int at) {
+    const __m256i code = _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(half), low), high);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), code);
+  };
+  put(x.a, 0), put(x.b, 8);
+  for (int i = 0; i < 16; i++) out[i] = static_cast<int8_t>(codes[i]), sum += codes[i];
+  return sum;
+}
+
 #endif
+
+inline float total(Floats x) {
+  float lanes[16], sum = 0;
+  store(lanes, x);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
 
 inline void prefetch(const uint8_t* p) {
   _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T1);

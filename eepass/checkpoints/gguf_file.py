@@ -175,7 +175,9 @@ class _Reader:
             raise InputError(f"{self.path}: {name} is of type {kind}, which is unknown") from None
         width = shape[-1] if shape else 1
         if width % block:
-            raise InputError(f"{self.path}: rows of {name} are {width} wide, not in blocks of {block}")
+            raise InputError(
+                f"{self.path}: rows of {name} are {width} wide, not in blocks of {block}"
+            )
         count = 1
         for extent in shape:
             count *= extent

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.ops.packed import ROW, SPANS, UNROUNDED
+from eepass.ops.packed import ROW, INT8, UNROUNDED
 from eepass.ops.packing import GROUP, KINDS, form_number, inputs_of
 
 # how rows are rounded before they are multiplied with quantised weights
-ACTIVATIONS = {"int8": SPANS, "bf16": UNROUNDED}
+ACTIVATIONS = {"int8": INT8, "bf16": UNROUNDED}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +41,9 @@ def grouped(
     inputs, groups = codes.shape[1], scales.shape[1]
     size = 0 if groups == 1 else inputs // groups
     if inputs % GROUP or size % GROUP or (size and size * groups != inputs):
-        raise ValueError(f"{inputs} inputs in {groups} groups: a group is of {GROUP}, 64, ... inputs")
+        raise ValueError(
+            f"{inputs} inputs in {groups} groups: a group is of {GROUP}, 64, ... inputs"
+        )
     form = form_number("u4" if bits == 4 else "u8", size)
     numbers = (part.float().contiguous() for part in (scales, mins))
     packed = torch.ops.eepass.pack_groups(codes.contiguous(), *numbers, form)
@@ -62,7 +64,7 @@ class QuantizedLinear(torch.nn.Module):
         weight: QuantizedWeight,
         bias: torch.nn.Parameter | None,
         tied: bool = False,
-        activations: int = SPANS,
+        activations: int = INT8,
     ) -> None:
         super().__init__()
         self.register_buffer("packed", weight.packed)
@@ -99,7 +101,7 @@ class QuantizedLinear(torch.nn.Module):
 
 
 def replace_linears(
-    model: Any, weights: Mapping[str, QuantizedWeight], activations: int = SPANS
+    model: Any, weights: Mapping[str, QuantizedWeight], activations: int = INT8
 ) -> None:
     """Put quantised layers in place of the linear ones named in ``weights``."""
     embedding = model.get_input_embeddings().weight

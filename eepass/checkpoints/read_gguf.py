@@ -23,6 +23,7 @@ from torch import Tensor
 
 from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
+from eepass.codegen.cpu.native import load_kernels
 from eepass.errors import InputError
 from eepass.ops.packing import KINDS, form_number
 
@@ -113,6 +114,8 @@ class _Weights:
         )
 
         self.model, self.header, self.keep = model, header, keep
+        # without C++ kernels the gguf package dequantises
+        self.kinds = {} if load_kernels() else PACKED
         architecture = header.fields["general.architecture"]
         kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = kind(config=model.config.get_text_config(decoder=True).to_dict())
@@ -126,11 +129,12 @@ class _Weights:
     def read(self) -> None:
         has_head = any(tensor.name == HEAD for tensor in self.header.tensors)
         head = next(
-            (n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()), ""
+            (n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()),
+            "",
         )
         for tensor in self.header.tensors:
             name = self.names.get(tensor.name, "")
-            order = self._order(tensor) if tensor.kind in PACKED and name in self.dtypes else None
+            order = self._order(tensor) if name in self.dtypes else None
             if order is None:
                 self._as_transformers_does(tensor)
                 continue
@@ -146,7 +150,7 @@ class _Weights:
     def _order(self, tensor: GgufTensor) -> Tensor | None:
         """The row of the file that each row of the model is; None where that is not all that
         transformers does to this tensor."""
-        if len(tensor.shape) != 2:
+        if tensor.kind not in self.kinds or len(tensor.shape) != 2:
             return None
         rows = np.arange(tensor.shape[0])
         try:
@@ -189,11 +193,15 @@ class _Weights:
     def _floats(self, tensor: GgufTensor) -> np.ndarray:
         """The values of a tensor, float32 in its shape."""
         data = self.header.read(tensor)
-        if tensor.kind in PACKED and len(tensor.shape) == 2:
+        if tensor.kind in self.kinds and len(tensor.shape) == 2:
             values = self._pack(tensor, torch.arange(tensor.shape[0])).values(torch.float32)
             return values.numpy()
         if tensor.kind == BF16:
-            return (data.view(np.uint16).astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+            return (
+                (data.view(np.uint16).astype(np.uint32) << 16)
+                .view(np.float32)
+                .reshape(tensor.shape)
+            )
         if tensor.kind in (F32, F16):
             values = data.view(np.float32 if tensor.kind == F32 else np.float16)
             return values.astype(np.float32).reshape(tensor.shape)

@@ -1,8 +1,8 @@
 """The ``eepass::`` operators that multiply with packed weights (``eepass.ops.packing``).
 
-``activations`` says how the rows of x are rounded before they are multiplied: ``SPANS``, to int8
-with a scale for each 256 inputs, as llama.cpp rounds them for its K types; ``ROW``, with one scale
-for the whole row, as torchao does; ``UNROUNDED``, not at all. Dot products of integers are exact,
+``activations`` says how the rows of x are rounded before they are multiplied: ``INT8``, to int8
+with a scale for each 32 inputs, or 256 for the K types, as llama.cpp rounds them; ``ROW``, with one
+scale for the whole row, as torchao does; ``UNROUNDED``, not at all. Dot products of integers are exact,
 and floats are added in one order, so a row has the same bits in whatever company.
 """
 
@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.ops.exits import draft_logits
-from eepass.ops.packing import SPAN, unpack
+from eepass.ops.packing import GROUP, K_KINDS, KINDS, SPAN, unpack
 from eepass.ops.registry import define
 
-SPANS, ROW, UNROUNDED = range(3)
+INT8, ROW, UNROUNDED = range(3)
 _WEIGHT = "Tensor packed, int form, int outputs"
 
 
@@ -57,7 +57,7 @@ def packed_logits(
 ) -> Tensor:
     """``packed_linear`` of x [R, K] with its sums left in float32 [R, outputs]."""
     values = unpack(packed, form, outputs, None)
-    logits = (rounded(x, activations).double() @ values.double().T).float()
+    logits = (rounded(x, form, activations).double() @ values.double().T).float()
     return logits if bias is None else logits + bias.float()
 
 
@@ -75,8 +75,8 @@ def packed_draft_logits(
     return logits if bias is None else logits + bias[draft_ids].float()
 
 
-def rounded(x: Tensor, activations: int) -> Tensor:
-    """x [R, K] as it is multiplied, float32."""
+def rounded(x: Tensor, form: int, activations: int) -> Tensor:
+    """x [R, K] as it is multiplied with weights of ``form``, float32."""
     x = x.float()
     if activations == UNROUNDED:
         return x
@@ -84,7 +84,8 @@ def rounded(x: Tensor, activations: int) -> Tensor:
         # torchao's smallest step is float32's epsilon
         step = (x.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
         return (x * (1 / step)).round().clamp(-128, 127) * step
-    spans = F.pad(x, (0, -x.shape[1] % SPAN)).unflatten(1, (-1, SPAN))
-    scale = spans.abs().amax(-1, keepdim=True) / 127
+    size = SPAN if KINDS[form % 256] in K_KINDS else GROUP
+    parts = F.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    scale = parts.abs().amax(-1, keepdim=True) / 127
     by = torch.where(scale > 0, 1 / scale, 0)
-    return ((spans * by).round() * scale).flatten(1)[:, : x.shape[1]]
+    return ((parts * by).round() * scale).flatten(1)[:, : x.shape[1]]

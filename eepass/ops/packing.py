@@ -29,6 +29,7 @@ from torch import Tensor
 from eepass.ops.registry import define
 
 KINDS = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k", "u4", "u8")
+K_KINDS = ("q4_k", "q5_k", "q6_k")
 OUTPUTS, GROUP, SPAN = 16, 32, 256
 BITS = {"q5_0": 5, "q5_1": 5, "q5_k": 5, "q6_k": 6, "q8_0": 8, "u8": 8}
 # bytes of what precedes codes; the others have it for 256 inputs
