@@ -107,8 +107,8 @@ class Head:
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
     ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
     tensors, ``transform`` is what follows on the logits (a scale, a soft cap); else ``reason``
-    says what stands in the way. Where it is quantised ``weight`` names a packed weight, and ``form``,
-    ``outputs`` and ``activations`` are as in ``eepass.ops.packed``.
+    says what stands in the way. Where it is quantised ``weight`` names a packed weight, and
+    ``form``, ``outputs`` and ``activations`` are as in ``eepass.ops.packed``.
     """
 
     whole: Segment

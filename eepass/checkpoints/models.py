@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.ops.packed import ROW, INT8, UNROUNDED
+from eepass.ops.packed import INT8, ROW, UNROUNDED
 from eepass.ops.packing import GROUP, KINDS, form_number, inputs_of
 
 # how rows are rounded before they are multiplied with quantised weights

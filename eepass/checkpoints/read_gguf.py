@@ -8,13 +8,16 @@ derives from the metadata (configuration, tokenizer) is cached in a folder; weig
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -25,6 +28,7 @@ from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
 from eepass.codegen.cpu.native import load_kernels
 from eepass.errors import InputError
+from eepass.files import write_text_atomically
 from eepass.ops.packing import KINDS, form_number
 
 # numbers of the ``gguf`` package's types that kernels multiply with
@@ -32,6 +36,8 @@ PACKED = {2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 12: "q4_k", 13:
 F32, F16, BF16 = 0, 1, 30
 HEAD = "output.weight"
 EMBEDDING = "token_embd.weight"
+# beside the configuration: the model's parameter that each tensor is
+NAMES = "tensors.json"
 
 
 def load_gguf(
@@ -46,7 +52,7 @@ def load_gguf(
     header = read_header(file)
     folder = _described(header, cache)
     model = _empty_model(folder, dtype)
-    reader = _Weights(model, header, keep)
+    reader = _Weights(model, header, keep, folder / NAMES)
     reader.read()
     model.load_state_dict(reader.values, strict=False, assign=True)
     model.tie_weights()
@@ -102,16 +108,23 @@ def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
     return model
 
 
+def _names(model: Any, processor: Any) -> dict[str, str]:
+    """The model's parameter that each of a file's tensors is, by name."""
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    # asked anew for each module of the model, which takes seconds
+    with mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+        found: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    return found
+
+
 class _Weights:
     """Reads the tensors of a file: ``packed`` by module, ``values`` by parameter; ``left``: how
     many quantised ones are dequantised, by type."""
 
-    def __init__(self, model: Any, header: GgufFile, keep: bool) -> None:
-        from transformers.modeling_gguf_pytorch_utils import (
-            TENSOR_PROCESSORS,
-            TensorProcessor,
-            get_gguf_hf_weights_map,
-        )
+    def __init__(self, model: Any, header: GgufFile, keep: bool, names: Path) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 
         self.model, self.header, self.keep = model, header, keep
         # without C++ kernels the gguf package dequantises
@@ -119,8 +132,10 @@ class _Weights:
         architecture = header.fields["general.architecture"]
         kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
         self.processor = kind(config=model.config.get_text_config(decoder=True).to_dict())
-        self.names: Mapping[str, str] = get_gguf_hf_weights_map(model, self.processor)
-        self.dtypes = {name: p.dtype for name, p in model.named_parameters(remove_duplicate=False)}
+        if not names.exists():
+            write_text_atomically(names, json.dumps(_names(model, self.processor)))
+        self.names: Mapping[str, str] = json.loads(names.read_text(encoding="utf-8"))
+        self.like = dict(model.named_parameters(remove_duplicate=False))
         self.linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.packed: dict[str, QuantizedWeight] = {}
         self.values: dict[str, Tensor] = {}
@@ -134,16 +149,17 @@ class _Weights:
         )
         for tensor in self.header.tensors:
             name = self.names.get(tensor.name, "")
-            order = self._order(tensor) if name in self.dtypes else None
+            order = self._order(tensor) if name in self.like else None
             if order is None:
                 self._as_transformers_does(tensor)
                 continue
+            self._refuse_other_shape(tensor, name, tensor.shape)
             weight = self._pack(tensor, order)
             module = name.removesuffix(".weight")
             if self.keep and module in self.linears:
                 self.packed[module] = weight
                 continue
-            self.values[name] = weight.values(self.dtypes[name])
+            self.values[name] = weight.values(self.like[name].dtype)
             if self.keep and tensor.name == EMBEDDING and not has_head and head in self.linears:
                 self.packed[head] = weight
 
@@ -163,6 +179,14 @@ class _Weights:
         order = np.ascontiguousarray(found.weights[:, 0]).astype(np.int64)
         return torch.from_numpy(order) if np.array_equal(np.sort(order), rows) else None
 
+    def _refuse_other_shape(self, tensor: GgufTensor, name: str, shape: Sequence[int]) -> None:
+        wanted = self.like[name].shape
+        if tuple(shape) != tuple(wanted):
+            raise InputError(
+                f"{self.header.path}: {tensor.name} is {' x '.join(map(str, shape))}, and the "
+                f"configuration wants {' x '.join(map(str, wanted))}"
+            )
+
     def _pack(self, tensor: GgufTensor, order: Tensor) -> QuantizedWeight:
         form = form_number(PACKED[tensor.kind])
         blocks = torch.from_numpy(self.header.read(tensor))
@@ -176,7 +200,10 @@ class _Weights:
         if found.name in self.names:
             made[self.names[found.name]] = torch.from_numpy(np.ascontiguousarray(found.weights))
         for name, values in made.items():
-            self.values[name] = values.to(self.dtypes.get(name, values.dtype))
+            if name in self.like:
+                self._refuse_other_shape(tensor, name, values.shape)
+                values = values.to(self.like[name].dtype)
+            self.values[name] = values
         if tensor.kind not in (F32, F16, BF16) and self.keep:
             from gguf.constants import GGMLQuantizationType
 
@@ -194,8 +221,8 @@ class _Weights:
         """The values of a tensor, float32 in its shape."""
         data = self.header.read(tensor)
         if tensor.kind in self.kinds and len(tensor.shape) == 2:
-            values = self._pack(tensor, torch.arange(tensor.shape[0])).values(torch.float32)
-            return values.numpy()
+            weight = self._pack(tensor, torch.arange(tensor.shape[0]))
+            return weight.values(torch.float32).numpy()
         if tensor.kind == BF16:
             return (
                 (data.view(np.uint16).astype(np.uint32) << 16)

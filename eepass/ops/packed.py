@@ -2,8 +2,8 @@
 
 ``activations`` says how the rows of x are rounded before they are multiplied: ``INT8``, to int8
 with a scale for each 32 inputs, or 256 for the K types, as llama.cpp rounds them; ``ROW``, with one
-scale for the whole row, as torchao does; ``UNROUNDED``, not at all. Dot products of integers are exact,
-and floats are added in one order, so a row has the same bits in whatever company.
+scale for the whole row, as torchao does; ``UNROUNDED``, not at all. Dot products of integers are
+exact, and floats are added in one order, so a row has the same bits in whatever company.
 """
 
 from collections.abc import Sequence
