@@ -33,10 +33,12 @@ def _own_cache(tmp_path, monkeypatch):
 
 def write(path, architecture="llama", kinds=(), tied=True, vocabulary=80):
     """A tiny model as llama.cpp's converter writes it; ``kinds``: types by a part of the name."""
+    # what transformers takes for granted
+    width = 128 if architecture == "qwen3" else 64
     model = tiny_model(
         architecture, num_hidden_layers=2, hidden_size=256,
         intermediate_size=512, vocab_size=vocabulary, tie_word_embeddings=tied,
-        head_dim=64, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=width, num_attention_heads=256 // width, num_key_value_heads=128 // width,
     )  # fmt: skip
     config = model.config
     writer = gguf.GGUFWriter(path, architecture)
@@ -49,15 +51,15 @@ def write(path, architecture="llama", kinds=(), tied=True, vocabulary=80):
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10000.0)
-    writer.add_key_length(64)
-    writer.add_value_length(64)
+    writer.add_key_length(width)
+    writer.add_value_length(width)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("default")
     letters = [chr(33 + n) for n in range(vocabulary - 3)]
     writer.add_token_list([*letters, letters[0] + letters[1], "<s>", "</s>"])
     writer.add_token_types([1] * (vocabulary - 2) + [3, 3])
     writer.add_token_scores([0.0] * vocabulary)
-    writer.add_token_merges(["! \""])
+    writer.add_token_merges(['! "'])
     writer.add_bos_token_id(vocabulary - 2)
     writer.add_eos_token_id(vocabulary - 1)
     for name, tensor in model.state_dict().items():
