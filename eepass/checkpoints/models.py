@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
+from eepass.checkpoints.formats import load_quantized, quantization_config
 from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.checkpoints.read_gguf import keep_quantized
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
@@ -95,7 +96,7 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
         artifact = artifact_beside(folder)
     model, tokenizer = _load_pretrained(str(folder), dtype, spec)
     try:
-        quantised_already = read_quantized(model)
+        quantised_already = read_quantized(model) or bool(quantization_of(model))
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     unquantized_artifact, dequantised = None, ""
@@ -136,7 +137,10 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
     with _explained(f"{spec}: the model cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        if quantization := quantization_config(config, Path(folder)):
+            model = load_quantized(folder, config, quantization, DTYPES[dtype])
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(folder)
     _refuse_foreign_layers(model, spec)
     if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
@@ -156,8 +160,8 @@ def _refuse_foreign_layers(model: Any, spec: str) -> None:
         if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
             raise InputError(
                 f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
-                f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
-                "one of those, or the model before it was quantised"
+                f"{type(module).__name__}; eepass reads AWQ, GPTQ, compressed-tensors and torchao "
+                "checkpoints and GGUF files: give one, or the model before it was quantised"
             )
 
 
@@ -233,6 +237,8 @@ def _explained(what: str) -> Iterator[None]:
     """Any error of the libraries below becomes an ``InputError``: ``what``, and its first line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{what} ({line[:300]})") from error

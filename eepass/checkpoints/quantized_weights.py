@@ -52,6 +52,17 @@ def four_bit(codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> Quant
     return QuantizedWeight(codes if mins is not None else codes - 8, scales, mins)
 
 
+def grouped(
+    codes: Tensor, scales: Tensor, mins: Tensor, bits: int, dynamic: bool = False
+) -> QuantizedWeight:
+    """A weight of codes uint8 [N, K] (of 4 or 8 ``bits``), scales and mins float32 [N, G]: its
+    value is code * scale + min."""
+    if bits == 4:
+        return four_bit(codes, scales, None if torch.equal(mins, -8 * scales) else mins)
+    signed, mins = (codes ^ 128).view(torch.int8), mins + 128 * scales
+    return QuantizedWeight(signed, scales, mins if mins.any() else None, dynamic)
+
+
 class QuantizedLinear(torch.nn.Module):
     """A linear layer whose weight is quantised: ``eepass::quantized_linear``.
 
