@@ -24,7 +24,8 @@ def load(
     ``trust_native``: also run the native code of a transformed folder this user did not sign.
     ``quantize``: ``"keep"`` a GGUF file's own quantisation, where there are kernels for it (the
     dequantised values are the same to the bit); or quantise the weights with torchao: ``"int8"``,
-    ``"int4"``, ``"int8-dynamic"``. A checkpoint that torchao quantised is read as it is.
+    ``"int4"``, ``"int8-dynamic"``. A checkpoint that torchao, AWQ, GPTQ or compressed-tensors
+    quantised is read as it is.
     """
     if quantize not in (None, "keep", *KINDS):
         raise InputError(f"quantize={quantize!r}: known are keep, {', '.join(KINDS)}")

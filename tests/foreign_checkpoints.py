@@ -14,6 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+# compressed-tensors' settings for inputs that are rounded token by token
+BY_TOKEN = {
+    "num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True,
+}  # fmt: skip
 # the scale of a row of zeros
 LEAST = 2**-14
 
