@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
+from eepass.checkpoints.formats import load_quantized, quantization_config
 from eepass.checkpoints.quantized_weights import ACTIVATIONS, quantization_of
 from eepass.checkpoints.read_gguf import load_gguf
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
@@ -91,9 +92,9 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: st
         if not folder.exists() and (folder.is_absolute() or spec.count("/") != 1):
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
         artifact = artifact_beside(folder)
-        model, tokenizer = _load_pretrained(str(folder), dtype, spec)
+        model, tokenizer = _load_pretrained(str(folder), dtype, spec, rounding)
     try:
-        quantised_already = read_quantized(model, rounding)
+        quantised_already = read_quantized(model, rounding) or bool(quantization_of(model))
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
     unquantized_artifact = None
@@ -129,7 +130,7 @@ def original_of(loaded: LoadedModel, purpose: str) -> Any:
     return loaded.model
 
 
-def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
+def _load_pretrained(folder: str, dtype: str, spec: str, rounding: int) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with _explained(f"{spec}: the model cannot be read"):
@@ -137,7 +138,10 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
     with _explained(f"{spec}: the model cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        if quantization := quantization_config(config, Path(folder)):
+            model = load_quantized(folder, config, quantization, DTYPES[dtype], rounding)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(folder)
     _refuse_foreign_layers(model, spec)
     if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
@@ -157,8 +161,8 @@ def _refuse_foreign_layers(model: Any, spec: str) -> None:
         if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
             raise InputError(
                 f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
-                f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
-                "one of those, or the model before it was quantised"
+                f"{type(module).__name__}; eepass reads AWQ, GPTQ, compressed-tensors and torchao "
+                "checkpoints and GGUF files: give one, or the model before it was quantised"
             )
 
 

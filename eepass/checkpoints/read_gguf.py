@@ -24,6 +24,7 @@ import torch
 import transformers
 from torch import Tensor
 
+from eepass.checkpoints.empty_model import empty_model
 from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
 from eepass.codegen.cpu.native import load_kernels
@@ -51,7 +52,7 @@ def load_gguf(
     """
     header = read_header(file)
     folder = _described(header, cache)
-    model = _empty_model(folder, dtype)
+    model = _described_model(folder, dtype)
     reader = _Weights(model, header, keep, folder / NAMES)
     reader.read()
     model.load_state_dict(reader.values, strict=False, assign=True)
@@ -94,15 +95,11 @@ def _described(header: GgufFile, cache: Path) -> Path:
     return target
 
 
-def _empty_model(folder: Path, dtype: torch.dtype) -> Any:
-    """The model of a configuration, its parameters without memory."""
-    from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+def _described_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder's configuration, without weights."""
+    from transformers import AutoConfig, GenerationConfig
 
-    config = AutoConfig.from_pretrained(folder)
-    # buffers are computed from the configuration, and in no file
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model = empty_model(AutoConfig.from_pretrained(folder), dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model
