@@ -26,9 +26,10 @@ def load(
     ``trust_native``: also run the native code of a transformed folder this user did not sign.
     ``quantize``: ``"keep"`` a GGUF file's own quantisation, where there are kernels for it; or
     quantise the weights with torchao: ``"int8"``, ``"int4"``, ``"int8-dynamic"``. A checkpoint that
-    torchao, AWQ, GPTQ or compressed-tensors quantised is read as it is. ``activations``: what is multiplied with quantised weights:
-    ``"int8"``, rows rounded with a scale for each 32 or 256 values, as llama.cpp rounds them,
-    which is several times as fast; or ``"bf16"``, rows as they are.
+    torchao, AWQ, GPTQ or compressed-tensors quantised is read as it is. ``activations``: what is
+    multiplied with quantised weights: ``"int8"``, rows rounded with a scale for each 32 or 256
+    values, as llama.cpp rounds them, which is several times as fast; or ``"bf16"``, rows as they
+    are.
     """
     if activations not in ACTIVATIONS:
         raise InputError(f"activations={activations!r}: known are {', '.join(ACTIVATIONS)}")
