@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eepass.bundle.manifest import AGAIN, GRAPHS, read_manifest
-from eepass.bundle.stored_graphs import GraphReader
+from eepass.stored_graphs import GraphReader
 from eepass.checkpoints.artifact import load_artifact
 from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.codegen.compiled_code import CompiledCode

@@ -17,7 +17,7 @@ from eepass import inspecting, pictures
 from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
-from eepass.bundle.stored_graphs import GraphWriter, NotStorable
+from eepass.stored_graphs import GraphWriter, NotStorable
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_tokenizer

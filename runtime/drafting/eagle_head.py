@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,7 @@ from eepass.runtime.drafting.eagle_layer import (
     mixed,
     rotary,
 )  # fmt: skip
+from eepass.segments import GraphToMake
 
 # the cache: first a slot for each draft token (the last one takes what padding rows write), then a
 # ring of slots for confirmed tokens, a window and the largest chunk that is being added
@@ -185,7 +187,9 @@ class EagleHead:
             kinds = [str(x.dtype) for x in self._state[3:]] if len(self._state) > 4 else ""
             name = f"eagle.{source}.{shapes}.{embedded.dtype}{kinds}"
             parts = len(self._state) - 3
-            graph = _trace(examples, source, parts) if self._traces else None
+            graph = None
+            if self._traces:
+                graph = GraphToMake(partial(_trace, examples, source, parts))
             self._steps[source, size] = self._compile(graph, name, examples, logits=False)
         states, scores = self._steps[source, size](arguments)
         return states, scores
