@@ -27,10 +27,11 @@ import torch
 from eepass.codegen.by_structure import Compiled
 
 NAMESPACES = ("aten", "prims", "eepass")
+_guards: Any = torch._C._dynamo.guards
 # what inductor calls besides operators and its kernels
 FUNCTIONS: dict[str, Any] = {
-    "empty_strided_cpu": torch._C._dynamo.guards._empty_strided_cpu,
-    "reinterpret_tensor": torch._C._dynamo.guards._reinterpret_tensor,
+    "empty_strided_cpu": _guards._empty_strided_cpu,
+    "reinterpret_tensor": _guards._reinterpret_tensor,
     "device": torch.device,
 }
 EXTERN: dict[str, Any] = {
@@ -58,7 +59,8 @@ def program_of(compiled: Compiled) -> tuple[str, dict[str, Path]]:
     runner = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
     call = next(n for n in runner.body if isinstance(n, ast.FunctionDef) and n.name == "call")
     renamed = _Shortened(scope)
-    program = ast.unparse([renamed.visit(line) for line in call.body])
+    lines: list[ast.stmt] = [renamed.visit(line) for line in call.body]
+    program = ast.unparse(ast.Module(lines, []))
     check_program(program, renamed.kernels)
     return program, renamed.kernels
 
@@ -81,7 +83,7 @@ def run_program(program: str, kernels: Mapping[str, Path]) -> Compiled:
 def open_kernel(library: Path) -> Callable[..., None]:
     """The function of a library that inductor compiled from one loop."""
     # inductor's kernels find PyTorch's function from a tensor to its memory so
-    address = torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr
+    address = _guards._torchinductor_pyobject_tensor_data_ptr
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     name = f"{library.stem}.{ENTRY}"
     loader = ExtensionFileLoader(name, str(library))
@@ -149,8 +151,7 @@ class _Known:
             case ast.Delete(targets=targets):
                 for target in targets:
                     self.value(target)
-            case ast.Expr(value=ast.Call(func=ast.Attribute(value=ast.Name(id="args"), attr="clear"),
-                                         args=[], keywords=[])):  # fmt: skip
+            case ast.Expr(value=ast.Call()) if ast.unparse(node) == "args.clear()":
                 pass
             case ast.Expr(value=ast.Call() as call):
                 self.value(call)

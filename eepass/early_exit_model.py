@@ -17,6 +17,7 @@ from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.executors import CapturedSteps, ExitParts, Measured, engine_for
+from eepass.kept.costs import KeptCosts
 from eepass.kept.keys import environment
 from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
@@ -63,8 +64,9 @@ class EarlyExitModel:
         debug: bool = False,
         kept: str = "",
     ) -> None:
-        """``kept``: the key that the splits are kept under in the user's cache. ``launching``: how captured steps are launched, None for no such steps. ``debug``: assert
-        at each step that nothing has moved since it was captured."""
+        """``launching``: how captured steps are launched, None for no such steps. ``debug``: assert
+        at each step that nothing has moved since it was captured. ``kept``: the key under which
+        the splits are kept in the user's cache, "" where they are not."""
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
         self.draft_model, self.folder = draft_model, folder
         self.launching, self.debug = launching, debug
@@ -78,7 +80,7 @@ class EarlyExitModel:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
             self.decoder = Decoder(splits, compile)
-        self._measured = Measured(self.decoder)
+        self._measured = Measured(self.decoder, KeptCosts(kept))
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None
         self.config: ExitConfig | None = None

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eepass.checkpoints.artifact import Artifact, artifact_for
-from eepass.checkpoints.quantized_weights import weights_to_read
+from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
-from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.cpu.native import build_kernels, load_kernels
 from eepass.config import ExitConfig
 from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
 from eepass.errors import EngineError, InputError, PassError
@@ -114,10 +115,13 @@ def split_model(
     from eepass.runtime.cache.weight_memory import settle_weights
 
     slots = _slots(model, max_length)
-    # checks run the model: on the kernels that it will run on, where there are any
-    load_kernels()
-    with torch.no_grad():
-        settle_weights(weights_to_read(model))
+    settle_weights(weights_to_read(model))
+    if quantization_of(model):
+        # checks run the model, and without its kernels each layer would be dequantised each time
+        load_kernels()
+    with torch.no_grad(), ThreadPoolExecutor(1) as beside:
+        # needed next; where they are still to be built, that takes as long as tracing
+        beside.submit(build_kernels)
         try:
             return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
         except PassError as error:

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eepass.errors import PassError
 from eepass.passes.caller.caller_step import (
     check_caller_step,
     name_inputs,

@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "lengths": {"passes"},
     "checkpoints": {"codegen", "files"},
     "planning": {"checkpoints"},
-    "executors": {"passes", "planning", "runtime"},
+    "executors": {"kept", "passes", "planning", "runtime"},
     "early_exit_model": {
         "checkpoints", "codegen", "executors", "kept", "passes", "planning", "runtime",
     },

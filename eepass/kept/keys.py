@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eepass.codegen.cpu.native import cpu_flags
+from eepass.codegen.cpu.native import KernelsMissing, cpu_flags, find_compiler
 
 ROOT = Path(__file__).parents[1]
 # attributes that say nothing about what a module computes for given tokens: where it was read from,
@@ -37,11 +37,17 @@ class Unforeseen(ValueError):
 
 def environment() -> str:
     """A hash of what compiled code and traces depend on besides the model: the versions of eepass,
-    PyTorch and transformers, the processor, and the number of threads."""
-    threads = torch.get_num_threads()
-    modes = (torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(),
-             torch.utils.deterministic.fill_uninitialized_memory)  # fmt: skip
-    return _hash((*_installed(), threads, modes))
+    PyTorch and transformers, the processor, the C++ compiler and the number of threads."""
+    modes = (
+        torch.get_num_threads(), torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )  # fmt: skip
+    try:
+        compiler = find_compiler()
+    except KernelsMissing:
+        compiler = ""
+    return _hash((_installed(), compiler, modes))
 
 
 def model_key(model: Any, *options: Any) -> str:
@@ -117,7 +123,8 @@ def _plain(value: Any, where: str) -> Any:
 def _sources(kinds: Iterable[type]) -> set[tuple[str, str]]:
     """The source files of modules' classes, with their hashes; not of PyTorch's own."""
     found = set()
-    for kind in {base for kind in kinds for base in kind.__mro__ if base is not object}:
+    bases = {base for kind in kinds for base in kind.__mro__}
+    for kind in bases - {object}:
         if kind.__module__.partition(".")[0] == "torch":
             continue
         try:
@@ -134,11 +141,12 @@ def _sources(kinds: Iterable[type]) -> set[tuple[str, str]]:
 def _installed() -> tuple[Any, ...]:
     import transformers
 
-    own = sorted({*ROOT.rglob("*.py"), *(ROOT / "codegen" / "cpu").glob("*.[ch]*"),
-                  *(p for top in ("passes", "codegen", "runtime") for p in (ROOT / top).rglob("*.py"))})  # fmt: skip
-    sources = [(str(path.relative_to(ROOT)), _file_hash(path)) for path in own]
+    # in a checkout the stages are folders beside the package's
+    homes = [ROOT, *(ROOT / stage for stage in ("passes", "codegen", "runtime"))]
+    files = {path for home in homes for end in ("*.py", "*.cpp", "*.h") for path in home.rglob(end)}
+    sources = [(str(path.relative_to(ROOT)), _file_hash(path)) for path in sorted(files)]
     versions = (torch.__version__, transformers.__version__, platform.python_version())
-    return (versions, platform.machine(), cpu_flags(), _hash(sources))
+    return (versions, platform.machine(), cpu_flags(), sources)
 
 
 @cache

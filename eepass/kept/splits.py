@@ -6,7 +6,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
