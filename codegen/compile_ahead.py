@@ -27,6 +27,7 @@ from eepass.codegen.compiled_code import CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
+from eepass.segments import GraphToMake
 
 _operators = torch.ops.eepass
 SHIMS = {
@@ -95,7 +96,7 @@ class AheadCompiler(CompiledCode):
     ) -> Compiled:
         key = code_key(structure, logits)
         if key not in self.files:
-            with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+            with ready_to_compile(GraphToMake.made(graph), examples, logits) as (lowered, fakes):
                 _refuse_foreign_operators(lowered)
                 files = _compiled_files(lowered, fakes, self._cache)
             for file in files:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -33,6 +34,25 @@ class Input:
 
 
 HIDDEN = Input("hidden", "hidden")
+
+
+class GraphToMake:
+    """A graph that is made when it is first called or compiled: where its code is kept, never."""
+
+    def __init__(self, make: Callable[[], GraphModule]) -> None:
+        self._make = make
+
+    @cached_property
+    def graph(self) -> GraphModule:
+        return self._make()
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self.graph(*inputs)
+
+    @staticmethod
+    def made(graph: GraphModule | GraphToMake) -> GraphModule:
+        """``graph`` itself, made if it is one to make."""
+        return graph.graph if isinstance(graph, GraphToMake) else graph
 
 
 @dataclass(slots=True)

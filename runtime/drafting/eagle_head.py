@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from eepass.runtime.drafting.eagle_layer import (
     mixed,
     rotary,
 )  # fmt: skip
-from eepass.segments import Head
+from eepass.segments import GraphToMake, Head
 
 # the cache: first a slot for each draft token (the last one takes what padding rows write), then a
 # ring of slots for confirmed tokens, a window and the largest chunk that is being added
@@ -187,7 +188,9 @@ class EagleHead:
             if self._head is not None:
                 packed = (self._head.form, len(self.hot_ids), self._head.activations)
             name = f"eagle.{source}.{shapes}.{embedded.dtype}{packed or ''}"
-            graph = _trace(examples, source, packed) if self._traces else None
+            graph = None
+            if self._traces:
+                graph = GraphToMake(partial(_trace, examples, source, packed))
             self._steps[source, size] = self._compile(graph, name, examples, logits=False)
         states, scores = self._steps[source, size](arguments)
         return states, scores
