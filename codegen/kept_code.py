@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import ByStructure, Compiled
 from eepass.codegen.cpu.native import load_kernels
-from eepass.codegen.kept_program import NotKept, program_of, run_program
+from eepass.codegen.kept_program import NotKept, program_of
+from eepass.codegen.native_program import runnable
 from eepass.segments import GraphToMake
 
 PROGRAM = "program.py.txt"
@@ -69,6 +70,7 @@ class KeepingCompiler:
             program, kernels = program_of(made)
             files = {name + LIBRARY: path.read_bytes() for name, path in kernels.items()}
             self.store.write(key, {PROGRAM: program.encode(), **files})
+            return runnable(program, kernels)
         return made
 
     def _kept(self, key: str) -> Compiled | None:
@@ -77,7 +79,7 @@ class KeepingCompiler:
             return None
         try:
             kernels = {path.stem: path for path in entry.glob("*" + LIBRARY)}
-            return run_program((entry / PROGRAM).read_text(encoding="utf-8"), kernels)
+            return runnable((entry / PROGRAM).read_text(encoding="utf-8"), kernels)
         except (NotKept, ImportError, OSError):
             self.store.drop(key)
             return None

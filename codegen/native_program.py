@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ast
 import ctypes
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from eepass.codegen.kept_program import ENTRY, check_program
+from eepass.codegen.by_structure import Compiled
+from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.kept_program import ENTRY, check_program, run_program
 
 # kinds of arguments, as in `cpu/program.cpp`
 REGISTER, NONE, INTEGER, BOOLEAN, REAL, TENSORS, MAYBE_TENSORS, INTEGERS = range(8)
@@ -25,9 +27,18 @@ class NotNative(ValueError):
     """A program with a line that has no native form; the message shows it."""
 
 
-def native_program(
-    program: str, kernels: Mapping[str, Path]
-) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+def runnable(program: str, kernels: Mapping[str, Path]) -> Compiled:
+    """``program`` as a function: natively where it has that form, else line by line in Python.
+
+    Raises ``NotKept``, ``ImportError`` or ``OSError`` where it cannot run.
+    """
+    if not load_kernels():
+        with suppress(NotNative):
+            return native_program(program, kernels)
+    return run_program(program, kernels)
+
+
+def native_program(program: str, kernels: Mapping[str, Path]) -> Compiled:
     """``program``, as ``kept_program`` defines it, as one native call; raises ``NotNative``."""
     lines = check_program(program, kernels)
     return _Translation(lines, kernels).translated()
@@ -49,7 +60,7 @@ class _Translation:
         self.count = 0
         self.steps: list[tuple[str, tuple[Any, ...]]] = []
 
-    def translated(self) -> Callable[[list[Tensor]], Sequence[Tensor]]:
+    def translated(self) -> Compiled:
         inputs = 0
         for line in self.lines[:-1]:
             match line:
@@ -76,7 +87,7 @@ class _Translation:
         for method, arguments in self.steps:
             getattr(made, method)(*arguments)
         made.give_back(outputs)
-        run: Callable[[list[Tensor]], Sequence[Tensor]] = made.run
+        run: Compiled = made.run
         return run
 
     def _new(self) -> int:

@@ -21,7 +21,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 
 from eepass.checkpoints.empty_model import empty_model
@@ -50,6 +49,8 @@ def load_gguf(
     ``cache``: where folders with configurations are. Raises ``InputError`` for a file that is
     damaged, or of an architecture that transformers cannot read from GGUF.
     """
+    from transformers import AutoTokenizer
+
     header = read_header(file)
     folder = _described(header, cache)
     model = _described_model(folder, dtype)
@@ -66,12 +67,13 @@ def load_gguf(
         raise InputError(f"{file}: it has no tensor for {missing[0]}")
     replace_linears(model, reader.packed, activations)
     left = ", ".join(f"{n} tensors of {kind} dequantised" for kind, n in reader.left.items())
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     return model.eval().requires_grad_(False), tokenizer, left
 
 
 def _described(header: GgufFile, cache: Path) -> Path:
     """The folder with the configuration and the tokenizer of a file, made once."""
+    import transformers
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     stat = header.path.stat()
