@@ -100,8 +100,8 @@ def figures_of(
         series["of_llama_cpp"] = _over(times[EEPASS], times[LLAMA])
         series["prefill_over_llama_cpp"] = _over(prompts[LLAMA], prompts[EEPASS])
     return {
-        **_reduced(series, _median),
-        "spread": _reduced(series, _quartiles),
+        **_reduced(series, median_of),
+        "spread": _reduced(series, quartiles_of),
     }
 
 
@@ -125,11 +125,12 @@ def _reduced(series: Any, reduce: Callable[[list[float]], Any]) -> Any:
     return {str(key): _reduced(value, reduce) for key, value in series.items()}
 
 
-def _median(values: list[float]) -> float:
+def median_of(values: list[float]) -> float:
+    """To four digits."""
     return float(f"{statistics.median(values):.4g}")
 
 
-def _quartiles(values: list[float]) -> list[float]:
+def quartiles_of(values: list[float]) -> list[float]:
     """The ends of the middle half."""
     ordered, outside = sorted(values), len(values) // 4
     return [float(f"{value:.4g}") for value in (ordered[outside], ordered[-1 - outside])]

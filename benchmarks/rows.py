@@ -118,7 +118,10 @@ def chosen_isa(name: str | None) -> str:
     """Which instruction set the kernels are to use; the one they use."""
     choose = getattr(native, "kernel_isa", None)
     if choose is not None:
-        return str(choose(name))
+        try:
+            return str(choose(name))
+        except native.KernelsMissing as error:
+            raise InputError(f"--isa {name}: {error}") from error
     if name not in (None, "avx512"):
         raise InputError(f"--isa {name}: the kernels know avx512 alone")
     return "avx512"
