@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -45,19 +46,18 @@ class LlamaProcess:
 
     def close(self) -> None:
         assert self.process.stdin is not None and self.process.stdout is not None
-        # it ends with its input
-        self.process.stdin.close()
+        # it ends with its input, if it has not already
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
         self.process.stdout.close()
         self.process.wait()
 
     def _ask(self, **request: int) -> list[float]:
         assert self.process.stdin is not None
-        try:
+        # that it has ended is seen when its answer is read
+        with contextlib.suppress(BrokenPipeError):
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-        except BrokenPipeError:
-            # why it ended is seen when its answer is read
-            pass
         seconds: list[float] = self._answer()["seconds"]
         return seconds
 
