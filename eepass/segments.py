@@ -215,6 +215,14 @@ class SplitDecoder:
         return sorted(read)
 
     @property
+    def bytes_a_pass(self) -> int:
+        """Bytes of weights that a dense pass reads, each once however many layers share it."""
+        read = {
+            (tensor := self.tensors[name]).data_ptr(): tensor.nbytes for name in self.parameters
+        }
+        return sum(read.values())
+
+    @property
     def hidden_size(self) -> int:
         return int(self.hidden_example.shape[-1])
 
