@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from eepass.codegen.by_structure import ByStructure, Compiled
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import NotKept, program_of
-from eepass.codegen.native_program import runnable
+from eepass.codegen.native_program import NativeProgram, runnable
 from eepass.segments import GraphToMake
 
 PROGRAM = "program.py.txt"
@@ -67,10 +67,10 @@ class KeepingCompiler:
         made = compile()
         # code of another form is compiled at each start
         with contextlib.suppress(NotKept, OSError):
-            program, kernels = program_of(made)
+            native = isinstance(made, NativeProgram)
+            program, kernels = (made.program, made.kernels) if native else program_of(made)
             files = {name + LIBRARY: path.read_bytes() for name, path in kernels.items()}
             self.store.write(key, {PROGRAM: program.encode(), **files})
-            return runnable(program, kernels)
         return made
 
     def _kept(self, key: str) -> Compiled | None:

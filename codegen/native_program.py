@@ -9,14 +9,22 @@ import ast
 import ctypes
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from eepass.codegen.by_structure import Compiled
 from eepass.codegen.cpu.native import load_kernels
-from eepass.codegen.kept_program import ENTRY, check_program, run_program
+from eepass.codegen.kept_program import (
+    ENTRY,
+    NotKept,
+    check_program,
+    program_of,
+    run_program,
+)
 
 # kinds of arguments, as in `cpu/program.cpp`
 REGISTER, NONE, INTEGER, BOOLEAN, REAL, TENSORS, MAYBE_TENSORS, INTEGERS = range(8)
@@ -27,21 +35,41 @@ class NotNative(ValueError):
     """A program with a line that has no native form; the message shows it."""
 
 
+@dataclass(frozen=True, slots=True)
+class NativeProgram:
+    """``program``, as ``kept_program`` defines it, as one native call."""
+
+    program: str
+    kernels: Mapping[str, Path]
+    run: Compiled
+
+    def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
+        return self.run(inputs)
+
+
+def natively(compiled: Compiled) -> Compiled:
+    """What inductor made, as a ``NativeProgram`` where it has that form, else as it is."""
+    with suppress(NotKept, NotNative, OSError):
+        return native_program(*program_of(compiled))
+    return compiled
+
+
 def runnable(program: str, kernels: Mapping[str, Path]) -> Compiled:
     """``program`` as a function: natively where it has that form, else line by line in Python.
 
     Raises ``NotKept``, ``ImportError`` or ``OSError`` where it cannot run.
     """
-    if not load_kernels():
-        with suppress(NotNative):
-            return native_program(program, kernels)
+    with suppress(NotNative):
+        return native_program(program, kernels)
     return run_program(program, kernels)
 
 
-def native_program(program: str, kernels: Mapping[str, Path]) -> Compiled:
-    """``program``, as ``kept_program`` defines it, as one native call; raises ``NotNative``."""
+def native_program(program: str, kernels: Mapping[str, Path]) -> NativeProgram:
+    """Raises ``NotNative`` where a line has no native form, or there are no C++ kernels."""
+    if missing := load_kernels():
+        raise NotNative(missing)
     lines = check_program(program, kernels)
-    return _Translation(lines, kernels).translated()
+    return NativeProgram(program, kernels, _Translation(lines, kernels).translated())
 
 
 def addresses(kernels: Mapping[str, Path]) -> dict[str, int]:
@@ -126,6 +154,9 @@ class _Translation:
 
     def _call(self, node: ast.Call) -> int:
         name = ast.unparse(node.func)
+        if name.startswith("extern_kernels."):
+            # a matrix product of a library, into a tensor that is there
+            name = f"torch.ops.aten.{name.partition('.')[2]}.out"
         to = self._new()
         if name == "empty_strided_cpu":
             sizes, strides, dtype = node.args
