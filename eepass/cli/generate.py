@@ -62,7 +62,7 @@ def generate(
             context, "prompt", "max_new_tokens", "dense", "stats", "raw", "threads"
         )
         return _generate_onnx(model, prompt, max_new_tokens, dense, stats, raw, threads)
-    from eepass.lengths import refuse_longer
+    from eepass.lengths import refuse_longer, shared_length
     from eepass.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -75,6 +75,7 @@ def generate(
     length = len(ids) + max_new_tokens
     if not loaded.transformed:
         refuse_longer(loaded.model, length, "prompt and answer together")
+        length = shared_length(loaded.model, length)
     ready = transform_model(loaded, artifact, config, length, dense, dump)
     engine = ready.dense if dense else ready.engine
     steps = engine.generate(ids, max_new_tokens, loaded.stop, sampling)
