@@ -67,8 +67,10 @@ class KeepingCompiler:
         made = compile()
         # code of another form is compiled at each start
         with contextlib.suppress(NotKept, OSError):
-            native = isinstance(made, NativeProgram)
-            program, kernels = (made.program, made.kernels) if native else program_of(made)
+            if isinstance(made, NativeProgram):
+                program, kernels = made.program, made.kernels
+            else:
+                program, kernels = program_of(made)
             files = {name + LIBRARY: path.read_bytes() for name, path in kernels.items()}
             self.store.write(key, {PROGRAM: program.encode(), **files})
         return made

@@ -66,10 +66,21 @@ struct Layer {
   PackedLayer weight;
   // which of the ways x is rounded
   int64_t way;
-  const float* bias;
+  const at::Tensor* bias;
   O* out;
   int64_t blocks;
 };
+
+// Adds `count` elements of a bias from n on.
+inline void add_bias(const at::Tensor& bias, int64_t n, int64_t count, float* sums) {
+  if (bias.scalar_type() == at::kFloat) {
+    const float* p = bias.const_data_ptr<float>() + n;
+    for (int64_t i = 0; i < count; i++) sums[i] += p[i];
+  } else {
+    const BFloat16* p = bias.const_data_ptr<BFloat16>() + n;
+    for (int64_t i = 0; i < count; i++) sums[i] += to_float(p[i]);
+  }
+}
 
 template <typename T, typename O>
 std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList packed,
@@ -79,6 +90,7 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
   const int64_t R = x.size(0), K = x.size(1);
   const bool integers = activations != 2;
   std::vector<at::Tensor> outs, kept;
+  kept.reserve(packed.size());
   std::vector<Layer<O>> layers;
   std::vector<Rounding> ways;
   int64_t total = 0;
@@ -89,11 +101,12 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
     const int64_t N = outputs[i], blocks = packed[i].size(0);
     TORCH_CHECK((N + OUTPUTS - 1) / OUTPUTS == blocks, N, " outputs do not fit ", blocks, " blocks");
     outs.push_back(at::empty({R, N}, x.options().dtype(c10::CppTypeToScalarType<O>::value)));
-    const float* bias = nullptr;
+    const at::Tensor* bias = nullptr;
     if (const std::optional<at::Tensor> b = biases.get(i); b.has_value()) {
       TORCH_CHECK(b->numel() == N, "a bias of ", b->numel(), " for ", N, " outputs");
-      kept.push_back(b->to(at::kFloat).contiguous());
-      bias = kept.back().const_data_ptr<float>();
+      const bool read = b->scalar_type() == at::kFloat || b->scalar_type() == at::kBFloat16;
+      kept.push_back((read ? *b : b->to(at::kFloat)).contiguous());
+      bias = &kept.back();
     }
     const Rounding rounding = rounding_of(activations, form);
     const int64_t way = std::find(ways.begin(), ways.end(), rounding) - ways.begin();
@@ -124,7 +137,7 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
         use.prepare(rows + from * K, sizeof(T) == 2, K, ways[way], tile.taken, r,
                     prepared + way * needed + tile.at);
     }
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < total; task++) {
       int64_t block = task, which = 0;
       while (block >= layers[which].blocks) block -= layers[which++].blocks;
@@ -137,8 +150,7 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
                      ways[layer.way], tile.first == 0, sums);
         for (int64_t r = 0; r < tile.rows; r++) {
           float* row = sums + r * OUTPUTS;
-          if (layer.bias)
-            for (int64_t i = 0; i < count; i++) row[i] += layer.bias[n + i];
+          if (layer.bias) add_bias(*layer.bias, n, count, row);
           put(layer.out + (tile.first + r) * layer.weight.N + n, row, count);
         }
       }
