@@ -43,7 +43,7 @@ MAY_IMPORT = {
     "onnx": {"checkpoints", "files", "model", "passes", "planning", "runtime"},
     "training": {"checkpoints", "codegen", "files", "lengths", "model", "passes", "runtime"},
     "benchmark": {"checkpoints", "lengths", "model", "passes", "runtime", "training"},
-    "doctoring": {"checkpoints", "codegen", "runtime"},
+    "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
         "benchmark", "bundle", "checkpoints", "doctoring", "files", "inspecting", "lengths",
         "model", "onnx", "pictures", "runtime", "training",
