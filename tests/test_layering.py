@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "benchmark": {
         "checkpoints", "codegen", "lengths", "model", "passes", "runtime", "training",
     },
-    "doctoring": {"checkpoints", "codegen", "runtime"},
+    "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
         "benchmark", "bundle", "checkpoints", "doctoring", "files", "inspecting", "lengths",
         "model", "onnx", "pictures", "runtime", "training",

@@ -17,6 +17,8 @@ from eepass.plan import ExitPlan, ExitSegments
 from eepass.segments import SplitDecoder
 from eepass.stored_graphs import GraphReader, GraphWriter, NotStorable
 
+# the folder of entries in eepass's cache
+KEPT = "kept"
 GRAPHS, CONSTANTS = "graphs.json", "constants.safetensors"
 # constants are what a model makes of Python numbers; more than this would be something else
 MOST_CONSTANTS = 4 << 20
@@ -25,7 +27,7 @@ Splits = dict[int, SplitDecoder]
 
 def kept_entries() -> Entries:
     """This user's entries."""
-    return Entries(cache_dir() / "kept")
+    return Entries(cache_dir() / KEPT)
 
 
 def kept_splits(
