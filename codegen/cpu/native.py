@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "avx512bf16": (*AVX512, "-mavx512bf16"),
 }
 # sources that are compiled for the processor that is here
-NATIVE = {"attend_rows", "linear_rows", "quantized_rows"}
+NATIVE = {"quantized_rows"}
 
 
 def cache_dir() -> Path:
