@@ -30,8 +30,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "avx512": AVX512,
     "avx512bf16": (*AVX512, "-mavx512bf16"),
 }
-# sources that are compiled for the processor that is here
-NATIVE = {"attend_rows", "linear_rows"}
 
 
 def cache_dir() -> Path:
@@ -146,8 +144,6 @@ def sources() -> list[Path]:
 
 def flags_of(source: Path) -> tuple[str, ...]:
     """The compiler's flags for the processor that ``source`` is written for."""
-    if source.stem in NATIVE:
-        return ("-march=native",)
     return TARGETS.get(_target(source), ())
 
 
