@@ -220,7 +220,7 @@ class _Translation:
             case ast.Constant(value=int() | float() as number):
                 reals.append(float(number))
                 return [REAL, len(reals) - 1]
-            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=number)):
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as number)):
                 return self._argument(ast.Constant(-number), kind, reals)
             case ast.Tuple() | ast.List():
                 return self._list(node, kind)

@@ -12,12 +12,12 @@
 #include <vector>
 
 #include "isa.h"
-#include "lanes.h"
 #include "packed.h"
 
 namespace eepass {
 namespace {
 
+using c10::BFloat16;
 using Biases = c10::List<std::optional<at::Tensor>>;
 
 // The kernels of the instruction set in use; null where there are none.
@@ -78,7 +78,7 @@ inline void add_bias(const at::Tensor& bias, int64_t n, int64_t count, float* su
     for (int64_t i = 0; i < count; i++) sums[i] += p[i];
   } else {
     const BFloat16* p = bias.const_data_ptr<BFloat16>() + n;
-    for (int64_t i = 0; i < count; i++) sums[i] += to_float(p[i]);
+    for (int64_t i = 0; i < count; i++) sums[i] += static_cast<float>(p[i]);
   }
 }
 
