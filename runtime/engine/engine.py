@@ -70,6 +70,8 @@ class Engine:
         self.pending_limit = min(options.pending_limit, self.step_rows - 1)
         self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
         self._to_measure = (planner, noise)
+        # a planner that nothing was measured for takes all passes to cost the same
+        self._observes = False
         self.statistics = Statistics(decoder.num_layers)
         self.verifier = Verifier(decoder.num_layers, options.guarantee == "exact")
         self.scheduler = BatchScheduler(
@@ -83,7 +85,7 @@ class Engine:
             return
         planner, noise = self._to_measure
         if planner is not None:
-            self.planner = planner()
+            self.planner, self._observes = planner(), True
             self.planner.modes = self.options.modes
             several = "both" in self.options.modes
             if self.exits is not None and (several or "exits" in self.options.modes):
@@ -269,6 +271,6 @@ class Engine:
         began = perf_counter()
         forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
-        if all(one.is_dense for one in batch):
+        if self._observes and all(one.is_dense for one in batch):
             self.planner.observe(len(forward_pass.rows), perf_counter() - began)
         commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)

@@ -203,7 +203,16 @@ def test_a_penalty_that_exits_cannot_apply_is_refused(decoder):
 
 
 def test_the_engine_observes_what_its_dense_passes_cost(transformed):
-    engine = transformed.host_engine()
-    before = dict(engine.planner.costs)
-    list(engine.generate([5, 9, 40], 6))
-    assert engine.planner.costs[1] < before[1] == 1.0
+    from eepass.runtime.drafting.planner import Planner
+    from eepass.runtime.engine.engine import Engine
+
+    found = {}
+    for measured in (True, False):
+        planner = Planner({1: 100.0, 4: 200.0, 8: 300.0})
+        engine = Engine(transformed.decoder, planner=(lambda p=planner: p) if measured else None)
+        list(engine.generate([5, 9, 40], 6))
+        found[measured] = dict(engine.planner.costs)
+    assert found[True][1] < 10
+    # the others as far from what was measured as that one
+    assert found[True][8] == pytest.approx(3 * found[True][1])
+    assert set(found[False].values()) == {1.0}
