@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "hf": {"checkpoints", "lengths", "model", "runtime"},
     "torch_compile": {"checkpoints", "codegen", "model", "passes", "planning", "runtime"},
     "onnx": {"checkpoints", "folders", "model", "passes", "planning", "runtime"},
-    "training": {"checkpoints", "codegen", "files", "lengths", "model", "passes", "runtime"},
+    "training": {
+        "checkpoints", "codegen", "files", "folders", "lengths", "model", "passes", "runtime",
+    },
     "benchmark": {
         "checkpoints", "codegen", "lengths", "model", "passes", "runtime", "training",
     },

@@ -132,7 +132,19 @@ def build_kernels() -> Path:
                 f"the C++ kernels cannot be kept in {library.parent} ({error.strerror}); set "
                 "XDG_CACHE_HOME to a folder with 20 MB of room"
             ) from error
+    refuse_foreign(library)
     return library
+
+
+def refuse_foreign(*files: Path) -> None:
+    """Raise ``KernelsMissing`` for native code that someone other than this user or root may have
+    written."""
+    for path in (*files, *{file.parent for file in files}):
+        found = path.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
+            raise KernelsMissing(
+                f"others may have written {path}; set XDG_CACHE_HOME to a folder of your own"
+            )
 
 
 def compile_kernels(compiler: str, library: Path, extra: tuple[str, ...] = ()) -> None:
@@ -172,7 +184,7 @@ def _target(source: Path) -> str:
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        said = _last_line(result.stderr)
+        said = _last_line(result.stderr) or f"{command[0]} ended with {result.returncode}"
         full = "No space left" in result.stderr
         help = "set XDG_CACHE_HOME and TMPDIR to folders with room" if full else (
             "set CXX to another compiler, or install a newer g++"

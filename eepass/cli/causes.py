@@ -18,7 +18,7 @@ def machine_cause(error: BaseException) -> str | None:
     chain = list(_chain(error))
     # a compiler that fails may be said to fail for want of space
     for one in chain:
-        if isinstance(one, OSError) and one.errno in FULL | CLOSED:
+        if isinstance(one, OSError) and one.filename and one.errno in FULL | CLOSED:
             return _of_folder(one)
     for one in chain:
         if "No space left on device" in str(one):
@@ -37,8 +37,8 @@ def machine_cause(error: BaseException) -> str | None:
 
 
 def _of_folder(error: OSError) -> str:
-    said = f"{error.filename or 'a folder'}: {error.strerror or 'cannot be written'}"
-    variable = variable_of(Path(os.fsdecode(error.filename))) if error.filename else None
+    said = f"{error.filename}: {error.strerror}"
+    variable = variable_of(Path(os.fsdecode(error.filename)))
     first = "make room" if error.errno in FULL else ""
     second = f"set {variable} to a folder elsewhere" if variable else ""
     help = " or ".join(filter(None, (first, second)))

@@ -42,8 +42,8 @@ def command(function: Callable[..., Any], when_stopped: str = "stopped") -> Call
             errors.print(when_stopped)
             raise typer.Exit(INTERRUPTED) from None
         except Exception as error:
-            said = machine_cause(error)
-            # InputError, EngineError and PassError are ValueErrors, as are refused options
+            said = str(error) if isinstance(error, InputError) else machine_cause(error)
+            # EngineError and PassError are ValueErrors, as are refused options
             if said is None and isinstance(error, (ValueError, OSError)):
                 said = str(error)
             if said is None or options.get("debug"):
