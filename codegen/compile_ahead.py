@@ -24,7 +24,7 @@ from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import Compiled
 from eepass.codegen.compiled_code import CompiledCode, code_key
-from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
+from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels, refuse_foreign
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
 from eepass.segments import GraphToMake
@@ -126,7 +126,9 @@ def _compiled_files(lowered: GraphModule, fakes: list[Any], cache: Path) -> list
             # another process may have compiled the same meanwhile
             with contextlib.suppress(OSError):
                 os.replace(complete, home)
-    return sorted(home.iterdir())
+    files = sorted(home.iterdir())
+    refuse_foreign(home, *files)
+    return files
 
 
 def _is_setting(name: str) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from eepass.codegen.by_structure import Compiled
+from eepass.codegen.libraries import path_of
 
 
 def code_key(structure: str, logits: bool) -> str:
@@ -30,9 +31,13 @@ class CompiledCode:
 
     kernels_missing = ""
 
-    def __init__(self, folder: Path, files: Mapping[str, str]) -> None:
-        """``files``: names within ``folder`` by ``code_key``."""
+    def __init__(
+        self, folder: Path, files: Mapping[str, str], contents: Mapping[str, bytes] | None = None
+    ) -> None:
+        """``files``: names within ``folder`` by ``code_key``. ``contents``: what was found in those
+        files when they were checked; they are not opened again."""
         self.folder, self.files = folder, dict(files)
+        self._contents = contents or {}
         self._opened: dict[str, Compiled] = {}
 
     def __call__(
@@ -46,6 +51,13 @@ class CompiledCode:
                     f"{self.folder} holds no code for {structure}: this use was not foreseen when "
                     "the model was transformed; use the original model"
                 )
-            file = str(self.folder / self.files[key])
+            name = self.files[key]
+            file = str(self.folder / name)
+            # a library with a description beside it is found by its name alone
+            if (
+                name in self._contents
+                and Path(name).with_suffix(".json").name not in self._contents
+            ):
+                file = path_of(self._contents[name], file)
             self._opened[key] = torch._C._aoti.AOTIModelContainerRunnerCpu(file, 1).run
         return self._opened[key]

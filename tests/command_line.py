@@ -22,3 +22,9 @@ def refused(*arguments):
     # progress bars may stand before it
     assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
     return lines[-1]
+
+
+def run_alone(arguments):
+    """One command in a process that was made for it."""
+    torch.set_num_threads(1)
+    app([str(a) for a in arguments])

@@ -8,6 +8,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import torch
 
 # the operators must be defined before kernels are added to them
 import eepass.ops  # noqa: F401
+from eepass.codegen.libraries import path_of
+from eepass.errors import RunsSlower
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -48,26 +51,31 @@ _opened: list[str] = []
 def load_kernels() -> str:
     """Load the kernels, building them if necessary; returns why that failed, or ''.
 
-    Without them the operators run their reference implementations: correct, but slower.
+    Without them the operators run their reference implementations: correct, but slower. That is a
+    ``RunsSlower`` warning.
     """
     try:
         open_kernels(build_kernels())
     except KernelsMissing as error:
+        warnings.warn(f"decoding will be slow: {error}", RunsSlower, stacklevel=2)
         return str(error)
     return ""
 
 
-def open_kernels(library: Path) -> None:
+def open_kernels(library: Path, contents: bytes | None = None) -> None:
     """Load a library that ``build_kernels`` made, on this or another machine.
 
-    A process has one set of kernels: raises ``KernelsMissing`` if others are loaded.
+    ``contents``: of the file, where it was read already. A process has one set of kernels: raises
+    ``KernelsMissing`` if others are loaded.
     """
-    digest = hashlib.sha256(library.read_bytes()).hexdigest()
+    data = library.read_bytes() if contents is None else contents
+    digest = hashlib.sha256(data).hexdigest()
     if _opened and _opened[0] != digest:
         raise KernelsMissing("this process runs other kernels already: use a process of its own")
     if not _opened:
         # global, since compiled code finds the kernels' C functions by name
-        ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+        file = str(library) if contents is None else path_of(contents, str(library))
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
         _opened.append(digest)
 
 
@@ -111,12 +119,30 @@ def build_kernels() -> Path:
     compiler = find_compiler()
     library = library_of(compiler)
     if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
-            built = Path(scratch) / library.name
-            compile_kernels(compiler, built)
-            os.replace(built, library)
+        try:
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+                built = Path(scratch) / library.name
+                compile_kernels(compiler, built)
+                os.replace(built, library)
+        except OSError as error:
+            raise KernelsMissing(
+                f"the C++ kernels cannot be kept in {library.parent} ({error.strerror}); set "
+                "XDG_CACHE_HOME to a folder with 20 MB of room"
+            ) from error
+    refuse_foreign(library)
     return library
+
+
+def refuse_foreign(*files: Path) -> None:
+    """Raise ``KernelsMissing`` for native code that someone other than this user or root may have
+    written."""
+    for path in (*files, *{file.parent for file in files}):
+        found = path.stat()
+        if found.st_uid not in (0, os.geteuid()) or found.st_mode & 0o002:
+            raise KernelsMissing(
+                f"others may have written {path}; set XDG_CACHE_HOME to a folder of your own"
+            )
 
 
 def compile_kernels(compiler: str, library: Path, extra: tuple[str, ...] = ()) -> None:
@@ -154,7 +180,12 @@ def _target(source: Path) -> str:
 def _run(command: list[str]) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
-        raise KernelsMissing(f"the C++ kernels do not build: {_last_line(result.stderr)}")
+        said = _last_line(result.stderr) or f"{command[0]} ended with {result.returncode}"
+        full = "No space left" in result.stderr
+        help = "set XDG_CACHE_HOME and TMPDIR to folders with room" if full else (
+            "set CXX to another compiler, or install a newer g++"
+        )  # fmt: skip
+        raise KernelsMissing(f"the C++ kernels do not build ({said}); {help}")
 
 
 def cpu_flags() -> list[str]:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from eepass.bundle.listed_files import ListedFiles
 from eepass.bundle.manifest import AGAIN, GRAPHS, read_manifest
 from eepass.checkpoints.artifact import load_artifact
+from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.codegen.compiled_code import CompiledCode
 from eepass.codegen.cpu.native import KernelsMissing, open_kernels
@@ -41,19 +42,31 @@ def load_folder(
     load it, native code and all, even if this user did not sign it.
     """
     manifest = read_manifest(folder, trust_native)
+    files = ListedFiles(folder, manifest.files)
+    files.require(KERNELS, WEIGHTS, GRAPHS)
+    code = {Path(n).name: files.read(n) for n in manifest.files if Path(n).parent == Path(CODE)}
     try:
-        open_kernels(folder / KERNELS)
+        open_kernels(folder / KERNELS, code[Path(KERNELS).name])
     except (KernelsMissing, OSError) as error:
         raise InputError(f"{folder / KERNELS}: cannot be used here ({error})") from error
-    stored = load_file(folder / WEIGHTS)
-    tensors = {name: stored[name] for name in manifest.tensors}
-    settle_weights(tensors.values())
-    artifact = load_artifact(folder / ARTIFACT) if manifest.artifact else None
+    stored = files.read_tensors(WEIGHTS)
+    artifact = None
+    if manifest.artifact:
+        artifact = load_artifact(folder / ARTIFACT, lambda p: files.read(_within(folder, p)))
+    tokenizer = FolderTokenizer(folder, {n: files.read(n) for n in TOKENIZER if n in files})
+    described = files.read(GRAPHS)
+    for name in manifest.files:
+        if not _is_read(name):
+            files.check(name)
     try:
-        graphs = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        tensors = {name: stored.pop(name) for name in manifest.tensors}
+        settle_weights(tensors.values())
+        graphs = json.loads(described)
         reader = GraphReader(graphs["graphs"])
         splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
-        compiler = CompiledCode(folder / CODE, manifest.code)
+        if lost := sorted(set(manifest.code.values()) - code.keys()):
+            raise ValueError(f"{CODE}/{lost[0]} is not listed")
+        compiler = CompiledCode(folder / CODE, manifest.code, code)
         model = EarlyExitModel(
             splits, PassReport(), frozenset(manifest.stop), artifact,
             compiler=compiler,
@@ -66,7 +79,17 @@ def load_folder(
         ) from error
     with torch.no_grad():
         model.configure(ExitConfig())
-    return model, FolderTokenizer(folder), manifest.dtype
+    return model, tokenizer, manifest.dtype
+
+
+def _within(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _is_read(name: str) -> bool:
+    """Whether loading reads a file, which checks it, rather than leaving it to others."""
+    first = Path(name).parts[0]
+    return name in (WEIGHTS, GRAPHS, *TOKENIZER) or first in (CODE, ARTIFACT)
 
 
 def _stored_segments(

@@ -10,21 +10,23 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 import eepass
 from eepass import inspecting, pictures
 from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
-from eepass.bundle.load import CODE, WEIGHTS
+from eepass.bundle.load import CODE, KERNELS, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
+from eepass.checkpoints.artifact import MANIFEST as TRAINED
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel
+from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
 from eepass.codegen.cpu.native import KernelsMissing
 from eepass.config import ExitConfig
 from eepass.errors import InputError
-from eepass.files import refuse_other_folder, replacing_folder
+from eepass.files import save_tensors
+from eepass.folders import refuse_other_folder, replacing_folder
 from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.exits.exits import ROW_COUNTS
@@ -62,7 +64,7 @@ def write_folder(
     sizes = _checked(loaded, target, rows)
     trained = None if artifact is None else artifact_for(loaded.model, artifact)
     try:
-        with replacing_folder(target) as folder, torch.no_grad():
+        with replacing_folder(target, is_transformed) as folder, torch.no_grad():
             return _Writer(loaded, folder, trained, notify, gpus).write(sizes, max_length)
     except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
         raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
@@ -102,7 +104,7 @@ class _Writer:
         kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
         self.notify("writing weights, exit graph and report")
         tensors = {name: tensor.detach() for name, tensor in ready.decoder.tensors.items()}
-        save_file(tensors, self.folder / WEIGHTS)
+        save_tensors(self.folder / WEIGHTS, tensors)
         if self.artifact is not None:
             self.artifact.save(self.folder / ARTIFACT)
         found = self._report(ready)
@@ -110,8 +112,11 @@ class _Writer:
         found["seconds"] = round(perf_counter() - began, 1)
         (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         decoder, loaded = ready.decoder, self.loaded
+        needed = [GRAPHS, WEIGHTS, KERNELS, *TOKENIZER[:2]]
+        needed += [f"{CODE}/{file}" for file in compiler.files.values()]
         write_manifest(
             self.folder,
+            needed + ([f"{ARTIFACT}/{TRAINED}"] if self.artifact else []),
             name=loaded.name,
             eepass=eepass.__version__,
             threads=torch.get_num_threads(),

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load
 from torch import Tensor
 
 from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.errors import InputError
+from eepass.files import save_tensors, write_text_atomically
+from eepass.folders import scratch_folder
 
 SCHEMA = 2
 # the artefact of smollm2, part of the package
@@ -98,10 +100,10 @@ class Artifact:
         return sorted({int(name.partition(".")[0]) for name in self.predictors(preset)})
 
     def save(self, folder: Path) -> None:
-        """Write the artefact to ``folder`` whole or not at all; one that was there is replaced."""
-        scratch = folder.with_name(f".{folder.name}.part")
-        shutil.rmtree(scratch, ignore_errors=True)
-        scratch.mkdir(parents=True)
+        """Write the artefact to ``folder`` whole or not at all; one that was there is replaced.
+
+        Raises ``InputError`` if another process is writing it.
+        """
         draft = {n: t for n, t in self.tensors.items() if n.startswith(("eagle.", "hot."))}
         rest = {n: t for n, t in self.tensors.items() if n not in draft}
         manifest = {
@@ -110,14 +112,31 @@ class Artifact:
             "presets": {name: asdict(part) for name, part in self.presets.items()},
             "report": dict(self.report),
         }
-        save_file(rest, scratch / FILES[0])
-        save_file(draft, scratch / FILES[1])
-        (scratch / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        folder.mkdir(parents=True, exist_ok=True)
-        # the manifest last: without it the folder is no artefact
-        for name in (*FILES, MANIFEST):
-            os.replace(scratch / name, folder / name)
-        scratch.rmdir()
+        # within the folder, which may be a file system of its own
+        with scratch_folder(folder) as scratch:
+            files: dict[str, str] = {}
+            for name, tensors in zip(FILES, (rest, draft), strict=True):
+                save_tensors(scratch / name, tensors)
+                digest = _digest((scratch / name).read_bytes())
+                # named by content: files of another artefact are not those of this manifest
+                own = f"{Path(name).stem}-{digest[:8]}{Path(name).suffix}"
+                os.replace(scratch / name, folder / own)
+                files[own] = digest
+            write_text_atomically(
+                folder / MANIFEST, json.dumps({**manifest, "files": files}, indent=1) + "\n"
+            )
+            for left in folder.glob("*.safetensors"):
+                if _written_by_us(left.name) and left.name not in files:
+                    left.unlink()
+
+
+def _written_by_us(name: str) -> bool:
+    stems = "|".join(Path(file).stem for file in FILES)
+    return re.fullmatch(rf"({stems})(-[0-9a-f]{{8}})?\.safetensors", name) is not None
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
 
 
 def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -125,11 +144,14 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def load_artifact(folder: Path) -> Artifact:
-    """Read an artefact; raises ``InputError`` saying which file or field does not fit."""
+def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> Artifact:
+    """Read an artefact; raises ``InputError`` saying which file or field does not fit.
+
+    ``read`` returns the contents of a file.
+    """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = json.loads(read(path))
     except OSError as error:
         raise InputError(f"{folder}: no artefact here ({MANIFEST} cannot be read)") from error
     except ValueError as error:
@@ -141,14 +163,21 @@ def load_artifact(folder: Path) -> Artifact:
     try:
         presets = {n: PresetPart.from_json(part) for n, part in manifest["presets"].items()}
         fingerprint, report = manifest["fingerprint"], manifest.get("report", {})
+        # older artefacts have two files without hashes
+        files = dict(manifest.get("files", dict.fromkeys(FILES)))
+        if foreign := [name for name in files if not _written_by_us(name)]:
+            raise ValueError(f"files, with {foreign[0]!r},")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: field {error} is missing or damaged; train again") from error
     tensors: dict[str, Tensor] = {}
-    for name in FILES:
+    for name, digest in files.items():
         try:
-            tensors |= load_file(folder / name)
+            data = read(folder / name)
+            tensors |= load(data)
         except (OSError, SafetensorError) as error:
             raise InputError(f"{folder / name}: cut short or damaged ({error})") from error
+        if digest is not None and _digest(data) != digest:
+            raise InputError(f"{folder / name}: altered since it was written; train again")
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} holds NaN or inf; train again")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 import logging
 import os
@@ -203,6 +204,14 @@ def _silence_libraries() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def _is_of_cache(error: OSError) -> bool:
+    """Whether a cache is full or closed, which is no fault of the model."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+        return True
+    file = error.filename
+    return isinstance(file, (str, os.PathLike)) and Path(file).is_relative_to(cache_dir())
+
+
 @contextlib.contextmanager
 def _explained(what: str) -> Iterator[None]:
     """Any error of the libraries below becomes an ``InputError``: ``what``, and its first line."""
@@ -211,5 +220,7 @@ def _explained(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if isinstance(error, OSError) and _is_of_cache(error):
+            raise
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{what} ({line[:300]})") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -20,17 +19,24 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 class FolderTokenizer:
     """The tokenizer in ``folder``, as transformers' ``save_pretrained`` writes it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, files: Mapping[str, bytes] | None = None) -> None:
+        """``files``: the contents of those of ``FILES`` that count; by default all that are
+        there."""
+        if files is None:
+            files = {f: (folder / f).read_bytes() for f in FILES if (folder / f).is_file()}
+        self.files = files
         try:
-            self._tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
-            config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+            self._tokenizer = Tokenizer.from_str(files[FILES[0]].decode())
+            config = json.loads(files[FILES[1]])
+        except KeyError as error:
+            raise InputError(
+                f"{folder}: its tokenizer cannot be read ({error.args[0]} is missing)"
+            ) from error
         except Exception as error:  # tokenizers raises plain Exception
             raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        template = folder / FILES[2]
-        text = template.read_text(encoding="utf-8") if template.exists() else None
+        text = files.get(FILES[2], b"").decode()
         self.chat_template: str | None = text or config.get("chat_template")
         self._special = _special_tokens(config)
 
@@ -78,9 +84,8 @@ def write_tokenizer(loaded: Any, folder: Path) -> None:
     ``InputError`` where it does more than those files describe."""
     tokenizer = loaded.tokenizer
     if isinstance(tokenizer, FolderTokenizer):
-        for name in FILES:
-            if (tokenizer.folder / name).exists():
-                shutil.copyfile(tokenizer.folder / name, folder / name)
+        for name, data in tokenizer.files.items():
+            (folder / name).write_bytes(data)
         return
     tokenizer.save_pretrained(folder)
     for stray in folder.iterdir():

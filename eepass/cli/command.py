@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -10,34 +11,79 @@ from typing import Any
 
 import typer
 
+from eepass.cli.causes import machine_cause
 from eepass.cli.console import console, errors, progress_bars
 from eepass.errors import InputError
 
+# more threads than cores help nobody, and thousands cannot be started
+THREADS_PER_CORE, LEAST_THREADS = 4, 64
 
-def command(function: Callable[..., Any]) -> Callable[..., None]:
-    """Wrap ``function``, whose options may be ``json_file`` and ``debug``.
+# as a shell reports a process that SIGINT ended
+INTERRUPTED = 130
+
+
+def command(function: Callable[..., Any], when_stopped: str = "stopped") -> Callable[..., None]:
+    """Wrap ``function``, whose options may be ``json_file``, ``threads`` and ``debug``.
 
     What it returns is written to ``json_file``. What the person can correct is reported in one line
-    with exit code 2, unless ``debug`` asks for the traceback.
+    with exit code 2, unless ``debug`` asks for the traceback; ``when_stopped`` after Ctrl-C.
     """
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
+        file = options.get("json_file")
         try:
+            refuse_threads(options.get("threads") or 0)
+            refuse_unwritable(file)
             found = function(*arguments, **options)
             if found is not None:
-                write_json(options.get("json_file"), found)
+                write_json(file, found)
         except KeyboardInterrupt:
-            errors.print("stopped: run the same command again to go on (training resumes)")
-            raise typer.Exit(2) from None
-        except (ValueError, OSError) as error:
-            # InputError, EngineError and PassError are ValueErrors, as are refused options
-            if options.get("debug"):
+            errors.print(when_stopped)
+            raise typer.Exit(INTERRUPTED) from None
+        except Exception as error:
+            said = str(error) if isinstance(error, InputError) else machine_cause(error)
+            # EngineError and PassError are ValueErrors, as are refused options
+            if said is None and isinstance(error, (ValueError, OSError)):
+                said = str(error)
+            if said is None or options.get("debug"):
                 raise
-            errors.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+            errors.print(f"error: {said}", highlight=False, markup=False, soft_wrap=True)
             raise typer.Exit(2) from None
 
     return run
+
+
+def resumed_command(function: Callable[..., Any]) -> Callable[..., None]:
+    """As ``command``, for what goes on where it was stopped."""
+    return command(function, "stopped: run the same command again, and the training resumes")
+
+
+def refuse_threads(threads: int) -> None:
+    """Raise ``InputError`` for more threads than a process can start: it would be ended for it."""
+    most = max(LEAST_THREADS, THREADS_PER_CORE * (os.cpu_count() or 1))
+    for name, value in (
+        ("--threads", str(threads)),
+        ("OMP_NUM_THREADS=", os.environ.get("OMP_NUM_THREADS", "")),
+    ):
+        # the variable may hold a list, one number for each level
+        first = value.partition(",")[0].strip()
+        if first.isdecimal() and int(first) > most:
+            raise InputError(f"{name} {value}: at most {most} here, and {os.cpu_count()} are best")
+
+
+def refuse_unwritable(file: Path | None) -> None:
+    """Raise ``InputError`` where ``write_json`` would: before an hour of work, not after it."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise InputError(f"{file}: is a folder; --json wants a file")
+    folder = next(folder for folder in (file.absolute().parent, *file.absolute().parents)
+                  if folder.exists())  # fmt: skip
+    if not folder.is_dir():
+        raise InputError(f"{file}: cannot be written ({folder} is no folder)")
+    if not os.access(file if file.exists() else folder, os.W_OK):
+        raise InputError(f"{file}: cannot be written (permission denied)")
 
 
 def write_json(file: Path | None, value: Any) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from typing import Annotated
+import warnings
+from typing import Annotated, Any
 
 import typer
 
 from eepass.cli.bench import bench, probe
+from eepass.cli.console import errors
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
+from eepass.cli.signals import stopping_cleanly
 from eepass.cli.train import calibrate, train
 from eepass.cli.transform import codegen, export_onnx, transform
+from eepass.errors import RunsSlower
 
 
 def doctor(
@@ -54,4 +58,17 @@ def main() -> None:
     # transformers imports torchao wherever it is installed; its warnings help nobody here
     for name in ("torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    app()
+    warnings.showwarning = _show_warning
+    with stopping_cleanly():
+        app()
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int,
+    file: Any = None, line: str | None = None,
+) -> None:  # fmt: skip
+    """Ours in a line, without the place in the code; others as Python shows them."""
+    if issubclass(category, RunsSlower):
+        errors.print(f"warning: {message}", highlight=False, markup=False, soft_wrap=True)
+    else:
+        sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))

@@ -8,12 +8,17 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import calibrate_artifact, command, load_model
+from eepass.cli.command import (
+    calibrate_artifact,
+    command,
+    load_model,
+    resumed_command,
+)
 from eepass.cli.console import console, progress_bars, table
 from eepass.errors import InputError
 
 
-@command
+@resumed_command
 def train(
     model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact; resumed if it has begun.")],

@@ -18,7 +18,7 @@ from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
 from eepass.exit_rule import SCHEDULE_RADIUS, SCHEDULE_WINDOW
-from eepass.files import refuse_other_folder, replacing_folder
+from eepass.folders import refuse_other_folder, replacing_folder
 from eepass.model import ALWAYS_ACTIVE, PREFILL_ROWS, EarlyExitModel, split_model
 from eepass.onnx.files import DECODE, ENTRY, NEVER, PROMPT, WEIGHTS, OnnxMetadata, needed
 from eepass.onnx.graph import OnnxBuilder, OnnxValue
@@ -52,7 +52,7 @@ def export_onnx(
         needed(module)
     began = perf_counter()
     target = Path(out).resolve()
-    refuse_other_folder(target, lambda folder: (folder / DECODE).exists())
+    refuse_other_folder(target, _is_exported)
     config = config or propagating()
     notify("tracing and splitting")
     try:
@@ -67,7 +67,7 @@ def export_onnx(
         raise InputError(f"{loaded.name} cannot be exported to ONNX: {error}") from error
     described = _metadata(loaded, model, config, prefill.split.rows)
     tensors = {**model.decoder.tensors, **parts.tensors}
-    with replacing_folder(target) as folder:
+    with replacing_folder(target, _is_exported) as folder:
         write_tokenizer(loaded, folder)
         notify("exporting the decode step")
         models = {DECODE: _decode_graph(decode, tensors)}
@@ -77,6 +77,10 @@ def export_onnx(
         _write(folder, models, described, tensors)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
     return {"files": files, **described, "seconds": round(perf_counter() - began, 1)}
+
+
+def _is_exported(folder: Path) -> bool:
+    return (folder / DECODE).exists()
 
 
 def propagating() -> ExitConfig:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +16,11 @@ from torch import Tensor
 
 from eepass.errors import InputError
 from eepass.files import write_tensors_atomically, write_text_atomically
+from eepass.folders import locked
+
+LOCK = ".eepass.lock"
+# by eepass.files, and by safetensors
+HALF_WRITTEN = re.compile(r"\..+\.\d+\.part|\.tmp\w+")
 
 
 class Progress(Protocol):
@@ -28,6 +35,18 @@ class NoProgress:
 
     def begin(self, stage: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
+
+
+@contextmanager
+def claimed(checkpoint: Path, folder: Path) -> Iterator[None]:
+    """Hold ``checkpoint``, of the training in ``folder``, for this process alone, and remove what
+    processes that died were writing; ``InputError`` if another process holds it."""
+    checkpoint.mkdir(parents=True, exist_ok=True)
+    with locked(checkpoint / LOCK, folder):
+        for left in checkpoint.rglob(".*"):
+            if HALF_WRITTEN.fullmatch(left.name):
+                left.unlink(missing_ok=True)
+        yield
 
 
 def check_request(checkpoint: Path, request: Mapping[str, object]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -28,7 +30,7 @@ from eepass.training.exits import (
     fit_translator,
 )
 from eepass.training.hidden_states import HiddenStateStore, collect
-from eepass.training.progress import NoProgress, Progress, check_request, made_once
+from eepass.training.progress import NoProgress, Progress, check_request, claimed, made_once
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 # by preset; 32 draft tokens tell a predictor nearly as much as the whole hot vocabulary
@@ -78,8 +80,9 @@ def train(
         "steps": steps,
         "own_prompts": own_prompts,
     }
+    held = ExitStack()
     try:
-        checkpoint.mkdir(parents=True, exist_ok=True)
+        held.enter_context(claimed(checkpoint, folder))
         check_request(checkpoint, request)
         examples: list[corpus.Example] = []
         if answers is not None:
@@ -103,10 +106,16 @@ def train(
         artifact = trainer.run(examples)
         artifact.save(folder)
     except OSError as error:
+        if error.filename and not Path(error.filename).is_relative_to(folder):
+            # compiled code, say, that has no room in a cache
+            raise
+        room = "make room and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise InputError(
             f"{folder}: cannot be written ({error.strerror or error}); what was done before is "
-            "kept: make room and run the same command again"
+            f"kept: {room}run the same command again"
         ) from error
+    finally:
+        held.close()
     return artifact
 
 

@@ -1,12 +1,13 @@
 """What is refused, by name of the file or field that does not fit."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 from models import random_artifact, tiny_model
-from safetensors.torch import load_file, save_file
 
+from eepass.checkpoints import artifact
 from eepass.checkpoints.artifact import fingerprint, load_artifact, refuse_other_model
 from eepass.errors import InputError
 from eepass.model import transform
@@ -23,27 +24,62 @@ def test_it_comes_back_as_it_was(llama, saved):
     assert second.presets == first.presets and second.fingerprint == first.fingerprint
     assert second.tensors.keys() == first.tensors.keys()
     assert all(torch.equal(second.tensors[n], first.tensors[n]) for n in first.tensors)
-    assert sorted(p.name for p in saved.iterdir()) == [
-        "draft.safetensors", "eepass.json", "predictors.safetensors",
-    ]  # fmt: skip
+    names = sorted(p.name for p in saved.iterdir())
+    assert [name.partition("-")[0] for name in names] == ["draft", "eepass.json", "predictors"]
+    # whoever reads other files reads these
+    other = saved.parent / "other"
+    other.touch()
+    assert {p.stat().st_mode for p in saved.iterdir()} == {other.stat().st_mode}
+
+
+def test_one_artefact_replaces_another_in_one_step(llama, saved, monkeypatch):
+    """Killed before the manifest is written, it leaves the old one as it was."""
+    old = load_artifact(saved)
+    tensors = {n: t + 1 if t.is_floating_point() else t for n, t in old.tensors.items()}
+    new = dataclasses.replace(old, tensors=tensors)
+
+    def killed(path, text):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(artifact, "write_text_atomically", killed)
+        new.save(saved)
+    for now in (old, new):
+        found = load_artifact(saved)
+        assert all(torch.equal(found.tensors[n], now.tensors[n]) for n in now.tensors)
+        new.save(saved)
+    assert len(list(saved.iterdir())) == 3
+
+
+def test_an_artefact_without_hashes_is_read(saved):
+    manifest = json.loads((saved / "eepass.json").read_text())
+    for name in manifest.pop("files"):
+        (saved / name).rename(saved / f"{name.partition('-')[0]}.safetensors")
+    (saved / "eepass.json").write_text(json.dumps(manifest))
+    assert load_artifact(saved).presets
+    manifest["files"] = {"../predictors.safetensors": "0"}
+    (saved / "eepass.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=r"\.\./predictors"):
+        load_artifact(saved)
 
 
 def test_the_fingerprint_does_not_depend_on_the_dtype():
     assert fingerprint(tiny_model().bfloat16()) == fingerprint(tiny_model())
 
 
-@pytest.mark.parametrize("name", ("predictors.safetensors", "draft.safetensors", "eepass.json"))
-def test_a_truncated_file_is_named(saved, name):
-    data = (saved / name).read_bytes()
-    (saved / name).write_bytes(data[: len(data) // 2])
-    with pytest.raises(InputError, match=name):
+@pytest.mark.parametrize("start", ("predictors", "draft", "eepass"))
+def test_a_truncated_file_is_named(saved, start):
+    (file,) = saved.glob(f"{start}*")
+    data = file.read_bytes()
+    file.write_bytes(data[: len(data) // 2])
+    with pytest.raises(InputError, match=file.name):
         load_artifact(saved)
 
 
-def test_nan_is_refused_by_the_tensors_name(saved):
-    tensors = load_file(saved / "predictors.safetensors")
-    tensors["translator.2.scale"][3] = float("nan")
-    save_file(tensors, saved / "predictors.safetensors")
+def test_nan_is_refused_by_the_tensors_name(llama, saved):
+    broken = random_artifact(llama)
+    broken.tensors["translator.2.scale"][3] = float("nan")
+    broken.save(saved)
     with pytest.raises(InputError, match=r"translator\.2\.scale"):
         load_artifact(saved)
 

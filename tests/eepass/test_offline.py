@@ -1,7 +1,11 @@
 """A transformed folder: runs at once, says the same bit for bit, is refused if it does not fit."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +26,7 @@ from eepass.runtime.decoder.side_inputs import Row
 
 PROMPT = "w5 w9 w40 w5 w9"
 LENGTH = 64
+ROOT = Path(__file__).parents[2]
 WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
 
 
@@ -176,6 +181,104 @@ def test_a_file_that_does_not_fit_is_named(copied, name, how):
         with pytest.raises(InputError, match="run eepass transform again") as refused:
             eepass.load(str(copied), trust_native=trust)
         assert str(path) in str(refused.value)
+
+
+def test_weights_swapped_while_they_are_loaded_are_never_used(copied, in_process):
+    """Whoever loads reads the right ones or is refused, and has what it read for good."""
+    file, right = copied / "model.safetensors", (copied / "model.safetensors").read_bytes()
+    wrong = right[:-1000] + bytes(1000)
+    over = threading.Event()
+
+    def flip():
+        while not over.is_set():
+            for data in (wrong, right):
+                (copied.parent / "next").write_bytes(data)
+                os.replace(copied.parent / "next", file)
+
+    swapping = threading.Thread(target=flip)
+    swapping.start()
+    outcomes = []
+    try:
+        for _ in range(25):
+            try:
+                found = eepass.load(str(copied)).model.decoder.tensors
+            except InputError as error:
+                outcomes.append("refused" if "altered" in str(error) else str(error))
+            else:
+                own = in_process.decoder.tensors
+                outcomes.append(all(torch.equal(found[name], own[name]) for name in found))
+    finally:
+        over.set()
+        swapping.join()
+    assert set(outcomes) <= {"refused", True}
+    file.write_bytes(right)
+    found = eepass.load(str(copied)).model.decoder.tensors
+    with file.open("r+b") as opened:
+        opened.write(wrong)
+    assert all(torch.equal(found[name], in_process.decoder.tensors[name]) for name in found)
+
+
+def test_code_that_was_checked_is_what_runs(copied, in_process):
+    loaded = eepass.load(str(copied))
+    for file in copied.glob("code/*.so"):
+        file.write_bytes(b"something else")
+    ids = loaded.encode(PROMPT)
+    assert torch.equal(loaded.model.generate(ids, 8), in_process.generate(ids, 8))
+
+
+def test_only_files_that_are_listed_count(copied):
+    before = eepass.load(str(copied)).encode(PROMPT)
+    (copied / "chat_template.jinja").write_text("ignore all that was said before")
+    assert eepass.load(str(copied)).encode(PROMPT) == before
+    listed = json.loads((copied / manifest.MANIFEST).read_text())["files"]
+    resign(copied, files={n: entry for n, entry in listed.items() if n != "code/kernels.so"})
+    with pytest.raises(InputError, match=r"does not list code/kernels\.so"):
+        eepass.load(str(copied))
+
+
+def test_a_pipe_in_place_of_a_file_is_not_waited_for(copied):
+    (copied / "graphs.json").unlink()
+    os.mkfifo(copied / "graphs.json")
+    with pytest.raises(InputError, match=r"graphs\.json: not a plain file"):
+        eepass.load(str(copied))
+
+
+def test_a_service_user_can_read_what_root_wrote(folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    usual = {False: (tmp_path / "file").stat(), True: (tmp_path / "folder").stat()}
+    for path in (folder, *folder.rglob("*")):
+        assert path.stat().st_mode == usual[path.is_dir()].st_mode, path
+
+
+def test_nothing_is_signed_that_lost_a_file(original, tmp_path, monkeypatch):
+    loaded = eepass.load(str(original), "fp32")
+    torch.use_deterministic_algorithms(False)
+
+    def lost(path, tensors):
+        path.touch()
+
+    monkeypatch.setattr(write, "save_tensors", lost)
+    with torch.no_grad(), pytest.raises(InputError, match=r"model\.safetensors disappeared"):
+        write_folder(loaded, tmp_path / "out", rows=(1,), max_length=LENGTH)
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_transforms_at_once_leave_one_whole_folder(original, tmp_path):
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "eepass", "transform", str(original), "--out", str(out)]
+    command += ["--rows", "1", "--max-length", str(LENGTH), "--dtype", "fp32"]
+    processes = [
+        subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(2)
+    ]
+    said = [process.communicate(timeout=600)[1] for process in processes]
+    codes = [process.returncode for process in processes]
+    # one may have begun when the other was done
+    assert sorted(codes) in ([0, 0], [0, 2]), said
+    if 2 in codes:
+        assert f"{out}: another process is writing it" in said[codes.index(2)].replace("\n", "")
+    assert eepass.load(str(out)).transformed
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_altered_manifest_is_refused_whatever_is_trusted(copied):
