@@ -6,10 +6,12 @@ format: github.com/ggml-org/ggml, docs/gguf.md.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import struct
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,8 @@ SCALARS = {
     0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d",
 }  # fmt: skip
 STRING, ARRAY, UINT32 = 8, 9, 4
+# lists in lists, at most
+DEPTH = 4
 ALIGNMENT = "general.alignment"
 TOKENS = "tokenizer.ggml.tokens"
 
@@ -36,11 +40,20 @@ class GgufTensor:
     offset: int
     size: int
 
+    @property
+    def values(self) -> int:
+        """How many values it has."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
 
 @dataclass(frozen=True, slots=True)
 class GgufFile:
     """``fields``: the metadata by key, arrays as their lengths; ``spans``: where each key's bytes
-    lie; ``tensor_span``: where the list of tensors does."""
+    lie; ``tensor_span``: where the list of tensors does; ``digest``: a hash of all before the
+    tensors."""
 
     path: Path
     version: int
@@ -48,6 +61,7 @@ class GgufFile:
     spans: dict[str, tuple[int, int]]
     tensors: tuple[GgufTensor, ...]
     tensor_span: tuple[int, int]
+    digest: str
 
     def read(self, tensor: GgufTensor) -> np.ndarray:
         """The bytes of a tensor, uint8 [rows, bytes of a row]."""
@@ -68,6 +82,12 @@ class GgufFile:
         head = b"GGUF" + struct.pack("<IQQ", self.version, len(self.tensors), len(kept))
         with target.open("wb") as out:
             out.write(head + b"".join(kept) + infos)
+            out.truncate(self.path.stat().st_size)
+
+    def whole_header(self, target: Path) -> None:
+        """Write all of the header; the tensors are a hole in the file."""
+        with self.path.open("rb") as file, target.open("wb") as out:
+            out.write(self._piece(file, 0, self.tensor_span[1]))
             out.truncate(self.path.stat().st_size)
 
     @staticmethod
@@ -117,13 +137,20 @@ class _Reader:
             spans[key] = (begin, self.at)
         if not isinstance(fields.get("general.architecture"), str):
             raise InputError(f"{self.path}: it does not say what architecture it is of")
+        if not count:
+            raise InputError(f"{self.path}: it has no tensors")
         begin = self.at
         infos = list(self.infos(count))
         end = self.at
-        alignment = int(fields.get(ALIGNMENT, 32)) or 32
+        alignment = fields.get(ALIGNMENT, 32)
+        if not isinstance(alignment, int) or not 0 < alignment <= len(self.data):
+            raise InputError(f"{self.path}: {ALIGNMENT} is {alignment!r}")
         start = -(-end // alignment) * alignment
         tensors = tuple(self.placed(*info, start) for info in infos)
-        return GgufFile(self.path, version, fields, spans, tensors, (begin, end))
+        if twice := [n for n, count in Counter(t.name for t in tensors).items() if count > 1]:
+            raise InputError(f"{self.path}: {twice[0]} is there twice")
+        digest = hashlib.sha256(memoryview(self.data)[:end]).hexdigest()
+        return GgufFile(self.path, version, fields, spans, tensors, (begin, end), digest)
 
     def take(self, form: str) -> tuple[Any, ...]:
         found = struct.unpack_from(f"<{form}", self.data, self.at)
@@ -137,12 +164,12 @@ class _Reader:
         self.at += size
         return self.data[self.at - size : self.at].decode()
 
-    def value(self, kind: int) -> Any:
+    def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
         if kind in SCALARS:
             return self.take(SCALARS[kind])[0]
-        if kind != ARRAY:
+        if kind != ARRAY or depth > DEPTH:
             raise struct.error(f"a value of type {kind}")
         inner, count = self.take("IQ")
         if count > len(self.data):
@@ -151,7 +178,7 @@ class _Reader:
             self.at += count * struct.calcsize(f"<{SCALARS[inner]}")
         else:
             for _ in range(count):
-                self.value(inner)
+                self.value(inner, depth + 1)
         return count
 
     def infos(self, count: int) -> Iterator[tuple[str, tuple[int, ...], int, int]]:
@@ -178,13 +205,11 @@ class _Reader:
             raise InputError(
                 f"{self.path}: rows of {name} are {width} wide, not in blocks of {block}"
             )
-        count = 1
-        for extent in shape:
-            count *= extent
-        size = count // block * stored
+        tensor = GgufTensor(name, kind, shape, start + offset, 0)
+        size = tensor.values // block * stored
         if start + offset + size > len(self.data):
             raise InputError(
                 f"{self.path}: {name} ends at byte {start + offset + size} of {len(self.data)}: "
                 "the file is cut short or lies about its sizes"
             )
-        return GgufTensor(name, kind, shape, start + offset, size)
+        return replace(tensor, size=size)

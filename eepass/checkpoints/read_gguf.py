@@ -7,13 +7,10 @@ derives from the metadata (configuration, tokenizer) is cached in a folder; weig
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import tempfile
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,9 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.empty_model import empty_model
+from eepass.checkpoints.gguf_described import described, holdings_of_gguf
 from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
+from eepass.checkpoints.gguf_rotary import FACTORS, divide_frequencies
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
 from eepass.codegen.cpu.native import load_kernels
 from eepass.errors import InputError
@@ -36,6 +35,8 @@ PACKED = {2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 12: "q4_k", 13:
 F32, F16, BF16 = 0, 1, 30
 HEAD = "output.weight"
 EMBEDDING = "token_embd.weight"
+# halves of one parameter of a model
+EXPERTS = re.compile(r"(blk\.\d+\.ffn_)(gate|up)(_exps\..*)")
 # beside the configuration: the model's parameter that each tensor is
 NAMES = "tensors.json"
 
@@ -52,8 +53,12 @@ def load_gguf(
     from transformers import AutoTokenizer
 
     header = read_header(file)
-    folder = _described(header, cache)
-    model = _described_model(folder, dtype)
+    holdings = holdings_of_gguf(header)
+    holdings.refuse_layers(header.fields)
+    _refuse_half_experts(header)
+    folder = described(header, cache)
+    with holdings.bounding():
+        model = _described_model(folder, dtype)
     reader = _Weights(model, header, keep, folder / NAMES)
     reader.read()
     model.load_state_dict(reader.values, strict=False, assign=True)
@@ -65,43 +70,28 @@ def load_gguf(
     ]
     if missing:
         raise InputError(f"{file}: it has no tensor for {missing[0]}")
+    divide_frequencies(model, header)
     replace_linears(model, reader.packed, activations)
     left = ", ".join(f"{n} tensors of {kind} dequantised" for kind, n in reader.left.items())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     return model.eval().requires_grad_(False), tokenizer, left
 
 
-def _described(header: GgufFile, cache: Path) -> Path:
-    """The folder with the configuration and the tokenizer of a file, made once."""
-    import transformers
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-
-    stat = header.path.stat()
-    key = (str(header.path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__)
-    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    target = cache / f"{header.path.stem}-{digest}"
-    if (target / "config.json").exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        header.without_vocabulary(Path(scratch) / "header.gguf")
-        config = AutoConfig.from_pretrained(scratch, gguf_file="header.gguf")
-        tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
-        folder = Path(scratch) / "model"
-        config.save_pretrained(folder)
-        GenerationConfig.from_model_config(config).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # another process may have been first
-        with suppress(OSError):
-            os.replace(folder, target)
-    return target
+def _refuse_half_experts(header: GgufFile) -> None:
+    """Raise for gates of experts without their other half, which would be zeros, or the reverse."""
+    names = {tensor.name for tensor in header.tensors}
+    for name in sorted(names):
+        if found := EXPERTS.fullmatch(name):
+            other = f"{found[1]}{'up' if found[2] == 'gate' else 'gate'}{found[3]}"
+            if other not in names:
+                raise InputError(f"{header.path}: it has {name} and no {other}")
 
 
 def _described_model(folder: Path, dtype: torch.dtype) -> Any:
     """The model of a folder's configuration, without weights."""
     from transformers import AutoConfig, GenerationConfig
 
-    model = empty_model(AutoConfig.from_pretrained(folder), dtype)
+    model = empty_model(AutoConfig.from_pretrained(folder, trust_remote_code=False), dtype)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     model.name_or_path = str(folder)
     return model
@@ -135,6 +125,7 @@ class _Weights:
             write_text_atomically(names, json.dumps(_names(model, self.processor)))
         self.names: Mapping[str, str] = json.loads(names.read_text(encoding="utf-8"))
         self.like = dict(model.named_parameters(remove_duplicate=False))
+        self.buffers = {name for name, _ in model.named_buffers()}
         self.linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
         self.packed: dict[str, QuantizedWeight] = {}
         self.values: dict[str, Tensor] = {}
@@ -147,6 +138,9 @@ class _Weights:
             "",
         )
         for tensor in self.header.tensors:
+            if tensor.name == FACTORS:
+                # no parameter; see gguf_rotary.py
+                continue
             name = self.names.get(tensor.name, "")
             order = self._order(tensor) if name in self.like else None
             if order is None:
@@ -198,7 +192,11 @@ class _Weights:
         found = self._process(self._floats(tensor), tensor.name, made)
         if found.name in self.names:
             made[self.names[found.name]] = torch.from_numpy(np.ascontiguousarray(found.weights))
+        elif found.name is not None:
+            raise InputError(f"{self.header.path}: the model has no place for {tensor.name}")
         for name, values in made.items():
+            if name not in self.like and name not in self.buffers:
+                raise InputError(f"{self.header.path}: the model has no place for {tensor.name}")
             if name in self.like:
                 self._refuse_other_shape(tensor, name, values.shape)
                 values = values.to(self.like[name].dtype)

@@ -1,11 +1,13 @@
 """GGUF files: kept as they are quantised, or dequantised, as transformers dequantises them."""
 
+import json
+import os
 import struct
 
 import numpy as np
 import pytest
 import torch
-from models import tiny_model
+from gguf_files import write
 
 import eepass
 from eepass.checkpoints.artifact import fingerprint
@@ -13,15 +15,7 @@ from eepass.checkpoints.gguf_file import read_header
 from eepass.checkpoints.quantized_weights import quantization_of, quantized_layers
 from eepass.errors import InputError
 
-gguf = pytest.importorskip("gguf")
-KIND = gguf.GGMLQuantizationType
 PROMPT = torch.tensor([[5, 9, 44, 7, 8]])
-NAMES = {
-    "q_proj": "attn_q", "k_proj": "attn_k", "v_proj": "attn_v", "o_proj": "attn_output",
-    "gate_proj": "ffn_gate", "up_proj": "ffn_up", "down_proj": "ffn_down",
-    "q_norm": "attn_q_norm", "k_norm": "attn_k_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -30,79 +24,6 @@ def _own_cache(tmp_path, monkeypatch):
     from eepass.checkpoints import models
 
     monkeypatch.setattr(models, "cache_dir", lambda: tmp_path / "cache")
-
-
-def write(path, architecture="llama", kinds=(), tied=True, vocabulary=80):
-    """A tiny model as llama.cpp's converter writes it; ``kinds``: types by a part of the name."""
-    # what transformers takes for granted
-    width = 128 if architecture == "qwen3" else 64
-    model = tiny_model(
-        architecture, num_hidden_layers=2, hidden_size=256,
-        intermediate_size=512, vocab_size=vocabulary, tie_word_embeddings=tied,
-        head_dim=width, num_attention_heads=256 // width, num_key_value_heads=128 // width,
-    )  # fmt: skip
-    config = model.config
-    writer = gguf.GGUFWriter(path, architecture)
-    writer.add_name("tiny")
-    writer.add_block_count(2)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(256)
-    writer.add_feed_forward_length(512)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_key_length(width)
-    writer.add_value_length(width)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
-    letters = [chr(33 + n) for n in range(vocabulary - 3)]
-    writer.add_token_list([*letters, letters[0] + letters[1], "<s>", "</s>"])
-    writer.add_token_types([1] * (vocabulary - 2) + [3, 3])
-    writer.add_token_scores([0.0] * vocabulary)
-    writer.add_token_merges(['! "'])
-    writer.add_bos_token_id(vocabulary - 2)
-    writer.add_eos_token_id(vocabulary - 1)
-    for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
-            continue
-        stored, values = gguf_name(name), tensor.float().numpy()
-        if architecture == "llama" and ("attn_q" in stored or "attn_k" in stored):
-            # converters interleave the halves that rotary embeddings turn
-            heads = config.num_attention_heads
-            heads = heads if "attn_q" in stored else config.num_key_value_heads
-            split = values.reshape(heads, 2, -1, values.shape[1])
-            values = split.swapaxes(1, 2).reshape(values.shape)
-        kind = next((k for part, k in dict(kinds).items() if part in stored), "F32")
-        raw = values if kind == "F32" else blocks(kind, values)
-        writer.add_tensor(stored, raw, raw_dtype=KIND[kind])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-def gguf_name(name):
-    if name == "model.embed_tokens.weight":
-        return "token_embd.weight"
-    if name in ("model.norm.weight", "lm_head.weight"):
-        return {"model.norm.weight": "output_norm.weight"}.get(name, "output.weight")
-    parts = name.split(".")
-    return f"blk.{parts[2]}.{NAMES[parts[-2]]}.{parts[-1]}"
-
-
-def blocks(kind, values):
-    """Quantised by the package, or, for types that it only reads, random codes."""
-    if kind not in ("Q4_K", "Q5_K", "Q6_K", "Q3_K"):
-        return gguf.quantize(values, KIND[kind])
-    _, size = gguf.GGML_QUANT_SIZES[KIND[kind]]
-    random = np.random.default_rng(values.shape[0])
-    data = random.integers(0, 256, (values.shape[0], values.shape[1] // 256, size), np.uint8)
-    for at in {"Q6_K": (208,), "Q3_K": (108,)}.get(kind, (0, 2)):
-        scales = random.normal(0, 1e-3, data.shape[:2]).astype(np.float16)
-        data[..., at : at + 2] = scales[..., None].view(np.uint8)
-    return data.reshape(values.shape[0], -1)
 
 
 def by_transformers(path):
@@ -198,7 +119,14 @@ def damaged(path, change):
         (lambda d: b"GGML" + d[4:], "not a GGUF file"),
         (lambda d: d[:4] + struct.pack("<I", 9) + d[8:], "version 9"),
         (lambda d: d[:16] + struct.pack("<Q", 2**60) + d[24:], "damaged or cut short"),
-        (lambda d: d.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"), "no tensor for"),
+        (
+            lambda d: d.replace(b"blk.1.ffn_up.weight", b"blk.1.ffn_xx.weight"),
+            "no place for blk.1.ffn_xx.weight",
+        ),
+        (
+            lambda d: d.replace(b"blk.1.attn_q.weight", b"blk.1.attn_k.weight"),
+            "attn_k.weight is there twice",
+        ),
     ],
 )
 def test_files_that_lie(tmp_path, change, message):
@@ -216,3 +144,95 @@ def test_a_tensor_of_another_width_than_its_layer(tmp_path):
     damaged(path, lambda data: data.replace(old, new))
     with pytest.raises(InputError, match="ffn_down"):
         eepass.load(str(path), quantize="keep")
+
+
+def change_number(data, key, value):
+    """The same file with another value of a 32-bit number in its metadata."""
+    at = data.index(key.encode()) + len(key) + 4
+    return data[:at] + struct.pack("<I", value) + data[at + 4 :]
+
+
+def test_a_file_replaced_within_the_clocks_resolution_is_read_anew(tmp_path):
+    path = write(tmp_path / "tiny.gguf")
+    first, stat = path.read_bytes(), path.stat()
+    assert eepass.load(str(path)).model.config.rope_parameters["rope_theta"] == 10000.0
+    path.write_bytes(first.replace(struct.pack("<f", 10000.0), struct.pack("<f", 20000.0)))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns and path.stat().st_size == stat.st_size
+    assert eepass.load(str(path)).model.config.rope_parameters["rope_theta"] == 20000.0
+    # of the same name, in another folder, with the same times
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / "tiny.gguf"
+    other.write_bytes(first)
+    os.utime(other, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert eepass.load(str(other)).model.config.rope_parameters["rope_theta"] == 10000.0
+
+
+def test_files_beside_it_say_nothing_about_it(tmp_path):
+    path = write(tmp_path / "tiny.gguf")
+    lie = {"chat_template": "{{ 'beside' }}", "auto_map": {"AutoTokenizer": ["code.Own", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(lie))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2"}))
+    loaded = eepass.load(str(path))
+    assert loaded.tokenizer.chat_template is None and loaded.model.config.model_type == "llama"
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    path = write(tmp_path / "tiny.gguf", leave_out=("blk.1.ffn_up.weight",))
+    with pytest.raises(InputError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
+        eepass.load(str(path))
+
+
+def test_more_layers_than_there_are_tensors_for(tmp_path):
+    path = write(tmp_path / "tiny.gguf")
+    whole = path.read_bytes()
+    for count in (1 << 30, 3):
+        path.write_bytes(change_number(whole, "llama.block_count", count))
+        with pytest.raises(
+            InputError, match=r"block_count is 1073741824|no tensor for model\.layers\.2"
+        ):
+            eepass.load(str(path))
+    path.write_bytes(change_number(whole, "llama.feed_forward_length", 1 << 30))
+    with pytest.raises(InputError, match=r"more than the .* values"):
+        eepass.load(str(path))
+
+
+def test_a_file_that_only_names_its_architecture_builds_nothing(tmp_path):
+    name, value = b"general.architecture", b"llama"
+    field = struct.pack("<Q", len(name)) + name + struct.pack("<IQ", 8, len(value)) + value
+    path = tmp_path / "bare.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(InputError, match="it has no tensors"):
+        eepass.load(str(path))
+
+
+def test_lists_in_lists_without_end(tmp_path):
+    name = b"x"
+    field = struct.pack("<Q", 1) + name + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 10000
+    path = tmp_path / "deep.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field)
+    with pytest.raises(InputError, match="damaged"):
+        eepass.load(str(path))
+
+
+def test_rotary_frequencies_are_divided_by_the_files_factors(tmp_path):
+    """transformers' loader leaves rope_freqs.weight out, and decodes another function."""
+    factors = np.linspace(1, 8, 32).astype(np.float32)
+    plain = eepass.load(str(write(tmp_path / "plain.gguf")), dtype="fp32").model
+    scaled = eepass.load(
+        str(write(tmp_path / "scaled.gguf", more={"rope_freqs.weight": factors})), dtype="fp32"
+    ).model
+    rotary, divided = plain.model.rotary_emb, scaled.model.rotary_emb
+    assert torch.equal(divided.inv_freq, rotary.inv_freq / torch.from_numpy(factors))
+    # what is kept for the one is not the other's
+    assert plain.config.to_dict() != scaled.config.to_dict()
+    with pytest.raises(InputError, match=r"no place for rope_freqs.weight"):
+        eepass.load(str(write(tmp_path / "wide.gguf", more={"rope_freqs.weight": factors[:7]})))
+    with pytest.raises(InputError, match=r"no place for rope_factors_long.weight"):
+        eepass.load(str(write(tmp_path / "x.gguf", more={"rope_factors_long.weight": factors})))
+
+
+def test_scaled_positions_that_transformers_leaves_out(tmp_path):
+    path = write(tmp_path / "tiny.gguf", scaling=("yarn", 4.0))
+    with pytest.raises(InputError, match="positions are scaled"):
+        eepass.load(str(path))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from eepass.checkpoints.formats.gptq import Gptq
 from eepass.checkpoints.formats.stored import FLOATS, StoredTensors
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
 from eepass.errors import InputError
+from eepass.reading import parse_json
 
 
 class Format(Protocol):
@@ -50,7 +50,7 @@ def quantization_config(config: Any, folder: Path) -> dict[str, Any] | None:
         for name, method in OLD_FILES.items():
             if (file := folder / name).is_file():
                 try:
-                    found = {"quant_method": method, **json.loads(file.read_text("utf-8"))}
+                    found = {"quant_method": method, **parse_json(file.read_bytes())}
                 except (ValueError, TypeError) as error:
                     raise InputError(f"{file}: not a JSON object ({error})") from error
     found = found if isinstance(found, dict) or found is None else found.to_dict()

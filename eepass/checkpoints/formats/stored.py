@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from eepass.errors import InputError
+from eepass.reading import parse_json
 
 INDEX = "model.safetensors.index.json"
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -28,8 +28,8 @@ class StoredTensors:
         self._files: dict[str, Any] = {}
         index = folder / INDEX
         if index.is_file():
-            for file, names in _shards(index).items():
-                opened = _opened(folder / file)
+            for file, names in shards_of(index).items():
+                opened = opened_file(folder / file)
                 missing = names - set(opened.keys())
                 if missing:
                     raise InputError(f"{index.name}: {min(missing)} is not in {file}")
@@ -38,7 +38,7 @@ class StoredTensors:
         files = sorted(folder.glob("*.safetensors"))
         if len(files) != 1:
             raise InputError(f"{len(files)} safetensors files and no {INDEX}")
-        opened = _opened(files[0])
+        opened = opened_file(files[0])
         self._files = dict.fromkeys(opened.keys(), opened)
 
     def __contains__(self, name: str) -> bool:
@@ -74,17 +74,18 @@ class StoredTensors:
         return scales
 
 
-def _opened(file: Path) -> Any:
+def opened_file(file: Path) -> Any:
+    """A safetensors file that is whole; raises ``InputError`` otherwise."""
     try:
         return safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file.name}: not a whole safetensors file ({error})") from error
 
 
-def _shards(index: Path) -> dict[str, set[str]]:
-    """The names of the tensors in each file."""
+def shards_of(index: Path) -> dict[str, set[str]]:
+    """The names of the tensors in each file; raises ``InputError`` for what is no index."""
     try:
-        places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        places = parse_json(index.read_bytes())["weight_map"]
         named = [(str(name), str(file)) for name, file in places.items()]
     except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise InputError(f"{index.name}: not an index of safetensors files ({error!r})") from error
