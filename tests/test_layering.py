@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "files": set(),
     "folders": set(),
     "stored_graphs": set(),
-    "kept": {"codegen", "passes", "stored_graphs"},
+    "model_stamp": set(),
+    "kept": {"codegen", "model_stamp", "passes", "stored_graphs"},
     "pictures": set(),
     "lengths": {"passes"},
     "checkpoints": {"codegen", "files", "folders"},
@@ -39,7 +40,7 @@ MAY_IMPORT = {
         "planning", "runtime", "stored_graphs",
     },
     "loading": {"bundle", "checkpoints"},
-    "hf": {"checkpoints", "lengths", "model", "runtime"},
+    "hf": {"checkpoints", "lengths", "model", "model_stamp", "runtime"},
     "torch_compile": {"checkpoints", "codegen", "model", "passes", "planning", "runtime"},
     "onnx": {"checkpoints", "folders", "model", "passes", "planning", "runtime"},
     "training": {

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ref
 
 import torch
 
@@ -19,26 +19,37 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.lengths import refuse_longer, usual_length
 from eepass.model import MAX_LENGTH, PREFILL_ROWS, EarlyExitModel, transform
+from eepass.model_stamp import OWN, ModelStamp, refuse_unfollowed
 
 logger = logging.getLogger("eepass")
 
 
 @dataclass(slots=True, eq=False)
 class Prepared:
-    """What belongs to one model; ``transformed`` is used with ``lock`` held."""
+    """What belongs to one model; ``transformed`` is used with ``lock`` held.
 
+    The model keeps it, so that both end together; a copy of the model has none.
+    """
+
+    # a weak reference to the model, None for nobody's
+    of: Any = None
     artifact: str | Path | Artifact | None = "auto"
     config: ExitConfig = field(default_factory=ExitConfig)
     # None: grows as prompts and answers need it
     max_length: int | None = None
     transformed: EarlyExitModel | None = None
-    # of the weights that ``transformed`` was made from
-    stamp: tuple[tuple[int, int], ...] = ()
+    # of the model as ``transformed`` was made from it
+    stamp: ModelStamp | None = None
     # reentrant: a streamer may call generate
     lock: threading.RLock = field(default_factory=threading.RLock)
 
+    def __deepcopy__(self, memo: Any) -> Prepared:
+        return Prepared()
 
-_registry: WeakKeyDictionary[Any, Prepared] = WeakKeyDictionary()
+    def __reduce__(self) -> Any:
+        return Prepared, ()
+
+
 _registry_lock = threading.Lock()
 
 
@@ -55,12 +66,22 @@ def register(
 
 def _entry(model: Any) -> Prepared:
     with _registry_lock:
-        return _registry.setdefault(model, Prepared())
+        return _found(model) or vars(model).setdefault(OWN, Prepared(ref(model)))
+
+
+def _found(model: Any) -> Prepared | None:
+    own = vars(model).get(OWN)
+    if own is None or own.of is None or own.of() is not model:
+        # none, or a copy of another model's
+        vars(model).pop(OWN, None)
+        return None
+    return own
 
 
 def is_prepared(model: Any) -> bool:
     """Whether ``model.generate`` uses eepass by itself."""
-    return "generate" in vars(model) and model in _registry
+    with _registry_lock:
+        return "generate" in vars(model) and _found(model) is not None
 
 
 @contextmanager
@@ -86,7 +107,7 @@ def refuse_length(model: Any, length: int) -> None:
     """Raise ``InputError`` where ``length`` is more than ``prepare`` was asked for, or the model
     knows positions for; does not wait for the lock."""
     with _registry_lock:
-        prepared = _registry.get(model)
+        prepared = _found(model)
     if prepared is None:
         return
     if prepared.max_length is not None and length > prepared.max_length:
@@ -104,8 +125,8 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         raise InputError("the model is in training mode: call model.eval() first")
     refuse_length(model, length)
     current = prepared.transformed
-    if current is not None and prepared.stamp != _stamp(model):
-        logger.warning("the model's weights have changed: transforming it again")
+    if current is not None and (changed := _change(prepared, model)):
+        logger.warning("%s has changed: transforming the model again", changed)
         current = None
     if current is not None and current.decoder.max_sequence_length < length:
         logger.warning(
@@ -116,6 +137,7 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         current = None
     if current is None:
         prepared.transformed = None
+        refuse_unfollowed(model)
         read_quantized(model)
         longest = prepared.max_length
         if longest is None:
@@ -123,10 +145,9 @@ def _transformed(prepared: Prepared, model: Any, length: int) -> EarlyExitModel:
         own = prepared.artifact
         artifact = found_artifact(model) if own == "auto" else own
         current = transform(model, artifact, prepared.config, longest)
-        prepared.transformed, prepared.stamp = current, _stamp(model)
+        prepared.transformed, prepared.stamp = current, ModelStamp(model)
     return current
 
 
-def _stamp(model: Any) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is written to, replaced or moved."""
-    return tuple((p.data_ptr(), p._version) for p in model.parameters())
+def _change(prepared: Prepared, model: Any) -> str:
+    return "" if prepared.stamp is None else prepared.stamp.change(model)

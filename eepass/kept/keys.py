@@ -10,24 +10,22 @@ from __future__ import annotations
 import hashlib
 import inspect
 import platform
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache, partial
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from eepass.codegen.cpu.native import KernelsMissing, cpu_flags, find_compiler
+from eepass.model_stamp import ASIDE
 
 ROOT = Path(__file__).parents[1]
-# attributes that say nothing about what a module computes for given tokens: where it was read from,
-# how texts are made with it, what is looked at elsewhere
-ASIDE = {
-    "training", "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
-    "_is_hf_initialized", "_is_full_backward_hook", "generation_config", "name_or_path",
-    "_name_or_path", "_commit_hash", "_original_object_hash", "warnings_issued",
-}  # fmt: skip
+# looked at elsewhere: as modules and tensors, or refused beforehand
+APART = ASIDE | {"training", "_parameters", "_buffers", "_modules"}
 PLAIN = (bool, int, float, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -83,7 +81,7 @@ def tensors_key(tensors: Mapping[str, Tensor], *options: Any) -> str:
 def _attributes(name: str, module: nn.Module, known: set[int]) -> Iterable[Any]:
     """What is said by the attributes of ``module`` that are neither tensors nor modules."""
     for attribute, value in sorted(vars(module).items()):
-        if attribute in ASIDE:
+        if attribute in APART:
             continue
         where = f"{name}.{attribute}"
         if attribute.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called")):
@@ -103,7 +101,7 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, PLAIN):
         return value
     if isinstance(value, Mapping):
-        kept = ((key, one) for key, one in value.items() if key not in ASIDE)
+        kept = ((key, one) for key, one in value.items() if key not in APART)
         return [(str(key), _plain(one, where)) for key, one in kept]
     if isinstance(value, (list, tuple)):
         return [_plain(one, where) for one in value]
@@ -116,13 +114,15 @@ def _plain(value: Any, where: str) -> Any:
     of = value if hasattr(value, "__qualname__") else type(value)
     # what an activation, say, was given when it was made
     inside = getattr(value, "__dict__", {}) if of is type(value) else {}
-    given = {n: one for n, one in inside.items() if isinstance(one, PLAIN) and n not in ASIDE}
+    given = {n: one for n, one in inside.items() if isinstance(one, PLAIN) and n not in APART}
     return [f"{of.__module__}.{of.__qualname__}", sorted(given.items())]
 
 
-def _sources(kinds: Iterable[type]) -> set[tuple[str, str]]:
-    """The source files of modules' classes, with their hashes; not of PyTorch's own."""
-    found = set()
+def _sources(kinds: Iterable[type]) -> set[tuple[str, ...]]:
+    """The source files of modules' classes, with their hashes; not of PyTorch's own. What a source
+    file calls may have been replaced since it was read, so functions and methods are named with
+    where they come from."""
+    found: set[tuple[str, ...]] = set()
     bases = {base for kind in kinds for base in kind.__mro__}
     for kind in bases - {object}:
         if kind.__module__.partition(".")[0] == "torch":
@@ -134,7 +134,21 @@ def _sources(kinds: Iterable[type]) -> set[tuple[str, str]]:
         if file is None or not Path(file).is_file():
             raise Unforeseen(f"the source of {kind.__qualname__} is not to be found")
         found.add((kind.__module__, _file_hash(Path(file))))
+        for scope in (vars(kind), vars(sys.modules[kind.__module__])):
+            for name, function in scope.items():
+                if isinstance(function, FunctionType):
+                    found.add((kind.__module__, name, *_named(function, kind)))
     return found
+
+
+def _named(function: FunctionType, kind: type) -> tuple[str, str]:
+    """Module and name of a function that ``kind`` uses."""
+    packages = {name.partition(".")[0] for name in (kind.__module__, "torch", "transformers")}
+    foreign = function.__module__.partition(".")[0] not in packages
+    if foreign and "<locals>" in function.__qualname__:
+        # a name says nothing about what such a one does
+        raise Unforeseen(f"{kind.__module__} uses {function.__module__}.{function.__qualname__}")
+    return function.__module__, function.__qualname__
 
 
 @cache

@@ -418,7 +418,7 @@ def test_anew_for_other_weights_and_freed_with_the_model(caplog):
     assert not _warnings(caplog)
     model.lm_head.weight.mul_(-1)
     assert torch.equal(*both(model))
-    assert ["weights have changed" in text for text in _warnings(caplog)] == [True]
+    assert ["weight has changed" in text for text in _warnings(caplog)] == [True]
     with in_use(model, 1) as transformed:
         assert transformed is not first
     model.train()
