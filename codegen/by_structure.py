@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from torch.fx import GraphModule
 
+from eepass.segments import GraphToMake
+
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 
 
@@ -18,7 +20,7 @@ class ByStructure:
 
     def __call__(
         self,
-        graph: GraphModule,
+        graph: GraphModule | GraphToMake,
         structure: str,
         examples: Sequence[Tensor],
         *,
@@ -30,7 +32,7 @@ class ByStructure:
         """
         key = (structure, logits)
         if key not in self.compiled:
-            self.compiled[key] = self.compile(graph, examples, logits)
+            self.compiled[key] = self.compile(GraphToMake.made(graph), examples, logits)
         return self.compiled[key]
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:

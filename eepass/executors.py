@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.kept.costs import KeptCosts
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import DRAFT_HEAD
@@ -54,19 +55,23 @@ class ExitParts:
 
 @dataclass
 class Measured:
-    """What is measured on a decoder once, when it is first needed."""
+    """What is measured on a decoder once, when it is first needed; ``kept``: by whoever was first
+    to start such a model."""
 
     decoder: Decoder
+    kept: KeptCosts
 
     @cached_property
     def pass_seconds(self) -> dict[int, float]:
         rows = [size for size in self.decoder.buckets if size <= TREE_ROWS]
-        return pass_seconds(self.decoder, rows, at=256)
+        return self.kept.pass_seconds(partial(pass_seconds, self.decoder, rows, at=256))
 
     @cached_property
     def logit_noise(self) -> float:
         # rows that go one by one have the same logits wherever they stand
-        return 0.0 if self.decoder.splits[1].stepwise else logit_noise(self.decoder)
+        if self.decoder.splits[1].stepwise:
+            return 0.0
+        return self.kept.noise(partial(logit_noise, self.decoder))
 
 
 def engine_for(
@@ -115,7 +120,9 @@ def _draft_for(
     if source == "ngram" or (source == "cascade" and DRAFT_HEAD not in tensors):
         return NgramDraft()
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        head = EagleHead(tensors, _embedding(decoder), decoder.compile, trace=trace)
+        head = EagleHead(
+            tensors, _embedding(decoder), decoder.compile, trace=trace, head=decoder.splits[1].head
+        )
         return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
     return None
 

@@ -12,6 +12,12 @@ def usual_length(model: Any, tokens: int) -> int:
     return min(tokens, _known(model) or tokens)
 
 
+def shared_length(model: Any, tokens: int, step: int = 1024) -> int:
+    """A length of at least ``tokens``, as far as ``model`` has positions, that many texts share:
+    what is compiled for one is there for the next."""
+    return usual_length(model, -(-tokens // step) * step)
+
+
 def refuse_longer(model: Any, tokens: int, what: str) -> None:
     """Raise ``InputError`` where ``what``, of ``tokens`` tokens, is longer than ``model`` allows.
 

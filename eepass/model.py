@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from eepass.checkpoints.artifact import Artifact, artifact_for
-from eepass.checkpoints.quantized_weights import weights_to_read
+from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
+from eepass.codegen.cpu.native import build_kernels, load_kernels
 from eepass.config import ExitConfig
 from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
 from eepass.errors import EngineError, InputError, PassError
 from eepass.executors import ALWAYS_ACTIVE
+from eepass.kept.splits import kept_splits
 from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassReport
 from eepass.runtime.step.launching import choose, require_device, require_room, running_out
@@ -91,14 +94,14 @@ def transform(
             _move(model, target, max_length)
         rows = CUDA_ROWS if compiler is not None else STEP_ROWS
         with making_tensors_on(next(model.parameters()).device):
-            splits, report = split_model(model, max_length, rows, dump)
+            splits, report, key = _splits(model, max_length, rows, dump)
             if captured and splits[1].stepwise:
                 raise InputError(
                     f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
                 )
             made = EarlyExitModel(
                 splits, report, stop, loaded, draft_model, compiler,
-                launching=launching, debug=debug,
+                launching=launching, debug=debug, kept=key,
             )  # fmt: skip
     made.record(config)
     return made
@@ -111,15 +114,40 @@ def split_model(
     from eepass.passes.pipeline import split_for_rows
     from eepass.runtime.cache.weight_memory import settle_weights
 
-    length = max_length or usual_length(model, MAX_LENGTH)
-    refuse_longer(model, length, f"max_length={length}")
-    slots = -(-(length + PREFILL_ROWS) // 64) * 64
-    with torch.no_grad():
-        settle_weights(weights_to_read(model))
+    slots = _slots(model, max_length)
+    settle_weights(weights_to_read(model))
+    if quantization_of(model):
+        # checks run the model, and without its kernels each layer would be dequantised each time
+        load_kernels()
+    with torch.no_grad(), ThreadPoolExecutor(1) as beside:
+        # needed next; where they are still to be built, that takes as long as tracing
+        beside.submit(build_kernels)
         try:
             return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
         except PassError as error:
             raise InputError(f"{type(model).__name__} cannot be transformed: {error}") from error
+
+
+def _splits(
+    model: Any, max_length: int | None, rows: Sequence[int], dump: Path | None
+) -> tuple[dict[int, SplitDecoder], PassReport, str]:
+    """As ``split_model``, or as an earlier process split it; and the key it is kept under, ""
+    where it is not kept."""
+    if dump is not None or next(model.parameters()).device.type != "cpu":
+        return *split_model(model, max_length, rows, dump), ""
+    from eepass.runtime.cache.weight_memory import settle_weights
+
+    slots = _slots(model, max_length)
+    settle_weights(weights_to_read(model))
+    options = (slots, tuple(rows), PREFILL_ROWS)
+    return kept_splits(model, options, lambda: split_model(model, max_length, rows))
+
+
+def _slots(model: Any, max_length: int | None) -> int:
+    """Slots of the cache for texts of ``max_length``; ``InputError`` for one too long."""
+    length = max_length or usual_length(model, MAX_LENGTH)
+    refuse_longer(model, length, f"max_length={length}")
+    return -(-(length + PREFILL_ROWS) // 64) * 64
 
 
 def _sharing(

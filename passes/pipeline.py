@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from eepass.errors import PassError
 from eepass.passes.caller.caller_step import (
     check_caller_step,
     name_inputs,
@@ -40,6 +41,7 @@ from eepass.passes.runner import Pass, PassRunner
 from eepass.passes.split.check import check_trace, computes_as
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.fit_rows import fit_rows
+from eepass.passes.split.repeat_layers import layers_needed, repeat_layers
 from eepass.passes.split.split_segments import merge_equal_prelude, split_segments
 from eepass.passes.trace.clean_step import (
     drop_dead_code,
@@ -48,6 +50,7 @@ from eepass.passes.trace.clean_step import (
     replace_lengths,
 )
 from eepass.passes.trace.decode_step import trace_decode_step
+from eepass.passes.trace.first_layers import first_layers
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
 from eepass.segments import CallerStep, Segment, SplitDecoder
 
@@ -87,7 +90,8 @@ def split_for_rows(
     model: Any, cache_length: int, step_rows: Sequence[int] = STEP_ROWS, prefill_rows: int = 64,
     dump: Path | None = None,
 ) -> tuple[dict[int, SplitDecoder], PassReport]:  # fmt: skip
-    """``model`` split for each row count: three traces, the other counts fitted between them.
+    """``model`` split for each row count: a trace of all layers for one row, traces of the first
+    layers for two more, the other counts fitted between them.
 
     A model with recurrent states is split for one row alone.
     """
@@ -96,14 +100,49 @@ def split_for_rows(
     splits = {1: one}
     if one.stepwise:
         return splits, report
+    split = _by_first_layers(model, one, cache_length, report, dump)
     for rows in (most, prefill_rows):
         if rows not in splits:
-            splits[rows], _ = split_decoder(model, rows, cache_length, dump)
+            splits[rows] = split(rows)
     for rows in step_rows:
         if rows not in splits:
             fit = partial(fit_rows, many=splits[prefill_rows], rows=rows)
             splits[rows] = PassRunner(report, dump, f"{rows}-rows").run(splits[most], [fit])
     return splits, report
+
+
+def _by_first_layers(
+    model: Any, one: SplitDecoder, cache_length: int, report: PassReport, dump: Path | None
+) -> Callable[[int], SplitDecoder]:
+    """What splits ``model``, split as ``one`` for one row, for other row counts: by its first
+    layers where they are a model by themselves, else by all."""
+    count = layers_needed(one)
+
+    def whole(rows: int) -> SplitDecoder:
+        return split_decoder(model, rows, cache_length, dump)[0]
+
+    if count >= len(one.layers):
+        return whole
+    try:
+        small = first_layers(model, count)
+        first, _ = split_decoder(small, 1, cache_length)
+        # refuses what is no beginning of the model
+        repeat_layers(first, PassReport(), first=first, whole=one)
+    except PassError as error:
+        report.note(f"all layers are traced for each row count: {error}")
+        return whole
+
+    def by_few(rows: int) -> SplitDecoder:
+        few, _ = split_decoder(small, rows, cache_length, dump)
+        repeat = partial(repeat_layers, first=first, whole=one)
+        try:
+            made: SplitDecoder = PassRunner(report, dump, f"{rows}-rows").run(few, [repeat])
+        except PassError as error:
+            report.note(f"all layers are traced for {rows} rows: {error}")
+            return whole(rows)
+        return made
+
+    return by_few
 
 
 def exit_segments(

@@ -10,6 +10,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+import eepass.kept.splits
+
+# nothing is kept: what a test changes in a pass must neither be hidden by what was kept before nor
+# be kept for others
+eepass.kept.splits.KEPT = f"{os.devnull}/none"
+
 if not torch.cuda.is_available():
     # read when triton is imported; with a GPU, tests/gpu runs the kernels on it
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -14,8 +14,7 @@ from pathlib import Path
 import torch
 
 # the operators must be defined before kernels are added to them
-import eepass.ops.fused
-import eepass.ops.quantized  # noqa: F401
+import eepass.ops  # noqa: F401
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
@@ -31,8 +30,6 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "avx512": AVX512,
     "avx512bf16": (*AVX512, "-mavx512bf16"),
 }
-# sources that are compiled for the processor that is here
-NATIVE = {"quantized_rows"}
 
 
 def cache_dir() -> Path:
@@ -147,8 +144,6 @@ def sources() -> list[Path]:
 
 def flags_of(source: Path) -> tuple[str, ...]:
     """The compiler's flags for the processor that ``source`` is written for."""
-    if source.stem in NATIVE:
-        return ("-march=native",)
     return TARGETS.get(_target(source), ())
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from eepass.bundle.manifest import AGAIN, GRAPHS, read_manifest
-from eepass.bundle.stored_graphs import GraphReader
 from eepass.checkpoints.artifact import load_artifact
 from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.codegen.compiled_code import CompiledCode
@@ -24,6 +23,7 @@ from eepass.model import ARTIFACT, EarlyExitModel
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.runtime.cache.weight_memory import settle_weights
+from eepass.stored_graphs import GraphReader
 
 CODE = "code"
 KERNELS = "code/kernels.so"

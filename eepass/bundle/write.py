@@ -17,7 +17,6 @@ from eepass import inspecting, pictures
 from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
-from eepass.bundle.stored_graphs import GraphWriter, NotStorable
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_tokenizer
@@ -29,6 +28,7 @@ from eepass.files import refuse_other_folder, replacing_folder
 from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.exits.exits import ROW_COUNTS
+from eepass.stored_graphs import GraphWriter, NotStorable
 
 EXIT_GRAPH = "exit_graph.pt2"
 REPORT = "report.json"

@@ -25,6 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
+    activations: options.Activations = "int8",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every layer for every token.")
@@ -61,7 +62,7 @@ def generate(
             context, "prompt", "max_new_tokens", "dense", "stats", "raw", "threads"
         )
         return _generate_onnx(model, prompt, max_new_tokens, dense, stats, raw, threads)
-    from eepass.lengths import refuse_longer
+    from eepass.lengths import refuse_longer, shared_length
     from eepass.runtime.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -69,11 +70,12 @@ def generate(
         preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
         target_agreement=target_agreement, kv=kv,
     )  # fmt: skip
-    loaded = load_model(model, dtype, threads, trust_native, quantize)
+    loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     ids = loaded.encode(prompt, raw)
     length = len(ids) + max_new_tokens
     if not loaded.transformed:
         refuse_longer(loaded.model, length, "prompt and answer together")
+        length = shared_length(loaded.model, length)
     ready = transform_model(loaded, artifact, config, length, dense, dump)
     engine = ready.dense if dense else ready.engine
     steps = engine.generate(ids, max_new_tokens, loaded.stop, sampling)

@@ -16,10 +16,20 @@ from eepass.cli.train import calibrate, train
 from eepass.cli.transform import codegen, export_onnx, transform
 
 
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    clear_cache: Annotated[
+        bool, typer.Option("--clear-cache", help="Remove all that eepass keeps between starts.")
+    ] = False,
+) -> None:
     """Report what is installed here, what eepass will use and why, and what is missing."""
     from eepass import doctoring
 
+    if clear_cache:
+        cleared = doctoring.clear_cache()
+        text = "{path}: {freed_mb} MB freed".format(**cleared)
+        sys.stdout.write((json.dumps(cleared, indent=1) if as_json else text) + "\n")
+        return
     found = doctoring.doctor()
     text = json.dumps(found, indent=1) if as_json else doctoring.as_text(found)
     sys.stdout.write(text + "\n")

@@ -5,6 +5,7 @@ interrupt hardware prefetching at each end; in one block the stream continues in
 """
 
 import contextlib
+import ctypes
 import mmap
 from collections.abc import Iterable
 from itertools import accumulate
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 ALIGNMENT = 64
+# bytes that are moved before what they took up before goes back to the system
+BETWEEN_TRIMS = 64 << 20
 
 
 def settle_weights(weights: Iterable[Tensor]) -> int:
@@ -38,7 +41,7 @@ def settle_weights(weights: Iterable[Tensor]) -> int:
     # a kernel without large pages refuses; small pages do as well
     with contextlib.suppress(OSError):
         block.madvise(mmap.MADV_HUGEPAGE)
-    offset = 0
+    offset = freed = 0
     for same, size in zip(groups.values(), sizes, strict=True):
         old = same[0].data
         moved = torch.frombuffer(block, dtype=old.dtype, count=old.numel(), offset=offset)
@@ -46,5 +49,19 @@ def settle_weights(weights: Iterable[Tensor]) -> int:
         moved.copy_(old)
         for weight in same:
             weight.data = moved
+        del old
         offset += size
+        freed += size
+        if freed > BETWEEN_TRIMS:
+            _give_back_freed()
+            freed = 0
+    _give_back_freed()
     return sum(sizes)
+
+
+def _give_back_freed() -> None:
+    """Return what was freed to the system: the C library keeps it otherwise, and the weights would
+    take up twice their bytes. Only where that is known (glibc)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)

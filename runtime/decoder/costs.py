@@ -1,10 +1,13 @@
-"""Measurements: seconds of a pass by row count, and how far logits differ between row counts."""
+"""Measurements: seconds of a pass by row count, and how far logits differ between row counts.
+
+A machine that does something else at the moment makes a measurement longer, never shorter: the
+least of several counts, and what is measured later corrects it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from statistics import median
 from time import perf_counter
 
 from torch import Tensor
@@ -12,31 +15,67 @@ from torch import Tensor
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 
+Clock = Callable[[], float]
 ROUNDS = 7
+# by how much of itself a cost grows with each pass that does not confirm it
+FORGOTTEN = 0.02
 # how many tokens the noise is measured on, and how far above the largest difference it is set
 SAMPLE, MARGIN = 8, 2.0
 
 
-def pass_seconds(decoder: Decoder, row_counts: list[int], at: int) -> dict[int, float]:
-    """Median seconds of a whole pass, LM head included, by row count, after ``at`` tokens."""
-    costs = {}
+class PassCosts(dict[int, float]):
+    """Seconds of a whole pass by row count: measured at the start, then the least seen lately."""
+
+    def __init__(self, start: Mapping[int, float]) -> None:
+        super().__init__(start)
+        self._start = dict(start)
+        self._run: set[int] = set()
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A pass over ``rows``, one of the row counts, took so long.
+
+        Row counts that have not been run yet were measured when these were, so they are taken to
+        be wrong by as much as the nearest one that has.
+        """
+        # forgotten slowly: a machine may really have become slower
+        self[rows] = min(seconds, self[rows] * (1 + FORGOTTEN))
+        self._run.add(rows)
+        for other in self.keys() - self._run:
+            near = min(self._run, key=lambda size: abs(size - other))
+            self[other] = self._start[other] * self[near] / self._start[near]
+
+
+def pass_seconds(
+    decoder: Decoder, row_counts: Sequence[int], at: int, clock: Clock = perf_counter
+) -> dict[int, float]:
+    """Least seconds of a whole pass, LM head included, by row count, after ``at`` tokens."""
+    passes = {}
     for rows in row_counts:
         at = min(at, decoder.capacity - rows)
         line = [Row(0, slot, slot) for slot in range(at, at + rows)]
-        once = partial(_logits, decoder, line, [5] * rows)
-        once()
-        costs[rows] = seconds_of(once)
-    return costs
+        passes[rows] = partial(_logits, decoder, line, [5] * rows)
+    return least_seconds(passes, clock)
 
 
-def seconds_of(work: Callable[[], object]) -> float:
-    """Median seconds of ``work``."""
-    times = []
-    for _ in range(ROUNDS):
-        began = perf_counter()
+def seconds_of(work: Callable[[], object], clock: Clock = perf_counter) -> float:
+    """Least seconds of ``work``."""
+    return least_seconds({0: work}, clock)[0]
+
+
+def least_seconds(
+    works: Mapping[int, Callable[[], object]], clock: Clock = perf_counter
+) -> dict[int, float]:
+    """Least seconds of each of ``works``, in rounds over all of them: a disturbance hits a few
+    rounds of all rather than all rounds of one."""
+    for work in works.values():
         work()
-        times.append(perf_counter() - began)
-    return median(times)
+    least = dict.fromkeys(works, float("inf"))
+    for _ in range(ROUNDS):
+        for name, work in works.items():
+            began = clock()
+            work()
+            least[name] = min(least[name], clock() - began)
+    return least
 
 
 def logit_noise(decoder: Decoder) -> float:

@@ -1,8 +1,8 @@
 """Choose what pays: how large a tree, and whether to draft, to exit early, both or neither.
 
-The costs of passes are measured when the engine starts; how often draft tokens are accepted, and
-what each way of decoding yields, is tracked while it runs. Nothing here changes the tokens of exact
-decoding.
+The costs of passes are measured when the engine starts and corrected by its own passes; how often
+draft tokens are accepted, and what each way of decoding yields, is tracked while it runs. Nothing
+here changes the tokens of exact decoding.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eepass.runtime.decoder.costs import PassCosts
 from eepass.runtime.drafting.tree import Tree
 
 Mode = Literal["dense", "exits", "speculation", "both"]
@@ -107,6 +108,10 @@ class Planner:
     _trial: tuple[int, Mode] | None = None
     _trial_start: int = 0
 
+    def __post_init__(self) -> None:
+        # its own: several planners may start from one measurement
+        self.costs = PassCosts(self.costs)
+
     @property
     def token_seconds(self) -> float:
         """Seconds of a token in the fastest mode seen so far."""
@@ -146,6 +151,13 @@ class Planner:
         best = min(self.modes, key=lambda mode: records[mode].per_token)
         better = records[best].per_token < 0.985 * records[self.modes[0]].per_token
         return best if better else self.modes[0]
+
+    def observe(self, rows: int, seconds: float) -> None:
+        """A pass of ``rows`` through all layers and the LM head, and nothing else, took so long."""
+        assert isinstance(self.costs, PassCosts)
+        if rows <= max(self.costs):
+            # padded to a row count there is code for
+            self.costs.observe(min(size for size in self.costs if size >= rows), seconds)
 
     def record(self, mode: Mode, rows: int, seconds: float, tokens: int, batch: int = 1) -> None:
         """A pass in ``mode`` over ``rows`` of ``batch`` sequences gave ``tokens``."""

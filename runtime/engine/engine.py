@@ -265,6 +265,10 @@ class Engine:
         forward_pass = ForwardPass(
             self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy
         )
-        forward_pass.run(batch, self.scheduler.predictor_drafts(batch, self.statistics))
+        drafts = self.scheduler.predictor_drafts(batch, self.statistics)
+        began = perf_counter()
+        forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
+        if all(one.is_dense for one in batch):
+            self.planner.observe(len(forward_pass.rows), perf_counter() - began)
         commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)

@@ -38,6 +38,11 @@ class ScheduledSequence:
     last_hidden: dict[int, Tensor] = field(default_factory=dict)
     hidden_after: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all its rows, and no others, go through all layers, and no predictor runs."""
+        return self.tree is not None and not self.active_exits and not self.caught_up
+
     def viable_nodes(self) -> list[int]:
         """Nodes that may still be accepted, given the next tokens decided so far."""
         assert self.tree is not None

@@ -7,10 +7,10 @@ import operator
 import pytest
 import torch
 
-from eepass.bundle.stored_graphs import GraphReader, GraphWriter, NotStorable
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.segments import Head, Input, Segment
+from eepass.stored_graphs import GraphReader, GraphWriter, NotStorable
 
 
 @pytest.fixture(scope="module")

@@ -200,3 +200,10 @@ def test_a_penalty_that_exits_cannot_apply_is_refused(decoder):
     engine = Engine(decoder, exits=SimpleNamespace(), options=Options("approximate"))
     with pytest.raises(EngineError, match="repetition_penalty"):
         engine.start(PROMPT, sampling=Sampling(repetition_penalty=1.2))
+
+
+def test_the_engine_observes_what_its_dense_passes_cost(transformed):
+    engine = transformed.host_engine()
+    before = dict(engine.planner.costs)
+    list(engine.generate([5, 9, 40], 6))
+    assert engine.planner.costs[1] < before[1] == 1.0

@@ -1,6 +1,8 @@
 """Moving weights changes where they lie and nothing else."""
 
 import mmap
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -46,3 +48,23 @@ def test_weights_shared_with_other_processes_stay():
     addresses = [parameter.data_ptr() for parameter in shared.parameters()]
     settle_weights(shared.parameters())
     assert [parameter.data_ptr() for parameter in shared.parameters()] == addresses
+
+
+def test_what_weights_took_up_before_is_given_back():
+    script = """
+import resource, torch
+from eepass.runtime.cache.weight_memory import settle_weights
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+# large blocks are freed at once, and raise what the C library keeps from then on
+del (large := [torch.zeros(8 << 20) for _ in range(2)])[:]
+weights = [torch.full((1 << 18,), 1.0) for _ in range(400)]
+before = peak()
+settle_weights(weights)
+print(peak() - before)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    # of 400 MB
+    assert int(done.stdout) < 160_000
