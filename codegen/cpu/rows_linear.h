@@ -85,26 +85,19 @@ struct Rows {
   int64_t from, count, groups;
   const char* x[2];
   int64_t size[2];
-  // of one weight row, and of as many as there are in a tile of this many rows
-  Tile<F> one[2], tile[2];
+  Tile<F> one[2], pair[2];
 };
 
-// Goes through a layer's weights, [N, K], in the order of the tiles: over a block's weight rows, `rows`
-// at a time, for `span` columns after another.
+// Where a tile's weights are, for tiles in the order in which they are computed.
 template <typename T>
 struct Walk {
   const T* weight;
-  int64_t K, span, rows;
-  int64_t row = 0, column = 0;
-  const T* at() const { return weight + row * K + column; }
-  void next() {
-    row += rows;
-    if (row % BLOCK) return;
-    column += span;
-    if (column < K)
-      row -= BLOCK;
-    else
-      column = 0;
+  int64_t K, columns, chunks, rows;
+  const T* at(int64_t tile) const {
+    const int64_t per_chunk = BLOCK / rows, block = tile / (per_chunk * chunks);
+    const int64_t within = tile % (per_chunk * chunks);
+    return weight + (block * BLOCK + within % per_chunk * rows) * K +
+           within / per_chunk * columns;
   }
 };
 
@@ -134,24 +127,27 @@ void blocks_of(const LinearCall& call, const Linear& layer, const Rows<F>* rows,
   const int64_t K = call.K, steps = K / F::STEP, rest = K % F::STEP;
   for (int64_t block = from; block < to; block++)
     for (const Rows<F>* set = rows; set < rows + sets; set++) {
-      const int64_t most = X_BYTES / (F::PACKED * set->count), high = set->groups > 1 ? PAIR : 1;
-      const int64_t spans = steps > most ? parts(steps, most) : 1, span = parts(steps, spans);
-      Walk<T> here{static_cast<const T*>(layer.weight) + block * BLOCK * K, K,
-                   spans > 1 ? span * F::STEP : K, high};
-      Walk<T> ahead = here;
-      const int64_t bytes = high * here.span * static_cast<int64_t>(sizeof(T));
-      for (int64_t i = parts(AHEAD_BYTES, bytes); i > 0; i--) ahead.next();
-      for (int64_t s = 0; s < spans; s++) {
-        const int64_t done = s * span, count = steps - done < span ? steps - done : span;
-        for (int64_t t = 0; t < BLOCK; t += high, here.next(), ahead.next()) {
-          const int64_t left = layer.N - block * BLOCK - t;
-          if (left <= 0) continue;
-          const auto* later = reinterpret_cast<const char*>(ahead.at());
+      int64_t chunk = X_BYTES / (F::PACKED * set->count);
+      const int64_t chunks = steps > chunk ? parts(steps, chunk) : 1;
+      chunk = parts(steps, chunks);
+      const int64_t T_ = set->groups == 2 ? PAIR : 1;
+      const Walk<T> walk{static_cast<const T*>(layer.weight), K, chunk * F::STEP, chunks, T_};
+      const int64_t tile_bytes = (T_ * chunk * F::STEP + 1) * static_cast<int64_t>(sizeof(T));
+      int64_t ahead = block * (BLOCK / T_) * chunks + parts(AHEAD_BYTES, tile_bytes);
+      for (int64_t c = 0; c < chunks; c++) {
+        const int64_t done = c * chunk, left = steps - done < chunk ? steps - done : chunk;
+        for (int64_t t = 0; t < BLOCK; t += T_, ahead++) {
+          const int64_t n = block * BLOCK + t;
+          if (n >= layer.N) continue;
+          const T* weight = static_cast<const T*>(layer.weight) + n * K + done * F::STEP;
+          const auto* next = reinterpret_cast<const char*>(walk.at(ahead));
           V* sum = acc;
-          for (int64_t g = 0; g < set->groups; sum += BLOCK * set->size[g++])
-            (left < high ? set->one : set->tile)[g](
-                here.at(), K, set->x[g] + done * set->size[g] * F::PACKED, count,
-                s + 1 == spans ? rest : 0, s == 0, sum + t * set->size[g], later);
+          for (int64_t g = 0; g < set->groups; sum += BLOCK * set->size[g++]) {
+            const bool both = T_ > 1 && n + 1 < layer.N;
+            (both ? set->pair[g] : set->one[g])(
+                weight, K, set->x[g] + done * set->size[g] * F::PACKED, left,
+                c + 1 == chunks ? rest : 0, c == 0, sum + t * set->size[g], next);
+          }
         }
       }
       finish(layer, *set, acc, block * BLOCK, call.float_out);
@@ -178,8 +174,7 @@ void share_of(const LinearCall& call, int64_t total, int64_t thread, int64_t thr
       set.x[g] = packed, set.size[g] = size;
       // one row does best without, and the second group finds the weights in the cache
       set.one[g] = g || size == 1 ? tile_of<F, 1, false>(size) : tile_of<F, 1, true>(size);
-      set.tile[g] = set.groups == 1 ? set.one[g]
-                    : g ? tile_of<F, PAIR, false>(size) : tile_of<F, PAIR, true>(size);
+      set.pair[g] = g ? tile_of<F, PAIR, false>(size) : tile_of<F, PAIR, true>(size);
       pack<F>(static_cast<const T*>(call.x) + from * call.K, call.K, size, call.K, packed);
       packed += size * row_bytes, from += size;
     }
