@@ -25,10 +25,16 @@ def key_file() -> Path:
     return home / "eepass" / "signing.key"
 
 
+def ready_to_sign() -> Ed25519PrivateKey:
+    """This user's key, created if there is none; ``InputError`` or ``OSError`` where it cannot be
+    used."""
+    _create_key(key_file())
+    return _load_key(key_file())
+
+
 def sign(data: bytes) -> bytes:
     """A signature of ``data`` as JSON bytes: the public key and Ed25519's signature, in hex."""
-    _create_key(key_file())
-    key = _load_key(key_file())
+    key = ready_to_sign()
     signed = {"key": _public(key), "signature": key.sign(data).hex()}
     return json.dumps(signed, indent=1).encode() + b"\n"
 

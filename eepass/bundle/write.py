@@ -13,6 +13,7 @@ import torch
 
 import eepass
 from eepass import inspecting, pictures
+from eepass.bundle import signing
 from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, KERNELS, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
@@ -63,6 +64,8 @@ def write_folder(
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
     trained = None if artifact is None else artifact_for(loaded.model, artifact)
+    # a key that cannot be used is said before minutes of work, not after them
+    signing.ready_to_sign()
     try:
         with replacing_folder(target, is_transformed) as folder, torch.no_grad():
             return _Writer(loaded, folder, trained, notify, gpus).write(sizes, max_length)

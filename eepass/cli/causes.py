@@ -37,8 +37,10 @@ def machine_cause(error: BaseException) -> str | None:
 
 
 def _of_folder(error: OSError) -> str:
-    said = f"{error.filename}: {error.strerror}"
-    variable = variable_of(Path(os.fsdecode(error.filename)))
+    # what was copied to a full disk has two names, and the other is full
+    file = error.filename2 if error.errno in FULL and error.filename2 else error.filename
+    said = f"{file}: {error.strerror}"
+    variable = variable_of(Path(os.fsdecode(file)))
     first = "make room" if error.errno in FULL else ""
     second = f"set {variable} to a folder elsewhere" if variable else ""
     help = " or ".join(filter(None, (first, second)))

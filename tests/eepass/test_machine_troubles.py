@@ -103,6 +103,11 @@ def test_the_variable_that_helps_is_named(monkeypatch, variable, place):
     assert machine_cause(RuntimeError("of our own")) is None
 
 
+def test_of_a_copy_the_full_side_is_named():
+    error = OSError(errno.ENOSPC, "No space left on device", "/a/source", None, "/b/copy")
+    assert machine_cause(error) == "/b/copy: No space left on device; make room"
+
+
 def child(arguments, **environment):
     """A command of its own process: exit code, and what it said on the error stream."""
     done = subprocess.run(

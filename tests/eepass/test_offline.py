@@ -264,6 +264,14 @@ def test_nothing_is_signed_that_lost_a_file(original, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_key_that_cannot_be_used_is_said_before_the_work(original, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/dev/null/config")
+    monkeypatch.setattr(write, "split_model", None)
+    with pytest.raises(OSError, match="/dev/null/config"):
+        write_folder(eepass.load(str(original), "fp32"), tmp_path / "out", rows=(1,))
+    assert not list(tmp_path.iterdir())
+
+
 def test_two_transforms_at_once_leave_one_whole_folder(original, tmp_path):
     out = tmp_path / "out"
     command = [sys.executable, "-m", "eepass", "transform", str(original), "--out", str(out)]

@@ -45,7 +45,8 @@ def work(name, model_folder, tmp_path):
     out = tmp_path / "out"
     if name == "train":
         prompts = write_prompts(tmp_path / "prompts.jsonl")
-        options = ("--prompts", prompts, "--tokens", 1500, "--max-length", 64, "--draft", "none")
+        options = ("--prompts", prompts, "--tokens", 9000, "--max-length", 256)
+        options += ("--draft", "none")
 
         def works():
             found = eepass.load_artifact(out)
