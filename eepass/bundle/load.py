@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,6 +22,7 @@ from eepass.errors import InputError
 from eepass.model import ARTIFACT, EarlyExitModel
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
+from eepass.reading import parse_json
 from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.stored_graphs import GraphReader
 
@@ -45,12 +46,15 @@ def load_folder(
         open_kernels(folder / KERNELS)
     except (KernelsMissing, OSError) as error:
         raise InputError(f"{folder / KERNELS}: cannot be used here ({error})") from error
-    stored = load_file(folder / WEIGHTS)
-    tensors = {name: stored[name] for name in manifest.tensors}
+    try:
+        stored = load_file(folder / WEIGHTS)
+        tensors = {name: stored[name] for name in manifest.tensors}
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read ({error}); {AGAIN}") from error
     settle_weights(tensors.values())
     artifact = load_artifact(folder / ARTIFACT) if manifest.artifact else None
     try:
-        graphs = json.loads((folder / GRAPHS).read_text(encoding="utf-8"))
+        graphs = parse_json((folder / GRAPHS).read_bytes())
         reader = GraphReader(graphs["graphs"])
         splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
         compiler = CompiledCode(folder / CODE, manifest.code)
@@ -60,7 +64,7 @@ def load_folder(
             segments_for=partial(_stored_segments, reader, graphs["exits"]),
             folder=folder,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, LookupError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
         ) from error

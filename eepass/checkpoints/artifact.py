@@ -16,8 +16,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eepass.checkpoints.artifact_checks import (
+    refuse_bad_fingerprint,
+    refuse_bad_numbers,
+    refuse_bad_tensors,
+)
 from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.errors import InputError
+from eepass.reading import number, parse_json, whole_number
 
 SCHEMA = 2
 # the artefact of smollm2, part of the package
@@ -44,9 +50,9 @@ class Calibration:
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         numbers = ("target", "agreement", "mean_exit_layer", "speedup")
         return cls(
-            thresholds={int(k): float(v) for k, v in values["thresholds"].items()},
-            ranking=tuple(int(layer) for layer in values["ranking"]),
-            **{name: float(values[name]) for name in numbers},
+            thresholds={int(k): number(v) for k, v in values["thresholds"].items()},
+            ranking=tuple(whole_number(layer) for layer in values["ranking"]),
+            **{name: number(values[name]) for name in numbers},
         )
 
 
@@ -62,7 +68,9 @@ class PresetPart:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PresetPart:
         calibrations = tuple(Calibration.from_json(c) for c in values["calibrations"])
-        return cls(int(values["draft_layer"]), int(values["draft_tokens"]), calibrations)
+        return cls(
+            whole_number(values["draft_layer"]), whole_number(values["draft_tokens"]), calibrations
+        )
 
     def at_target(self, target: float) -> Calibration:
         """The calibration for the least target that is at least ``target``."""
@@ -129,19 +137,26 @@ def load_artifact(folder: Path) -> Artifact:
     """Read an artefact; raises ``InputError`` saying which file or field does not fit."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_bytes())
     except OSError as error:
         raise InputError(f"{folder}: no artefact here ({MANIFEST} cannot be read)") from error
     except ValueError as error:
         raise InputError(f"{path}: damaged, not JSON ({error}); train again") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: damaged, no JSON object; train again")
     if manifest.get("schema") != SCHEMA:
         raise InputError(
             f"{path}: schema {manifest.get('schema')!r}, this eepass reads {SCHEMA}; train again"
         )
     try:
         presets = {n: PresetPart.from_json(part) for n, part in manifest["presets"].items()}
-        fingerprint, report = manifest["fingerprint"], manifest.get("report", {})
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        fingerprint, report = manifest["fingerprint"], dict(manifest.get("report", {}))
+        refuse_bad_fingerprint(fingerprint)
+        for name, part in presets.items():
+            refuse_bad_numbers(name, part, fingerprint["layers"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; train again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: field {error} is missing or damaged; train again") from error
     tensors: dict[str, Tensor] = {}
     for name in FILES:
@@ -152,6 +167,10 @@ def load_artifact(folder: Path) -> Artifact:
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} holds NaN or inf; train again")
+    try:
+        refuse_bad_tensors(tensors, presets, fingerprint)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}; train again") from error
     return Artifact(fingerprint, presets, tensors, report)
 
 
@@ -231,7 +250,7 @@ def found_artifact(model: Any) -> Path | None:
     if name and (beside := artifact_beside(Path(name))):
         return beside
     if (SHIPPED / MANIFEST).is_file():
-        trained_for = json.loads((SHIPPED / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
+        trained_for = parse_json((SHIPPED / MANIFEST).read_bytes())["fingerprint"]
         # the architecture first: hashing weights takes longer
         same = trained_for["architecture"] == type(model).__name__
         if same and trained_for == fingerprint(model):

@@ -53,8 +53,7 @@ def _settings(spec: str) -> Mapping[str, Any]:
     """The configuration as it is in the file: transformers builds lists as long as it says."""
     from transformers.utils import cached_file
 
-    path = Path(cached_file(spec, "config.json"))
-    settings = parse_json(path.read_bytes())
+    settings = parse_json(Path(str(cached_file(spec, "config.json"))).read_bytes())
     if not isinstance(settings, dict):
         raise ValueError("config.json is no JSON object")
     return settings

@@ -12,7 +12,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from eepass.errors import InputError
+from eepass.errors import InputError, explained
+from eepass.reading import parse_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -24,13 +25,15 @@ class FolderTokenizer:
         self.folder = folder
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / FILES[0]))
-            config = json.loads((folder / FILES[1]).read_text(encoding="utf-8"))
+            config = parse_json((folder / FILES[1]).read_bytes())
+            if not isinstance(config, dict):
+                raise ValueError(f"{FILES[1]} is no JSON object")
+            template = folder / FILES[2]
+            text = template.read_text(encoding="utf-8") if template.exists() else None
         except Exception as error:  # tokenizers raises plain Exception
             raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        template = folder / FILES[2]
-        text = template.read_text(encoding="utf-8") if template.exists() else None
         self.chat_template: str | None = text or config.get("chat_template")
         self._special = _special_tokens(config)
 
@@ -65,12 +68,18 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
     """Token ids of a prompt, in the chat template unless ``raw`` or there is none."""
     if not prompt.strip():
         raise InputError("the prompt is empty: give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        # what the command line was given is not UTF-8, or a JSON escape is half a character
+        raise InputError("the prompt is no text: some of its bytes are not UTF-8") from None
     if raw or not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}]
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    )
+    with explained("the model's chat template fails; give the prompt raw (--raw)"):
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
 
 
 def write_tokenizer(loaded: Any, folder: Path) -> None:
