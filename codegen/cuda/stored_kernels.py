@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eepass.reading import parse_json
+
 INDEX = "kernels.json"
 AGAIN = "compile them again: eepass codegen MODEL --target {target} --out FOLDER"
 
@@ -80,7 +82,7 @@ def read_kernels(
     """
     path = folder / INDEX
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = parse_json(path.read_bytes())
         own, entries, stored_sources = index["capability"], index["cubins"], index["sources"]
         again = AGAIN.format(target=target_name(capability))
         if not runs_on(own, capability):
@@ -99,7 +101,9 @@ def read_kernels(
             )  # fmt: skip
     except OSError as error:
         raise KernelsUnfit(f"{error.filename}: missing or unreadable ({error.strerror})") from error
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except KernelsUnfit:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise KernelsUnfit(f"{path}: damaged, {error} is missing or wrong") from error
     return own, found
 

@@ -7,7 +7,6 @@ twice, nothing is mapped, and a file that the manifest does not list is not ther
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import os
 import stat
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from eepass.bundle.manifest import AGAIN, MANIFEST
 from eepass.errors import InputError
+from eepass.reading import parse_json
 
 CHUNK = 16 << 20
 # safetensors reads no longer header either
@@ -80,7 +80,7 @@ class ListedFiles:
         with self._opened(name) as reading:
             try:
                 size = int.from_bytes(reading.take(8), "little")
-                header = json.loads(bytes(reading.take(min(size, MOST_HEADER))))
+                header = parse_json(bytes(reading.take(min(size, MOST_HEADER))))
                 header.pop("__metadata__", None)
                 at = 0
                 for key, entry in sorted(header.items(), key=lambda e: e[1]["data_offsets"]):

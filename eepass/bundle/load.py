@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -23,6 +22,7 @@ from eepass.errors import InputError
 from eepass.model import ARTIFACT, EarlyExitModel
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
+from eepass.reading import parse_json
 from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.stored_graphs import GraphReader
 
@@ -60,8 +60,11 @@ def load_folder(
             files.check(name)
     try:
         tensors = {name: stored.pop(name) for name in manifest.tensors}
-        settle_weights(tensors.values())
-        graphs = json.loads(described)
+    except KeyError as error:
+        raise InputError(f"{folder / WEIGHTS}: does not hold {error} once; {AGAIN}") from error
+    settle_weights(tensors.values())
+    try:
+        graphs = parse_json(described)
         reader = GraphReader(graphs["graphs"])
         splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
         if lost := sorted(set(manifest.code.values()) - code.keys()):
@@ -73,7 +76,7 @@ def load_folder(
             segments_for=partial(_stored_segments, reader, graphs["exits"]),
             folder=folder,
         )  # fmt: skip
-    except (KeyError, TypeError, ValueError, LookupError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
         raise InputError(
             f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
         ) from error

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from eepass.bundle import signing
 from eepass.codegen.cpu.native import cpu_flags
 from eepass.errors import InputError
+from eepass.reading import from_json, parse_json
 
 SCHEMA = 1
 MANIFEST = "transformed.json"
@@ -116,10 +117,14 @@ def _check_origin(folder: Path, data: bytes, trust_native: bool) -> None:
 
 def _parse(data: bytes, path: Path) -> Manifest:
     try:
-        values: Mapping[str, Any] = json.loads(data)
+        values: Mapping[str, Any] = parse_json(data)
         schema = values["schema"]
         if schema == SCHEMA:
-            return Manifest(**{field.name: values[field.name] for field in fields(Manifest)})
+            manifest = from_json(Manifest, values)
+            for name, entry in manifest.files.items():
+                if list(map(type, entry)) != [str, int]:
+                    raise ValueError(f"files: {name} of another type")
+            return manifest
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged, {error} is missing or wrong; {AGAIN}") from error
     raise InputError(f"{path}: schema {schema!r}, this eepass reads {SCHEMA}; {AGAIN}")

@@ -13,11 +13,12 @@ import stat
 import tempfile
 from pathlib import Path
 
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from eepass.errors import InputError
+from eepass.reading import parse_json
 
 
 def key_file() -> Path:
@@ -45,7 +46,7 @@ def signer_of(data: bytes, signature: bytes, where: Path) -> str:
     Raises ``InputError`` naming ``where`` if it is damaged or the signature of other data.
     """
     try:
-        signed = json.loads(signature)
+        signed = parse_json(signature)
         public = Ed25519PublicKey.from_public_bytes(bytes.fromhex(signed["key"]))
         public.verify(bytes.fromhex(signed["signature"]), data)
     except (ValueError, KeyError, TypeError, InvalidSignature) as error:
@@ -67,7 +68,13 @@ def _load_key(file: Path) -> Ed25519PrivateKey:
         raise InputError(f"{file}: others can read this key; run chmod 600 on it, or remove it")
     try:
         key = serialization.load_pem_private_key(file.read_bytes(), password=None)
-    except ValueError as error:
+    except TypeError as error:
+        # it asks for a password that was not given
+        raise InputError(
+            f"{file}: encrypted, and eepass asks for no password; decrypt it, or remove it: a new "
+            "one will be created"
+        ) from error
+    except (ValueError, UnsupportedAlgorithm) as error:
         raise InputError(f"{file}: damaged; remove it, a new one will be created") from error
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{file}: not an Ed25519 key; remove it, a new one will be created")

@@ -16,10 +16,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from eepass.checkpoints.artifact_checks import (
+    refuse_bad_fingerprint,
+    refuse_bad_numbers,
+    refuse_bad_tensors,
+)
 from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.errors import InputError
 from eepass.files import save_tensors, write_text_atomically
 from eepass.folders import scratch_folder
+from eepass.reading import number, parse_json, whole_number
 
 SCHEMA = 2
 # the artefact of smollm2, part of the package
@@ -46,9 +52,9 @@ class Calibration:
     def from_json(cls, values: Mapping[str, Any]) -> Calibration:
         numbers = ("target", "agreement", "mean_exit_layer", "speedup")
         return cls(
-            thresholds={int(k): float(v) for k, v in values["thresholds"].items()},
-            ranking=tuple(int(layer) for layer in values["ranking"]),
-            **{name: float(values[name]) for name in numbers},
+            thresholds={int(k): number(v) for k, v in values["thresholds"].items()},
+            ranking=tuple(whole_number(layer) for layer in values["ranking"]),
+            **{name: number(values[name]) for name in numbers},
         )
 
 
@@ -64,7 +70,9 @@ class PresetPart:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> PresetPart:
         calibrations = tuple(Calibration.from_json(c) for c in values["calibrations"])
-        return cls(int(values["draft_layer"]), int(values["draft_tokens"]), calibrations)
+        return cls(
+            whole_number(values["draft_layer"]), whole_number(values["draft_tokens"]), calibrations
+        )
 
     def at_target(self, target: float) -> Calibration:
         """The calibration for the least target that is at least ``target``."""
@@ -151,23 +159,30 @@ def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes)
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(read(path))
+        manifest = parse_json(read(path))
     except OSError as error:
         raise InputError(f"{folder}: no artefact here ({MANIFEST} cannot be read)") from error
     except ValueError as error:
         raise InputError(f"{path}: damaged, not JSON ({error}); train again") from error
+    if not isinstance(manifest, dict):
+        raise InputError(f"{path}: damaged, no JSON object; train again")
     if manifest.get("schema") != SCHEMA:
         raise InputError(
             f"{path}: schema {manifest.get('schema')!r}, this eepass reads {SCHEMA}; train again"
         )
     try:
         presets = {n: PresetPart.from_json(part) for n, part in manifest["presets"].items()}
-        fingerprint, report = manifest["fingerprint"], manifest.get("report", {})
+        fingerprint, report = manifest["fingerprint"], dict(manifest.get("report", {}))
         # older artefacts have two files without hashes
         files = dict(manifest.get("files", dict.fromkeys(FILES)))
         if foreign := [name for name in files if not _written_by_us(name)]:
             raise ValueError(f"files, with {foreign[0]!r},")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        refuse_bad_fingerprint(fingerprint)
+        for name, part in presets.items():
+            refuse_bad_numbers(name, part, fingerprint["layers"])
+    except InputError as error:
+        raise InputError(f"{path}: {error}; train again") from error
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: field {error} is missing or damaged; train again") from error
     tensors: dict[str, Tensor] = {}
     for name, digest in files.items():
@@ -181,6 +196,10 @@ def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} holds NaN or inf; train again")
+    try:
+        refuse_bad_tensors(tensors, presets, fingerprint)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}; train again") from error
     return Artifact(fingerprint, presets, tensors, report)
 
 
@@ -260,7 +279,7 @@ def found_artifact(model: Any) -> Path | None:
     if name and (beside := artifact_beside(Path(name))):
         return beside
     if (SHIPPED / MANIFEST).is_file():
-        trained_for = json.loads((SHIPPED / MANIFEST).read_text(encoding="utf-8"))["fingerprint"]
+        trained_for = parse_json((SHIPPED / MANIFEST).read_bytes())["fingerprint"]
         # the architecture first: hashing weights takes longer
         same = trained_for["architecture"] == type(model).__name__
         if same and trained_for == fingerprint(model):

@@ -64,9 +64,10 @@ class LoadedModel:
         if not getattr(self.tokenizer, "chat_template", None):
             raise InputError(f"{self.name} has no chat template, so it cannot write prompts")
         mark = "eepass"
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
-        )
+        with explained(f"{self.name}: its chat template fails, so it cannot write prompts"):
+            text = self.tokenizer.apply_chat_template(
+                [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
+            )
         before, _, after = text.rpartition(mark)
         encode = self.tokenizer.encode
         return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)

@@ -11,7 +11,8 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from eepass.errors import InputError
+from eepass.errors import InputError, explained
+from eepass.reading import parse_json
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -22,21 +23,23 @@ class FolderTokenizer:
     def __init__(self, folder: Path, files: Mapping[str, bytes] | None = None) -> None:
         """``files``: the contents of those of ``FILES`` that count; by default all that are
         there."""
-        if files is None:
-            files = {f: (folder / f).read_bytes() for f in FILES if (folder / f).is_file()}
-        self.files = files
         try:
+            if files is None:
+                files = {f: (folder / f).read_bytes() for f in FILES if (folder / f).is_file()}
             self._tokenizer = Tokenizer.from_str(files[FILES[0]].decode())
-            config = json.loads(files[FILES[1]])
+            config = parse_json(files[FILES[1]])
+            if not isinstance(config, dict):
+                raise ValueError(f"{FILES[1]} is no JSON object")
+            text = files.get(FILES[2], b"").decode()
         except KeyError as error:
             raise InputError(
                 f"{folder}: its tokenizer cannot be read ({error.args[0]} is missing)"
             ) from error
         except Exception as error:  # tokenizers raises plain Exception
             raise InputError(f"{folder}: its tokenizer cannot be read ({error})") from error
+        self.files = files
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        text = files.get(FILES[2], b"").decode()
         self.chat_template: str | None = text or config.get("chat_template")
         self._special = _special_tokens(config)
 
@@ -71,12 +74,18 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
     """Token ids of a prompt, in the chat template unless ``raw`` or there is none."""
     if not prompt.strip():
         raise InputError("the prompt is empty: give some text")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        # what the command line was given is not UTF-8, or a JSON escape is half a character
+        raise InputError("the prompt is no text: some of its bytes are not UTF-8") from None
     if raw or not getattr(tokenizer, "chat_template", None):
         return list(tokenizer(prompt)["input_ids"])
     messages = [{"role": "user", "content": prompt}]
-    return list(
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-    )
+    with explained("the model's chat template fails; give the prompt raw (--raw)"):
+        return list(
+            tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        )
 
 
 def write_tokenizer(loaded: Any, folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 
 from eepass.kept.splits import kept_entries
+from eepass.reading import parse_json
 
 COSTS = "costs.json"
 
@@ -44,7 +45,7 @@ class KeptCosts:
         if entry is None:
             return {}
         try:
-            found = json.loads((entry / COSTS).read_text(encoding="utf-8"))
+            found = parse_json((entry / COSTS).read_bytes())
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}

@@ -21,6 +21,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from eepass.reading import parse_json
+
 LIMIT = 2 << 30
 LISTING = "entry.json"
 # what a process that died left half written is removed after so many seconds
@@ -85,7 +87,7 @@ class Entries:
     def _checked(self, entry: Path) -> list[str]:
         _refuse_foreign(entry)
         _refuse_foreign(entry / LISTING)
-        listing = json.loads((entry / LISTING).read_text(encoding="utf-8"))
+        listing = parse_json((entry / LISTING).read_bytes())
         for name, digest in listing.items():
             file = entry / name
             if file.parent != entry:

@@ -14,6 +14,7 @@ from eepass.kept.entries import Entries
 from eepass.kept.keys import Unforeseen, model_key, tensors_key
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
+from eepass.reading import parse_json
 from eepass.segments import SplitDecoder
 from eepass.stored_graphs import GraphReader, GraphWriter, NotStorable
 
@@ -44,7 +45,7 @@ def kept_splits(
     if entry is not None:
         try:
             text = (entry / GRAPHS).read_text(encoding="utf-8")
-            return *_read(json.loads(text), (entry / CONSTANTS).read_bytes(), model), key
+            return *_read(parse_json(text), (entry / CONSTANTS).read_bytes(), model), key
         except (OSError, KeyError, TypeError, ValueError, LookupError, AttributeError):
             entries.drop(key)
     splits, report = split()
@@ -67,7 +68,7 @@ def kept_exits(
     entry = entries.find(own)
     if entry is not None:
         try:
-            stored = json.loads((entry / GRAPHS).read_text(encoding="utf-8"))
+            stored = parse_json((entry / GRAPHS).read_bytes())
             return GraphReader(stored["graphs"]).exits(stored["exits"])
         except (OSError, KeyError, TypeError, ValueError, LookupError, AttributeError):
             entries.drop(own)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from eepass.errors import InputError
+from eepass.reading import from_json, parse_json
 
 SCHEMA = 1
 DECODE, PROMPT, WEIGHTS = "decode.onnx", "prefill.onnx", "weights.bin"
@@ -59,14 +60,13 @@ class OnnxMetadata:
         if text is None:
             raise InputError(f"{file}: not written by eepass export-onnx")
         try:
-            found = json.loads(text)
-            if found["schema"] != SCHEMA:
-                raise InputError(
-                    f"{file}: schema {found['schema']!r}, this eepass reads {SCHEMA}; {AGAIN}"
-                )
-            return cls(**{field.name: found[field.name] for field in fields(cls)})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            found = parse_json(text)
+            schema = found["schema"]
+            if schema == SCHEMA:
+                return from_json(cls, found)
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file}: its metadata are damaged ({error}); {AGAIN}") from error
+        raise InputError(f"{file}: schema {schema!r}, this eepass reads {SCHEMA}; {AGAIN}")
 
 
 def is_onnx(spec: str) -> bool:

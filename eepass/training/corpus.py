@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.lengths import refuse_longer, usual_length
+from eepass.reading import list_of, parse_json, read_lines, whole_number
 from eepass.training.progress import Progress, RecordFile
 
 
@@ -35,18 +35,18 @@ BATCH, LONGEST_PROMPT, LONGEST_ANSWER = 32, 96, 224
 def read_prompts(path: Path, limit: int | None = None) -> list[str]:
     """Prompts of a JSONL file: ``{"prompt": ...}`` or ``{"turns": [...]}`` a line; an
     ``InputError`` names the file and the line."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
     prompts: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         with _expected('{"prompt": "..."} or {"turns": ["..."]}', path, number):
-            record = json.loads(line)
-            prompt = record["turns"][0] if "turns" in record else record["prompt"]
-        if not isinstance(prompt, str) or not prompt.strip():
+            record = parse_json(line)
+            prompt = record["prompt"] if "turns" not in record else list_of(record["turns"])[0]
+            if not isinstance(prompt, str):
+                raise TypeError
+            # a JSON escape may be half a character
+            prompt.encode()
+        if not prompt.strip():
             raise InputError(f"{path}, line {number}: the prompt is empty")
         prompts.append(prompt)
         if limit is not None and len(prompts) >= limit:
@@ -58,17 +58,28 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 
 def read_answers(path: Path, prompts: Sequence[list[int]], vocabulary: int) -> list[Example]:
     """Examples of a JSONL file ``{"prompt": index, "answer": [token ids]}`` over ``prompts``."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file")
     examples = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip():
+            continue
         with _expected('{"prompt": index, "answer": [token ids]}', path, number):
-            record = json.loads(line)
-            prompt, answer = prompts[record["prompt"]], [int(token) for token in record["answer"]]
+            record = parse_json(line)
+            index = whole_number(record["prompt"])
+            answer = [whole_number(token) for token in list_of(record["answer"])]
+        if not 0 <= index < len(prompts):
+            raise InputError(f"{path}, line {number}: prompt {index} of {len(prompts)}, from 0")
+        prompt = prompts[index]
         if not answer or max(answer) >= vocabulary or min(answer) < 0:
             raise InputError(f"{path}, line {number}: token ids outside the vocabulary, or none")
         examples.append(Example(prompt, answer, split_of(prompt)))
     return examples
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
 
 
 @contextmanager
@@ -128,8 +139,7 @@ def write_answers(
     progress.begin("generating answers", tokens)
     progress.advance(made)
     answered = {tuple(record["prompt"]) for record in file.records}
-    # in an order of their own: where the token limit ends this early, all kinds have their share
-    left = sorted((prompt for prompt in prompts if tuple(prompt) not in answered), key=_hash)
+    left = [prompt for prompt in _mixed(prompts) if tuple(prompt) not in answered]
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature:
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -148,6 +158,22 @@ def write_answers(
         made += sum(map(len, answers))
         progress.advance(sum(map(len, answers)))
     return [Example(r["prompt"], r["answer"], split_of(r["prompt"])) for r in file.records]
+
+
+def _mixed(prompts: Sequence[list[int]]) -> list[list[int]]:
+    """``prompts`` in an order of their own, in which every stretch has its share of each split.
+
+    So where the token limit ends this early, all kinds and all splits are there.
+    """
+    kinds: dict[str, list[list[int]]] = {}
+    for prompt in sorted(prompts, key=_hash):
+        kinds.setdefault(split_of(prompt), []).append(prompt)
+    placed = [
+        ((place + 0.5) / len(kind), name, prompt)
+        for name, kind in kinds.items()
+        for place, prompt in enumerate(kind)
+    ]
+    return [prompt for _, _, prompt in sorted(placed, key=lambda entry: entry[:2])]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from torch import Tensor
 from eepass.errors import InputError
 from eepass.files import write_tensors_atomically, write_text_atomically
 from eepass.folders import locked
+from eepass.reading import parse_json
 
 LOCK = ".eepass.lock"
 # by eepass.files, and by safetensors
@@ -55,7 +56,7 @@ def check_request(checkpoint: Path, request: Mapping[str, object]) -> None:
     if not path.exists():
         write_text_atomically(path, json.dumps(request))
         return
-    stored = json.loads(path.read_text())
+    stored = _own_json(path, path.read_bytes())
     changed = [name for name, value in request.items() if stored.get(name) != value]
     if changed:
         raise InputError(
@@ -64,13 +65,24 @@ def check_request(checkpoint: Path, request: Mapping[str, object]) -> None:
         )
 
 
+def _own_json(path: Path, text: bytes) -> Any:
+    """An object of a file that a training wrote; ``InputError`` where it is damaged."""
+    try:
+        found = parse_json(text)
+        if isinstance(found, dict):
+            return found
+    except ValueError:
+        pass
+    raise InputError(f"{path}: damaged; delete {path.parent} or choose another --out")
+
+
 class RecordFile:
     """JSON records, one a line; the file grows by whole batches of them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        lines = path.read_bytes().splitlines() if path.exists() else []
+        self.records: list[dict[str, Any]] = [_own_json(path, line) for line in lines]
 
     def extend(self, records: Iterable[dict[str, Any]]) -> None:
         self.records.extend(records)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -68,11 +69,14 @@ def train(
     checkpoint = folder / "checkpoint"
     texts = corpus.read_prompts(Path(prompts or DEFAULT_PROMPTS))
     encoded = [loaded.encode(text, raw) for text in texts]
+    examples: list[corpus.Example] = []
+    if answers is not None:
+        examples = corpus.read_answers(Path(answers), encoded, loaded.model.config.vocab_size)
     request = {
         "model": fingerprint(loaded.model)["weights"],
-        "prompts": len(encoded),
-        "answers": Path(answers).name if answers else None,
-        "tokens": None if answers else tokens,
+        "prompts": _hash(repr(encoded).encode()),
+        "answers": _hash(repr(examples).encode()) if answers is not None else None,
+        "tokens": None if answers is not None else tokens,
         "max_length": max_length,
         "samples": samples,
         "temperature": temperature if samples else None,
@@ -84,9 +88,6 @@ def train(
     try:
         held.enter_context(claimed(checkpoint, folder))
         check_request(checkpoint, request)
-        examples: list[corpus.Example] = []
-        if answers is not None:
-            examples = corpus.read_answers(Path(answers), encoded, loaded.model.config.vocab_size)
         path = checkpoint / "prompts.jsonl"
         own = corpus.write_prompts(loaded, own_prompts, path, progress) if own_prompts else []
         unanswered = own if answers is not None else encoded + own
@@ -98,10 +99,7 @@ def train(
         for sampled in range(1, samples + 1):
             path = checkpoint / f"answers-{sampled}.jsonl"
             examples += corpus.write_answers(loaded, fit, tokens, path, progress, temperature)
-        if {e.split for e in examples} != {"fit", "predict", "calibrate"}:
-            raise InputError(
-                f"{len(examples)} answers are too few: give more prompts or raise --tokens"
-            )
+        _refuse_too_few(examples, unanswered, tokens)
         trainer = Trainer(loaded.model, checkpoint, progress, max_length, draft=draft, steps=steps)
         artifact = trainer.run(examples)
         artifact.save(folder)
@@ -117,6 +115,24 @@ def train(
     finally:
         held.close()
     return artifact
+
+
+def _refuse_too_few(
+    examples: Sequence[corpus.Example], prompts: Sequence[list[int]], tokens: int
+) -> None:
+    """Raise ``InputError`` where a split has no answers, saying what there should be more of."""
+    if {example.split for example in examples} == {split for split, _ in corpus.SPLITS}:
+        return
+    made = sum(len(example.answer) for example in examples)
+    left = {tuple(prompt) for prompt in prompts} - {tuple(e.prompt) for e in examples}
+    raise InputError(
+        f"{len(examples)} answers of {made} tokens are too few: "
+        + (f"raise --tokens above {max(made, tokens)}" if left else "give more prompts")
+    )
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
 
 
 class Trainer:
@@ -161,7 +177,7 @@ class Trainer:
         self._timed("collect", collect, self.model, examples, self.store, self.progress)
         answered = {split: len(self.store.labels(split)) for split, _ in corpus.SPLITS}
         if not all(answered.values()):
-            raise InputError("too few answers to train on: give more prompts or raise --tokens")
+            raise InputError("too few answers to train on: give more prompts")
         tensors = self._timed("hot", self._hot)
         tensors |= self._timed("translators", self._translators, tensors["hot.ids"])
         if self.draft == "eagle":

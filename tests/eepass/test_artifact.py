@@ -112,3 +112,73 @@ def test_a_target_beyond_the_calibration_is_refused(saved):
 def test_no_artefact_at_all(tmp_path):
     with pytest.raises(InputError, match="no artefact here"):
         load_artifact(tmp_path)
+
+
+@pytest.mark.parametrize("text", ("[]", "null", "3", '"eepass"', "[" * 100_000, "\xff"))
+def test_a_manifest_that_is_no_object(saved, text):
+    (saved / "eepass.json").write_text(text, encoding="latin-1")
+    with pytest.raises(InputError, match=r"eepass\.json: damaged"):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        ("fingerprint", [], "fingerprint"),
+        ("fingerprint.hidden", "64", "hidden is '64'"),
+        ("fingerprint.layers", True, "layers is True"),
+        ("presets", [], "field"),
+        ("presets.default", None, "field"),
+        ("presets.default.draft_layer", 9, "after layer 9"),
+        ("presets.default.draft_tokens", 0, "0 draft tokens"),
+        ("presets.default.draft_tokens", 17, r"predictor\.default.*w1 is float32"),
+        ("presets.default.draft_tokens", 16.5, "no whole number"),
+        ("presets.default.calibrations", [], "no calibrations"),
+        ("presets.default.calibrations.0.thresholds", {"7": 0.4}, "layer 7 of 4"),
+        ("presets.default.calibrations.0.thresholds", {"1": 0.4}, r"default\.1\.w1 is missing"),
+        ("presets.default.calibrations.0.target", float("nan"), "no number"),
+        ("presets.default.calibrations.0.target", "0.9", "no number"),
+        ("presets.default.calibrations.0.ranking", [0], "layer 0 of 4"),
+        ("report", 3, "field"),
+    ],
+)
+def test_a_field_of_another_type_or_range(saved, place, value, said):
+    manifest = json.loads((saved / "eepass.json").read_text())
+    *path, last = place.split(".")
+    inner = manifest
+    for name in path:
+        inner = inner[int(name)] if isinstance(inner, list) else inner[name]
+    inner[last] = value
+    (saved / "eepass.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=said):
+        load_artifact(saved)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "said"),
+    [
+        ("hot.ids", torch.arange(96).float(), "not a list of ids"),
+        ("hot.ids", torch.arange(96).int() + 100, "ids outside 0 to 159"),
+        ("hot.ids", torch.arange(96).int() - 1, "ids outside"),
+        ("hot.ids", torch.zeros(96).int(), "one twice"),
+        ("hot.ids", torch.arange(8).int(), "8 tokens to draft 16 from"),
+        ("hot.ids", None, "hot.ids is missing"),
+        ("eagle.features", torch.tensor([1, 9]).int(), "ids outside 0 to 4"),
+        ("eagle.mix", torch.zeros(64, 64), r"not \[64, 192\]"),
+        ("eagle.q", torch.zeros(60, 64), r"eagle\.(k|v|o|q)"),
+        ("eagle.down", None, "eagle.down is missing"),
+        ("translator.2.up", torch.zeros(64, 9), r"translator\.2\.up"),
+        ("translator.2.scale", torch.zeros(63), r"translator\.2\.scale"),
+        ("translator.9.scale", torch.zeros(64), "layers 1 to 4"),
+        ("translator.2.up", torch.zeros(64, 8).int(), "int32"),
+        ("predictor.default.3.w2", torch.zeros(3), r"predictor\.default\.3\.w2"),
+        ("predictor.default.x.w2", torch.zeros(3), "layers 1 to 4"),
+    ],
+)
+def test_a_tensor_of_another_shape_or_range(saved, name, tensor, said):
+    found = load_artifact(saved)
+    tensors = {n: t for n, t in found.tensors.items() if n != name}
+    tensors |= {} if tensor is None else {name: tensor}
+    dataclasses.replace(found, tensors=tensors).save(saved)
+    with pytest.raises(InputError, match=said):
+        load_artifact(saved)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 
 import pytest
 from command_line import refused, run
@@ -141,6 +142,10 @@ def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
     usual = ("generate", folder, "--dtype", "fp32", "--prompt", "w5 w6", "--max-new-tokens", 5)
     assert run(*usual, "--artifact", out)[0] == 0
     assert "other max_length" in refused(*command[:-1], 300)
+    # as many prompts, other ones
+    lines = prompts.read_text().splitlines(keepends=True)
+    prompts.write_text("".join([lines[0].replace("w3 ", "w4 ", 1), *lines[1:]]))
+    assert "other prompts" in refused(*command)
 
 
 def test_a_full_disk_keeps_what_was_done(folder, prompts, tmp_path, monkeypatch):
@@ -215,6 +220,24 @@ def test_bad_requests_are_refused_in_one_line(folder, tmp_path):
     long.write_text(json.dumps({"prompt": "w5 " * 200}) + "\n")
     text = refused("bench", folder, "--dtype", "fp32", "--prompts", long, "--max-length", 64)
     assert "raise max_length" in text
+
+
+def test_prompts_that_are_no_text_are_refused(folder):
+    usual = ("generate", folder, "--dtype", "fp32", "--prompt")
+    # as Python reads the bytes b"\xff" of a command line
+    for raw in ((), ("--raw",)):
+        assert "not UTF-8" in refused(*usual, "w5 \udcff", *raw)
+
+
+@pytest.mark.parametrize(
+    "template", ("{{ messages[", "{{ raise_exception('no') }}", "{{ nothing.at.all }}", "{{ 1/0 }}")
+)
+def test_a_broken_chat_template_is_named(folder, tmp_path, template):
+    copied = tmp_path / "copy"
+    shutil.copytree(folder, copied)
+    (copied / "chat_template.jinja").write_text(template)
+    text = refused("generate", copied, "--dtype", "fp32", "--prompt", "w5")
+    assert "chat template fails" in text and "--raw" in text
 
 
 def test_weights_that_are_not_finite_are_named(folder, tmp_path):

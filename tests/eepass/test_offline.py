@@ -318,7 +318,7 @@ def test_native_code_of_others_needs_a_yes(copied, monkeypatch, tmp_path):
         ({"torch": "2.99.0"}, r"compiled for torch 2\.99\.0.*install torch 2\.99\.0"),
         ({"cpu": ["avx1024", "sse2"]}, "a CPU with avx1024, which this one lacks"),
         ({"schema": 99}, "schema 99"),
-        ({"rows": None, "files": {"../secret": ["0", 0]}}, "not in the folder"),
+        ({"files": {"../secret": ["0", 0]}}, "not in the folder"),
     ),
     ids=("torch", "cpu", "schema", "outside"),
 )
@@ -361,3 +361,27 @@ def test_every_command_takes_a_folder_or_says_why_not(folder, tmp_path):
     assert "passes are done" in refused(*common, "--dump", tmp_path / "dump")
     assert "--rows" in refused("transform", folder, "--out", tmp_path / "new", "--rows", "one")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("files", []), ("files", {"graphs.json": ["x", "y"]}), ("files", {"graphs.json": 3}),
+        ("cpu", None), ("cpu", [1]), ("code", {"a": 1}), ("tensors", "model"), ("tensors", ["no"]),
+        ("stop", ["2"]), ("stop", None), ("artifact", "yes"), ("rows", {"1": 1}), ("dtype", 3),
+        ("schema", [1]), ("torch", None), ("threads", True),
+    ],
+)  # fmt: skip
+def test_fields_of_another_type_are_named(copied, field, value):
+    resign(copied, **{field: value})
+    with pytest.raises(InputError, match=r"transformed\.json|model\.safetensors"):
+        eepass.load(str(copied))
+
+
+@pytest.mark.parametrize("text", ("[]", "null", '{"a": ' * 100_000, '{"schema": 1}'))
+def test_a_manifest_that_is_none(copied, text):
+    path = copied / manifest.MANIFEST
+    path.write_text(text)
+    (copied / manifest.SIGNATURE).write_bytes(signing.sign(path.read_bytes()))
+    with pytest.raises(InputError, match=r"transformed\.json: damaged"):
+        eepass.load(str(copied))

@@ -5,6 +5,7 @@ import stat
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from cryptography.hazmat.primitives import serialization
 
 from eepass.bundle import signing
 from eepass.errors import InputError
@@ -57,3 +58,28 @@ def test_a_key_others_can_read_is_no_key():
     signing.key_file().write_text("-----BEGIN NOTHING-----")
     with pytest.raises(InputError, match="damaged"):
         signing.sign(b"data")
+
+
+def test_an_encrypted_key_says_so():
+    signing.sign(b"data")
+    key = serialization.load_pem_private_key(signing.key_file().read_bytes(), None)
+    signing.key_file().write_bytes(
+        key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"word"),
+        )
+    )
+    with pytest.raises(InputError, match="encrypted"):
+        signing.own_key()
+    signing.key_file().write_bytes(
+        b"-----BEGIN PRIVATE KEY-----\nMAA=\n-----END PRIVATE KEY-----\n"
+    )
+    with pytest.raises(InputError, match="damaged"):
+        signing.own_key()
+
+
+@pytest.mark.parametrize("signature", (b"[]", b"null", b"[" * 100_000, b'{"key": 3}'))
+def test_signatures_of_another_type(home, signature):
+    with pytest.raises(InputError, match="altered or cut short"):
+        signing.signer_of(b"data", signature, home / "the-file")

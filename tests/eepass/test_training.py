@@ -13,12 +13,19 @@ from eepass.ops import exits as exit_ops
 from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
-from eepass.training.corpus import Example, read_answers, read_prompts, split_of, write_prompts
+from eepass.training.corpus import (
+    Example,
+    _mixed,
+    read_answers,
+    read_prompts,
+    split_of,
+    write_prompts,
+)
 from eepass.training.dense_model import best_token
 from eepass.training.draft_head import fit_draft_head
 from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
-from eepass.training.train import Trainer
+from eepass.training.train import Trainer, _refuse_too_few
 from eepass.training.unrolling import Lines, draft_hits
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
@@ -66,6 +73,77 @@ def test_a_broken_line_is_named(tmp_path):
     answers.write_text('{"prompt": 0, "answer": [1, 999]}\n')
     with pytest.raises(InputError, match="line 1"):
         read_answers(answers, [[1]], 100)
+
+
+def test_lines_end_at_newlines_alone(tmp_path):
+    """Other separators and a byte-order mark are legal in JSON Lines."""
+    file = tmp_path / "prompts.jsonl"
+    texts = ["one\u2028two", "three\x85four", "five\u2029six"]
+    lines = [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]
+    file.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert read_prompts(file) == texts
+    answers = tmp_path / "answers.jsonl"
+    answers.write_bytes('\ufeff{"prompt": 1, "answer": [5], "of": "a\u2028b"}\n\n'.encode())
+    assert read_answers(answers, [[1], [2]], 100)[0][:2] == ([2], [5])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"prompt": -1, "answer": [1]}', '{"prompt": true, "answer": [1]}',
+        '{"prompt": 2, "answer": [1]}', '{"prompt": "0", "answer": [1]}',
+        '{"prompt": 0, "answer": [1.5]}', '{"prompt": 0, "answer": [true]}',
+        '{"prompt": 0, "answer": "123"}', '{"prompt": 0, "answer": [-1]}',
+        '{"prompt": 0, "answer": []}', '{"prompt": 0}', "[0, [1]]", "null", "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_answer_is_named(tmp_path, line):
+    file = tmp_path / "answers.jsonl"
+    file.write_text('{"prompt": 0, "answer": [1]}\n' + line + "\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_answers(file, [[1], [2]], 100)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"turns": "text"}', '{"turns": []}', '{"turns": [3]}', '{"prompt": 3}', '{"prompt": null}',
+        '["prompt"]', '"prompt"', '{"prompt": "\\ud800"}', '{"a": ' * 100_000,
+    ],
+)  # fmt: skip
+def test_what_is_no_prompt_is_named(tmp_path, line):
+    file = tmp_path / "prompts.jsonl"
+    file.write_text('{"prompt": "a"}\n' + line + "\n")
+    with pytest.raises(InputError, match="line 2"):
+        read_prompts(file)
+
+
+def test_prompts_that_are_not_utf8_are_named(tmp_path):
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(b'{"prompt": "\xff"}\n')
+    with pytest.raises(InputError, match="cannot be read as text"):
+        read_prompts(file)
+    with pytest.raises(InputError, match="cannot be read as text"):
+        read_answers(file, [[1]], 100)
+
+
+def test_every_stretch_of_prompts_has_all_splits():
+    """A token limit ends early; what was answered until then has to train on all three."""
+    prompts = [[n, n + 1] for n in range(1000)]
+    mixed = _mixed(prompts)
+    assert sorted(mixed) == prompts
+    for begin in range(0, 960, 32):
+        stretch = mixed[begin : begin + 32]
+        assert {split_of(prompt) for prompt in stretch} == {"fit", "predict", "calibrate"}
+
+
+def test_too_few_answers_say_what_to_give():
+    fit = next([n] for n in range(100) if split_of([n]) == "fit")
+    examples = [Example(fit, [5] * 1500, "fit")]
+    with pytest.raises(InputError, match="1 answers of 1500 tokens are too few: give more prompts"):
+        _refuse_too_few(examples, [fit], 1000)
+    with pytest.raises(InputError, match="raise --tokens above 1500"):
+        _refuse_too_few(examples, [fit, [101]], 1000)
 
 
 def test_splits_go_by_prompt_and_have_their_sizes():

@@ -1,0 +1,121 @@
+"""What an artefact must be to be one: its tensors' names, shapes and ids, and its numbers.
+
+Sizes are those of the fingerprint, which is the model's where the artefact is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eepass.errors import InputError
+from eepass.reading import is_whole_number
+
+# shapes by letter: H is the model's width, B a translator's, W a predictor's, D its features, F the
+# draft head's features side by side, A and I its widths inside
+PREDICTOR = {"w1": "WD", "b1": "W", "w2": "W", "b2": "1"}
+TRANSLATOR = {"scale": "H", "down": "BH", "up": "HB"}
+DRAFT_HEAD = {
+    "embed": "HH", "mix": "HF", "carry": "HH", "q": "AH", "k": "AH", "v": "AH", "o": "HA",
+    "gate": "IH", "up": "IH", "down": "HI", "norm1": "H", "norm2": "H", "norm3": "H",
+}  # fmt: skip
+# the features of a predictor for each draft token; a head of the draft head
+FEATURES, HEAD_WIDTH = 3, 64
+
+
+def refuse_bad_fingerprint(fingerprint: Any) -> None:
+    """Raise ``InputError`` for a fingerprint without a model's sizes."""
+    if not isinstance(fingerprint, Mapping):
+        raise InputError("field fingerprint is no object")
+    for name in ("layers", "hidden", "vocabulary"):
+        value = fingerprint.get(name, 0)
+        if not is_whole_number(value) or value < 1:
+            raise InputError(f"fingerprint: {name} is {value!r}, not a size")
+
+
+def refuse_bad_numbers(name: str, part: Any, layers: int) -> None:
+    """Raise ``InputError`` for a preset ``part`` that a model of so many ``layers`` cannot have."""
+    if not 0 <= part.draft_layer <= layers or part.draft_tokens < 1:
+        raise InputError(
+            f"preset {name}: {part.draft_tokens} draft tokens after layer {part.draft_layer}"
+        )
+    if not part.calibrations:
+        raise InputError(f"preset {name}: no calibrations")
+    for calibration in part.calibrations:
+        numbers = (calibration.target, calibration.agreement, calibration.mean_exit_layer,
+                   calibration.speedup, *calibration.thresholds.values())  # fmt: skip
+        if not all(map(math.isfinite, numbers)):
+            raise InputError(f"preset {name}: a calibration holds what is no number")
+        for layer in (*calibration.thresholds, *calibration.ranking):
+            if not 1 <= layer <= layers:
+                raise InputError(f"preset {name}: an exit after layer {layer} of {layers}")
+
+
+def refuse_bad_tensors(
+    tensors: Mapping[str, Tensor], presets: Mapping[str, Any], fingerprint: Mapping[str, Any]
+) -> None:
+    """Raise ``InputError`` naming the first tensor that is missing, or of another shape or range
+    than ``presets`` and the model of ``fingerprint`` have."""
+    sizes = {"H": int(fingerprint["hidden"]), "1": 1}
+    layers, vocabulary = int(fingerprint["layers"]), int(fingerprint["vocabulary"])
+    for preset, part in presets.items():
+        prefix = f"predictor.{preset}."
+        numbered = {n.removeprefix(prefix).partition(".")[0] for n in tensors if prefix in n}
+        wanted = {str(n) for calibration in part.calibrations for n in calibration.thresholds}
+        for layer in sorted(numbered | wanted):
+            _refuse_other_layer(prefix + layer, layer, layers)
+            own = {**sizes, "D": FEATURES * part.draft_tokens}
+            _match(tensors, f"{prefix}{layer}.", PREDICTOR, own)
+    for layer in sorted({n.split(".")[1] for n in tensors if n.startswith("translator.")}):
+        _refuse_other_layer(f"translator.{layer}", layer, layers)
+        _match(tensors, f"translator.{layer}.", TRANSLATOR, dict(sizes))
+    if any(name.startswith("eagle.") for name in tensors):
+        features = _ids(tensors, "eagle.features", layers + 1)
+        own = {**sizes, "F": (len(features) + 1) * sizes["H"]}
+        _match(tensors, "eagle.", DRAFT_HEAD, own)
+        if own["A"] % HEAD_WIDTH:
+            raise InputError(f"eagle.q: {own['A']} rows are no heads of {HEAD_WIDTH}")
+        if "eagle.hot.ids" in tensors:
+            _ids(tensors, "eagle.hot.ids", vocabulary)
+    hot = _ids(tensors, "hot.ids", vocabulary)
+    most = max((part.draft_tokens for part in presets.values()), default=0)
+    if len(hot) < most:
+        raise InputError(f"hot.ids: {len(hot)} tokens to draft {most} from")
+
+
+def _refuse_other_layer(name: str, layer: str, layers: int) -> None:
+    if not (layer.isascii() and layer.isdecimal() and 1 <= int(layer) <= layers):
+        raise InputError(f"{name}: the model has layers 1 to {layers}")
+
+
+def _match(
+    tensors: Mapping[str, Tensor], prefix: str, shapes: Mapping[str, str], sizes: dict[str, int]
+) -> None:
+    """Refuse tensors that do not have ``shapes``; letters that are new are put into ``sizes``."""
+    for name, letters in shapes.items():
+        tensor = tensors.get(prefix + name)
+        if tensor is None:
+            raise InputError(f"{prefix}{name} is missing")
+        if tensor.ndim == len(letters):
+            for letter, size in zip(letters, tensor.shape, strict=True):
+                sizes.setdefault(letter, size)
+        wanted = [sizes.get(letter, 0) for letter in letters]
+        if not tensor.is_floating_point() or list(tensor.shape) != wanted or 0 in wanted:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise InputError(f"{prefix}{name} is {kind} {list(tensor.shape)}, not {wanted}")
+
+
+def _ids(tensors: Mapping[str, Tensor], name: str, end: int) -> Tensor:
+    """Whole numbers from 0 to ``end``, none of them twice."""
+    ids = tensors.get(name)
+    if ids is None:
+        raise InputError(f"{name} is missing")
+    if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64) or not len(ids):
+        raise InputError(f"{name} is {ids.dtype} {list(ids.shape)}, not a list of ids")
+    if ids.min() < 0 or ids.max() >= end or len(ids.unique()) < len(ids):
+        raise InputError(f"{name} holds ids outside 0 to {end - 1}, or one twice")
+    return ids
