@@ -144,11 +144,13 @@ def _sources(kinds: Iterable[type]) -> set[tuple[str, ...]]:
 def _named(function: FunctionType, kind: type) -> tuple[str, str]:
     """Module and name of a function that ``kind`` uses."""
     packages = {name.partition(".")[0] for name in (kind.__module__, "torch", "transformers")}
-    foreign = function.__module__.partition(".")[0] not in packages
+    # what Python generates for a class may have no module
+    module = function.__module__ or kind.__module__
+    foreign = module.partition(".")[0] not in packages
     if foreign and "<locals>" in function.__qualname__:
         # a name says nothing about what such a one does
-        raise Unforeseen(f"{kind.__module__} uses {function.__module__}.{function.__qualname__}")
-    return function.__module__, function.__qualname__
+        raise Unforeseen(f"{kind.__module__} uses {module}.{function.__qualname__}")
+    return module, function.__qualname__
 
 
 @cache

@@ -252,6 +252,7 @@ def test_thresholds_found_anew(quantised, tmp_path):
 
 def test_formats_of_other_libraries_are_refused_by_name(tmp_path):
     model = small()
+    model.save_pretrained(tmp_path)
     model.config.quantization_config = {"quant_method": "hqq", "quant_config": {}}
     model.config.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
