@@ -134,13 +134,18 @@ struct Spaced {
   }
 };
 
-// Sums of a pair of code vectors with R rows; `x` points at the 8 inputs' words of R rows.
+// Sums of a pair of code vectors with R rows; `x` points at the 8 inputs' words of R rows. With few
+// rows, `others` takes the second vector's: one sum would wait for itself. Integers add up to the
+// same in any order.
+template <int R>
+constexpr int OTHERS = R <= 2 ? R : 0;
 template <typename C, int R>
-inline void add_integers(Ints first, Ints second, const int32_t* x, Ints* sums) {
+inline void add_integers(Ints first, Ints second, const int32_t* x, Ints* sums, Ints* others) {
 #pragma GCC unroll 8
   for (int r = 0; r < R; r++) {
     sums[r] = dot<C::BITS>(sums[r], first, x[r]);
-    sums[r] = dot<C::BITS>(sums[r], second, x[R + r]);
+    Ints& sum = OTHERS<R> ? others[r] : sums[r];
+    sum = dot<C::BITS>(sum, second, x[R + r]);
   }
 }
 template <int R, int N>
@@ -164,20 +169,21 @@ struct Rows {
   template <int PART>
   static void products(const uint8_t* p, const int32_t* x, Floats* out) {
     if constexpr (INTEGERS) {
-      Ints sums[R];
+      Ints sums[R], others[OTHERS<R> + 1];
       for (auto& sum : sums) sum = zero_ints();
+      for (auto& sum : others) sum = zero_ints();
       Ints first, second;
       C::template pair<PART * PAIRS>(p, first, second);
-      add_integers<C, R>(first, second, x, sums);
+      add_integers<C, R>(first, second, x, sums, others);
       C::template pair<PART * PAIRS + 1>(p, first, second);
-      add_integers<C, R>(first, second, x + 2 * R, sums);
+      add_integers<C, R>(first, second, x + 2 * R, sums, others);
       if constexpr (PARTS == 1) {
         C::template pair<2>(p, first, second);
-        add_integers<C, R>(first, second, x + 4 * R, sums);
+        add_integers<C, R>(first, second, x + 4 * R, sums, others);
         C::template pair<3>(p, first, second);
-        add_integers<C, R>(first, second, x + 6 * R, sums);
+        add_integers<C, R>(first, second, x + 6 * R, sums, others);
       }
-      for (int r = 0; r < R; r++) out[r] = to_floats(sums[r]);
+      for (int r = 0; r < R; r++) out[r] = to_floats(OTHERS<R> ? add(sums[r], others[r]) : sums[r]);
     } else {
       for (int r = 0; r < R; r++) out[r] = zero();
       const auto* values = reinterpret_cast<const float*>(x);

@@ -48,6 +48,7 @@ inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 inline Ints codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints bits(Ints a, char mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(mask))}; }
 inline Ints either(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
+inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
 template <int N>
 inline Ints right(Ints a) { return {_mm512_srli_epi16(a.v, N)}; }
 template <int N>
@@ -126,6 +127,9 @@ inline Ints bits(Ints x, char mask) {
 }
 inline Ints either(Ints x, Ints y) {
   return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)};
+}
+inline Ints add(Ints x, Ints y) {
+  return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)};
 }
 template <int N>
 inline Ints right(Ints x) { return {_mm256_srli_epi16(x.a, N), _mm256_srli_epi16(x.b, N)}; }
