@@ -231,6 +231,8 @@ def test_a_signal_leaves_the_terminal_as_it_was(model_folder, prompts_file, tmp_
     process = subprocess.Popen(
         command, cwd=ROOT, stdin=other, stdout=other, stderr=other, start_new_session=True,
         env={**os.environ, "TERM": "xterm"},
+        # a shell's background jobs, such as a test run may be, ignore Ctrl-C
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )  # fmt: skip
     os.close(other)
     said = b""
