@@ -39,15 +39,18 @@ SHIMS = {
         "AOTITorchError aoti_torch_cpu_logits_rows(AtenTensorHandle, AtenTensorHandle,"
         " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
-    _operators.quantized_rows.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_rows(AtenTensorHandle, const AtenTensorHandle*,"
-        " int64_t, const AtenTensorHandle*, int64_t, const AtenTensorHandle**, int64_t,"
-        " const AtenTensorHandle**, int64_t, int32_t, ...)"
+    _operators.packed_rows.default: [
+        "AOTITorchError aoti_torch_cpu_packed_rows(AtenTensorHandle, const AtenTensorHandle*,"
+        " int64_t, const int64_t*, int64_t, const int64_t*, int64_t, const AtenTensorHandle**,"
+        " int64_t, int64_t, ...)"
     ],
-    _operators.quantized_logits.default: [
-        "AOTITorchError aoti_torch_cpu_quantized_logits(AtenTensorHandle, AtenTensorHandle,"
-        " AtenTensorHandle, const AtenTensorHandle*, const AtenTensorHandle*, int32_t,"
-        " AtenTensorHandle*)"
+    _operators.packed_logits.default: [
+        "AOTITorchError aoti_torch_cpu_packed_logits(AtenTensorHandle, AtenTensorHandle, int64_t,"
+        " int64_t, const AtenTensorHandle*, int64_t, AtenTensorHandle*)"
+    ],
+    _operators.unpack.default: [
+        "AOTITorchError aoti_torch_cpu_unpack(AtenTensorHandle, int64_t, int64_t,"
+        " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
     _operators.attend_rows.default: [
         "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"

@@ -14,7 +14,8 @@ from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import ByStructure, Compiled
 from eepass.codegen.cpu.native import load_kernels
-from eepass.codegen.kept_program import NotKept, program_of, run_program
+from eepass.codegen.kept_program import NotKept, program_of
+from eepass.codegen.native_program import NativeProgram, runnable
 from eepass.segments import GraphToMake
 
 PROGRAM = "program.py.txt"
@@ -66,7 +67,10 @@ class KeepingCompiler:
         made = compile()
         # code of another form is compiled at each start
         with contextlib.suppress(NotKept, OSError):
-            program, kernels = program_of(made)
+            if isinstance(made, NativeProgram):
+                program, kernels = made.program, made.kernels
+            else:
+                program, kernels = program_of(made)
             files = {name + LIBRARY: path.read_bytes() for name, path in kernels.items()}
             self.store.write(key, {PROGRAM: program.encode(), **files})
         return made
@@ -77,7 +81,7 @@ class KeepingCompiler:
             return None
         try:
             kernels = {path.stem: path for path in entry.glob("*" + LIBRARY)}
-            return run_program((entry / PROGRAM).read_text(encoding="utf-8"), kernels)
+            return runnable((entry / PROGRAM).read_text(encoding="utf-8"), kernels)
         except (NotKept, ImportError, OSError):
             self.store.drop(key)
             return None

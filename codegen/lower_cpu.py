@@ -22,6 +22,7 @@ from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
+from eepass.codegen.native_program import natively
 
 SETTINGS: dict[str, Any] = {
     # these are for graphs before ATen, and ours are ATen already
@@ -44,7 +45,7 @@ class CpuCompiler(ByStructure):
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
         with ready_to_compile(graph, examples, logits) as (lowered, fakes):
-            return through_inductor(lowered, fakes)
+            return natively(through_inductor(lowered, fakes))
 
 
 def through_inductor(lowered: GraphModule, fakes: list[Any]) -> Compiled:

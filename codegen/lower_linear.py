@@ -3,12 +3,13 @@
     before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)          x [..., R, I], R <= 64
     after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
 
-    before   q, k = quantized_linear(x, *wq, False), quantized_linear(x, *wk, False)
-    after    q, k = eepass.quantized_rows(x, [codes ...], [scales ...], [mins ...], [biases ...])
+    before   q, k = eepass.packed_linear(x, wq, ...), eepass.packed_linear(x, wk, ...)
+    after    q, k = eepass.packed_rows(x, [wq, wk], [forms], [outputs], [biases], activations)
 
-Layers of one kind that read the same value become one call. With more rows they stay matrix
-products, for which a quantised weight's values are computed. Prepacking would tie compiled code to
-one layer's weights; this form takes them as inputs, so all layers share it.
+Layers of one kind that read the same value become one call. With more rows than that, plain weights
+stay matrix products; packed ones are multiplied by one kernel whatever the number of rows.
+Prepacking would tie compiled code to one layer's weights; this form takes them as inputs, so all
+layers share it.
 """
 
 import operator
@@ -18,15 +19,17 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-import eepass.ops.quantized
+import eepass.ops.packed
 import eepass.ops.rows  # noqa: F401  the operators must be defined before they are looked for
 
 aten, ours = torch.ops.aten, torch.ops.eepass
 MOST_ROWS = 64
-# a linear layer's operator -> how many tensors follow x, the same over rows, with float32 sums
+PACKED = ours.packed_linear.default
+# a linear layer's operator -> how many arguments of its own follow x, the same over rows, with
+# float32 sums
 KINDS: dict[Any, tuple[int, Any, Any]] = {
     aten.linear.default: (2, ours.linear_rows.default, ours.logits_rows.default),
-    ours.quantized_linear.default: (4, ours.quantized_rows.default, ours.quantized_logits.default),
+    PACKED: (4, ours.packed_rows.default, ours.packed_logits.default),
 }
 
 
@@ -34,9 +37,11 @@ def lower_linear(gm: GraphModule) -> int:
     """Rewrite the linear layers of ``gm`` in place; returns how many."""
     together: dict[tuple[Any, ...], list[Node]] = {}
     for linear in _linears(gm):
-        x, tensors, options = _arguments(linear)
+        x, own, options = _arguments(linear)
+        tensors = [t for t in own if isinstance(t, Node)]
+        few = linear.target is PACKED or row_count(x) <= MOST_ROWS
         # weights that are inputs exist from the start, so that the layers can move together
-        if row_count(x) <= MOST_ROWS and all(t is None or t.op == "placeholder" for t in tensors):
+        if few and all(t.op == "placeholder" for t in tensors):
             together.setdefault((linear.target, x, *options), []).append(linear)
     for linears in together.values():
         _make_one_call(gm, linears)
@@ -47,10 +52,10 @@ def lower_logits(gm: GraphModule) -> int:
     """Keep the sums of the linear layers of a head in float32: ``eepass.logits_rows``."""
     linears = _linears(gm)
     for linear in linears:
-        x, tensors, options = _arguments(linear)
+        x, own, options = _arguments(linear)
         with gm.graph.inserting_before(linear):
             call = gm.graph.call_function
-            logits = call(KINDS[linear.target][2], (as_rows(gm, x), *tensors, *options))
+            logits = call(KINDS[linear.target][2], (as_rows(gm, x), *own, *options))
             new = call(aten.reshape.default, (logits, list(linear.meta["val"].shape)))
         replace(linear, new)
     return len(linears)
@@ -79,21 +84,21 @@ def _linears(gm: GraphModule) -> list[Node]:
 
 
 def _arguments(linear: Node) -> tuple[Node, list[Any], tuple[Any, ...]]:
-    """A layer's input, its tensors (None for those it has not), and its options."""
+    """A layer's input, what is its own (None for a bias it has not), and how it is computed."""
     arguments: tuple[Any, ...] = linear.args
     end = 1 + KINDS[linear.target][0]
-    tensors = [*arguments[1:end], *[None] * (end - len(arguments))]
-    return arguments[0], tensors, arguments[end:]
+    own = [*arguments[1:end], *[None] * (end - len(arguments))]
+    return arguments[0], own, arguments[end:]
 
 
 def _make_one_call(gm: GraphModule, linears: list[Node]) -> None:
     """One call in the place of ``linears``, which are of one kind and read the same value."""
     call = gm.graph.call_function
     x, _, options = _arguments(linears[0])
-    tensors = [list(part) for part in zip(*(_arguments(n)[1] for n in linears), strict=True)]
+    own = [list(part) for part in zip(*(_arguments(n)[1] for n in linears), strict=True)]
     value: Tensor = x.meta["val"]
     with gm.graph.inserting_before(linears[0]):
-        products = call(KINDS[linears[0].target][1], (as_rows(gm, x), *tensors, *options))
+        products = call(KINDS[linears[0].target][1], (as_rows(gm, x), *own, *options))
         made = []
         for index, linear in enumerate(linears):
             product = call(operator.getitem, (products, index))

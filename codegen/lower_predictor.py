@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from eepass.ops import exits as exit_ops
-from eepass.ops import quantized
+from eepass.ops import packed
 
 
 def _rows_by(x: Tensor, weight: Tensor) -> Tensor:
@@ -45,6 +45,6 @@ def predict_exit(
 DECOMPOSITIONS: dict[Any, Callable[..., Any]] = {
     torch.ops.eepass.translate.default: translate,
     torch.ops.eepass.draft_logits.default: exit_ops.draft_logits,
-    torch.ops.eepass.quantized_draft_logits.default: quantized.quantized_draft_logits,
+    torch.ops.eepass.packed_draft_logits.default: packed.packed_draft_logits,
     torch.ops.eepass.predict_exit.default: predict_exit,
 }

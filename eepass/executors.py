@@ -120,7 +120,9 @@ def _draft_for(
     if source == "ngram" or (source == "cascade" and DRAFT_HEAD not in tensors):
         return NgramDraft()
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        head = EagleHead(tensors, _embedding(decoder), decoder.compile, trace=trace)
+        head = EagleHead(
+            tensors, _embedding(decoder), decoder.compile, trace=trace, head=decoder.splits[1].head
+        )
         return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
     return None
 

@@ -94,22 +94,21 @@ def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPl
 def exit_tensors(
     preset: str, artifact: Artifact, model_tensors: Mapping[str, Tensor], split: SplitDecoder
 ) -> dict[str, Tensor]:
-    """The artefact's tensors under the names the passes use, and the hot rows of the LM head:
-    of a quantised one, its codes' and scales' rows."""
+    """The artefact's tensors under the names the passes use, and the hot rows of the LM
+    head."""
     prefix = f"predictor.{preset}."
     tensors: dict[str, Tensor] = {}
     dtype = split.hidden_example.dtype
-    device = next(model_tensors[part] for part in split.head.parts.values()).device
+    head = model_tensors[split.head.weight].detach()
     for name, tensor in artifact.tensors.items():
         if name.startswith("predictor."):
             if name.startswith(prefix):
-                tensors["predictor." + name[len(prefix) :]] = tensor.to(device)
+                tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
         else:
             kind = dtype if tensor.is_floating_point() else torch.long
-            tensors[name] = tensor.to(device, kind)
-    for end, part in split.head.parts.items():
-        rows = model_tensors[part].detach()
-        for own in ("", "eagle."):
-            if f"{own}hot.ids" in tensors:
-                tensors[f"{own}hot.head{end}"] = rows[tensors[f"{own}hot.ids"]].contiguous()
+            tensors[name] = tensor.to(head.device, kind)
+    for own in ("", "eagle."):
+        if f"{own}hot.ids" in tensors:
+            rows = split.head.rows(head, tensors[f"{own}hot.ids"])
+            tensors[f"{own}hot.head"] = rows.contiguous()
     return tensors

@@ -127,8 +127,8 @@ class Head:
     ``whole`` maps hidden [1, R, H] to logits [1, R, V]. Where the head is one linear layer,
     ``norm`` is what comes before it (traced with one row), ``weight`` and ``bias`` name its
     tensors, ``transform`` is what follows on the logits (a scale, a soft cap); else ``reason``
-    says what stands in the way. Where it is quantised ``weight`` names its codes, beside
-    ``scales`` and, if it has any, ``mins``; ``dynamic`` as in ``eepass.ops.quantized``.
+    says what stands in the way. Where it is quantised ``weight`` names a packed weight, and
+    ``form``, ``outputs`` and ``activations`` are as in ``eepass.ops.packed``.
     """
 
     whole: Segment
@@ -137,22 +137,26 @@ class Head:
     bias: str = ""
     transform: Segment | None = None
     reason: str = ""
-    scales: str = ""
-    mins: str = ""
-    dynamic: bool = False
+    form: int = 0
+    outputs: int = 0
+    activations: int = 0
 
     @property
-    def parts(self) -> dict[str, str]:
-        """Names of what its weight is made of, by how such parts' names end."""
-        named = {"": self.weight, ".scales": self.scales, ".mins": self.mins}
-        return {end: name for end, name in named.items() if name}
+    def quantized(self) -> bool:
+        return self.outputs > 0
+
+    def rows(self, weight: Tensor, ids: Tensor) -> Tensor:
+        """The rows ``ids`` of ``weight``, its own: a weight of the same kind."""
+        if not self.quantized:
+            return weight[ids]
+        return torch.ops.eepass.select_outputs(weight, self.form, ids)
 
     def values(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-        """Its weight [V, H]; where that is quantised, the values its codes stand for."""
-        if not self.scales:
-            return tensors[self.weight]
-        parts = [tensors[name] if name else None for name in (self.weight, self.scales, self.mins)]
-        return torch.ops.eepass.dequantize(*parts, dtype)
+        """Its weight [V, H]; where that is quantised, the values it stands for."""
+        weight = tensors[self.weight]
+        if not self.quantized:
+            return weight
+        return torch.ops.eepass.unpack(weight, self.form, self.outputs, None).to(dtype)
 
     def normed(self, hidden: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """``norm`` of hidden states [1, n, H], for any n."""
@@ -209,6 +213,14 @@ class SplitDecoder:
         """Names of what a dense pass reads whole: layers and head, not an embedding's rows."""
         read = {name for part in (*self.layers, self.head.whole) for name in part.parameters}
         return sorted(read)
+
+    @property
+    def bytes_a_pass(self) -> int:
+        """Bytes of weights that a dense pass reads, each once however many layers share it."""
+        read = {
+            (tensor := self.tensors[name]).data_ptr(): tensor.nbytes for name in self.parameters
+        }
+        return sum(read.values())
 
     @property
     def hidden_size(self) -> int:

@@ -42,7 +42,9 @@ MAY_IMPORT = {
     "torch_compile": {"checkpoints", "codegen", "model", "passes", "planning", "runtime"},
     "onnx": {"checkpoints", "files", "model", "passes", "planning", "runtime"},
     "training": {"checkpoints", "codegen", "files", "lengths", "model", "passes", "runtime"},
-    "benchmark": {"checkpoints", "lengths", "model", "passes", "runtime", "training"},
+    "benchmark": {
+        "checkpoints", "codegen", "lengths", "model", "passes", "runtime", "training",
+    },
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
         "benchmark", "bundle", "checkpoints", "doctoring", "files", "inspecting", "lengths",

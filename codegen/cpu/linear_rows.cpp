@@ -1,8 +1,4 @@
 // CPU kernels of eepass::linear_rows and eepass::logits_rows.
-//
-// Reading every weight once a pass bounds decoding, so each weight is loaded once for all rows. The
-// sum of a row does not depend on how many rows there are: a token gives the same bits alone and
-// together with others.
 
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
@@ -11,85 +7,64 @@
 
 #include <vector>
 
-#include "tiles.h"
+#include "isa.h"
+#include "rows.h"
 
 namespace eepass {
 namespace {
 
-#if defined(__AVX512BF16__)
+using Biases = c10::List<std::optional<at::Tensor>>;
 
-// Weights that are not quantised: [N, K] in the dtype of the rows.
-template <typename Lanes>
-struct Plain {
-  using L = Lanes;
-  static constexpr int64_t width = L::width;
-  static constexpr bool any_width = true;
-  struct Row {
-    const typename L::T* p;
-    const char* at(int64_t k) const { return reinterpret_cast<const char*>(p + k); }
-    void load(int64_t k, typename L::V* v) const { v[0] = L::load(p + k); }
-    typename L::V load_rest(int64_t k, int64_t n) const { return L::load(p + k, n); }
-  };
-  const typename L::T* weight;
-  int64_t K;
-  Row row(int64_t n) const { return {weight + n * K}; }
-};
-
-// One linear layer, divided into blocks of weight rows.
-template <typename L, typename O>
-struct Linear {
-  Plain<L> weights;
-  Output<O> output;
-  int64_t blocks;
-};
-
-template <typename L, typename O>
-std::vector<at::Tensor> linears_of(const at::Tensor& x, at::TensorList weights,
-                                   const c10::List<std::optional<at::Tensor>>& biases) {
-  using T = typename L::T;
-  const int64_t R = x.size(0), K = x.size(1);
-  std::vector<at::Tensor> outs, kept;
-  std::vector<Linear<L, O>> linears;
-  int64_t total = 0;
+void check_shapes(const at::Tensor& x, at::TensorList weights, const Biases& biases) {
+  TORCH_CHECK(x.dim() == 2, "linear_rows: x has ", x.dim(), " dimensions, 2 are needed");
+  TORCH_CHECK(weights.size() == biases.size(), "linear_rows: ", weights.size(), " weights and ",
+              biases.size(), " biases");
   for (size_t i = 0; i < weights.size(); i++) {
-    const int64_t N = weights[i].size(0), blocks = (N + BLOCK - 1) / BLOCK;
-    outs.push_back(at::empty({R, N}, x.options().dtype(c10::CppTypeToScalarType<O>::value)));
+    const auto& weight = weights[i];
+    TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1), "linear_rows: a weight of shape ",
+                weight.sizes(), " for rows of shape ", x.sizes());
+    if (const std::optional<at::Tensor> bias = biases.get(i); bias.has_value())
+      TORCH_CHECK(bias->dim() == 1 && bias->size(0) == weight.size(0),
+                  "linear_rows: a bias of shape ", bias->sizes(), " for a weight of shape ",
+                  weight.sizes());
+  }
+}
+
+bool fits(const at::Tensor& x, at::TensorList weights) {
+  for (const auto& weight : weights)
+    if (weight.scalar_type() != x.scalar_type() || !weight.is_contiguous() || !weight.is_cpu())
+      return false;
+  return x.is_cpu() && x.size(1) > 0 &&
+         (x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat);
+}
+
+std::vector<at::Tensor> products(const at::Tensor& given, at::TensorList weights,
+                                 const Biases& biases, bool float_out) {
+  const at::Tensor x = given.contiguous();
+  const auto dtype = float_out ? at::kFloat : x.scalar_type();
+  std::vector<at::Tensor> outs, kept;
+  std::vector<Linear> layers;
+  for (size_t i = 0; i < weights.size(); i++) {
+    const int64_t N = weights[i].size(0);
+    outs.push_back(at::empty({x.size(0), N}, x.options().dtype(dtype)));
     const float* bias = nullptr;
     if (const std::optional<at::Tensor> b = biases.get(i); b.has_value()) {
       kept.push_back(b->to(at::kFloat).contiguous());
       bias = kept.back().const_data_ptr<float>();
     }
-    linears.push_back(
-        {{weights[i].const_data_ptr<T>(), K}, {bias, outs.back().mutable_data_ptr<O>(), N}, blocks});
-    total += blocks;
+    layers.push_back({weights[i].const_data_ptr(), bias, outs.back().mutable_data_ptr(), N});
   }
-  const T* rows = x.const_data_ptr<T>();
-#pragma omp parallel for schedule(static)
-  for (int64_t task = 0; task < total; task++) {
-    int64_t index = task, which = 0;
-    while (index >= linears[which].blocks) index -= linears[which++].blocks;
-    block(rows, linears[which].weights, linears[which].output, R, index * BLOCK, K);
-  }
+  if (x.size(0))
+    row_kernels()->linears({x.const_data_ptr(), x.size(0), x.size(1), layers.data(),
+                            static_cast<int64_t>(layers.size()),
+                            x.scalar_type() == at::kBFloat16, float_out});
   return outs;
 }
 
-bool fits(const at::Tensor& x, at::TensorList weights) {
-  for (const auto& weight : weights)
-    if (weight.scalar_type() != x.scalar_type() || !weight.is_contiguous()) return false;
-  return x.scalar_type() == at::kBFloat16 || x.scalar_type() == at::kFloat;
-}
-
-#endif
-
 std::vector<at::Tensor> linear_rows(const at::Tensor& x, at::TensorList weights,
-                                    const c10::List<std::optional<at::Tensor>>& biases) {
-#if defined(__AVX512BF16__)
-  if (fits(x, weights)) {
-    if (x.scalar_type() == at::kFloat)
-      return linears_of<FloatLanes, float>(x.contiguous(), weights, biases);
-    return linears_of<Bf16Lanes, BFloat16>(x.contiguous(), weights, biases);
-  }
-#endif
+                                    const Biases& biases) {
+  check_shapes(x, weights, biases);
+  if (fits(x, weights)) return products(x, weights, biases, false);
   std::vector<at::Tensor> outs;
   for (size_t i = 0; i < weights.size(); i++)
     outs.push_back(at::linear(x, weights[i], std::optional<at::Tensor>(biases.get(i))));
@@ -98,23 +73,29 @@ std::vector<at::Tensor> linear_rows(const at::Tensor& x, at::TensorList weights,
 
 at::Tensor logits_rows(const at::Tensor& x, const at::Tensor& weight,
                        const std::optional<at::Tensor>& bias) {
-#if defined(__AVX512BF16__)
-  if (fits(x, weight)) {
-    const c10::List<std::optional<at::Tensor>> biases({bias});
-    if (x.scalar_type() == at::kFloat)
-      return linears_of<FloatLanes, float>(x.contiguous(), weight, biases)[0];
-    return linears_of<Bf16Lanes, float>(x.contiguous(), weight, biases)[0];
-  }
-#endif
+  const Biases biases({bias});
+  check_shapes(x, weight, biases);
+  if (fits(x, weight)) return products(x, weight, biases, true)[0];
   // in float32 from the start: a product in bf16 would be rounded already
   const at::Tensor logits = at::linear(x.to(at::kFloat), weight.to(at::kFloat));
   return bias ? logits.add(bias->to(at::kFloat)) : logits;
 }
 
 }  // namespace
+
+const RowKernels* row_kernels() {
+#if defined(__x86_64__)
+  if (isa() == Isa::avx512) return has_bf16_products() ? &avx512bf16_rows : &avx512_rows;
+  if (isa() != Isa::none) return &avx2_rows;
+#endif
+  return nullptr;
+}
+
 }  // namespace eepass
 
 TORCH_LIBRARY_IMPL(eepass, CPU, m) {
+  // the reference implementations run where there are no kernels
+  if (!eepass::row_kernels()) return;
   m.impl("linear_rows", &eepass::linear_rows);
   m.impl("logits_rows", &eepass::logits_rows);
 }

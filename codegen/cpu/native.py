@@ -4,23 +4,32 @@ import ctypes
 import functools
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 # the operators must be defined before kernels are added to them
-import eepass.ops.fused
-import eepass.ops.quantized  # noqa: F401
+import eepass.ops  # noqa: F401
 
 SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
 HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 FLAGS = (
-    "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp",
-    "-std=c++20", "-fPIC", "-shared",
+    "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-std=c++20", "-fPIC",
 )  # fmt: skip
+AVX2 = ("-mavx2", "-mfma", "-mf16c")
+AVX512 = (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512vnni")
+# what NAME_<target>.cpp is compiled for; `isa.cpp` chooses among them at run time
+TARGETS: dict[str, tuple[str, ...]] = {
+    "avx2": AVX2,
+    "avxvnni": (*AVX2, "-mavxvnni"),
+    "avx512": AVX512,
+    "avx512bf16": (*AVX512, "-mavx512bf16"),
+}
 
 
 def cache_dir() -> Path:
@@ -62,6 +71,23 @@ def open_kernels(library: Path) -> None:
         _opened.append(digest)
 
 
+def kernel_isa(name: str | None = None) -> str:
+    """The instruction set of the kernels in use: avx512, avxvnni or avx2; "" where there are none.
+
+    ``name`` chooses another from now on, for tests and measurements: one of these, "avx512-widened"
+    (AVX-512 without its bf16 products), or "best". Raises ``KernelsMissing`` for one that this
+    processor does not have.
+    """
+    if load_kernels():
+        return ""
+    choose = ctypes.CDLL(None).eepass_kernel_isa
+    choose.restype, choose.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
+    found = choose(None if name is None else name.encode())
+    if found is None:
+        raise KernelsMissing(f"this processor has no kernels for {name!r}")
+    return str(found.decode())
+
+
 def find_compiler() -> str:
     """The C++ compiler that kernels are built with; raises ``KernelsMissing`` if there is none."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
@@ -73,8 +99,9 @@ def find_compiler() -> str:
 def library_of(compiler: str) -> Path:
     """The path of the kernels that ``compiler`` builds for this machine, built or not."""
     texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
+    flags = [*FLAGS, str(TARGETS), *cpu_flags()]
     fingerprint = hashlib.sha256(
-        "\0".join([*texts, torch.__version__, compiler, *FLAGS, *cpu_flags()]).encode()
+        "\0".join([*texts, torch.__version__, compiler, *flags]).encode()
     ).hexdigest()[:16]
     return cache_dir() / f"rows-{fingerprint}.so"
 
@@ -82,20 +109,52 @@ def library_of(compiler: str) -> Path:
 def build_kernels() -> Path:
     """The library of kernels for this machine; raises ``KernelsMissing`` if it does not build."""
     compiler = find_compiler()
-    library, torch_root = library_of(compiler), Path(torch.__file__).parent
+    library = library_of(compiler)
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             built = Path(scratch) / library.name
-            command = [
-                compiler, *FLAGS, *map(str, SOURCES), "-o", str(built),
-                f"-I{torch_root / 'include'}", f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu",
-            ]  # fmt: skip
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode:
-                raise KernelsMissing(f"the C++ kernels do not build: {_last_line(result.stderr)}")
+            compile_kernels(compiler, built)
             os.replace(built, library)
     return library
+
+
+def compile_kernels(compiler: str, library: Path, extra: tuple[str, ...] = ()) -> None:
+    """Compile and link ``library``, with ``extra`` flags; raises ``KernelsMissing``."""
+    torch_root = Path(torch.__file__).parent
+    objects = {source: library.parent / f"{source.stem}.o" for source in sources()}
+    commands = [
+        [compiler, *FLAGS, *extra, *flags_of(source), f"-I{torch_root / 'include'}",
+         "-c", str(source), "-o", str(made)]
+        for source, made in objects.items()
+    ]  # fmt: skip
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        list(pool.map(_run, commands))
+    _run([
+        compiler, "-shared", "-fopenmp", *extra, *map(str, objects.values()), "-o", str(library),
+        f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu",
+    ])  # fmt: skip
+
+
+def sources() -> list[Path]:
+    """What is compiled here: sources for an instruction set of x86 only where that is known."""
+    x86 = platform.machine() in ("x86_64", "AMD64")
+    return [source for source in SOURCES if x86 or _target(source) not in TARGETS]
+
+
+def flags_of(source: Path) -> tuple[str, ...]:
+    """The compiler's flags for the processor that ``source`` is written for."""
+    return TARGETS.get(_target(source), ())
+
+
+def _target(source: Path) -> str:
+    return source.stem.rpartition("_")[2]
+
+
+def _run(command: list[str]) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise KernelsMissing(f"the C++ kernels do not build: {_last_line(result.stderr)}")
 
 
 def cpu_flags() -> list[str]:

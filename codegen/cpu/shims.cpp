@@ -55,18 +55,16 @@ AOTITorchError linear_rows(AtenTensorHandle x, const AtenTensorHandle* weights, 
   });
 }
 
-AOTITorchError quantized_rows(AtenTensorHandle x, const AtenTensorHandle* codes,
-                              const AtenTensorHandle* scales, const AtenTensorHandle** mins,
-                              const AtenTensorHandle** biases, int64_t count, bool dynamic,
-                              va_list outs) {
+AOTITorchError packed_rows(AtenTensorHandle x, const AtenTensorHandle* packed, int64_t count,
+                           const int64_t* forms, const int64_t* outputs,
+                           const AtenTensorHandle** biases, int64_t activations, va_list outs) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    using Optionals = c10::List<std::optional<at::Tensor>>;
-    static const auto op =
-        operator_named<std::vector<at::Tensor>(const at::Tensor&, at::TensorList, at::TensorList,
-                                               const Optionals&, const Optionals&, bool)>(
-            "eepass::quantized_rows");
-    for (auto& out : op.call(tensor(x), tensors(codes, count), tensors(scales, count),
-                             optionals(mins, count), optionals(biases, count), dynamic))
+    static const auto op = operator_named<std::vector<at::Tensor>(
+        const at::Tensor&, at::TensorList, at::IntArrayRef, at::IntArrayRef,
+        const c10::List<std::optional<at::Tensor>>&, int64_t)>("eepass::packed_rows");
+    const size_t size = count;
+    for (auto& out : op.call(tensor(x), tensors(packed, count), {forms, size}, {outputs, size},
+                             optionals(biases, count), activations))
       *va_arg(outs, AtenTensorHandle*) = new_tensor_handle(std::move(out));
   });
 }
@@ -85,28 +83,40 @@ AOTITorchError aoti_torch_cpu_linear_rows(AtenTensorHandle x, const AtenTensorHa
   return error;
 }
 
-AOTITorchError aoti_torch_cpu_quantized_rows(
-    AtenTensorHandle x, const AtenTensorHandle* codes, int64_t count,
-    const AtenTensorHandle* scales, int64_t scale_count, const AtenTensorHandle** mins,
-    int64_t min_count, const AtenTensorHandle** biases, int64_t bias_count, int32_t dynamic, ...) {
+AOTITorchError aoti_torch_cpu_packed_rows(AtenTensorHandle x, const AtenTensorHandle* packed,
+                                          int64_t count, const int64_t* forms, int64_t form_count,
+                                          const int64_t* outputs, int64_t output_count,
+                                          const AtenTensorHandle** biases, int64_t bias_count,
+                                          int64_t activations, ...) {
   va_list outs;
-  va_start(outs, dynamic);
-  const AOTITorchError error = quantized_rows(x, codes, scales, mins, biases, count, dynamic, outs);
+  va_start(outs, activations);
+  const AOTITorchError error =
+      packed_rows(x, packed, count, forms, outputs, biases, activations, outs);
   va_end(outs);
   return error;
 }
 
-AOTITorchError aoti_torch_cpu_quantized_logits(AtenTensorHandle x, AtenTensorHandle codes,
-                                               AtenTensorHandle scales,
-                                               const AtenTensorHandle* mins,
-                                               const AtenTensorHandle* bias, int32_t dynamic,
-                                               AtenTensorHandle* out) {
+AOTITorchError aoti_torch_cpu_packed_logits(AtenTensorHandle x, AtenTensorHandle packed,
+                                            int64_t form, int64_t outputs,
+                                            const AtenTensorHandle* bias, int64_t activations,
+                                            AtenTensorHandle* out) {
   AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
-    static const auto op = operator_named<at::Tensor(
-        const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
-        const std::optional<at::Tensor>&, bool)>("eepass::quantized_logits");
-    *out = new_tensor_handle(op.call(tensor(x), tensor(codes), tensor(scales), optional(mins),
-                                     optional(bias), dynamic));
+    static const auto op =
+        operator_named<at::Tensor(const at::Tensor&, const at::Tensor&, int64_t, int64_t,
+                                  const std::optional<at::Tensor>&, int64_t)>(
+            "eepass::packed_logits");
+    *out = new_tensor_handle(
+        op.call(tensor(x), tensor(packed), form, outputs, optional(bias), activations));
+  });
+}
+
+AOTITorchError aoti_torch_cpu_unpack(AtenTensorHandle packed, int64_t form, int64_t outputs,
+                                     const AtenTensorHandle* ids, AtenTensorHandle* out) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    static const auto op = operator_named<at::Tensor(const at::Tensor&, int64_t, int64_t,
+                                                     const std::optional<at::Tensor>&)>(
+        "eepass::unpack");
+    *out = new_tensor_handle(op.call(tensor(packed), form, outputs, optional(ids)));
   });
 }
 

@@ -12,7 +12,6 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from time import perf_counter
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +21,7 @@ from eepass.benchmark.baselines import HfDecoder, fastest_compiled
 from eepass.benchmark.frontier import Notify, Pairs, follow_pairs, frontier, score
 from eepass.benchmark.turns import Answer, EngineStream, Stream, speed_up
 from eepass.checkpoints.models import LoadedModel, original_of
+from eepass.codegen.cpu.stream import stream_gb_s
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import EarlyExitModel
@@ -111,10 +111,9 @@ def bench(
     }
     if variant:
         figures["hf-compiled"]["variant"] = variant
-    bandwidth = copy_bandwidth()
+    stream = stream_gb_s()
     reference = "hf-compiled" if baselines else "eepass-dense"
-    tensors = model.decoder.tensors
-    weight_seconds = sum(tensors[name].nbytes for name in model.splits[1].parameters) / bandwidth
+    fastest_ms = model.splits[1].bytes_a_pass / stream / 1e6
     result: dict[str, Any] = {
         "model": loaded.name,
         "config": config.to_json(),
@@ -124,7 +123,7 @@ def bench(
         "block_tokens": turns.BLOCK_TOKENS,
         "threads": torch.get_num_threads(),
         "dtype": str(model.decoder.kv.keys[0].dtype).removeprefix("torch."),
-        "copy_bandwidth_gb_s": bandwidth / 1e9,
+        "stream_gb_s": stream,
         "systems": figures,
         "reference": reference,
         **_ratios("ratios", systems, reference),
@@ -133,7 +132,7 @@ def bench(
             systems["eepass-speculative"].answers, systems["eepass-speculative-t3"].answers
         ).to_json("t3_gain"),
         "roofline_fraction": {
-            name: 1e3 * weight_seconds / found["ms_per_token"] for name, found in figures.items()
+            name: fastest_ms / found["ms_per_token"] for name, found in figures.items()
         },
     }
     presets = [replace(ExitConfig.preset(name), kv=config.kv) for name in ("default", "paper")]
@@ -158,18 +157,6 @@ def _ratios(name: str, systems: dict[str, _System], reference: str) -> dict[str,
         name: {system: ratio.value for system, ratio in found.items()},
         f"{name}_spread": {system: ratio.spread() for system, ratio in found.items()},
     }
-
-
-def copy_bandwidth(size: int = 1 << 28, rounds: int = 7) -> float:
-    """Bytes a second this machine copies from memory to memory, read and write counted."""
-    source = torch.ones(size // 8, dtype=torch.int64)
-    target = torch.zeros_like(source)
-    times = []
-    for _ in range(rounds):
-        began = perf_counter()
-        target.copy_(source)
-        times.append(perf_counter() - began)
-    return 2 * size / statistics.median(times)
 
 
 def _systems(

@@ -76,9 +76,10 @@ def _report(model: EarlyExitModel, agrees: Tensor) -> dict[str, Any]:
     layer = model.splits[1].layers[depth - 1]
     tensors = model.decoder.tensors
     layer_size = sum(tensors[name].nbytes for name in layer.parameters)
-    parts = [tensors[name] for name in model.splits[1].head.parts.values()]
-    head = sum(part.nbytes for part in parts) / layer_size
-    hot = head * min(HOT_TOKENS, len(parts[0])) / len(parts[0])
+    lm_head = model.splits[1].head
+    weight = tensors[lm_head.weight]
+    head, vocabulary = weight.nbytes / layer_size, lm_head.outputs or len(weight)
+    hot = head * min(HOT_TOKENS, vocabulary) / vocabulary
     mean = float(first.mean())
     return {
         "layers": depth,

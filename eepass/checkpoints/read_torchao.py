@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from eepass.checkpoints.quantized_weights import QuantizedWeight, four_bit, replace_linears
+from eepass.checkpoints.quantized_weights import QuantizedWeight, grouped, replace_linears
 from eepass.errors import InputError
+from eepass.ops.packed import INT8
+from eepass.ops.packing import GROUP
 
 KINDS = ("int8", "int4", "int8-dynamic")
-# columns that share a scale with --quantize int4
-GROUP = 32
+# columns that share a scale with --quantize int4, and that a layer's width is a multiple of
 INT4: torch.dtype = torch.int4  # type: ignore[attr-defined]
 
 
-def read_quantized(model: Any) -> bool:
+def read_quantized(model: Any, activations: int = INT8) -> bool:
     """Replace layers of ``model`` with torchao's weights, in place, by ones that can be traced and
     compiled; whether there were any. Raises ``InputError`` naming a format that cannot be read."""
     weights: dict[str, QuantizedWeight] = {}
@@ -42,16 +43,16 @@ def read_quantized(model: Any) -> bool:
         # dequantised: only rows of it are read
         plain = torch.nn.Parameter(parameter.dequantize(), requires_grad=False)
         module._parameters[attribute] = plain
-    replace_linears(model, weights)
+    replace_linears(model, weights, activations)
     return bool(weights)
 
 
-def quantize(model: Any, kind: str) -> None:
+def quantize(model: Any, kind: str, activations: int = INT8) -> None:
     """Quantise all linear layers of ``model`` in place, including the LM head, with torchao.
 
-    ``kind``: int8 (a scale per row), int4 (a scale per 32 columns; layers whose width does not
-    divide stay as they are), int8-dynamic (inputs rounded to int8 as well). Raises ``InputError``
-    where torchao is missing or ``kind`` unknown.
+    ``kind``: int8 (a scale per row), int4 (a scale per 32 columns), int8-dynamic (inputs rounded
+    with a scale a row). Layers whose width is no multiple of 32 stay as they are. Raises
+    ``InputError`` where torchao is missing or ``kind`` unknown.
     """
     if kind not in KINDS:
         raise InputError(f"quantize={kind!r}: known are {', '.join(KINDS)}")
@@ -69,10 +70,10 @@ def quantize(model: Any, kind: str) -> None:
         if not isinstance(module, torch.nn.Linear):
             return False
         plain = type(module.weight) is torch.nn.Parameter
-        return plain and (kind != "int4" or module.weight.shape[1] % GROUP == 0)
+        return plain and module.weight.shape[1] % GROUP == 0
 
     ao.quantize_(model, configs[kind], filter_fn=is_quantized)
-    if not read_quantized(model):
+    if not read_quantized(model, activations):
         raise InputError(f"{type(model).__name__} has no linear layers to quantise")
 
 
@@ -96,13 +97,13 @@ def _int8(weight: Any) -> QuantizedWeight:
     scales, mins = _scales_and_mins(weight)
     inputs = weight.act_quant_kwargs
     if inputs is None:
-        return QuantizedWeight(weight.qdata, scales, mins)
+        return _signed(weight.qdata, scales, mins)
     rounding = (type(inputs.granularity).__name__, inputs.mapping_type.name, inputs.reduce_range)
     if rounding != ("PerRow", "SYMMETRIC", False) or weight.act_quant_scale is not None:
         raise ValueError("its inputs are not rounded symmetrically, token by token")
-    if mins is not None or scales.shape[1] != 1:
+    if mins.any() or scales.shape[1] != 1:
         raise ValueError("its inputs are rounded, but its weights not symmetrically, row by row")
-    return QuantizedWeight(weight.qdata, scales, dynamic=True)
+    return _signed(weight.qdata, scales, mins, dynamic=True)
 
 
 def _intx(weight: Any) -> QuantizedWeight:
@@ -110,10 +111,13 @@ def _intx(weight: Any) -> QuantizedWeight:
         raise ValueError("its inputs are rounded with a zero point, which eepass does not do")
     scales, mins = _scales_and_mins(weight)
     if weight.target_dtype is not INT4:
-        return QuantizedWeight(weight.qdata, scales, mins)
-    if mins is not None:
-        mins = mins - 8 * scales.float()
-    return four_bit(weight.qdata + 8, scales, mins)
+        return _signed(weight.qdata, scales, mins)
+    return grouped((weight.qdata + 8).to(torch.uint8), scales, mins - 8 * scales, 4)
+
+
+def _signed(codes: Tensor, scales: Tensor, mins: Tensor, dynamic: bool = False) -> QuantizedWeight:
+    """A weight of codes int8."""
+    return grouped(codes.view(torch.uint8) ^ 128, scales, mins - 128 * scales, 8, dynamic)
 
 
 def _int4(weight: Any) -> QuantizedWeight:
@@ -123,7 +127,7 @@ def _int4(weight: Any) -> QuantizedWeight:
     packed = weight.qdata.view(torch.uint8)
     codes = torch.stack([packed & 15, packed >> 4], -1).flatten(-2) ^ 8
     scales, zero = weight.scale.t().float(), weight.zero_point.t().float()
-    return four_bit(codes, scales, zero - 8 * scales)
+    return grouped(codes, scales, zero - 8 * scales, 4)
 
 
 READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
@@ -133,12 +137,12 @@ READERS: dict[str, Callable[[Any], QuantizedWeight]] = {
 }
 
 
-def _scales_and_mins(weight: Any) -> tuple[Tensor, Tensor | None]:
-    """Scales [N, G] and, where there is a zero point, mins: (code - zero) * scale."""
-    scales, zero = _by_row(weight.scale, weight), weight.zero_point
-    if zero is None or not zero.any():
-        return scales, None
-    return scales, -_by_row(zero, weight).float() * scales.float()
+def _scales_and_mins(weight: Any) -> tuple[Tensor, Tensor]:
+    """Scales and mins float32 [N, G], zero where there is no zero point: (code - zero) * scale."""
+    scales, zero = _by_row(weight.scale, weight).float(), weight.zero_point
+    if zero is None:
+        return scales, torch.zeros_like(scales)
+    return scales, -_by_row(zero, weight).float() * scales
 
 
 def _by_row(numbers: Tensor, weight: Any) -> Tensor:

@@ -53,7 +53,12 @@ def write_json(file: Path | None, value: Any) -> None:
 
 
 def load_model(
-    model: str, dtype: str | None, threads: int, trust_native: bool = False, quantize: str = "none"
+    model: str,
+    dtype: str | None,
+    threads: int,
+    trust_native: bool = False,
+    quantize: str = "none",
+    activations: str = "int8",
 ) -> Any:
     import torch
 
@@ -62,7 +67,8 @@ def load_model(
     if threads:
         torch.set_num_threads(threads)
     with console.status(f"loading {model}"):
-        loaded = eepass.load(model, dtype, trust_native, None if quantize == "none" else quantize)
+        kept = None if quantize == "none" else quantize
+        loaded = eepass.load(model, dtype, trust_native, kept, activations)
     if "dequantised" in loaded.quantization:
         errors.print(f"{model}: {loaded.quantization}", highlight=False, markup=False)
     return loaded

@@ -25,6 +25,7 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
+    activations: options.Activations = "int8",
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     dense: Annotated[
         bool, typer.Option("--dense", help="Run every layer for every token.")
@@ -69,7 +70,7 @@ def generate(
         preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
         target_agreement=target_agreement, kv=kv,
     )  # fmt: skip
-    loaded = load_model(model, dtype, threads, trust_native, quantize)
+    loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     ids = loaded.encode(prompt, raw)
     length = len(ids) + max_new_tokens
     if not loaded.transformed:

@@ -20,6 +20,7 @@ def inspect(
     model: options.Model,
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
+    activations: options.Activations = "int8",
     picture: Annotated[Path | None, typer.Option(help="SVG or PNG of the exit graph.")] = None,
     code: Annotated[bool, typer.Option("--code", help="Print the exit graph as code.")] = False,
     preset: options.Preset = "default",
@@ -45,7 +46,7 @@ def inspect(
     from eepass.lengths import usual_length
 
     config = options.exit_config(preset).approximate(target_agreement)
-    loaded = load_model(model, dtype, threads, trust_native, quantize)
+    loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     length = None if loaded.transformed else usual_length(loaded.model, 192)
     ready = transform_model(loaded, artifact, config, length, dump=dump, exits_optional=True)
     found = inspecting.describe(ready)

@@ -51,6 +51,13 @@ Quantize = Annotated[
         "int8, int4 or int8-dynamic: with torchao."
     ),
 ]
+Activations = Annotated[
+    str,
+    typer.Option(
+        help="What is multiplied with quantised weights: int8, rounded as llama.cpp rounds; or "
+        "bf16, as it is, which is slower."
+    ),
+]
 Exits = Annotated[bool, typer.Option(help="Let tokens exit early.")]
 
 

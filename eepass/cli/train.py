@@ -75,6 +75,7 @@ def calibrate(
     out: Annotated[Path, typer.Option(help="Folder for the artefact with new thresholds.")],
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
+    activations: options.Activations = "int8",
     prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to look at.", min=200)] = 4000,
     raw: options.Raw = False,
@@ -84,7 +85,7 @@ def calibrate(
     debug: options.Debug = False,
 ) -> dict[str, Any]:
     """Find an artefact's thresholds anew for quantised weights; trains nothing, takes minutes."""
-    loaded = load_model(model, dtype, threads, quantize=quantize)
+    loaded = load_model(model, dtype, threads, quantize=quantize, activations=activations)
     made = calibrate_artifact(loaded, artifact, out=out, prompts=prompts, tokens=tokens, raw=raw)
     console.print(f"artefact: {out}", highlight=False)
     return dict(made.report)

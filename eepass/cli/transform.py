@@ -21,6 +21,7 @@ def transform(
     out: Annotated[Path, typer.Option(help="Folder to write; a transformed one is replaced.")],
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
+    activations: options.Activations = "int8",
     rows: Annotated[
         str, typer.Option(help="Row counts to compile for: 1, and how many tokens go in a pass.")
     ] = "1,4,8,16",
@@ -43,7 +44,7 @@ def transform(
         sizes = [int(size) for size in rows.split(",")]
     except ValueError:
         raise InputError(f"--rows {rows}: expected numbers, as in 1,4,8") from None
-    loaded = load_model(model, dtype, threads, quantize=quantize)
+    loaded = load_model(model, dtype, threads, quantize=quantize, activations=activations)
     folder = None if dense else artifact or loaded.artifact
     if not dense and loaded.unquantized_artifact is not None and artifact is None:
         folder = calibrate_artifact(loaded)

@@ -105,7 +105,7 @@ class ShapedStep:
         self._written = itemgetter(*dict.fromkeys(watched))
         head = step.split.head
         # exits keep these tensors
-        kept = {*head.parts.values(), head.bias, *(head.norm or head.whole).parameters}
+        kept = {head.weight, head.bias, *(head.norm or head.whole).parameters}
         self._kept = [p for role, p in step.places.items() if role.name in kept]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}

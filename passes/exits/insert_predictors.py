@@ -8,8 +8,8 @@
              probability, probabilities = eepass.predict_exit(logits, previous, w1, b1, w2, b2)
 
 Also made here: the verification (z -> logits of the hot or the whole vocabulary) and the draft from
-a hidden state. Of a quantised head the operators are ``quantized_draft_logits`` and
-``quantized_logits``.
+a hidden state. Of a quantised head the operators are ``packed_draft_logits`` and
+``packed_logits``.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ from eepass.passes.exits.trace_segment import DRAFT, PREVIOUS, Get, SegmentTrace
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.segments import HIDDEN, Segment, SplitDecoder
-
-# how the names of an LM head's parts end: weight or codes, scales, minima
-PARTS = ("", ".scales", ".mins")
 
 
 def insert_predictors(
@@ -66,20 +63,22 @@ class _Tracer(SegmentTracer):
 
     def predictor(self, layer: int, translated: bool) -> Segment:
         translator = self.translator_names(layer) if translated else []
-        head = [self.head.parts.get(end, "") for end in PARTS]
+        head = self.head
         mlp = self.predictor_names(layer)
 
         def run(get: Get, hidden: Tensor, draft: Tensor, previous: Tensor) -> Any:
             z = self._normed(translator, get, hidden)
-            rows, bias = [get(name) for name in head], get(self.head.bias)
-            if self.head.scales:
-                logits = torch.ops.eepass.quantized_draft_logits(z[0], *rows, bias, draft)
+            weight, bias = get(head.weight), get(head.bias)
+            if head.quantized:
+                logits = torch.ops.eepass.packed_draft_logits(
+                    z[0], weight, head.form, head.outputs, bias, draft
+                )
             else:
-                logits = torch.ops.eepass.draft_logits(z[0], rows[0], bias, draft)
+                logits = torch.ops.eepass.draft_logits(z[0], weight, bias, draft)
             logits = self._transformed(logits)
             return *torch.ops.eepass.predict_exit(logits, previous, *map(get, mlp)), z
 
-        names = [*translator, *self.norm_names, *head, self.head.bias, *mlp]
+        names = [*translator, *self.norm_names, head.weight, head.bias, *mlp]
         return self.trace(run, (HIDDEN, DRAFT, PREVIOUS), names)
 
     def normed(self, layer: int) -> Segment:
@@ -89,21 +88,21 @@ class _Tracer(SegmentTracer):
         return self.trace(run, (HIDDEN,), [*translator, *self.norm_names])
 
     def logits(self, hot: bool) -> Segment:
-        own = self.head.parts
-        names = [(f"hot.head{end}" if hot else own[end]) if end in own else "" for end in PARTS]
-        bias = "hot.bias" if hot else self.head.bias
+        head = self.head
+        name, bias = ("hot.head", "hot.bias") if hot else (head.weight, head.bias)
         bias = bias if bias in self.tensors else ""
+        outputs = self.tensors["hot.ids"].numel() if hot and head.quantized else head.outputs
 
         def run(get: Get, z: Tensor) -> Tensor:
-            rows = [get(name) for name in names]
-            if self.head.scales:
-                dynamic = self.head.dynamic
-                logits = torch.ops.eepass.quantized_logits(z[0], *rows, get(bias), dynamic)
+            if head.quantized:
+                logits = torch.ops.eepass.packed_logits(
+                    z[0], get(name), head.form, outputs, get(bias), head.activations
+                )
             else:
-                logits = torch.ops.eepass.logits_rows(z[0], rows[0], get(bias))
+                logits = torch.ops.eepass.logits_rows(z[0], get(name), get(bias))
             return self._transformed(logits)[None]
 
-        return self.trace(run, (HIDDEN,), [*names, bias])
+        return self.trace(run, (HIDDEN,), [name, bias])
 
     def _normed(self, translator: list[str], get: Get, hidden: Tensor) -> Tensor:
         if translator:

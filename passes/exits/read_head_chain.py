@@ -79,7 +79,7 @@ def read_head_chain(head: Head) -> HeadChain:
     """``head`` as data; raises ``PassError`` with the node that does not fit."""
     if head.norm is None:
         raise PassError(head.reason or "the head could not be taken apart")
-    if head.scales:
+    if head.quantized:
         raise PassError("the LM head is quantised, and its kernels read plain rows")
     found = _normed(_result(head.norm, Hidden(), _norm_step))
     if found is None:

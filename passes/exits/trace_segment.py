@@ -1,8 +1,8 @@
 """Trace what runs at an exit point, and name the tensors it reads.
 
 An artefact brings ``translator.<layer>.*``, ``predictor.<layer>.*`` and ``hot.ids``; with them come
-``hot.head`` and ``hot.bias``, rows of the LM head, and ``predictor.<layer>.threshold``. Of a
-quantised LM head ``hot.head``, ``hot.head.scales`` and ``hot.head.mins`` are rows.
+``hot.head`` and ``hot.bias``, rows of the LM head (of a quantised one a packed weight), and
+``predictor.<layer>.threshold``.
 """
 
 from __future__ import annotations

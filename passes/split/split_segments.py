@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-import eepass.ops.quantized  # noqa: F401  the operator must be defined before it is looked for
+import eepass.ops.packed  # noqa: F401  the operator must be defined before it is looked for
 from eepass.errors import PassError
 from eepass.passes.graph_walk import (
     ancestors,
@@ -35,7 +35,7 @@ from eepass.segments import HIDDEN, DecoderGraph, Head, Input, Segment, SplitDec
 
 aten = torch.ops.aten
 ARANGE = {aten.arange.default, aten.arange.start, aten.arange.start_step}
-QUANTIZED = torch.ops.eepass.quantized_linear.default
+PACKED = torch.ops.eepass.packed_linear.default
 # on logits these act on each row of the LM head by itself
 ELEMENTWISE = {
     aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar, aten.tanh.default,
@@ -185,16 +185,16 @@ def _split_head(nodes: Sequence[Node], logits: Node, role: Mapping[Node, Input])
     with nothing after it but elementwise work. Otherwise the head stays whole, with the reason.
     """
     head = Head(build_segment(nodes, [logits], role))
-    linears = [node for node in nodes if node.target in (aten.linear.default, QUANTIZED)]
+    linears = [node for node in nodes if node.target in (aten.linear.default, PACKED)]
     if len(linears) != 1:
         head.reason = f"the head has {len(linears)} linear layers, expected one"
         return head
     linear = linears[0]
     args: tuple[Any, ...] = linear.args
-    hidden, weight, bias, scales, mins = *args[:2], args[2] if len(args) > 2 else None, None, None
-    if linear.target is QUANTIZED:
-        _, weight, scales, mins, bias, head.dynamic = args
-    operands = [node for node in (weight, bias, scales, mins) if node is not None]
+    hidden, weight, bias = *args[:2], args[2] if len(args) > 2 else None
+    if linear.target is PACKED:
+        _, _, head.form, head.outputs, bias, head.activations = args
+    operands = [node for node in (weight, bias) if node is not None]
     if any(node not in role or role[node].kind != "parameter" for node in operands):
         head.reason = "the LM head's weight is computed, not a parameter"
         return head
@@ -205,8 +205,8 @@ def _split_head(nodes: Sequence[Node], logits: Node, role: Mapping[Node, Input])
             return head
     needed = ancestors([hidden])
     head.norm = build_segment([node for node in nodes if node in needed], [hidden], role)
-    head.weight, head.bias, head.scales, head.mins = (
-        role[node].name if node is not None else "" for node in (weight, bias, scales, mins)
+    head.weight, head.bias = (
+        role[node].name if node is not None else "" for node in (weight, bias)
     )
     if after:
         head.transform = build_segment(after, [logits], {**role, linear: Input("hidden", "logits")})

@@ -21,7 +21,7 @@ from eepass.runtime.drafting.eagle_layer import (
     mixed,
     rotary,
 )  # fmt: skip
-from eepass.segments import GraphToMake
+from eepass.segments import GraphToMake, Head
 
 # the cache: first a slot for each draft token (the last one takes what padding rows write), then a
 # ring of slots for confirmed tokens, a window and the largest chunk that is being added
@@ -33,9 +33,9 @@ RING = WINDOW + 64
 class EagleHead:
     """The draft head of one sequence: its confirmed tokens in a line, a tree of drafts after them.
 
-    ``tensors``: ``eagle.*``, and ``hot.ids`` with ``hot.head``, the rows of the LM head (of a
-    quantised one with ``hot.head.scales`` and perhaps ``hot.head.mins``), or ``eagle.hot.ids`` and
-    so on where draft tokens have a hot vocabulary of their own. ``compile`` turns a graph into a
+    ``tensors``: ``eagle.*``, and ``hot.ids`` with ``hot.head``, those rows of the LM
+    head, or ``eagle.hot.ids`` and so on where draft tokens have a hot vocabulary of their own.
+    ``head``: the model's, where it is quantised. ``compile`` turns a graph into a
     function from the list of its inputs to its outputs, for each row count in ``rows`` when that is
     first needed; a compiler that only loads what is compiled needs no graph (``trace`` false).
     """
@@ -47,6 +47,7 @@ class EagleHead:
         compile: Callable[..., Callable[[list[Tensor]], Sequence[Tensor]]],
         rows: Sequence[int] = (4, 8, 64),
         trace: bool = True,
+        head: Head | None = None,
     ) -> None:
         dtype, hidden = embedding.dtype, embedding.shape[1]
         own = "eagle." if "eagle.hot.ids" in tensors else ""
@@ -63,9 +64,8 @@ class EagleHead:
         self.feature_size = int(self._sources["mix"].shape[1])
         heads = self._layer[LAYER.index("q")].shape[0] // HEAD_WIDTH
         keys = torch.zeros(1, heads, TREE + RING, HEAD_WIDTH, dtype=dtype)
-        hot = [tensors.get(f"{own}hot.head{end}") for end in ("", ".scales", ".mins")]
-        self._state = [self._empty_slots(), keys, torch.zeros_like(keys)]
-        self._state += [part for part in hot if part is not None]
+        self._head = head if head is not None and head.quantized else None
+        self._state = [self._empty_slots(), keys, torch.zeros_like(keys), tensors[f"{own}hot.head"]]
         self._steps: dict[tuple[str, int], Callable[[list[Tensor]], Sequence[Tensor]]] = {}
         # of the last confirmed token, then of the drafts in the order they were grown
         self._states = torch.zeros(TREE, hidden, dtype=dtype)
@@ -184,19 +184,22 @@ class EagleHead:
             # a trace takes one tensor given twice for one input
             examples = [x.clone() for x in arguments[: -len(fixed)]] + fixed
             shapes = [tuple(x.shape) for x in examples]
-            kinds = [str(x.dtype) for x in self._state[3:]] if len(self._state) > 4 else ""
-            name = f"eagle.{source}.{shapes}.{embedded.dtype}{kinds}"
-            parts = len(self._state) - 3
+            packed = None
+            if self._head is not None:
+                packed = (self._head.form, len(self.hot_ids), self._head.activations)
+            name = f"eagle.{source}.{shapes}.{embedded.dtype}{packed or ''}"
             graph = None
             if self._traces:
-                graph = GraphToMake(partial(_trace, examples, source, parts))
+                graph = GraphToMake(partial(_trace, examples, source, packed))
             self._steps[source, size] = self._compile(graph, name, examples, logits=False)
         states, scores = self._steps[source, size](arguments)
         return states, scores
 
 
-def _trace(examples: Sequence[Tensor], source: str, parts: int) -> GraphModule:
-    """``parts``: how many tensors hold the hot rows of the LM head; more than one if quantised."""
+def _trace(
+    examples: Sequence[Tensor], source: str, packed: tuple[int, int, int] | None
+) -> GraphModule:
+    """``packed``: form, outputs and activations of the hot rows of a quantised LM head."""
 
     def step(
         embedded: Tensor, feature: Tensor, last: Tensor, position: Tensor, slot: Tensor,
@@ -205,7 +208,7 @@ def _trace(examples: Sequence[Tensor], source: str, parts: int) -> GraphModule:
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Rows [R] that attend to the confirmed tokens up to position ``last`` [R] and to the
         drafts in ``tree`` [R, TREE]."""
-        head, weight, layer = weights[:parts], weights[parts], weights[parts + 1 :]
+        head, weight, layer = weights[0], weights[1], weights[2:]
         ring = positions.index_copy_(0, slot, position)[TREE:]
         line = (ring <= last[:, None]) & (ring > last[:, None] - WINDOW)
         attended = torch.cat([tree, line], 1)  # [R, TREE + RING]
@@ -219,11 +222,13 @@ def _trace(examples: Sequence[Tensor], source: str, parts: int) -> GraphModule:
         added = mixed(feature, weight) if source == "mix" else F.linear(feature, weight)
         by_name = dict(zip(LAYER, layer, strict=True))
         states = eagle_layer(embedded[None], added[None], cos, sin, attend, by_name)[0]
-        if parts == 1:
-            logits = torch.ops.eepass.logits_rows(states[scored], *head, None)
+        if packed is None:
+            logits = torch.ops.eepass.logits_rows(states[scored], head, None)
         else:
-            mins = head[2] if parts > 2 else None
-            logits = torch.ops.eepass.quantized_logits(states[scored], *head[:2], mins, None, False)
+            form, outputs, activations = packed
+            logits = torch.ops.eepass.packed_logits(
+                states[scored], head, form, outputs, None, activations
+            )
         return states, logits.log_softmax(-1)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)

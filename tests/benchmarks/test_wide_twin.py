@@ -134,7 +134,7 @@ def test_the_draft_head_says_what_the_small_ones_says(name):
         (wide, widen_artifact(artifact, small, wide), tiled),
     ):
         weights = dict(model.named_parameters(remove_duplicate=False))
-        head = SimpleNamespace(parts={"": "lm_head.weight"})
+        head = SimpleNamespace(weight="lm_head.weight", rows=lambda weight, ids: weight[ids])
         split = SimpleNamespace(hidden_example=model.lm_head.weight, head=head)
         tensors = exit_tensors("default", own, weights, split)
         head = EagleHead(tensors, model.get_input_embeddings().weight, eager_compile)

@@ -6,6 +6,7 @@ from kernel_cases import same_bits
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.ops import rows as row_ops
+from eepass.ops.packing import block_size, form_number
 from eepass.ops.registry import REFERENCES
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
@@ -134,12 +135,10 @@ def test_attention_never_reads_what_the_mask_forbids():
     assert torch.equal(torch.ops.eepass.attend_rows(q, k, v, mask, 0.1), expected)
 
 
-def quantised(*shape):
-    """(codes, scales, mins) of a weight, with two scales a row."""
-    codes = torch.randint(-128, 128, shape).to(torch.int8)
-    return codes, torch.rand(shape[0], 2), torch.rand(shape[0], 2)
-
-
+# a weight of 30 outputs x 64 inputs, 4 bits in groups of 32
+FORM = form_number("u4", 32)
+PACKED = torch.randint(0, 256, (2, block_size(FORM, 64)), dtype=torch.uint8)
+wide = torch.randn(2, 64)
 x, weight, drafts = torch.randn(2, 8), torch.randn(30, 8), torch.zeros(2, 2).long()
 OPERATORS = {
     "translate": (x, torch.ones(8), torch.randn(4, 8), torch.randn(8, 4)),
@@ -153,12 +152,16 @@ OPERATORS = {
     "attend_rows": (
         torch.randn(4, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 10), torch.zeros(3, 6), 0.5
     ),
-    "dequantize": (*quantised(30, 8), torch.bfloat16),
-    "quantized_linear": (x, *quantised(30, 8), None, False),
-    "quantized_rows": (x, *([part] for part in quantised(30, 8)), [None], False),
-    "quantized_logits": (x, *quantised(30, 8), None, False),
-    "quantized_draft_logits": (x, *quantised(30, 8), None, drafts),
-    "dynamic_logits": (x, torch.ones(30, 8, dtype=torch.int8), torch.rand(30, 1), None),
+    "packed_linear": (wide, PACKED, FORM, 30, None, 0),
+    "packed_rows": (wide, [PACKED, PACKED], [FORM, FORM], [30, 20], [None, torch.randn(20)], 0),
+    "packed_logits": (wide, PACKED, FORM, 30, None, 1),
+    "packed_draft_logits": (wide, PACKED, FORM, 30, None, drafts),
+    "unpack": (PACKED, FORM, 30, torch.tensor([3, 29])),
+    "pack_groups": (
+        torch.zeros(30, 64, dtype=torch.uint8), torch.rand(30, 2), torch.rand(30, 2), FORM
+    ),
+    "pack_gguf": (torch.zeros(30, 2 * 18, dtype=torch.uint8), form_number("q4_0"), None),
+    "select_outputs": (PACKED, FORM, torch.tensor([3, 29, 3])),
 }  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from caller import Seen, compiled, generate
@@ -14,19 +13,17 @@ import eepass
 from eepass.checkpoints.artifact import fingerprint
 from eepass.checkpoints.quantized_weights import (
     QuantizedLinear,
-    four_bit,
-    quantization_of,
+    QuantizedWeight,
     quantized_layers,
 )
-from eepass.checkpoints.read_gguf import READERS, find_weights
 from eepass.checkpoints.read_torchao import quantize, read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import transform
+from eepass.ops.packed import ROW
 from eepass.runtime.engine.engine import Engine, Options
 
 ao = pytest.importorskip("torchao.quantization")
-gguf = pytest.importorskip("gguf")
 PROMPT = [5, 9, 44, 7, 8]
 
 
@@ -74,7 +71,7 @@ def test_what_torchao_quantised_stands_for_the_same(form):
         torch.testing.assert_close(found, wanted[name], rtol=2**-8, atol=1e-3)
     up = layers["model.layers.1.mlp.up_proj"]
     torch.testing.assert_close(up(x), said, rtol=3e-2, atol=3e-2)
-    assert up.dynamic == (form == "int8-dynamic")
+    assert (up.activations == ROW) == (form == "int8-dynamic")
 
 
 def test_int4_as_gpus_pack_it():
@@ -190,8 +187,8 @@ def test_hot_rows_and_drafts_read_the_quantised_head(quantised):
     hot = tensors["hot.ids"]
     layer = original.lm_head
     assert isinstance(layer, QuantizedLinear)
-    assert torch.equal(tensors["hot.head"], layer.codes[hot])
-    assert torch.equal(tensors["hot.head.scales"], layer.scales[hot])
+    chosen = QuantizedWeight(tensors["hot.head"], layer.form, len(hot))
+    assert torch.equal(chosen.values(torch.float32), layer.quantized.values(torch.float32)[hot])
     z = torch.randn(1, 1, 64).bfloat16()
     exits = model.engine.exits
     assert exits is not None
@@ -199,8 +196,8 @@ def test_hot_rows_and_drafts_read_the_quantised_head(quantised):
     assert every is not None
     segments = model.segments_for(ExitConfig(), model.plan, {**model.decoder.tensors, **tensors}, 1)
     (logits,) = model.decoder.bind(segments.verify, tensors, [z])(z)
-    whole = torch.ops.eepass.quantized_logits(
-        z[0], layer.codes, layer.scales, layer.mins, None, layer.dynamic
+    whole = torch.ops.eepass.packed_logits(
+        z[0], layer.packed, layer.form, layer.out_features, None, layer.activations
     )
     assert torch.equal(logits[0], whole[:, hot])
 
@@ -210,7 +207,7 @@ def test_weights_are_read_as_codes(quantised):
     from eepass.inspecting import describe
 
     read = describe(model)["weights"]
-    codes = read.get("int8", 0) + read.get("uint8", 0)
+    codes = read.get("uint8", 0)
     assert codes > 3 * (sum(read.values()) - codes)
 
 
@@ -230,81 +227,6 @@ def test_quantising_what_is_not_known():
     ao.quantize_(model, asymmetric)
     with pytest.raises(InputError, match="symmetrically"):
         read_quantized(model)
-
-
-def blocks(kind, rows, columns):
-    """Random bytes of a GGUF type, with scales that are numbers."""
-    generator = np.random.default_rng(0)
-    values, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
-    data = generator.integers(0, 256, (rows, columns // values, size), dtype=np.uint8)
-    for at in HALVES[kind]:
-        halves = generator.normal(size=(rows, columns // values)).astype(np.float16)
-        data[..., at : at + 2] = halves[..., None].view(np.uint8)
-    return data.reshape(rows, -1)
-
-
-HALVES = {"Q8_0": (0,), "Q4_0": (0,), "Q4_1": (0, 2), "Q4_K": (0, 2), "Q6_K": (208,)}
-
-
-@pytest.mark.parametrize("kind", READERS)
-def test_gguf_types_to_the_bit(kind):
-    data = blocks(kind, 5, 512)
-    expected = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
-    weight = READERS[kind](data)
-    found = weight.values(torch.float32)
-    assert torch.equal(found, torch.from_numpy(expected))
-    eighths = weight.codes.nbytes / found.numel()
-    assert eighths == (0.5 if kind.startswith("Q4") else 1)
-
-
-def test_a_file_is_kept_row_by_row(tmp_path):
-    """Rows in another order are found; what no kernel reads stays, and is counted."""
-    model = tiny_model("llama", hidden_size=64, intermediate_size=256).bfloat16()
-    model.lm_head.weight = model.model.embed_tokens.weight
-    data = {
-        "token_embd.weight": ("Q8_0", model.lm_head, None),
-        "blk.0.attn_q.weight": ("Q4_0", model.model.layers[0].self_attn.q_proj, "permuted"),
-        "blk.0.ffn_down.weight": ("Q4_K", model.model.layers[0].mlp.down_proj, None),
-        "blk.1.ffn_down.weight": ("Q5_1", model.model.layers[1].mlp.down_proj, None),
-    }
-    writer = gguf.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    for name, (kind, linear, order) in data.items():
-        if kind in HALVES:
-            raw = blocks(kind, *linear.weight.shape)
-        else:
-            raw = gguf.quants.quantize(
-                linear.weight.float().numpy(), gguf.GGMLQuantizationType[kind]
-            )
-        writer.add_tensor(name, raw, raw_dtype=gguf.GGMLQuantizationType[kind])
-        values = torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
-        if order:
-            values = values.view(2, -1, 2, 64).transpose(1, 2).reshape(64, 64)
-        linear.weight.data.copy_(values)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    before = fingerprint(model)
-    ids = torch.tensor([PROMPT])
-    expected = model(ids).logits
-    kept, left = find_weights(model, tmp_path / "tiny.gguf")
-    assert left == {"Q5_1": 1}
-    assert kept.keys() == {
-        "lm_head", "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj",
-    }  # fmt: skip
-    from eepass.checkpoints.quantized_weights import replace_linears
-
-    replace_linears(model, kept)
-    assert torch.equal(model(ids).logits, expected)
-    # an artefact of the one fits the other: they are the same function
-    assert fingerprint(model) == before
-    assert quantization_of(model) == "2 layers int4, 32 a scale; 1 layers int8, 32 a scale"
-
-
-def test_rows_that_do_not_divide_take_a_byte_a_code():
-    codes = torch.randint(0, 16, (4, 96))
-    weight = four_bit(codes, torch.ones(4, 3))
-    assert torch.equal(weight.values(torch.float32), codes.float() - 8)
 
 
 def test_thresholds_found_anew(quantised, tmp_path):
@@ -328,24 +250,12 @@ def test_thresholds_found_anew(quantised, tmp_path):
         calibrate(loaded, deeper)
 
 
-@pytest.mark.parametrize("method", ("gptq", "awq", "compressed-tensors"))
-def test_formats_of_other_libraries_are_refused_by_name(tmp_path, method):
+def test_formats_of_other_libraries_are_refused_by_name(tmp_path):
     model = small()
-    configs = {
-        "gptq": {"bits": 4, "group_size": 32, "quant_method": "gptq"},
-        "awq": {"bits": 4, "group_size": 32, "quant_method": "awq"},
-        "compressed-tensors": {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {
-                "group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 32}}
-            },
-        },
-    }
-    model.config.quantization_config = configs[method]
+    model.config.quantization_config = {"quant_method": "hqq", "quant_config": {}}
     model.config.save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=f"(?i){method.partition('-')[0]}"):
+    with pytest.raises(InputError, match=r"(?i)hqq"):
         eepass.load(str(tmp_path))
 
 
@@ -361,7 +271,7 @@ def test_a_transformed_folder_holds_codes_once(tmp_path, monkeypatch):
     original = transform(loaded.model, artifact, max_length=64)
     eepass.write_folder(loaded, tmp_path / "folder", artifact, rows=(1, 4), max_length=64)
     stored = load_file(tmp_path / "folder" / "model.safetensors")
-    codes = [tensor for name, tensor in stored.items() if name.endswith(".codes")]
+    codes = [tensor for name, tensor in stored.items() if name.endswith(".packed")]
     assert len(codes) == 4 * 7 + 1 and all(tensor.dtype == torch.uint8 for tensor in codes)
     again = eepass.load(str(tmp_path / "folder"))
     for config in (None, ExitConfig(), ExitConfig().approximate()):
@@ -369,15 +279,6 @@ def test_a_transformed_folder_holds_codes_once(tmp_path, monkeypatch):
                    (again.model, original)]  # fmt: skip
         said = [[step.token for step in engine.generate(PROMPT, 12)] for engine in engines]
         assert said[0] == said[1]
-
-
-def test_where_no_kernel_reads_codes_they_are_not_kept(monkeypatch):
-    from eepass.checkpoints import models
-
-    assert models._no_kernels(small()) == ""
-    assert "bf16" in models._no_kernels(small().float())
-    monkeypatch.setattr(models, "cpu_flags", lambda: ["avx512_bf16"])
-    assert "avx512_vnni" in models._no_kernels(small())
 
 
 def test_through_the_backend(tmp_path):

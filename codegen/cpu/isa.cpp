@@ -1,0 +1,91 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace eepass {
+namespace {
+
+#if defined(__x86_64__)
+
+bool has(Isa wanted) {
+  __builtin_cpu_init();
+  switch (wanted) {
+    case Isa::none: return true;
+    case Isa::avxvnni:
+      if (!__builtin_cpu_supports("avxvnni")) return false;
+      [[fallthrough]];
+    case Isa::avx2:
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
+    case Isa::avx512:
+      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+             __builtin_cpu_supports("avx512vnni") && has(Isa::avx2);
+  }
+  return false;
+}
+
+bool has_bf16() {
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512bf16");
+}
+
+#else
+
+bool has(Isa wanted) { return wanted == Isa::none; }
+bool has_bf16() { return false; }
+
+#endif
+
+struct Choice {
+  const char* name;
+  Isa isa;
+  bool bf16;
+};
+
+// from the best on; `avx512-widened` is how a processor with AVX-512 but without its bf16 products
+// computes, and differs from `avx512` only where those exist
+constexpr Choice CHOICES[] = {
+    {"avx512", Isa::avx512, true},
+    {"avx512-widened", Isa::avx512, false},
+    {"avxvnni", Isa::avxvnni, false},
+    {"avx2", Isa::avx2, false},
+    {"", Isa::none, false},
+};
+
+const Choice* best() {
+  for (const Choice& choice : CHOICES)
+    if (has(choice.isa)) return &choice;
+  return nullptr;
+}
+
+std::atomic<const Choice*>& chosen() {
+  static std::atomic<const Choice*> choice{best()};
+  return choice;
+}
+
+}  // namespace
+
+Isa isa() { return chosen().load(std::memory_order_relaxed)->isa; }
+
+bool has_bf16_products() {
+  static const bool here = has_bf16();
+  return here && chosen().load(std::memory_order_relaxed)->bf16;
+}
+
+}  // namespace eepass
+
+// The name of the instruction set in use, after choosing the one called `name` ("best": the best
+// there is) unless it is null; null where the processor has not what was asked for.
+extern "C" const char* eepass_kernel_isa(const char* name) {
+  using namespace eepass;
+  if (name) {
+    const Choice* found = std::strcmp(name, "best") == 0 ? best() : nullptr;
+    for (const Choice& choice : CHOICES)
+      if (!found && *choice.name && std::strcmp(name, choice.name) == 0) found = &choice;
+    if (!found || !has(found->isa)) return nullptr;
+    chosen().store(found);
+  }
+  return chosen().load()->name;
+}

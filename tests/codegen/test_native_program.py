@@ -1,0 +1,121 @@
+"""Programs of inductor's code, run line by line in Python and natively: the same bits."""
+
+import pytest
+import torch
+from kernel_cases import same_bits
+
+from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.kept_program import program_of, run_program
+from eepass.codegen.lower_cpu import CpuCompiler, ready_to_compile, through_inductor
+from eepass.codegen.native_program import NativeProgram, NotNative, native_program, natively
+
+eager = torch.ops.eepass
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels():
+    assert load_kernels() == ""
+
+
+@pytest.fixture(autouse=True)
+def _as_in_use():
+    """Deterministic algorithms, which tests ask for, write to a cache by another call."""
+    torch.use_deterministic_algorithms(False)
+
+
+def programs(function, *examples):
+    """The program of a function's code, and its kernels."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*examples)
+    with torch.no_grad(), ready_to_compile(graph, examples, False) as (lowered, fakes):
+        return program_of(through_inductor(lowered, fakes))
+
+
+def layer(x, norm, gate, up, down, keys, slots):
+    """Loops, operators over lists, a view, a write into a cache and two outputs."""
+    z = torch.nn.functional.rms_norm(x, (64,), norm)
+    inner = torch.nn.functional.silu(z @ gate.T) * (z @ up.T)
+    written = keys.index_copy_(1, slots, z[None])
+    return x + torch.nn.functional.linear(inner, down), written.sum(-1)
+
+
+def given(rows=3):
+    torch.manual_seed(0)
+    weights = [torch.randn(*shape) for shape in ((64,), (128, 64), (128, 64), (64, 128))]
+    slots = torch.arange(rows) + 2
+    return [torch.randn(rows, 64), *weights, torch.zeros(1, 16, 64), slots]
+
+
+def test_the_same_bits_as_in_python():
+    program, kernels = programs(layer, *given())
+    python, native = run_program(program, kernels), native_program(program, kernels)
+    for seed in range(3):
+        inputs = given()
+        inputs[0] = inputs[0] * (seed + 1)
+        others = [tensor.clone() for tensor in inputs]
+        expected, found = python(list(inputs)), native(list(others))
+        for one, other in zip(expected, found, strict=True):
+            same_bits(one, other)
+        same_bits(inputs[5], others[5])
+        assert inputs[5].any()
+
+
+def test_outputs_are_new_each_time():
+    native = native_program(*programs(layer, *given()))
+    first = native(given())[0]
+    kept = first.clone()
+    native([tensor * 2 if tensor.is_floating_point() else tensor for tensor in given()])
+    same_bits(first, kept)
+
+
+def test_errors_are_raised_as_in_python():
+    native = native_program(*programs(layer, *given()))
+    inputs = given()
+    inputs[-1] = torch.tensor([1, 2, 99])
+    with pytest.raises(RuntimeError, match="index out of bounds"):
+        native(inputs)
+    with pytest.raises(RuntimeError, match="7 inputs was given 2"):
+        native(given()[:2])
+
+
+def test_every_kind_of_argument():
+    """A list with None, a list of integers, a number, a truth value, nothing."""
+    program = """\
+a, b = args
+args.clear()
+part = reinterpret_tensor(b, (2, 8), (8, 1), 8)
+buf0 = torch.ops.eepass.linear_rows.default(a, [b, part], [None, None])
+buf1 = buf0[1]
+buf2 = torch.ops.aten.sum.dim_IntList(buf0[0], [0, 1], True, dtype=torch.float32)
+buf3 = torch.ops.aten.add.Tensor(buf1, buf1, alpha=-0.5)
+buf4 = buf3
+del buf3
+buf5 = torch.ops.aten.clamp.default(buf4, None, 1)
+return (buf5, buf2)
+"""
+    inputs = [torch.randn(3, 8), torch.randn(5, 8)]
+    with pytest.raises(NotNative, match=r"torch\.float32"):
+        native_program(program, {})
+    program = program.replace(", dtype=torch.float32", "")
+    expected = run_program(program, {})(list(inputs))
+    for one, other in zip(expected, native_program(program, {})(inputs), strict=True):
+        same_bits(one, other)
+
+
+def test_without_kernels_it_stays_in_python(monkeypatch):
+    from eepass.codegen import native_program as module
+
+    monkeypatch.setattr(module, "load_kernels", lambda: "no compiler")
+    with pytest.raises(NotNative, match="no compiler"):
+        native_program(*programs(layer, *given()))
+
+
+def test_a_compiled_segment_is_native():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    graph = make_fx(layer, tracing_mode="fake", pre_dispatch=True)(*given())
+    with torch.no_grad():
+        compiled = CpuCompiler()(graph, "layer", given())
+    assert isinstance(compiled, NativeProgram)
+    assert natively(len) is len
