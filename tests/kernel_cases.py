@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.codegen.cpu.native import cpu_flags
+from eepass.codegen.cpu.native import kernel_isa
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # of the largest expected value, in float32 results and in those rounded to a dtype
@@ -160,14 +160,13 @@ def same(found: Any, expected: Any, rounded: torch.dtype = torch.float32) -> Non
         assert close.all(), f"output {index}: off by {(a - b).abs().max()}"
 
 
-# what this project's own CPU kernels are written for: there a sum has the same bits for any number
-# of rows and wherever its weight row stands; elsewhere a library adds, and it may not
-OWN_SUMS = {"avx512_bf16", "avx512_vnni"} <= set(cpu_flags())
-
-
 def same_bits(found: Tensor, expected: Tensor) -> None:
-    """Fail unless the tensors are equal; as close as rounding allows where a library adds."""
-    if OWN_SUMS:
+    """Fail unless the tensors are equal; as close as rounding allows where a library adds.
+
+    In this project's own CPU kernels a sum has the same bits for any number of rows and wherever
+    its weight row stands.
+    """
+    if kernel_isa():
         assert torch.equal(found, expected)
     same([found], [expected])
 

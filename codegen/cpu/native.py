@@ -157,6 +157,16 @@ def _run(command: list[str]) -> None:
         raise KernelsMissing(f"the C++ kernels do not build: {_last_line(result.stderr)}")
 
 
+def best_isa(flags: list[str]) -> str:
+    """What ``kernel_isa`` names where ``cpu_flags`` gives ``flags``, as `isa.cpp` chooses it."""
+    have = set(flags)
+    if not {"avx2", "fma", "f16c"} <= have:
+        return ""
+    if {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"} <= have:
+        return "avx512"
+    return "avxvnni" if "avx_vnni" in have else "avx2"
+
+
 def cpu_flags() -> list[str]:
     """This CPU's features by their Linux names; empty where the system does not list them."""
     try:

@@ -4,18 +4,24 @@ import pytest
 import torch
 from kernel_cases import same_bits
 
-from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.cpu.native import KernelsMissing, kernel_isa, load_kernels
 from eepass.ops import rows as row_ops
 from eepass.ops.packing import block_size, form_number
 from eepass.ops.registry import REFERENCES
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
 dtypes = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+ISAS = ("avx512", "avx512-widened", "avx2")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def kernels():
+@pytest.fixture(scope="module", autouse=True, params=ISAS)
+def isa(request):
     assert load_kernels() == ""
+    try:
+        yield kernel_isa(request.param)
+    except KernelsMissing as error:
+        pytest.skip(str(error))
+    kernel_isa("best")
 
 
 def close(found, expected, dtype):
@@ -51,12 +57,61 @@ def test_logits_rows_are_not_rounded(dtype, rows):
     close(found, row_ops.logits_rows(z, head, bias), torch.float32)
 
 
-def test_a_row_has_the_same_bits_alone_and_with_others():
+@dtypes
+@pytest.mark.parametrize("sizes", ((1536, 576), (37, 1001), (40, 9000)), ids=str)
+def test_a_row_has_the_same_bits_alone_and_with_others(dtype, sizes):
     torch.manual_seed(0)
-    x, weight = torch.randn(64, 576).bfloat16(), torch.randn(1536, 576).bfloat16()
+    out, depth = sizes
+    x, weight = torch.randn(64, depth).to(dtype), torch.randn(out, depth).to(dtype)
     alone = torch.cat([torch.ops.eepass.linear_rows(row[None], [weight], [None])[0] for row in x])
-    for rows in (2, 4, 7, 8, 16, 32, 64):
+    for rows in (*range(2, 18), 31, 32, 64):
         same_bits(torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows])
+
+
+def test_a_weight_row_gives_the_same_bits_wherever_it_stands():
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 1000).bfloat16(), torch.randn(100, 1000).bfloat16()
+    whole = torch.ops.eepass.logits_rows(x, weight, None)
+    order = torch.randperm(100)[:53]
+    same_bits(torch.ops.eepass.logits_rows(x, weight[order], None), whole[:, order])
+
+
+@pytest.mark.parametrize("shape", ((5,), (5, 7), (2, 5, 8)), ids=str)
+def test_weights_that_do_not_fit_are_refused(shape):
+    with pytest.raises(RuntimeError, match="linear_rows"):
+        torch.ops.eepass.linear_rows(torch.randn(2, 8), [torch.randn(shape)], [None])
+
+
+def test_a_bias_or_cache_that_does_not_fit_is_refused():
+    with pytest.raises(RuntimeError, match="bias"):
+        torch.ops.eepass.linear_rows(torch.randn(2, 8), [torch.randn(5, 8)], [torch.randn(4)])
+    q, k, v, mask = (torch.randn(s) for s in ((4, 3, 8), (2, 6, 8), (2, 6, 10), (3, 6)))
+    cases = [
+        (q[:3], k, v, mask), (q, k[:, :5], v, mask), (q, k, v, mask[:, :5]),
+        (q, k, v, mask[:2]), (q[..., :7], k, v, mask), (q, k, v.bfloat16(), mask),
+    ]  # fmt: skip
+    for wrong in cases:
+        with pytest.raises(RuntimeError, match="attend_rows"):
+            torch.ops.eepass.attend_rows(*wrong, 0.5)
+
+
+def test_another_instruction_set_adds_in_another_order(isa):
+    """So it is the chosen one that computes, and not always the same."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(4, 1000), torch.randn(300, 1000)
+    here = torch.ops.eepass.logits_rows(x, weight, None)
+    other = {"avx2": "best"}.get(isa, "avx2")
+    if kernel_isa(other) == isa:
+        pytest.skip("this processor has one set alone")
+    there = torch.ops.eepass.logits_rows(x, weight, None)
+    kernel_isa(isa)
+    assert not torch.equal(here, there)
+    close(there, here, torch.float32)
+
+
+def test_an_unknown_instruction_set_is_refused():
+    with pytest.raises(KernelsMissing, match="sse"):
+        kernel_isa("sse")
 
 
 @dtypes
@@ -118,6 +173,30 @@ def test_a_row_has_the_same_bits_wherever_its_slots_lie(dtype):
     other = torch.full((3, 90), forbidden, dtype=dtype)
     other[:, slots] = 0
     assert torch.equal(torch.ops.eepass.attend_rows(q, *scattered, other, 0.125), expected)
+
+
+@dtypes
+def test_long_rows_of_different_lengths(dtype):
+    """More slots than a thread takes at once; each row gives the bits it gives alone."""
+    torch.manual_seed(0)
+    q = torch.randn(6, 18, 64).to(dtype)
+    k, v = (torch.randn(2, 700, 64).to(dtype) for _ in range(2))
+    allowed = torch.rand(18, 700) < 0.9
+    lengths = torch.tensor([700, 1, 128, 129, 256, 640, *range(400, 412)])
+    allowed &= torch.arange(700) < lengths[:, None]
+    allowed[:, 0] = True
+    mask = torch.zeros(18, 700, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+    found = torch.ops.eepass.attend_rows(q, k, v, mask, 0.2)
+    close(found, row_ops.attend_rows(q, k, v, mask, 0.2), dtype)
+    for row in range(18):
+        alone = torch.ops.eepass.attend_rows(q[:, [row]], k, v, mask[[row]], 0.2)
+        assert torch.equal(alone[:, 0], found[:, row])
+
+
+def test_a_value_that_is_not_a_number_is_not_hidden():
+    q, k, v = torch.randn(2, 1, 64), torch.randn(1, 50, 64), torch.randn(1, 50, 64)
+    k[0, 7, 3] = float("nan")
+    assert torch.ops.eepass.attend_rows(q, k, v, torch.zeros(1, 50), 0.1).isnan().all()
 
 
 def test_a_row_that_sees_nothing_gives_zeros():

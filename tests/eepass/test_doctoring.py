@@ -55,14 +55,28 @@ def test_a_compiler_that_does_not_run(monkeypatch, tmp_path):
     assert doctoring.as_text(found)
 
 
-@pytest.mark.parametrize("flags", ([], ["avx512f", "avx512_bf16", "avx512_vnni"]))
-def test_what_the_cpu_can(monkeypatch, flags):
+AVX2 = ["avx2", "fma", "f16c"]
+AVX512 = [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "isa"),
+    (([], ""), (AVX2, "avx2"), ([*AVX2, "avx_vnni"], "avxvnni"), (AVX512, "avx512")),
+    ids=("none", "avx2", "avxvnni", "avx512"),
+)
+def test_what_the_cpu_can(monkeypatch, flags, isa):
     monkeypatch.setattr(native, "cpu_flags", lambda: flags)
     found = doctoring.doctor()
-    assert found["cpu"]["avx512_bf16"] == bool(flags) == found["cpu"]["avx512_vnni"]
+    assert found["cpu"]["avx512_bf16"] == (isa == "avx512") == found["cpu"]["avx512_vnni"]
     assert not found["cpu"]["amx_bf16"]
-    why = found["uses"]["operators"]["why"]
-    assert ("plain loops" in why) == (not flags)
+    uses = found["uses"]["operators"]
+    assert uses["use"] == ("C++ kernels" if isa else "eager definitions")
+    assert isa in uses["why"] and found["cpu"]["kernels"] == isa
+
+
+def test_the_instruction_set_is_the_one_that_the_kernels_choose():
+    assert native.load_kernels() == ""
+    assert native.best_isa(native.cpu_flags()) == native.kernel_isa("best")
 
 
 def test_an_extra_that_is_not_there(monkeypatch):

@@ -1,0 +1,41 @@
+"""Run the tests of the C++ kernels under AddressSanitizer: ``make asan``.
+
+The kernels are built by a compiler that adds the sanitiser, into a cache of their own.
+"""
+
+import os
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from eepass.codegen.cpu.native import find_compiler
+
+ROOT = Path(__file__).parent.parent
+FLAGS = "-fsanitize=address -g1 -fno-omit-frame-pointer"
+
+
+def main() -> int:
+    compiler = find_compiler()
+    found = subprocess.run(
+        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
+    )
+    tests = sorted(map(str, (ROOT / "tests" / "codegen").glob("test_*rows*.py")))
+    with tempfile.TemporaryDirectory() as folder:
+        wrapper = Path(folder) / "compiler"
+        wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} {FLAGS} "$@"\n')
+        wrapper.chmod(0o755)
+        own = {"CXX": str(wrapper), "XDG_CACHE_HOME": folder}
+        build = "from eepass.codegen.cpu.native import build_kernels; print(build_kernels())"
+        subprocess.run(
+            [sys.executable, "-c", build], env={**os.environ, **own}, check=True, cwd=ROOT
+        )
+        # loaded first, since python is built without it; python frees little at its end
+        own |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
+        run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        return subprocess.run(run, env={**os.environ, **own}, check=False, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
