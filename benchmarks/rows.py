@@ -116,15 +116,10 @@ def prepare(options: argparse.Namespace) -> tuple[dict[str, System], dict[str, A
 
 def chosen_isa(name: str | None) -> str:
     """Which instruction set the kernels are to use; the one they use."""
-    choose = getattr(native, "kernel_isa", None)
-    if choose is not None:
-        try:
-            return str(choose(name))
-        except native.KernelsMissing as error:
-            raise InputError(f"--isa {name}: {error}") from error
-    if name not in (None, "avx512"):
-        raise InputError(f"--isa {name}: the kernels know avx512 alone")
-    return "avx512"
+    try:
+        return native.kernel_isa(name)
+    except native.KernelsMissing as error:
+        raise InputError(f"--isa {name}: {error}") from error
 
 
 def measure(

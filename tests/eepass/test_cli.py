@@ -6,9 +6,10 @@ import shutil
 
 import pytest
 from command_line import refused, run
-from models import VOCABULARY, random_artifact, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from models import VOCABULARY, tiny_model
+from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+from word_model import save_word_model, write_prompts
 
 WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
 
@@ -16,26 +17,12 @@ WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny model on disk, with a tokenizer of words w0 … and an artefact beside it."""
-    path = tmp_path_factory.mktemp("model")
-    model = tiny_model("llama")
-    # an end token that is never the likeliest: answers have the length that was asked for
-    model.lm_head.weight.data[2] = 0.0
-    model.save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel(WORDS, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="w2", unk_token="<unk>"
-    ).save_pretrained(path)
-    random_artifact(model).save(path / "eepass")
-    return path
+    return save_word_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
 def prompts(tmp_path):
-    file = tmp_path / "prompts.jsonl"
-    texts = [" ".join(f"w{(7 * i + j) % 150 + 3}" for j in range(5)) for i in range(60)]
-    file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    return file
+    return write_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_generate(folder, tmp_path):
