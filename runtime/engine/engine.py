@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+from torch import Tensor
+
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
@@ -23,6 +25,7 @@ from eepass.runtime.engine.batch_scheduler import BatchScheduler
 from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
 from eepass.runtime.engine.prefill import OnLayer, prefill
+from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
@@ -78,6 +81,8 @@ class Engine:
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
         self.sequences: list[Sequence] = []
+        # of a dense engine; whoever sets it takes what it keeps
+        self.recorder: Recorder | None = None
 
     def measure(self) -> None:
         """Measure what has not been measured yet, if the cache holds no sequence."""
@@ -131,6 +136,12 @@ class Engine:
             draft=self.draft.fresh() if self.draft is not None else None,
             schedule=self.schedule.fresh() if self.schedule is not None else None,
         )
+        recorder = self.recorder
+        if on_layer is None and recorder is not None:
+
+            def on_layer(layer: int, hidden: Tensor) -> None:
+                recorder.add(sequence, layer, hidden[0])
+
         try:
             logits = prefill(sequence, decoder, self.exits, on_layer)
             token = self.verifier.next_token(logits, sequence, sequence.tokens)
@@ -265,8 +276,9 @@ class Engine:
         draft = self.draft
         layers = draft.feature_layers if draft is not None else None
         forward_pass = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy
-        )
+            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy,
+            self.recorder,
+        )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         began = perf_counter()
         forward_pass.run(batch, drafts)

@@ -14,12 +14,14 @@ from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, calibrate, replay
 from eepass.training.corpus import (
+    GIVEN,
     Example,
-    _mixed,
+    Prompt,
+    mixed,
     read_answers,
+    read_kinds,
     read_prompts,
     split_of,
-    write_prompts,
 )
 from eepass.training.dense_model import best_token
 from eepass.training.draft_head import fit_draft_head
@@ -44,6 +46,13 @@ class Watch:
         if self.stop_after and self.stages[-1] == self.stop_after:
             raise KeyboardInterrupt
 
+    def say(self, text):
+        pass
+
+
+def given(*prompts):
+    return [Prompt(ids, GIVEN, split_of(ids)) for ids in prompts]
+
 
 @pytest.fixture
 def examples():
@@ -60,6 +69,8 @@ def test_a_broken_line_is_named(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
     assert read_prompts(file) == ["a", "b"]
+    file.write_text('{"prompt": "a", "kind": "code"}\n{"prompt": "b"}\n')
+    assert read_kinds(file) == [("a", "code"), ("b", GIVEN)]
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(InputError, match="line 2"):
         read_prompts(file)
@@ -72,7 +83,7 @@ def test_a_broken_line_is_named(tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": 0, "answer": [1, 999]}\n')
     with pytest.raises(InputError, match="line 1"):
-        read_answers(answers, [[1]], 100)
+        read_answers(answers, given([1]), 100)
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -84,7 +95,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert read_prompts(file) == texts
     answers = tmp_path / "answers.jsonl"
     answers.write_bytes('\ufeff{"prompt": 1, "answer": [5], "of": "a\u2028b"}\n\n'.encode())
-    assert read_answers(answers, [[1], [2]], 100)[0][:2] == ([2], [5])
+    assert read_answers(answers, given([1], [2]), 100)[0][:2] == ([2], [5])
 
 
 @pytest.mark.parametrize(
@@ -101,14 +112,15 @@ def test_what_is_no_answer_is_named(tmp_path, line):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": 0, "answer": [1]}\n' + line + "\n")
     with pytest.raises(InputError, match="line 2"):
-        read_answers(file, [[1], [2]], 100)
+        read_answers(file, given([1], [2]), 100)
 
 
 @pytest.mark.parametrize(
     "line",
     [
         '{"turns": "text"}', '{"turns": []}', '{"turns": [3]}', '{"prompt": 3}', '{"prompt": null}',
-        '["prompt"]', '"prompt"', '{"prompt": "\\ud800"}', '{"a": ' * 100_000,
+        '["prompt"]', '"prompt"', '{"prompt": "a", "kind": 3}',
+        '{"prompt": "\\ud800"}', '{"a": ' * 100_000,
     ],
 )  # fmt: skip
 def test_what_is_no_prompt_is_named(tmp_path, line):
@@ -124,26 +136,26 @@ def test_prompts_that_are_not_utf8_are_named(tmp_path):
     with pytest.raises(InputError, match="cannot be read as text"):
         read_prompts(file)
     with pytest.raises(InputError, match="cannot be read as text"):
-        read_answers(file, [[1]], 100)
+        read_answers(file, given([1]), 100)
 
 
 def test_every_stretch_of_prompts_has_all_splits():
     """A token limit ends early; what was answered until then has to train on all three."""
-    prompts = [[n, n + 1] for n in range(1000)]
-    mixed = _mixed(prompts)
-    assert sorted(mixed) == prompts
+    prompts = given(*([n, n + 1] for n in range(1000)))
+    ordered = mixed(prompts)
+    assert sorted(ordered) == prompts
     for begin in range(0, 960, 32):
-        stretch = mixed[begin : begin + 32]
-        assert {split_of(prompt) for prompt in stretch} == {"fit", "predict", "calibrate"}
+        stretch = ordered[begin : begin + 32]
+        assert {prompt.split for prompt in stretch} == {"fit", "predict", "calibrate"}
 
 
 def test_too_few_answers_say_what_to_give():
     fit = next([n] for n in range(100) if split_of([n]) == "fit")
     examples = [Example(fit, [5] * 1500, "fit")]
     with pytest.raises(InputError, match="1 answers of 1500 tokens are too few: give more prompts"):
-        _refuse_too_few(examples, [fit], 1000)
+        _refuse_too_few(examples, given(fit), 1000)
     with pytest.raises(InputError, match="raise --tokens above 1500"):
-        _refuse_too_few(examples, [fit, [101]], 1000)
+        _refuse_too_few(examples, given(fit, [101]), 1000)
 
 
 def test_splits_go_by_prompt_and_have_their_sizes():
@@ -296,25 +308,4 @@ def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
     (tmp_path / ".fit-0000009.safetensors.part").write_bytes(b"half")
     store = HiddenStateStore(tmp_path, (1,))
     assert store.examples_done == 2 and len(store.read("fit", "token")) == 3
-    assert json.loads((tmp_path / "done.json").read_text()) == {"examples": 2}
-
-
-class Chatty:
-    """A loaded model that turns every prompt into three tokens between two others."""
-
-    def __init__(self, model):
-        self.model, self.stop = model, frozenset({2})
-
-    def turn(self):
-        return [5, 6], [7]
-
-
-def test_a_model_writes_its_own_prompts_once(tmp_path):
-    loaded, file = Chatty(tiny_model("llama")), tmp_path / "prompts.jsonl"
-    prompts = write_prompts(loaded, 5, file, Watch())
-    assert len(prompts) == 5 and len({tuple(p) for p in prompts}) == 5
-    for prompt in prompts:
-        assert prompt[:2] == [5, 6] and prompt[-1] == 7 and 2 not in prompt
-    # taken up again they are the same, and only those missing are written
-    again = write_prompts(loaded, 7, file, Watch())
-    assert again[:5] == prompts and len(again) == 7
+    assert json.loads((tmp_path / "done.json").read_text())["examples"] == 2
