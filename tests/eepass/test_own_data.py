@@ -117,14 +117,17 @@ def test_hidden_states_on_the_way_are_those_of_a_second_pass(model, tmp_path):
 
 
 class Stops(NoProgress):
-    """Stops a run as Ctrl-C does, after so many advances."""
+    """Stops a run as Ctrl-C does, when a stage has advanced so often."""
 
-    def __init__(self, after):
-        self.after = after
+    def __init__(self, stage, times):
+        self.stage, self.times = stage, times
+
+    def begin(self, stage, total):
+        self.counts = stage == self.stage
 
     def advance(self, amount):
-        self.after -= 1
-        if not self.after:
+        self.times -= self.counts
+        if not self.times:
             raise KeyboardInterrupt
 
 
@@ -141,9 +144,12 @@ def test_a_run_that_was_stopped_gives_the_same_files(model, tmp_path, monkeypatc
         return store, examples
 
     whole, examples = run("whole", NoProgress())
-    for after in (5, 30, 12, 9):
+    for stage, times in (
+        ("writing prompts", 7), ("generating answers", 4), ("writing further turns", 2),
+        ("sampling answers", 3),
+    ):  # fmt: skip
         with pytest.raises(KeyboardInterrupt):
-            run("stopped", Stops(after))
+            run("stopped", Stops(stage, times))
     # and in the middle of a line
     file = tmp_path / "stopped" / "answers.jsonl"
     file.write_bytes(file.read_bytes()[:-9])
@@ -202,7 +208,7 @@ def test_kinds_are_in_every_split_but_those_held_out(model, tmp_path, monkeypatc
     store = HiddenStateStore(tmp_path / "shards", LAYERS)
     collector = Collector(model, store, NoProgress())
     data = OwnData(Chatty(), tmp_path, collector, NoProgress())
-    examples = data.write([], 120, 12_000, 1, 1.0)
+    examples = data.write([], 90, 6_000, 1, 1.0)
     kinds = {}
     for example in examples:
         kinds.setdefault(example.split, set()).add(example.kind)
