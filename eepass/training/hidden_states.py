@@ -16,6 +16,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eepass.files import write_tensors_atomically, write_text_atomically
+from eepass.reading import parse_json
 from eepass.training.corpus import Example
 from eepass.training.dense_model import DenseModel, best_token
 from eepass.training.progress import Progress
@@ -44,7 +45,7 @@ class HiddenStateStore:
     @property
     def examples_done(self) -> int:
         path = self.folder / "done.json"
-        return int(json.loads(path.read_text())["examples"]) if path.exists() else 0
+        return int(parse_json(path.read_bytes())["examples"]) if path.exists() else 0
 
     def read(self, split: str, name: str) -> Tensor:
         """One tensor of one split over all its shards."""
