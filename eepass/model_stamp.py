@@ -115,7 +115,7 @@ class Contents:
         for at, container in enumerate(self._containers):
             if not _differ(container, self._copies[at]):
                 continue
-            if not isinstance(container, dict):
+            if not isinstance(container, Mapping):
                 return self._names[at]
             new, old = _without_aside(container), _without_aside(self._copies[at])
             if _differ(new, old) and not _harmless(self._names[at], new, old):
