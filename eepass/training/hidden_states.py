@@ -19,6 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from eepass.files import write_tensors_atomically, write_text_atomically
+from eepass.reading import parse_json
 from eepass.training.corpus import Example
 from eepass.training.dense_model import DenseModel
 from eepass.training.progress import Progress
@@ -152,7 +153,7 @@ class HiddenStateStore:
 
     def _done(self) -> dict[str, Any]:
         path = self.folder / "done.json"
-        return dict(json.loads(path.read_text())) if path.exists() else {}
+        return dict(parse_json(path.read_bytes())) if path.exists() else {}
 
 
 class Collector:

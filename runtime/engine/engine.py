@@ -75,6 +75,8 @@ class Engine:
         self._to_measure = (planner, noise)
         # a planner that nothing was measured for takes all passes to cost the same
         self._observes = False
+        # for how many sequences together everything is compiled
+        self._prepared = 0
         self.statistics = Statistics(decoder.num_layers)
         self.verifier = Verifier(decoder.num_layers, options.guarantee == "exact")
         self.scheduler = BatchScheduler(
@@ -92,9 +94,6 @@ class Engine:
         if planner is not None:
             self.planner, self._observes = planner(), True
             self.planner.modes = self.options.modes
-            several = "both" in self.options.modes
-            if self.exits is not None and (several or "exits" in self.options.modes):
-                self.exits.prepare(max(self.planner.costs) if several else 1)
         if noise is not None and self.verifier.exact:
             self.verifier.noise = noise()
         self._to_measure = (None, None)
@@ -118,6 +117,7 @@ class Engine:
         capacity = decoder.max_sequence_length if capacity is None else capacity
         self._check(ids, capacity, sampling)
         self.measure()
+        self._prepare(len(self.sequences) + 1)
         first_slot = decoder.kv.allocate(capacity)
         if first_slot is None:
             raise EngineError(
@@ -180,11 +180,14 @@ class Engine:
 
     def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
         """Run pending tokens through the layers they skipped; in exact mode that confirms them."""
-        chosen = [s for s in (self.sequences if sequences is None else sequences) if s.pending]
-        most = self.decoder.buckets[-1] // (self.pending_limit + 1)
-        for begin in range(0, len(chosen), most):
+        waiting = [s for s in (self.sequences if sequences is None else sequences) if s.pending]
+        while waiting:
             began = perf_counter()
-            self._run_pass([ScheduledSequence(one) for one in chosen[begin : begin + most]])
+            batch, rows = [], 0
+            # a pass has no more rows than a step: for these there is code
+            while waiting and (rows := rows + waiting[0].num_pending) <= self.step_rows:
+                batch.append(ScheduledSequence(waiting.pop(0)))
+            self._run_pass(batch)
             self.statistics.seconds += perf_counter() - began
 
     def generate(
@@ -238,6 +241,21 @@ class Engine:
         sequence.replace_last(token)
         self.step([sequence])
         return DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1])
+
+    def _prepare(self, sequences: int) -> None:
+        """Compile whatever passes over so many sequences can need: none waits in mid-answer."""
+        if sequences <= self._prepared:
+            return
+        self._prepared = sequences
+        each = 1
+        if self.exits is not None and {"exits", "both"} & set(self.options.modes):
+            each += self.pending_limit
+            self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
+        if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
+            each = max(each, *self.planner.costs)
+        self.decoder.prepare_passes(min(sequences * each, self.step_rows))
+        if self.options.kv_policy == "propagate":
+            self.decoder.prepare_fills()
 
     def _check(self, ids: SequenceOf[int], capacity: int, sampling: Sampling) -> None:
         longest, hint = self.decoder.max_sequence_length, self.decoder.length_hint

@@ -227,14 +227,18 @@ class ForwardPass:
             self._state = self.exits.draft_from(self.hidden, self._state, self.statistics)
         if not evaluated:
             return
-        choose = self.rows[evaluated[0]].scheduled.choose
+        choose = {
+            index: own
+            for index in evaluated
+            if (own := self.rows[index].scheduled.choose) is not None
+        }
         decision, self._state = self.exits.check(
             layer, self.hidden, self._state, evaluated, self.statistics, choose
         )
         for index, token in decision.tokens.items():
             row = self.rows[index]
             row.scheduled.next_tokens[row.node] = token
-            row.scheduled.z[row.node] = decision.z[0, index]
+            row.scheduled.z[row.node] = decision.z[index]
         if decision.tokens:
             self._exit_sequences({self.rows[index].scheduled for index in decision.tokens}, layer)
 
@@ -268,14 +272,6 @@ class ForwardPass:
         if layer == depth:
             return
         assert self.hidden is not None
-        if self.kv_policy != "defer":
-            assert self._place is not None and len(self.rows) == 1
-            for index in range(layer, depth):
-                if self.kv_policy == "propagate":
-                    self.decoder.fill_kv(index, self.hidden, self._place)
-                else:
-                    self.decoder.kv.blank(index, self._place.slots)
-            return
         own = [
             index
             for index, row in enumerate(self.rows)
@@ -283,6 +279,16 @@ class ForwardPass:
         ]
         own.sort(key=lambda index: self.rows[index].position)
         hidden = self.hidden[:, torch.tensor(own)]
+        if self.kv_policy != "defer":
+            # such a sequence has one row a pass
+            (row,) = (self.rows[index].row for index in own)
+            place = self.decoder.place([row], 1, row.first + scheduled.sequence.capacity)
+            for index in range(layer, depth):
+                if self.kv_policy == "propagate":
+                    self.decoder.fill_kv(index, hidden, place)
+                else:
+                    self.decoder.kv.blank(index, place.slots)
+            return
         scheduled.sequence.pending.append(PendingTokens(layer, self.rows[own[0]].position, hidden))
 
     def _note_last_hidden(self) -> None:
