@@ -103,6 +103,12 @@ class HiddenStateStore:
             found[self.kinds[number]] = Lines(*(part[own] for part in lines)), label[own]
         return found
 
+    def texts(self, split: str) -> tuple[Tensor, Tensor]:
+        """Of each answer token [n], the number of its text and the number of that text's kind."""
+        answer = self.read(split, "line.answer")
+        text = (self.read(split, "line.place") == 0).cumsum(0)
+        return text[answer], self.read(split, "line.kind")[answer]
+
     def layers_for(self, split: str) -> tuple[int, ...]:
         """The layers after which hidden states of the next example of ``split`` are stored."""
         if split != "fit":

@@ -12,7 +12,7 @@ from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
 from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.training import draft_head
-from eepass.training.calibration import NEVER, Costs, calibrate, replay
+from eepass.training.calibration import NEVER, Costs, agreement_bound, calibrate, replay
 from eepass.training.corpus import (
     GIVEN,
     Example,
@@ -232,7 +232,9 @@ def made_data(count=4000):
     logits = [
         torch.randn(count, 4) + 3 * here[:, None] * torch.tensor([1.0, 0, 0, 0]) for here in right
     ]
-    return ExitData((4, 6, 8), logits, torch.ones_like(right), right)
+    # texts of ten tokens, of five kinds in turns
+    text = torch.arange(count) // 10
+    return ExitData((4, 6, 8), logits, torch.ones_like(right), right, text, text // 2 % 5)
 
 
 def test_predictors_tell_right_exits_from_wrong_ones():
@@ -250,7 +252,8 @@ def test_thresholds_meet_their_targets_at_falling_cost():
     for calibration in found:
         assert calibration.agreement >= calibration.target - 1e-6
         thresholds = [calibration.thresholds.get(layer, NEVER) for layer in data.layers]
-        exit_layer, cost, correct = replay(exits, thresholds, COSTS)
+        # as on the texts that had no part in choosing the thresholds
+        exit_layer, cost, correct = replay(exits.part(data.text % 2 == 1), thresholds, COSTS)
         assert calibration.agreement == pytest.approx(float(correct.float().mean()))
         assert calibration.mean_exit_layer == pytest.approx(float(exit_layer.float().mean()))
         assert calibration.speedup == pytest.approx(COSTS.dense / float(cost.mean()))
@@ -259,6 +262,36 @@ def test_thresholds_meet_their_targets_at_falling_cost():
     # an exit costs more than it saves: no token exits, and no predictor is evaluated
     expensive = Costs(num_layers=10, head=0.0, draft=0.0, predictor=0.05, verify=50.0)
     assert calibrate(exits, expensive, (0.9,))[0].thresholds == {}
+
+
+def test_the_bound_is_that_of_a_kind_of_text_not_among_those_measured():
+    torch.manual_seed(0)
+    kept = {True: 0, False: 0}
+    for _ in range(200):
+        # the share of correct tokens differs by kind, and from text to text
+        share = (0.92 + 0.03 * torch.randn(9)).clamp(0, 1)
+        correct = torch.rand(9, 60, 20) < (share[:, None, None] + 0.02 * torch.randn(9, 60, 1))
+        kind = torch.arange(9)[:, None, None].expand(9, 60, 20)
+        text = torch.arange(540).view(9, 60, 1).expand(9, 60, 20)
+        seen = [part[:8].flatten() for part in (correct, text, kind)]
+        other = float(correct[8].float().mean())
+        kept[True] += agreement_bound(*seen) <= other
+        kept[False] += agreement_bound(seen[0], seen[1], torch.zeros_like(seen[2])) <= other
+    # the promise; without the kinds it is broken far more often
+    assert kept[True] >= 0.84 * 200 > 0.75 * 200 > kept[False]
+
+
+def test_the_bound_of_few_kinds_counts_texts_not_tokens():
+    torch.manual_seed(0)
+    correct = (torch.arange(20) % 10 > 0).repeat_interleave(50)
+    text = torch.arange(20).repeat_interleave(50)
+    kind = torch.zeros_like(text)
+    alone = agreement_bound(correct, torch.arange(1000), kind)
+    assert agreement_bound(correct, text, kind) < alone < float(correct.float().mean())
+    # nothing wrong in ten texts is no promise
+    assert 0.5 < agreement_bound(correct | True, text // 2, kind) < 0.9
+    # one text says nothing of others
+    assert agreement_bound(correct, torch.zeros_like(text), kind) == 0.0
 
 
 def test_the_dense_answer_is_found_in_float32():
