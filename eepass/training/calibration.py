@@ -63,10 +63,10 @@ class ExitScores:
 
     def part(self, which: Tensor) -> ExitScores:
         """Of the tokens of ``which``, bool [n]."""
-        columns = (self.probability, self.verified, self.right)
         return ExitScores(
-            self.layers, *(c[:, which] for c in columns), self.text[which], self.kind[which]
-        )
+            self.layers, self.probability[:, which], self.verified[:, which], self.right[:, which],
+            self.text[which], self.kind[which],
+        )  # fmt: skip
 
 
 def calibrate(
