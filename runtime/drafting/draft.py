@@ -11,7 +11,7 @@ from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
 # the sources, first in the bins that the chances of draft tokens are learned by
-EAGLE, NGRAM, MODEL = range(3)
+EAGLE, TEXT, MODEL = range(3)
 
 
 class Draft(Protocol):
