@@ -22,8 +22,6 @@ from eepass.runtime.drafting.tree import Tree
 
 Mode = Literal["dense", "exits", "speculation", "both"]
 
-# usual chances of the likeliest draft tokens below an accepted one, before a source has named them
-CHILD_CHANCES = (0.5, 0.13, 0.06)
 # passes between two tries of what costs in vain as much as it would gain with each pass
 PATIENCE = 32
 # weight of the newest pass in an average over passes
@@ -31,9 +29,14 @@ NEWEST = 0.1
 # What the draft's model gains is learned by what the tree there is without it gains (edges in dense
 # passes). What it would gain if it were right again, in dense passes.
 TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
-# passes with exits in a row, since one confirms what others decided; what they take beside passes
-# without exits before any was seen, and what they would gain at a time when they pay
-TRIAL, EXITS_COST, EXITS_HOPE = 4, 1.02, 0.06
+# A larger pass is tried for what it may gain less eagerly: what passes cost changes rarely.
+ROWS_HOPE = 0.25
+# passes with exits in a row, since one confirms what others decided, and what each would gain at a
+# time when exits pay, in dense passes
+TRIAL, EXITS_HOPE = 4, 0.06
+# a change of costs that says that what is known of exits is out of date; the loss that a pass
+# without exits stands for while they pay, in dense passes
+JUMP, REFRESH = 1.25, 0.25
 
 
 @dataclass(slots=True)
@@ -72,7 +75,8 @@ class Budget:
 
     def __post_init__(self) -> None:
         self.most = min(self.most, max(self.planner.costs) - 1)
-        self._least_joint = self.planner.row_seconds / self.planner.token_seconds
+        # half of it: a row of those that a pass is padded with costs nothing
+        self._least_joint = self.planner.row_seconds / self.planner.token_seconds / 2
 
     @staticmethod
     def bin(chance: float) -> int:
@@ -90,7 +94,8 @@ class Budget:
         ``joint``: probabilities of the tree's draft tokens to be accepted; ``level``: of those that
         the model would be run for. Their children replace the least likely rows of the pass.
         """
-        children = [chance * share for chance in level for share in CHILD_CHANCES]
+        shares = self.planner.acceptance.children
+        children = [chance * share for chance in level for share in shares]
         without, _ = self.planner.gain(sorted(joint, reverse=True))
         gained, _ = self.planner.gain(sorted([*joint, *children], reverse=True))
         worth = gained - without > self.planner.draft_seconds
@@ -153,15 +158,16 @@ class Planner:
 
     @property
     def token_seconds(self) -> float:
-        """Seconds of a token at present."""
-        exits = self._exits_of(self._batch).value
-        return self._cost(1) * self._pace_of(self._batch).value * min(1.0, exits)
+        """Seconds of a token at present; exits are taken to save the same share of all passes."""
+        return self._cost(1) * self._pace_of(self._batch).value
 
     @property
     def row_seconds(self) -> float:
-        """Seconds of one more row in a pass of several."""
-        few, many = min(self.costs), max(self.costs)
-        return max(self.costs[many] - self.costs[few], 0.0) / max(many - few, 1)
+        """Least seconds that one more row of a pass takes."""
+        sizes = sorted(self.costs)
+        steps = zip(sizes, sizes[1:], strict=False)
+        slopes = [(self.costs[more] - self.costs[few]) / (more - few) for few, more in steps]
+        return max(min(slopes, default=0.0), 0.0)
 
     def gain(self, joint: Sequence[float], rows: int = 1) -> tuple[float, int]:
         """The most seconds that draft tokens gain, and how many of them gain that; ``joint``: their
@@ -204,7 +210,7 @@ class Planner:
         if more := order[count : max(larger - rows, count)]:
             hope = self.token_seconds * sum(joint[node] for node in more)
             loss = self._cost(larger) - self._cost(rows + count) - hope
-            if self.due(("rows", larger), loss, hope):
+            if self.due(("rows", larger), loss, ROWS_HOPE * hope):
                 count += len(more)
         self._expected += 1 + sum(joint[node] for node in order[:count])
         return tree.keep(order[:count])
@@ -235,7 +241,10 @@ class Planner:
         if early is None or self.passes < self._trial_end:
             return early or plain
         exits = self._exits_of(batch)
-        if exits.value < 1 or self.due(("exits", batch), TRIAL * (exits.value - 1), EXITS_HOPE):
+        if exits.value < 1:
+            # passes without exits show what passes cost
+            return plain if self.due(("costs", batch), REFRESH, 1.0) else early
+        if self.due(("exits", batch), TRIAL * (exits.value - 1), EXITS_HOPE):
             self._trial_end = self.passes + TRIAL
             return early
         return plain
@@ -245,7 +254,12 @@ class Planner:
         assert isinstance(self.costs, PassCosts)
         if rows <= max(self.costs):
             # padded to a row count there is code for
-            self.costs.observe(min(size for size in self.costs if size >= rows), seconds)
+            size = min(size for size in self.costs if size >= rows)
+            before = self.costs[size]
+            self.costs.observe(size, seconds)
+            if not before / JUMP < self.costs[size] < before * JUMP:
+                # what passes with exits took was held against other costs
+                self._exits.clear()
 
     def record(
         self, mode: Mode, rows: int, seconds: float, appended: int, confirmed: int, batch: int = 1
@@ -321,4 +335,4 @@ class Planner:
         return self._pace[batch]
 
     def _exits_of(self, batch: int) -> Average:
-        return self._exits.setdefault(batch, Average(EXITS_COST))
+        return self._exits.setdefault(batch, Average(1.0))

@@ -7,7 +7,7 @@ was taken, decide which branches are drafted and how far.
 
 from __future__ import annotations
 
-from bisect import bisect
+from bisect import bisect, bisect_left
 from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
@@ -19,9 +19,9 @@ from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
 # no more tokens of a match are counted, and no more places looked at
-LONGEST, PLACES = 32, 32
+LONGEST, PLACES = 24, 16
 # so many places that match as far as is counted are enough
-ENOUGH = 8
+ENOUGH = 4
 # a place is found by the SHORT tokens before it, or by one where these stand nowhere
 SHORT = 3
 # after the last token of a text
@@ -95,20 +95,18 @@ class TextIndex:
             del text[length:]
             self._first = length
 
-    def places(self, context: Sequence[int]) -> Iterator[Place]:
-        """Where the last tokens of ``context`` stand, the newest first."""
+    def places(self, context: Sequence[int], known: int) -> Iterator[Place]:
+        """Where the last ``known`` tokens of ``context``, one or ``SHORT``, stand, the newest
+        first."""
         text, size = self.tokens, len(context)
-        for kind, key, known in ((1, tuple(context[-SHORT:]), SHORT), (0, context[-1], 1)):
-            at = self._newest.get(key, END) if size >= known else END
-            nowhere = at < self._first
-            while at >= max(self._first, 1):
-                matched, most = known, min(LONGEST, size, at)
-                while matched < most and text[at - 1 - matched] == context[-1 - matched]:
-                    matched += 1
-                yield Place(text, at, matched)
-                at = self._older[at - self._first][kind]
-            if not nowhere:
-                return
+        key = context[-1] if known == 1 else tuple(context[-SHORT:])
+        at = self._newest.get(key, END) if size >= known else END
+        while at >= self._first and at > 0:
+            matched, most = known, min(LONGEST, size, at)
+            while matched < most and text[at - 1 - matched] == context[-1 - matched]:
+                matched += 1
+            yield Place(text, at, matched)
+            at = self._older[at - self._first][known > 1]
 
     def _forget(self, first: int) -> None:
         """Index nothing before position ``first``."""
@@ -177,14 +175,18 @@ class SuffixDraft:
     def places(self, path: Sequence[int] = ()) -> list[Place]:
         """Where the last tokens of the text and ``path`` stand."""
         context = [*self.text.tokens[-LONGEST:], *path][-LONGEST:]
-        found, full = list[Place](), 0
-        for index in (self.text, *(self.earlier.indexes[::-1] if self.earlier else ())):
-            for number, place in enumerate(index.places(context) if context else ()):
-                found.append(place)
-                full += place.matched == LONGEST
-                if full >= ENOUGH or number >= PLACES:
-                    break
-        return found
+        indexes = [self.text, *(self.earlier.indexes[::-1] if self.earlier else ())]
+        for known in (SHORT, 1):
+            found, full = list[Place](), 0
+            for index in indexes if context else ():
+                for place in index.places(context, known):
+                    found.append(place)
+                    full += place.matched == LONGEST
+                    if full == ENOUGH or len(found) == PLACES:
+                        return found
+            if found:
+                return found
+        return []
 
     def continuation(self, path: Sequence[int], most: int) -> tuple[list[int], int]:
         """Up to ``most`` tokens that followed the longest match of the text and ``path``, the
@@ -206,22 +208,22 @@ class SuffixDraft:
         return SuffixDraft(self.earlier)
 
 
-def branches(places: Sequence[Place]) -> list[Branch]:
-    """The tokens that follow at ``places``, those after longer matches first."""
+def branches(places: list[Place]) -> list[Branch]:
+    """The tokens that follow at ``places``."""
+    if len(places) == 1:
+        tokens, at, matched = places[0]
+        return [] if tokens[at] == END else [Branch(tokens[at], matched, 1.0, False, places)]
     found: dict[int, list[Place]] = {}
     for place in places:
-        token = place.tokens[place.at]
-        if token != END:
-            found.setdefault(token, []).append(place)
-    longest = max((place.matched for place in places), default=0)
+        found.setdefault(place.tokens[place.at], []).append(place)
+    lengths = sorted(place.matched for place in places)
     result = []
     for token, group in found.items():
-        matched = max(place.matched for place in group)
-        share = 1.0
-        if len(found) > 1:
-            as_far = sum(place.matched >= matched for place in places)
-            share = sum(place.matched >= matched for place in group) / as_far
-        result.append(Branch(token, matched, share, matched < longest, group))
+        if token != END:
+            own = [place.matched for place in group]
+            matched = max(own)
+            share = own.count(matched) / (len(lengths) - bisect_left(lengths, matched))
+            result.append(Branch(token, matched, share, matched < lengths[-1], group))
     return result
 
 
