@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import sqrt
 from time import perf_counter
 from typing import Literal
@@ -164,9 +165,8 @@ class Planner:
     @property
     def row_seconds(self) -> float:
         """Least seconds that one more row of a pass takes."""
-        sizes = sorted(self.costs)
-        steps = zip(sizes, sizes[1:], strict=False)
-        slopes = [(self.costs[more] - self.costs[few]) / (more - few) for few, more in steps]
+        costs = pairwise(sorted(self.costs.items()))
+        slopes = [(more - less) / (many - few) for (few, less), (many, more) in costs]
         return max(min(slopes, default=0.0), 0.0)
 
     def gain(self, joint: Sequence[float], rows: int = 1) -> tuple[float, int]:
@@ -219,7 +219,7 @@ class Planner:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""
         level = self._level(without)
         forced = len(self.modes) == 1 and not drafted
-        return forced or self.due(("ask", level), self._asked[level].value, ASK_HOPE / (1 + level))
+        return forced or self.due(("ask", level), self._asked[level].value, ASK_HOPE / (1 + 3 * level))
 
     def asked(self, without: float, gained: float, seconds: float, calls: int) -> None:
         """Running the draft's model took ``seconds``; the tree gains ``gained`` now."""
@@ -274,8 +274,11 @@ class Planner:
         usual = self._cost(rows) * max(1.0, rows / max(self.costs))
         if early:
             # a machine that was busy with something else says nothing about exits
-            took = min((seconds - self._asked_seconds) / usual, 2.0)
-            self._exits_of(batch).add(took * appended, confirmed, self.passes)
+            took, exits = min((seconds - self._asked_seconds) / usual, 2.0), self._exits_of(batch)
+            if not exits.value / JUMP < took < exits.value * JUMP:
+                # it may not be exits that changed
+                self._tried["costs", batch] = -self.passes - PATIENCE
+            exits.add(took * appended, confirmed, self.passes)
         took = (usual + self._asked_seconds) / self._cost(1)
         self._pace_of(batch).add(took, max(self._expected, float(batch)), self.passes)
 
