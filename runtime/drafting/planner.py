@@ -30,11 +30,12 @@ NEWEST = 0.1
 # What the draft's model gains is learned by what the tree there is without it gains (edges in dense
 # passes). What it would gain if it were right again, in dense passes.
 TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
-# A larger pass is tried for what it may gain less eagerly: what passes cost changes rarely.
-ROWS_HOPE = 0.25
-# passes with exits in a row, since one confirms what others decided, and what each would gain at a
+# What larger passes would gain, of their draft tokens' worth, and smaller ones, in dense passes:
+# costs change rarely
+ROWS_HOPE, FEWER_HOPE = 0.25, 0.05
+# passes with exits in a row, since one rolls back what others decided; what each would gain at a
 # time when exits pay, in dense passes
-TRIAL, EXITS_HOPE = 4, 0.06
+TRIAL, EXITS_HOPE = 3, 0.06
 # a change of costs that says that what is known of exits is out of date; the loss that a pass
 # without exits stands for while they pay, in dense passes
 JUMP, REFRESH = 1.25, 0.25
@@ -205,21 +206,33 @@ class Planner:
         joint, rows = tree.joint(), 1 + pending + others
         order = sorted(range(1, len(tree)), key=lambda node: -joint[node])[:most]
         _, count = self.gain([joint[node] for node in order], rows)
-        # a larger pass may have become cheaper, which only such a pass can show
-        larger = min((size for size in self.costs if size > rows + count), default=0)
-        if more := order[count : max(larger - rows, count)]:
-            hope = self.token_seconds * sum(joint[node] for node in more)
-            loss = self._cost(larger) - self._cost(rows + count) - hope
-            if self.due(("rows", larger), loss, ROWS_HOPE * hope):
-                count += len(more)
+        count = self._try_other_rows([joint[node] for node in order], count, rows)
         self._expected += 1 + sum(joint[node] for node in order[:count])
         return tree.keep(order[:count])
+
+    def _try_other_rows(self, joint: Sequence[float], count: int, rows: int) -> int:
+        """``count`` draft tokens, or those of a larger or smaller pass: these may have become
+        cheaper, which only such a pass can show."""
+        larger = min((size for size in self.costs if size > rows + count), default=0)
+        if more := joint[count : max(larger - rows, count)]:
+            hope = self.token_seconds * sum(more)
+            loss = self._cost(larger) - self._cost(rows + count) - hope
+            if self.due(("rows", larger), loss, ROWS_HOPE * hope):
+                return count + len(more)
+        smaller = max((size for size in self.costs if size < rows + count), default=0)
+        if smaller > rows:
+            loss = self.token_seconds * sum(joint[smaller - rows : count])
+            if self.due(("rows", smaller), loss, FEWER_HOPE * self._cost(1)):
+                return smaller - rows
+        return count
 
     def worth_asking(self, without: float, drafted: bool) -> bool:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""
         level = self._level(without)
         forced = len(self.modes) == 1 and not drafted
-        return forced or self.due(("ask", level), self._asked[level].value, ASK_HOPE / (1 + 3 * level))
+        return forced or self.due(
+            ("ask", level), self._asked[level].value, ASK_HOPE / (1 + 3 * level)
+        )
 
     def asked(self, without: float, gained: float, seconds: float, calls: int) -> None:
         """Running the draft's model took ``seconds``; the tree gains ``gained`` now."""
@@ -238,8 +251,11 @@ class Planner:
         if len(self.modes) == 1 or batch >= max(self.costs):
             return self.modes[0]
         plain, early = self._allowed()
-        if early is None or self.passes < self._trial_end:
-            return early or plain
+        if early is None or self.passes < RECENT:
+            # what passes with exits take is held against those without
+            return plain
+        if self.passes < self._trial_end:
+            return early
         exits = self._exits_of(batch)
         if exits.value < 1:
             # passes without exits show what passes cost
@@ -262,10 +278,11 @@ class Planner:
                 self._exits.clear()
 
     def record(
-        self, mode: Mode, rows: int, seconds: float, appended: int, confirmed: int, batch: int = 1
+        self, mode: Mode, rows: int, seconds: float, appended: int, grown: int, batch: int = 1
     ) -> None:
         """A pass in ``mode`` over ``rows`` of ``batch`` sequences, from proposing draft tokens to
-        what is confirmed, took ``seconds``."""
+        the end, took ``seconds``; it ``appended`` tokens, and they have ``grown`` by fewer where
+        others were rolled back."""
         self.passes += 1
         drafted, early = rows > batch, mode in ("exits", "both")
         happened: tuple[Mode, ...] = ("dense", "speculation", "exits", "both")
@@ -274,11 +291,12 @@ class Planner:
         usual = self._cost(rows) * max(1.0, rows / max(self.costs))
         if early:
             # a machine that was busy with something else says nothing about exits
-            took, exits = min((seconds - self._asked_seconds) / usual, 2.0), self._exits_of(batch)
+            took, exits = (seconds - self._asked_seconds) / usual, self._exits_of(batch)
             if not exits.value / JUMP < took < exits.value * JUMP:
                 # it may not be exits that changed
                 self._tried["costs", batch] = -self.passes - PATIENCE
-            exits.add(took * appended, confirmed, self.passes)
+            # one pass that was disturbed says nothing about exits
+            exits.add(min(took, exits.value * JUMP) * appended, grown, self.passes)
         took = (usual + self._asked_seconds) / self._cost(1)
         self._pace_of(batch).add(took, max(self._expected, float(batch)), self.passes)
 

@@ -256,7 +256,7 @@ class Engine:
         self.catch_up([sequence for sequence in chosen if sequence.num_pending >= rows])
         began, drafting = perf_counter(), self.statistics.draft_seconds
         mode = self.planner.mode(len(chosen))
-        confirmed = sum(sequence.num_confirmed for sequence in chosen)
+        before = sum(len(sequence.tokens) for sequence in chosen)
         batch = self.scheduler.schedule(chosen, mode, rows, self.planner, self.statistics)
         drafting = self.statistics.draft_seconds - drafting
         new_rows = sum(len(one.tree or ()) for one in batch)
@@ -265,8 +265,8 @@ class Engine:
         if self._observes and all(one.is_dense for one in batch):
             self.planner.observe(new_rows, seconds - drafting)
         appended = sum(len(one.new_tokens) for one in batch)
-        confirmed = sum(sequence.num_confirmed for sequence in chosen) - confirmed
-        self.planner.record(mode, new_rows, seconds, appended, confirmed, len(chosen))
+        grown = sum(len(sequence.tokens) for sequence in chosen) - before
+        self.planner.record(mode, new_rows, seconds, appended, grown, len(chosen))
         self.statistics.seconds += seconds
 
     def _run_pass(self, batch: list[ScheduledSequence]) -> None:
