@@ -10,7 +10,7 @@ import eepass
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
-from eepass.runtime.drafting.ngram import NgramDraft
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, agreement_bound, calibrate, replay
 from eepass.training.corpus import (
@@ -329,7 +329,7 @@ def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
     assert not any(name.startswith("eagle.") for name in artifact.tensors)
     # the prompt drafts in its place, unless the head is asked for by name
     transformed = eepass.transform(model, artifact, max_length=64)
-    assert isinstance(transformed.engine.draft, NgramDraft)
+    assert isinstance(transformed.engine.draft, SuffixDraft)
     with pytest.raises(InputError, match="no draft head"):
         transformed.configure(ExitConfig(speculate="eagle"))
 
