@@ -166,7 +166,12 @@ class EarlyExitModel:
                 return Engine(decoder)
             parts, trace = self.exit_parts(config), self.folder is None
             small = None if self.draft_model is None else self.draft_model.decoder
-            return engine_for(self._measured, config, parts, small, trace)
+
+            def packs() -> bool:
+                missing = getattr(compiler(), "kernels_missing", "not lowered")
+                return decoder.device.type == "cpu" and not missing
+
+            return engine_for(self._measured, config, parts, small, trace, packs)
 
     def exit_parts(self, config: ExitConfig) -> ExitParts | None:
         """The exits of the plan, as ``config`` set it up; None where there is no artefact."""

@@ -38,6 +38,8 @@ from eepass.runtime.step.launching import Launching, LaunchReport, make_engine
 from eepass.runtime.step.layout import StepOptions
 
 ALWAYS_ACTIVE = 2
+# of the draft head's weights
+DRAFT_BITS = 4
 # trees of drafts are no larger: on a few CPU cores more rows cost more than they bring
 TREE_ROWS = 8
 # rows of the largest pass of a captured step
@@ -80,13 +82,15 @@ def engine_for(
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
+    packs: Callable[[], bool],
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
     ``trace``: whether a trained head has still to be traced, or was compiled ahead of time.
+    ``packs``: whether there are kernels for packed weights, asked when a head is first run.
     """
     decoder = measured.decoder
-    draft = _draft_for(decoder, config, parts, draft_decoder, trace)
+    draft = _draft_for(decoder, config, parts, draft_decoder, trace, packs)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -111,6 +115,7 @@ def _draft_for(
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
+    packs: Callable[[], bool],
 ) -> Draft | None:
     source = config.speculate
     if source == "model":
@@ -121,9 +126,13 @@ def _draft_for(
         return NgramDraft()
     if source in ("eagle", "cascade") or config.draft == "eagle":
         head = EagleHead(
-            tensors, _embedding(decoder), decoder.compile, trace=trace, head=decoder.splits[1].head
-        )
-        return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
+            tensors, _embedding(decoder), decoder.compile, trace,
+            lambda: DRAFT_BITS if packs() else None,
+        )  # fmt: skip
+        if source == "cascade":
+            return Cascade(EagleTree(head))
+        named = parts.plan.draft_tokens if parts is not None and source != "eagle" else 0
+        return EagleTree(head, named)
     return None
 
 
