@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# a checkout need not be installed
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    # a checkout need not be installed
+    sys.path[0] = str(ROOT)
 
 from benchmarks.suite.parts import all_parts  # noqa: E402
 from benchmarks.suite.plots import draw  # noqa: E402

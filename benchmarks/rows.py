@@ -23,8 +23,9 @@ from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# a checkout need not be installed
-sys.path[0] = str(ROOT)
+if __name__ == "__main__":
+    # a checkout need not be installed
+    sys.path[0] = str(ROOT)
 
 import torch  # noqa: E402
 

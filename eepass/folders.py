@@ -160,6 +160,7 @@ def _move_contents(scratch: Path, target: Path) -> None:
             os.rename(entry, target / entry.name)
             placed.append(entry.name)
     except BaseException:
+        # also on Ctrl-C: half a folder is neither the old one nor the new one
         for name in placed:
             os.rename(target / name, scratch / name)
         for entry in list(old.iterdir()):

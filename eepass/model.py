@@ -22,6 +22,7 @@ from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassReport
 from eepass.runtime.step.launching import choose, require_device, require_room, running_out
 from eepass.segments import SplitDecoder
+from eepass.wrappers import compiled_inside
 
 __all__ = [
     "ALWAYS_ACTIVE", "ARTIFACT", "MAX_LENGTH", "PREFILL_ROWS", "STEP_ROWS", "EarlyExitModel",
@@ -53,6 +54,7 @@ def transform(
     torchao quantised are replaced in ``model`` by equivalent ones that can be compiled; exact then
     means the answer of the quantised model.
 
+    Of a model that ``torch.compile`` wraps it takes the one inside.
     A model that is transformed already is configured anew over the same code, weights and cache;
     it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token exits early, and
@@ -69,6 +71,7 @@ def transform(
     Raises ``InputError`` for a model, artefact or config that does not fit, with the reason;
     ``EngineError`` for a device or launch mode that is not to be had.
     """
+    model = compiled_inside(model)
     captured = device is not None or launch is not None
     if captured and (dump is not None or draft_model is not None):
         raise InputError("dump and draft_model go with neither device= nor launch=")

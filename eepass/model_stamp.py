@@ -9,7 +9,7 @@ Comparing takes C alone: 0.2 ms for 400 modules.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
@@ -51,10 +51,8 @@ class ModelStamp:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        watched = list(_watched(model))
-        self._names = [name for name, _ in watched]
-        self._containers = [container for _, container in watched]
-        self._copies = [_copy(container) for container in self._containers]
+        watched = [*_watched(model), *_global_hooks()]
+        self._contents = Contents(watched)
         # all but the model itself, which may keep its stamp
         self._modules = dict(list(model.named_modules())[1:])
         self._classes = [type(model), *map(type, self._modules.values())]
@@ -85,12 +83,39 @@ class ModelStamp:
             return next(f"the class of {name}" for name, new, old in pairs if new is not old)
         if _differ(_without_aside(vars(model)), self._root):
             return _first_key(_without_aside(vars(model)), self._root)
+        return self._contents.change()
+
+
+class CodeStamp:
+    """Of ``model``'s hooks and its classes' methods alone, which Dynamo's guards do not look at."""
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = dict(model.named_modules())
+        hooks = [(f"{n}.{kind}", vars(m)[kind]) for n, m in modules.items() for kind in HOOKS]
+        classes = _methods({kind for m in modules.values() for kind in type(m).__mro__})
+        self._contents = Contents([*hooks, *classes, *_global_hooks()])
+
+    def change(self) -> str:
+        """What has changed since, by name; "" where nothing has."""
+        return self._contents.change()
+
+
+class Contents:
+    """What was in some containers, given by name; compared with what is."""
+
+    def __init__(self, watched: Sequence[tuple[str, Container]]) -> None:
+        self._names = [name for name, _ in watched]
+        self._containers = [container for _, container in watched]
+        self._copies = [_copy(container) for container in self._containers]
+
+    def change(self) -> str:
+        """The first that differs, by name and key; "" where none does."""
         if not _differ(self._containers, self._copies):
             return ""
         for at, container in enumerate(self._containers):
             if not _differ(container, self._copies[at]):
                 continue
-            if not isinstance(container, dict):
+            if not isinstance(container, Mapping):
                 return self._names[at]
             new, old = _without_aside(container), _without_aside(self._copies[at])
             if _differ(new, old) and not _harmless(self._names[at], new, old):
@@ -102,17 +127,19 @@ class ModelStamp:
 def refuse_unfollowed(model: nn.Module) -> None:
     """Raise ``InputError`` where ``model`` does what a trace cannot follow: hooks, whose state is
     their own, and modules in training mode, which draw random numbers."""
+    found: list[tuple[str, Any]] = [("every module", hooks) for _, hooks in _global_hooks()]
     for name, module in model.named_modules():
         where = name or type(model).__name__
         if module.training:
             raise InputError(f"{where} is in training mode: call model.eval() first")
-        for hooks in HOOKS:
-            for hook in vars(module)[hooks].values():
-                if getattr(hook, "__module__", "") != HARMLESS:
-                    raise InputError(
-                        f"{where} has a forward hook ({_name_of(hook)}), and a trace cannot follow "
-                        "what it does later: remove it, or generate with custom_generate=None"
-                    )
+        found += [(where, vars(module)[kind]) for kind in HOOKS]
+    for where, hooks in found:
+        for hook in hooks.values():
+            if getattr(hook, "__module__", "") != HARMLESS:
+                raise InputError(
+                    f"{where} has a forward hook ({_name_of(hook)}), and a trace cannot follow "
+                    "what it does later: remove it, or generate with custom_generate=None"
+                )
 
 
 def _watched(model: nn.Module) -> Iterator[tuple[str, Container]]:
@@ -149,14 +176,24 @@ def _watched(model: nn.Module) -> Iterator[tuple[str, Container]]:
     for name, module in model.named_modules():
         classes.update(type(module).__mro__)
         yield from attributes(name, module, DEPTH)
-    for kind in classes:
-        if not kind.__module__.startswith(("torch.", "builtins")):
-            # methods; a proxy of the class's own dict, which compares as that does
-            yield kind.__qualname__, vars(kind)  # type: ignore[misc]
+    yield from _methods(classes)
     # functions that methods call; a user's own module may count in its globals
     homes = {kind.__module__ for kind in classes if kind.__module__.startswith("transformers.")}
     for home in homes:
         yield home, vars(sys.modules[home])
+
+
+def _methods(classes: set[type]) -> Iterator[tuple[str, Container]]:
+    for kind in classes:
+        if not kind.__module__.startswith(("torch.", "builtins")):
+            # a proxy of the class's own dict, which compares as that does
+            yield kind.__qualname__, vars(kind)  # type: ignore[misc]
+
+
+def _global_hooks() -> list[tuple[str, Container]]:
+    """Hooks of all modules there are."""
+    home = nn.modules.module
+    return [(f"torch{kind}", getattr(home, f"_global{kind}")) for kind in HOOKS]
 
 
 def _copy(container: Any) -> Any:

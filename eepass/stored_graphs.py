@@ -123,7 +123,10 @@ def _tensor(stored: Any) -> Any:
         return [_tensor(one) for one in stored]
     # meta rather than fake tensors, which would import all of Dynamo
     dtype = _named(torch.dtype, stored["dtype"])
-    return torch.empty_strided(stored["size"], stored["stride"], dtype=dtype, device="meta")
+    try:
+        return torch.empty_strided(stored["size"], stored["stride"], dtype=dtype, device="meta")
+    except RuntimeError as error:
+        raise NotStorable(f"there is no tensor of size {stored['size']}") from error
 
 
 def _stored_fields(kind: Any) -> list[str]:

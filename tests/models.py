@@ -135,6 +135,9 @@ class ForcedExits:
         self.plan = SimpleNamespace(draft_layer=-1)
         self.orders, self.answers, self.turn = orders, answers, -1
 
+    def prepare(self, most: int) -> None:
+        """Nothing is compiled."""
+
     def begin(self, rows: int, drafts: Any = None) -> RowState:
         self.turn += 1
         return RowState(torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1))
@@ -153,7 +156,7 @@ class ForcedExits:
     ) -> tuple[ExitDecision, RowState]:
         wanted = self.turn < len(self.orders) and self.orders[self.turn] == layer
         tokens = {evaluated[0]: self.answers[self.turn]} if wanted else {}
-        return ExitDecision(tokens, hidden), state
+        return ExitDecision(tokens, {row: hidden[0, row] for row in tokens}), state
 
 
 def tiny_tokenizer() -> Any:

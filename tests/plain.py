@@ -81,6 +81,9 @@ class RandomExits:
         self.engine_of, self.plain = engine_of, plain
         self.random, self.often, self.right = random.Random(seed), often, right
 
+    def prepare(self, most):
+        """Nothing is compiled."""
+
     def begin(self, rows, drafts=None):
         return RowState(torch.zeros(rows, 1, dtype=torch.long), torch.zeros(rows, 1))
 
@@ -96,4 +99,4 @@ class RandomExits:
                     tokens[row] = self.plain.next_token(texts[row])
                 else:
                     tokens[row] = self.random.randint(3, VOCABULARY - 1)
-        return ExitDecision(tokens, hidden), state
+        return ExitDecision(tokens, {row: hidden[0, row] for row in tokens}), state

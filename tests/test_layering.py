@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "folders": set(),
     "stored_graphs": set(),
     "model_stamp": set(),
+    "wrappers": set(),
     "kept": {"codegen", "model_stamp", "passes", "stored_graphs"},
     "pictures": set(),
     "lengths": {"passes"},
@@ -32,7 +33,7 @@ MAY_IMPORT = {
     },
     "model": {
         "checkpoints", "codegen", "early_exit_model", "executors", "kept", "lengths", "passes",
-        "planning", "runtime",
+        "planning", "runtime", "wrappers",
     },
     "inspecting": {"model", "passes", "planning"},
     "bundle": {
@@ -40,8 +41,11 @@ MAY_IMPORT = {
         "planning", "runtime", "stored_graphs",
     },
     "loading": {"bundle", "checkpoints"},
-    "hf": {"checkpoints", "lengths", "model", "model_stamp", "runtime"},
-    "torch_compile": {"checkpoints", "codegen", "model", "passes", "planning", "runtime"},
+    "hf": {"checkpoints", "lengths", "model", "model_stamp", "runtime", "wrappers"},
+    "torch_compile": {
+        "checkpoints", "codegen", "model", "model_stamp", "passes", "planning", "runtime",
+        "wrappers",
+    },
     "onnx": {"checkpoints", "folders", "model", "passes", "planning", "runtime"},
     "training": {
         "checkpoints", "codegen", "files", "folders", "lengths", "model", "passes", "runtime",

@@ -148,7 +148,11 @@ def refuse_foreign(*files: Path) -> None:
 def compile_kernels(compiler: str, library: Path, extra: tuple[str, ...] = ()) -> None:
     """Compile and link ``library``, with ``extra`` flags; raises ``KernelsMissing``."""
     torch_root = Path(torch.__file__).parent
-    objects = {source: library.parent / f"{source.stem}.o" for source in sources()}
+    found = sources()
+    # reading torch's headers takes most of the time: once for all that are for any processor
+    joined = library.parent / "any_processor.cpp"
+    joined.write_text("".join(f'#include "{s}"\n' for s in found if not flags_of(s)))
+    objects = {s: library.parent / f"{s.stem}.o" for s in (joined, *filter(flags_of, found))}
     commands = [
         [compiler, *FLAGS, *extra, *flags_of(source), f"-I{torch_root / 'include'}",
          "-c", str(source), "-o", str(made)]

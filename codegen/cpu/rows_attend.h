@@ -16,14 +16,20 @@ namespace eepass::EEPASS_ISA {
 // A mask below this forbids its slot.
 constexpr float FORBIDDEN = -1e30f;
 // Slots of a part, a multiple of LANES; query heads that are computed together; rows that are.
-constexpr int64_t SPLIT = 128, MOST_HEADS = 4, MOST_TOGETHER = 16;
+constexpr int64_t SPLIT = 128, MOST_HEADS = 6, MOST_TOGETHER = 16;
 
 // The allowed slots of a row and their mask values, filled up with forbidden ones.
 struct Allowed {
   int64_t count;
   int32_t* slot;
   float* bias;
+  int64_t within(int64_t i) const { return i < count ? i : count - 1; }
 };
+
+// How many slots of `channels` numbers ahead a line is prefetched.
+inline int64_t ahead_of(int64_t channels, int64_t size) {
+  return AHEAD_BYTES / (channels * size) + 1;
+}
 
 template <typename T>
 int64_t find_allowed(const T* mask, int64_t C, const Allowed& to) {
@@ -55,12 +61,15 @@ struct Part {
   float* values;
 };
 
-// Scores of slots `from` to `to` for H queries, whose packed vectors are at `query`.
+// Scores of slots `from` to `to` for H queries, whose packed vectors are at `query`. The first of the
+// values, which are read next, are prefetched.
 template <typename F, int H>
-void score(const AttendCall& a, const typename F::T* keys, const Allowed& slots, int64_t from,
-           int64_t to, const char* query, float* scores, float* tops) {
+void score(const AttendCall& a, const typename F::T* keys, const typename F::T* values,
+           const Allowed& slots, int64_t from, int64_t to, const char* query, float* scores,
+           float* tops) {
   const int64_t steps = a.D / F::STEP, rest = a.D % F::STEP;
-  const int64_t ahead = AHEAD_BYTES / (a.D * static_cast<int64_t>(sizeof *keys)) + 1;
+  const int64_t ahead = ahead_of(a.D, sizeof *keys), early = ahead_of(a.E, sizeof *values);
+  constexpr int64_t line = 64 / sizeof(typename F::T);
   V top[H];
   for (auto& t : top) t = splat(-__builtin_inff());
   for (int64_t i = from; i < to; i += LANES) {
@@ -70,10 +79,13 @@ void score(const AttendCall& a, const typename F::T* keys, const Allowed& slots,
         for (int h = 0; h < H; h++) dots[j * H + h] = zero();
         continue;
       }
-      const int64_t next = i + j + ahead < slots.count ? i + j + ahead : slots.count - 1;
+      if (i + j < from + early)
+        for (int64_t e = 0; e < a.E; e += line)
+          prefetch(values + slots.slot[i + j] * a.v1 + e);
       tile<F, 1, H, true>(keys + slots.slot[i + j] * a.k1, 0, query, steps, rest, true,
                           dots + j * H,
-                          reinterpret_cast<const char*>(keys + slots.slot[next] * a.k1));
+                          reinterpret_cast<const char*>(
+                              keys + slots.slot[slots.within(i + j + ahead)] * a.k1));
     }
     const V bias = load(slots.bias + i);
     for (int h = 0; h < H; h++) {
@@ -85,34 +97,33 @@ void score(const AttendCall& a, const typename F::T* keys, const Allowed& slots,
   for (int h = 0; h < H; h++) tops[h] = largest_of(top[h]);
 }
 
-// Weighted sums of COLUMNS vectors of the values' channels, from channel e on, for H heads.
-template <typename T, int H, int COLUMNS>
-void blend(const AttendCall& a, const T* values, const Allowed& slots, int64_t from, int64_t to,
-           const float* weights, int64_t e, Part* parts) {
-  const int64_t n = a.E - e;
-  const bool whole = n >= COLUMNS * LANES;
-  const int64_t ahead = AHEAD_BYTES / (a.E * static_cast<int64_t>(sizeof *values)) + 1;
-  V acc[H][COLUMNS];
+// Weighted sums of LOADS loads of the values' channels, from channel e on, for H heads.
+template <typename F, int H, int LOADS>
+void blend(const AttendCall& a, const typename F::T* values, const Allowed& slots, int64_t from,
+           int64_t to, const float* weights, int64_t e, Part* parts) {
+  constexpr int EACH = F::STEP / LANES;
+  const int64_t left = a.E - e;
+  const int64_t ahead = ahead_of(a.E, sizeof *values);
+  V acc[H][LOADS * EACH];
   for (auto& head : acc)
     for (auto& v : head) v = zero();
   for (int64_t i = from; i < to; i++) {
-    const T* value = values + slots.slot[i] * a.v1 + e;
-    const int64_t next = i + ahead < slots.count ? i + ahead : slots.count - 1;
-    const T* later = values + slots.slot[next] * a.v1 + e;
-    V v[COLUMNS];
-    for (int c = 0; c < COLUMNS; c++) {
-      const int64_t left = n - c * LANES;
-      v[c] = whole ? floats(value + c * LANES) : left > 0 ? floats(value + c * LANES, left) : zero();
-      if (c * LANES * sizeof(T) % 64 == 0) prefetch(later + c * LANES);
+    const auto* value = values + slots.slot[i] * a.v1 + e;
+    const auto* later = values + slots.slot[slots.within(i + ahead)] * a.v1 + e;
+    V v[LOADS * EACH];
+    for (int c = 0; c < LOADS; c++) {
+      if (left >= LOADS * F::STEP) load_vectors(value + c * F::STEP, v + c * EACH);
+      else load_vectors(value + c * F::STEP, left - c * F::STEP, v + c * EACH);
+      if (c * F::STEP * sizeof *value % 64 == 0) prefetch(later + c * F::STEP);
     }
     for (int h = 0; h < H; h++) {
       const V weight = splat(weights[h * SPLIT + (i - from)]);
-      for (int c = 0; c < COLUMNS; c++) acc[h][c] = fma(weight, v[c], acc[h][c]);
+      for (int c = 0; c < LOADS * EACH; c++) acc[h][c] = fma(weight, v[c], acc[h][c]);
     }
   }
   for (int h = 0; h < H; h++)
-    for (int c = 0; c < COLUMNS; c++)
-      if (n > c * LANES) store(parts[h].values + e + c * LANES, acc[h][c]);
+    for (int c = 0; c < LOADS; c++)
+      store_vectors<typename F::T>(parts[h].values + e + c * F::STEP, acc[h] + c * EACH);
 }
 
 // Slots `from` to `to` for H heads from `head` on, of KV group `group`, and one row.
@@ -125,7 +136,7 @@ void attend_part(const AttendCall& a, int64_t row, int64_t group, int64_t head,
   alignas(64) float scores[H * SPLIT];
   float tops[H];
   pack<F>(static_cast<const T*>(a.q) + head * a.q0 + row * a.q1, a.q0, H, a.D, room);
-  score<F, H>(a, keys, slots, from, to, room, scores, tops);
+  score<F, H>(a, keys, values, slots, from, to, room, scores, tops);
   for (int h = 0; h < H; h++) {
     V sum = zero();
     for (int64_t i = 0; i < to - from; i += LANES) {
@@ -135,11 +146,12 @@ void attend_part(const AttendCall& a, int64_t row, int64_t group, int64_t head,
     }
     parts[h].top = tops[h], parts[h].sum = sum_of(sum);
   }
-  constexpr int COLUMNS = LANES == 16 ? 4 : 2;
+  // accumulators of all heads fill three quarters of the registers
+  constexpr int LOADS = (LANES == 16 ? 4 : 2) * LANES / F::STEP;
   int64_t e = 0;
-  for (; e + COLUMNS * LANES <= a.E; e += COLUMNS * LANES)
-    blend<T, H, COLUMNS>(a, values, slots, from, to, scores, e, parts);
-  for (; e < a.E; e += LANES) blend<T, H, 1>(a, values, slots, from, to, scores, e, parts);
+  for (; e + LOADS * F::STEP <= a.E; e += LOADS * F::STEP)
+    blend<F, H, LOADS>(a, values, slots, from, to, scores, e, parts);
+  for (; e < a.E; e += F::STEP) blend<F, H, 1>(a, values, slots, from, to, scores, e, parts);
 }
 
 // Puts the parts of one row and head together.
@@ -165,7 +177,7 @@ void merge(const Part* parts, int64_t count, int64_t E, T* out) {
 template <typename F>
 void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
   using T = typename F::T;
-  const int64_t room_for = a.C + 2 * LANES, width = parts(a.E, LANES) * LANES;
+  const int64_t room_for = a.C + 2 * LANES, width = parts(a.E, F::STEP) * F::STEP;
   const int64_t heads = a.Q / a.G, batches = parts(heads, MOST_HEADS);
   const int64_t most = parts(a.C, SPLIT), all = rows * a.Q * most;
   const auto bytes = [](int64_t n, int64_t size) { return parts(n * size, 64) * 64; };
@@ -213,7 +225,9 @@ void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
         const auto run = end - begin == 1   ? attend_part<F, 1>
                          : end - begin == 2 ? attend_part<F, 2>
                          : end - begin == 3 ? attend_part<F, 3>
-                                            : attend_part<F, 4>;
+                         : end - begin == 4 ? attend_part<F, 4>
+                         : end - begin == 5 ? attend_part<F, 5>
+                                            : attend_part<F, 6>;
         run(a, first + r, group, head, allowed[r], from, to, room, parts_here);
         for (int64_t h = 0; h < end - begin; h++)
           found[part_of(r, head + h, split)] = parts_here[h];

@@ -71,6 +71,14 @@ inline void store(uint16_t* p, V v, int64_t n) {
   _mm256_mask_storeu_epi16(p, first(n), _mm512_cvtepi32_epi16(_mm512_srli_epi32(all, 16)));
 }
 
+// The numbers of two vectors in turn: even[0], odd[0], even[1], ...
+inline void store_in_turn(float* p, V even, V odd) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  store(p, _mm512_permutex2var_ps(even, low, odd));
+  store(p + 16, _mm512_permutex2var_ps(even, high, odd));
+}
+
 // Adds halves of each of two vectors to the other: a and b, shuffled by `swap` and blended by
 // `keep`. Every vector's elements are added in the same order, whichever of the 16 it is.
 #define EEPASS_FOLD(shuffle, swap, keep, a, b) \
@@ -177,6 +185,12 @@ inline void store(uint16_t* p, V v, int64_t n) {
   std::memcpy(p, all, static_cast<size_t>(n < 8 ? n : 8) * sizeof *p);
 }
 
+inline void store_in_turn(float* p, V even, V odd) {
+  const V low = _mm256_unpacklo_ps(even, odd), high = _mm256_unpackhi_ps(even, odd);
+  store(p, _mm256_permute2f128_ps(low, high, 0x20));
+  store(p + 8, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 // The sums of 8 vectors, `stride` vectors apart; each adds its elements in the same order.
 inline V sums(const V* v, int64_t stride) {
   V four[2];
@@ -207,6 +221,24 @@ inline V exp_negative(V given) {
   p = fma(p, r, splat(5.0000001201e-1f));
   p = add(fma(mul(p, r), r, r), splat(1.0f));
   return zero_where_below(scaled(p, n), given, -87.0f);
+}
+
+// Numbers in memory as vectors of floats, two vectors for 16 bits: in an order of their own, which
+// `store_vectors` undoes.
+inline void load_vectors(const float* p, V* to) { to[0] = load(p); }
+inline void load_vectors(const float* p, int64_t n, V* to) { to[0] = load(p, n); }
+inline void load_vectors(const uint16_t* p, V* to) {
+  const Halves h = load(p);
+  to[0] = even(h), to[1] = odd(h);
+}
+inline void load_vectors(const uint16_t* p, int64_t n, V* to) {
+  const Halves h = load(p, n);
+  to[0] = even(h), to[1] = odd(h);
+}
+template <typename T>
+void store_vectors(float* p, const V* v) {
+  if constexpr (sizeof(T) == sizeof(float)) store(p, v[0]);
+  else store_in_turn(p, v[0], v[1]);
 }
 
 // Forms of numbers: `STEP` weights are a vector W, whose products with as many numbers of x, laid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from time import perf_counter
@@ -94,23 +95,35 @@ def _decode_seconds(decoder: HfDecoder, prompt: list[int]) -> float:
     return perf_counter() - began
 
 
-class LlamaCpp:
-    """Greedy decoding of a GGUF file with llama.cpp, in the file's own quantisation."""
+# draft tokens of llama.cpp's look-up: as its package recommends for a machine without a GPU
+LOOK_UP_TOKENS = 2
 
-    def __init__(self, gguf_path: Path, threads: int, context: int) -> None:
+
+class LlamaCpp:
+    """Greedy decoding of a GGUF file with llama.cpp, in the file's own quantisation.
+
+    ``look_up``: with prompt look-up decoding, as its Python package has it.
+    """
+
+    def __init__(self, gguf_path: Path, threads: int, context: int, look_up: bool = False) -> None:
         try:
             llama_cpp = importlib.import_module("llama_cpp")
+            speculative = importlib.import_module("llama_cpp.llama_speculative")
         except ImportError as error:
             raise InputError(
                 "llama.cpp is not installed: pip install llama-cpp-python"
                 " (built from source; needs cmake and a C++ compiler)"
             ) from error
+        draft = None
+        if look_up:
+            draft = speculative.LlamaPromptLookupDecoding(num_pred_tokens=LOOK_UP_TOKENS)
         try:
             self.llama = llama_cpp.Llama(
                 model_path=str(gguf_path),
                 n_ctx=context,
                 n_threads=threads,
                 n_threads_batch=threads,
+                draft_model=draft,
                 verbose=False,
             )
         except ValueError as error:
@@ -118,12 +131,9 @@ class LlamaCpp:
 
     def tokens(self, ids: list[int], new_tokens: int, stop: frozenset[int]) -> Iterator[int]:
         """As ``HfDecoder.tokens``; the prompt is tokenised by the caller, not by llama.cpp."""
-        self.llama.reset()
-        for _ in range(new_tokens):
-            self.llama.eval(ids)
-            # llama.cpp's defaults sample at random
-            token = int(self.llama.sample(temp=0.0, repeat_penalty=1.0))
-            yield token
+        # its defaults sample at random
+        answer = self.llama.generate(ids, temp=0.0, repeat_penalty=1.0)
+        for token in islice(answer, new_tokens):
+            yield int(token)
             if token in stop:
                 return
-            ids = [token]

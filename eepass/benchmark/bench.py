@@ -28,8 +28,9 @@ from eepass.model import EarlyExitModel
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.statistics import Statistics
 
-# prompt and answer together, where nobody asked for more
-MAX_LENGTH = 448
+# tokens of a prompt, where nobody asked for more
+MAX_PROMPT = 320
+LLAMA = "llama.cpp"
 # agreement that approximate speculation is to keep
 T3_TARGET = 0.99
 SHOWN = (
@@ -77,14 +78,13 @@ def bench(
     """Measure; ``notify(stage, done, total)`` reports progress; ``others``: further systems.
 
     Ratios are speed-ups: the reference's time by the system's own, above 1 is faster; None where
-    they could not be measured (``turns.SpeedUp``). Raises ``InputError`` when no prompt fits, and
-    when an exact answer differs from the dense one for another reason than a near tie.
+    they could not be measured (``turns.SpeedUp``). Without an artefact there is no early exit, and
+    drafts come from the text alone. Raises ``InputError`` when no prompt fits, and when an exact
+    answer differs from the dense one for another reason than a near tie.
     """
     config = config or ExitConfig()
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
-    if model.artifact is None:
-        raise InputError("early exit needs an artefact: run eepass train")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]
     encoded = [ids for ids in encoded if len(ids) + new_tokens <= model.decoder.max_sequence_length]
     if not encoded:
@@ -128,15 +128,20 @@ def bench(
         "reference": reference,
         **_ratios("ratios", systems, reference),
         **_ratios("ratios_to_dense", systems, "eepass-dense"),
-        **speed_up(
-            systems["eepass-speculative"].answers, systems["eepass-speculative-t3"].answers
-        ).to_json("t3_gain"),
+        **(_ratios("ratios_to_llama", systems, LLAMA) if LLAMA in systems else {}),
         "roofline_fraction": {
             name: fastest_ms / found["ms_per_token"] for name, found in figures.items()
         },
     }
+    result |= {"frontier": [], "by_position": []}
+    if model.artifact is None:
+        return result
+    result |= speed_up(
+        systems["eepass-speculative"].answers, systems["eepass-speculative-t3"].answers
+    ).to_json("t3_gain")
     presets = [replace(ExitConfig.preset(name), kv=config.kv) for name in ("default", "paper")]
-    result["frontier"] = frontier(model, presets, pairs, notify) if frontier_too else []
+    if frontier_too:
+        result["frontier"] = frontier(model, presets, pairs, notify)
     approximate = model.host_engine(config.approximate())
     followed = follow_pairs(model, {"it": approximate}, pairs, notify)["it"]
     figures["eepass-approximate"] |= {
@@ -162,18 +167,18 @@ def _ratios(name: str, systems: dict[str, _System], reference: str) -> dict[str,
 def _systems(
     model: EarlyExitModel, config: ExitConfig, new_tokens: int, foreign: dict[str, TokenStream]
 ) -> dict[str, _System]:
-    assert model.artifact is not None
-    target = min(T3_TARGET, model.artifact.presets[config.name].most)
     exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
-    engines = {
-        "eepass-dense": model.host_engine(),
-        "eepass-approximate": model.host_engine(config.approximate()),
-        "eepass-exact": model.host_engine(replace(exact, exits=True, speculate="off")),
-        "eepass-speculative": model.host_engine(replace(exact, exits=False)),
-        "eepass-speculative-t3": model.host_engine(
-            replace(exact, guarantee="approximate", exits=True, target_agreement=target)
-        ),
-    }
+    engines = {"eepass-dense": model.host_engine()}
+    if model.artifact is not None:
+        target = min(T3_TARGET, model.artifact.presets[config.name].most)
+        engines |= {
+            "eepass-approximate": model.host_engine(config.approximate()),
+            "eepass-exact": model.host_engine(replace(exact, exits=True, speculate="off")),
+            "eepass-speculative-t3": model.host_engine(
+                replace(exact, guarantee="approximate", exits=True, target_agreement=target)
+            ),
+        }
+    engines["eepass-speculative"] = model.host_engine(replace(exact, exits=False))
 
     def stream_of(system: TokenStream, ids: list[int]) -> Stream:
         return Stream([token] for token in system.tokens(ids, new_tokens, model.stop))

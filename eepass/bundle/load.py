@@ -29,6 +29,8 @@ from eepass.stored_graphs import GraphReader
 CODE = "code"
 KERNELS = "code/kernels.so"
 WEIGHTS = "model.safetensors"
+# how a description that this version did not write fails
+DAMAGED = (TypeError, ValueError, LookupError, AttributeError)
 # fields of a configuration that are compiled in, preset by preset
 COMPILED_IN = ("draft", "verify", "translators")
 
@@ -69,20 +71,26 @@ def load_folder(
         splits = {split["rows"]: reader.split(split, tensors) for split in graphs["splits"]}
         if lost := sorted(set(manifest.code.values()) - code.keys()):
             raise ValueError(f"{CODE}/{lost[0]} is not listed")
-        compiler = CompiledCode(folder / CODE, manifest.code, code)
+        exits = graphs["exits"]
+    except DAMAGED as error:
+        raise _unknown(folder, error) from error
+    try:
         model = EarlyExitModel(
             splits, PassReport(), frozenset(manifest.stop), artifact,
-            compiler=compiler,
-            segments_for=partial(_stored_segments, reader, graphs["exits"]),
+            compiler=CompiledCode(folder / CODE, manifest.code, code),
+            segments_for=partial(_stored_segments, reader, exits),
             folder=folder,
         )  # fmt: skip
-    except (TypeError, ValueError, LookupError, AttributeError, RuntimeError) as error:
-        raise InputError(
-            f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}"
-        ) from error
+    except (*DAMAGED, RuntimeError) as error:
+        # torch's own, of a stored graph that is run here for what depends on positions alone
+        raise _unknown(folder, error) from error
     with torch.no_grad():
         model.configure(ExitConfig())
     return model, tokenizer, manifest.dtype
+
+
+def _unknown(folder: Path, error: Exception) -> InputError:
+    return InputError(f"{folder / GRAPHS}: not what this eepass writes ({error}); {AGAIN}")
 
 
 def _within(folder: Path, file: Path) -> str:

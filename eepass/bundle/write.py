@@ -29,7 +29,6 @@ from eepass.errors import InputError
 from eepass.files import save_tensors
 from eepass.folders import refuse_other_folder, replacing_folder
 from eepass.model import ARTIFACT, STEP_ROWS, EarlyExitModel, split_model
-from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.exits.exits import ROW_COUNTS
 from eepass.stored_graphs import GraphWriter, NotStorable
 
@@ -136,14 +135,12 @@ class _Writer:
 
     def _compile_layers(self, ready: EarlyExitModel) -> None:
         decoder = ready.decoder
-        dtype = decoder.kv.keys[0].dtype
         for rows in decoder.buckets:
             self.notify(f"compiling layers and head for {rows} rows")
             decoder.prepare(rows)
-            decoder.logits(torch.zeros(1, rows, decoder.hidden_size, dtype=dtype))
+            decoder.prepare_head(rows)
         self.notify("compiling KV fills")
-        place = decoder.place([Row(0, 0, 0)], 1, decoder.cache_length)
-        decoder.fill_kv(0, torch.zeros(1, 1, decoder.hidden_size, dtype=dtype), place)
+        decoder.prepare_fills()
 
     def _compile_exits(self, ready: EarlyExitModel, preset: str) -> dict[int, Any]:
         self.notify(f"compiling exits and drafts of the preset {preset}")

@@ -160,9 +160,11 @@ def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes)
     """
     path = folder / MANIFEST
     try:
-        manifest = parse_json(read(path))
+        text = read(path)
     except OSError as error:
         raise InputError(f"{folder}: no artefact here ({MANIFEST} cannot be read)") from error
+    try:
+        manifest = parse_json(text)
     except ValueError as error:
         raise InputError(f"{path}: damaged, not JSON ({error}); train again") from error
     if not isinstance(manifest, dict):

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
@@ -29,6 +28,7 @@ from eepass.codegen.cpu.native import load_kernels
 from eepass.errors import InputError
 from eepass.files import write_text_atomically
 from eepass.ops.packing import KINDS, form_number
+from eepass.reading import parse_json
 
 # numbers of the ``gguf`` package's types that kernels multiply with
 PACKED = {2: "q4_0", 3: "q4_1", 6: "q5_0", 7: "q5_1", 8: "q8_0", 12: "q4_k", 13: "q5_k", 14: "q6_k"}
@@ -102,9 +102,13 @@ def _names(model: Any, processor: Any) -> dict[str, str]:
     import gguf
     from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
 
-    # asked anew for each module of the model, which takes seconds
-    with mock.patch.object(gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)):
+    # transformers asks for it anew for each module of the model, which takes seconds
+    asked = gguf.get_tensor_name_map
+    gguf.get_tensor_name_map = cache(asked)
+    try:
         found: dict[str, str] = get_gguf_hf_weights_map(model, processor)
+    finally:
+        gguf.get_tensor_name_map = asked
     return found
 
 
@@ -123,7 +127,7 @@ class _Weights:
         self.processor = kind(config=model.config.get_text_config(decoder=True).to_dict())
         if not names.exists():
             write_text_atomically(names, json.dumps(_names(model, self.processor)))
-        self.names: Mapping[str, str] = json.loads(names.read_text(encoding="utf-8"))
+        self.names: Mapping[str, str] = parse_json(names.read_bytes())
         self.like = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = {name for name, _ in model.named_buffers()}
         self.linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}

@@ -74,15 +74,34 @@ def show_probe(report: Mapping[str, Any], model: str) -> None:
 def bench(
     model: options.Model,
     artifact: options.ArtifactDir = None,
+    quantize: options.Quantize = "none",
+    activations: options.Activations = "int8",
     prompts: options.Prompts = None,
-    limit: Annotated[int, typer.Option(help="At most so many prompts.", min=1)] = 16,
+    limit: Annotated[int, typer.Option(help="At most so many prompts or problems.", min=1)] = 16,
     new_tokens: Annotated[int, typer.Option(min=4)] = 128,
     preset: options.Preset = "default",
     target_agreement: options.Target = 0.98,
+    task: Annotated[
+        tuple[str, Path] | None,
+        typer.Option(
+            help="mbpp and a file of problems, JSONL with prompt, setup and tests: instead of "
+            "times, the share of them that is solved. Needs --run-code.",
+            metavar="NAME FILE",
+        ),
+    ] = None,
+    run_code: Annotated[
+        bool,
+        typer.Option(
+            "--run-code",
+            help="Run the code of answers and the tests of the file, without network, and without "
+            "a file it could change.",
+        ),
+    ] = False,
     frontier: Annotated[bool, typer.Option(help="Measure agreement against speed.")] = True,
     baselines: Annotated[bool, typer.Option(help="Measure Hugging Face as well.")] = True,
     beside: Annotated[
-        list[str] | None, typer.Option("--with", help="Another system: llama.cpp.")
+        list[str] | None,
+        typer.Option("--with", help="Another system: llama.cpp, plain and with its look-up."),
     ] = None,
     max_length: options.MaxLength = None,
     raw: options.Raw = False,
@@ -96,6 +115,7 @@ def bench(
     import torch
 
     from eepass.benchmark import bench as benchmarking
+    from eepass.benchmark import tasks
     from eepass.benchmark.baselines import LlamaCpp
     from eepass.checkpoints.models import gguf_of
     from eepass.lengths import usual_length
@@ -104,22 +124,56 @@ def bench(
 
     if unknown := sorted(set(beside or []) - {"llama.cpp"}):
         raise InputError(f"--with {unknown[0]}: expected llama.cpp")
+    problems = _problems(*task, run_code, limit) if task is not None else []
     texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
     config = options.exit_config(preset, target_agreement=target_agreement)
-    loaded = load_model(model, dtype, threads, trust_native)
+    loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     if max_length is None and not loaded.transformed:
-        max_length = usual_length(loaded.model, benchmarking.MAX_LENGTH)
+        max_length = usual_length(loaded.model, benchmarking.MAX_PROMPT + new_tokens)
     ready = transform_model(loaded, artifact, config, max_length)
+    if task is not None:
+        with progress_bars() as bars:
+            solved = tasks.measure_task(
+                loaded, ready, problems, new_tokens, config, raw, bars.notify
+            )
+        show_task(solved, task[0])
+        return {"model": loaded.name, "task": task[0], **solved}
     others: dict[str, Any] = {}
     if beside:
         cores, context = threads or torch.get_num_threads(), ready.decoder.max_sequence_length
-        others["llama.cpp"] = LlamaCpp(gguf_of(model), cores, context)
+        for name, look_up in (("llama.cpp", False), ("llama.cpp-look-up", True)):
+            others[name] = LlamaCpp(gguf_of(model), cores, context, look_up)
     with progress_bars() as bars:
         result = benchmarking.bench(
             loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others, bars.notify
         )
     show(result)
     return result
+
+
+def _problems(name: str, file: Path, run_code: bool, limit: int) -> list[Any]:
+    """The problems of ``file``, if the person wants code to be run."""
+    from eepass.benchmark import tasks
+
+    if name not in tasks.TASKS:
+        raise InputError(f"--task {name}: expected {', '.join(tasks.TASKS)}")
+    if not run_code:
+        raise InputError(
+            "--task runs code that the model writes, and the tests of the file, on this machine "
+            "(without network, unable to change a file): say --run-code if that is what you want"
+        )
+    return tasks.read_problems(file, limit)
+
+
+def show_task(found: Mapping[str, Any], name: str) -> None:
+    table(
+        f"{name}: {found['problems']} problems, answers of at most {found['new_tokens']} tokens",
+        ("system", "solved", "same answer as dense"),
+        [
+            (system, f"{100 * figures['pass_at_1']:.1f} %", f"{100 * figures['same_answer']:.1f} %")
+            for system, figures in found["systems"].items()
+        ],
+    )
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -139,6 +193,16 @@ def show(result: Mapping[str, Any]) -> None:
             for name, figures in systems.items()
         ],
     )
+    if "ratios_to_llama" in result:
+        beside = zip(
+            result["ratios_to_llama"].items(), result["ratios_to_llama_spread"].values(),
+            strict=True,
+        )  # fmt: skip
+        table(
+            "beside llama.cpp, the same file",
+            ("system", "vs llama.cpp"),
+            [(name, speed_up(value, spread)) for (name, value), spread in beside],
+        )
     console.print(
         f"A ratio is the median of blocks of {result['block_tokens']} tokens, systems in turns; "
         "in brackets the middle half of them. Above 1 is faster.",
@@ -156,15 +220,16 @@ def show(result: Mapping[str, Any]) -> None:
             if "agreement" in figures
         ],
     )  # fmt: skip
-    table(
-        "early exit along the dense answer, by position in the answer",
-        ("tokens", "count", "agreement", "exit layer"),
-        [
-            (f"{s['first']} to {s['last']}", str(s["tokens"]), f"{s['agreement']:.4f}",
-             f"{s['mean_exit_layer']:.1f}")
-            for s in result["by_position"]
-        ],
-    )  # fmt: skip
+    if result["by_position"]:
+        table(
+            "early exit along the dense answer, by position in the answer",
+            ("tokens", "count", "agreement", "exit layer"),
+            [
+                (f"{s['first']} to {s['last']}", str(s["tokens"]), f"{s['agreement']:.4f}",
+                 f"{s['mean_exit_layer']:.1f}")
+                for s in result["by_position"]
+            ],
+        )  # fmt: skip
     if result["frontier"]:
         table(
             "early exit along the dense answer, by target",

@@ -36,6 +36,7 @@ from eepass.hf.prepared import in_use, register
 from eepass.model import EarlyExitModel
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.engine.engine import Engine
+from eepass.wrappers import original_inside
 
 # what ``generate`` prepares for the forward call of the model; the engine needs none of it
 NOT_NEEDED = {
@@ -125,14 +126,13 @@ def prepare(
     ``artifact``: a folder written by ``eepass.train``, None for none, ``"auto"`` for the one beside
     the checkpoint or shipped with eepass. ``max_length``: prompt and answer together, in tokens;
     without it the cache is made anew when longer ones come, which compiles again. The result is
-    kept as long as the model is; its ``statistics`` tell what decoding did. Of a model that PEFT
-    wraps, it is the model inside that is prepared; PEFT's ``generate`` calls that one's.
+    kept as long as the model is; its ``statistics`` tell what decoding did. Of a model that PEFT or
+    ``torch.compile`` wraps, it is the model inside that is prepared; their ``generate`` calls that
+    one's.
     ``model.generate(..., custom_generate=None)`` is transformers' own way. Raises ``InputError``
     for a model or artefact that does not fit, with the reason.
     """
-    inner = getattr(model, "get_base_model", None)
-    if inner is not None:
-        model = inner()
+    model = original_inside(model)
     transformed = register(model, artifact, config or ExitConfig(), max_length)
     # on this model alone: no other one, and no class of transformers, is changed
     model._extract_generation_mode_kwargs = functools.partial(_mode_kwargs, model)

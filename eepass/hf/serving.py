@@ -6,6 +6,7 @@ import inspect
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from eepass.checkpoints.models import LoadedModel
@@ -13,6 +14,7 @@ from eepass.errors import InputError
 from eepass.hf.generation import prepare
 from eepass.hf.prepared import compile_now, is_prepared, refuse_length
 from eepass.lengths import usual_length
+from eepass.wrappers import original_inside
 
 try:
     from fastapi import Request
@@ -48,6 +50,7 @@ def serve(
     may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
     compile before the first request, not at it. Raises ``InputError`` if the address is taken.
     """
+    loaded = _servable(loaded)
     server = Server(loaded, host, port, log_level)
     if warm_up:
         compile_now(loaded.model)
@@ -57,9 +60,23 @@ def serve(
 
 def openai_app(loaded: LoadedModel) -> Any:
     """The same as an ASGI application, compiled, for other servers to run."""
+    loaded = _servable(loaded)
     app = Server(loaded, "localhost", 0, "error").server.config.app
     compile_now(loaded.model)
     return app
+
+
+def _servable(loaded: Any) -> LoadedModel:
+    """``loaded`` with the model inside all wrappers; ``InputError`` where there is none that
+    transformers' server could call."""
+    if not isinstance(loaded, LoadedModel):
+        raise InputError(f"serve: {type(loaded).__name__} is not what eepass.load returns")
+    if loaded.transformed:
+        raise InputError(
+            f"{loaded.name} is a transformed folder, and serving wants the original model: serve "
+            "that one, or decode the folder with eepass generate"
+        )
+    return replace(loaded, model=original_inside(loaded.model))
 
 
 class Server(Serve):

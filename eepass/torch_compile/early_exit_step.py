@@ -18,6 +18,7 @@ from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.codegen.lower_inner import InnerCompiler
 from eepass.errors import InputError, PassError
 from eepass.model import ALWAYS_ACTIVE
+from eepass.model_stamp import CodeStamp
 from eepass.passes.caller.caller_graph import CallerGraph
 from eepass.passes.pipeline import exit_segments, split_caller_step
 from eepass.passes.report import PassReport
@@ -109,6 +110,8 @@ class ShapedStep:
         self._kept = [p for role, p in step.places.items() if role.name in kept]
         self._lock = threading.Lock()
         self._exits: dict[Any, CallerExits | None] = {}
+        # of the model of each set of weights, as it was when its exits were made
+        self._stamps: dict[Any, CodeStamp] = {}
         self._states = CacheStates()
         self._exits_for(tensors)
 
@@ -154,14 +157,24 @@ class ShapedStep:
         if seen not in self._exits:
             with self._lock, tracing(None), torch.no_grad():
                 if seen not in self._exits:
-                    made = self._make_exits(tensors)
+                    model, _ = find_model([self.expression], tensors)
+                    made = self._make_exits(tensors, model)
                     while len(self._exits) >= MOST_WEIGHTS:
-                        del self._exits[next(iter(self._exits))]
+                        oldest = next(iter(self._exits))
+                        del self._exits[oldest]
+                        self._stamps.pop(oldest, None)
+                    if model is not None:
+                        self._stamps[seen] = CodeStamp(model)
                     self._exits[seen] = made
+        stamp = self._stamps.get(seen)
+        if stamp is not None and (changed := stamp.change()):
+            raise InputError(
+                f"{changed} has changed since torch.compile traced the model, whose guards do not "
+                "see it: change it back, or call torch.compiler.reset() to trace anew"
+            )
         return self._exits[seen]
 
-    def _make_exits(self, tensors: Sequence[Tensor]) -> CallerExits | None:
-        model, _ = find_model([self.expression], tensors)
+    def _make_exits(self, tensors: Sequence[Tensor], model: Any) -> CallerExits | None:
         if model is None:
             say_once("the model of the weights in use was not found; decoding dense")
             return None

@@ -18,13 +18,13 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.eval_frame import OptimizedModule
 from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
 from eepass.checkpoints.artifact import Artifact, found_artifact, load_artifact, refuse_other_model
 from eepass.errors import InputError
 from eepass.torch_compile.options import BackendOptions
+from eepass.wrappers import compiled_inside
 
 log = logging.getLogger("eepass")
 
@@ -49,6 +49,7 @@ def find_model(expressions: Sequence[str], tensors: Sequence[Tensor]) -> tuple[A
             except Exception:
                 # other frames have other things under these names, and getters may raise anything
                 continue
+            found = compiled_inside(found)
             if _is_model_of(found, known):
                 return found, expression
     return None, ""
@@ -101,7 +102,7 @@ def _scopes() -> Iterator[dict[str, Any]]:
 
 
 def _is_model_of(found: Any, known: set[int]) -> bool:
-    if not isinstance(found, nn.Module) or isinstance(found, OptimizedModule):
+    if not isinstance(found, nn.Module):
         return False
     head_of: Any = getattr(found, "get_output_embeddings", None)
     if head_of is None or head_of() is None:

@@ -39,6 +39,10 @@ def trace_caller_step(step: Callable[..., Tensor], tensors: Sequence[Tensor]) ->
     except (RuntimeError, NotImplementedError, TypeError) as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise PassError(f"its graph cannot be traced to ATen: {first}") from error
+    # a float that has changed once between calls comes as a tensor, and may change with every call
+    for node in traced.graph.nodes:
+        if isinstance(node.meta.get("val"), (torch.SymFloat, torch.SymInt, torch.SymBool)):
+            raise PassError("it computes with a number that changes from call to call")
     inputs = tuple(Input("positions", f"caller.{place}") for place in range(len(tensors)))
     return DecoderGraph(traced, inputs, rows=1, cache_length=0, tensors={}, windows={})
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from eepass.exit_rule import among_drafts
 from eepass.runtime.decoder.decoder import Compile, bind_parameters
-from eepass.runtime.exits.exits import ROW_COUNTS, Exits, RowState
+from eepass.runtime.exits.exits import Exits, RowState
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep, Segment
 
@@ -51,29 +52,29 @@ class CallerExits:
         if full is not None:
             # the logits of the last layer are what the caller asked for
             self.layers -= {len(step.split.layers)}
-        # several rows are padded to the next row count there is code for
-        exits.prepare(1 if self.batch == 1 else max(ROW_COUNTS))
+        exits.prepare(self.batch)
 
     def check(
         self, layer: int, hidden: Tensor, state: RowState, statistics: Statistics
     ) -> tuple[Tensor | None, RowState]:
         """Logits if all rows of hidden [1, B, H] exit after ``layer``."""
-        seen: list[Tensor] = []
+        seen: dict[int, Tensor] = {}
 
-        def keep(logits: Tensor) -> Tensor:
-            seen[:] = [logits]
+        def keep(row: int, logits: Tensor) -> Tensor:
+            seen[row] = logits
             return logits.argmax(-1)
 
-        choose = keep if self.full is None else None
+        rows = self.all_rows if self.full is None else ()
+        choose = {row: partial(keep, row) for row in rows}
         found, state = self.exits.check(layer, hidden, state, self.all_rows, statistics, choose)
         if len(found.tokens) < self.batch:
             return None, state
         if self.full is None:
-            hot = seen[0][: self.batch]
+            hot = torch.cat([seen[row] for row in self.all_rows])
             made = hot.new_full(self.like.shape, -torch.inf, dtype=self.like.dtype)
             made[:, 0, self.exits.hot_ids] = hot.to(made.dtype)
             return made, state
-        (logits,) = self.full(found.z[:, : self.batch])
+        (logits,) = self.full(torch.stack([found.z[row] for row in self.all_rows])[None])
         if not bool(among_drafts(logits[0].argmax(-1), state.drafts).all()):
             # a cold token is likelier than the hot one that was verified
             statistics.refused += self.batch

@@ -70,6 +70,22 @@ class Decoder:
             split = self.splits[rows]
             self._layers[rows] = [self._bind(layer, rows) for layer in split.layers]
 
+    def prepare_head(self, rows: int) -> None:
+        """Compile the LM head for ``rows``, if it is not yet."""
+        if rows not in self._heads:
+            self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
+
+    def prepare_fills(self) -> None:
+        """Compile ``fill_kv``, if it is not yet."""
+        if not self._fills:
+            self._fills = [self._bind(fill, 1) for fill in self.splits[1].kv_fills]
+
+    def prepare_passes(self, rows: int) -> None:
+        """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
+        for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
+            self.prepare(size)
+            self.prepare_head(size)
+
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
         sequence end.
@@ -143,8 +159,7 @@ class Decoder:
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
         of any layer."""
-        if not self._fills:
-            self._fills = [self._bind(fill, 1) for fill in self.splits[1].kv_fills]
+        self.prepare_fills()
         self._fills[layer](hidden, place)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -153,8 +168,7 @@ class Decoder:
         if rows not in self.buckets:
             padding = hidden[:, -1:].expand(-1, self.bucket(rows) - rows, -1)
             return self.logits(torch.cat([hidden, padding], 1))[:, :rows]
-        if rows not in self._heads:
-            self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
+        self.prepare_head(rows)
         return self._heads[rows](hidden, None)
 
     def bind(

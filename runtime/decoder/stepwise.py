@@ -47,6 +47,9 @@ class StepwiseDecoder(Decoder):
     def prepare(self, rows: int) -> None:
         super().prepare(1)
 
+    def prepare_head(self, rows: int) -> None:
+        super().prepare_head(1)
+
     def _one(self, place: Place, index: int) -> Place:
         sides = {
             name: value.narrow(self.side_inputs.row_dim[name], index, 1)

@@ -71,6 +71,8 @@ class ModelDraft:
         self.num_cached = min(self.num_cached, length)
 
     def call_seconds(self) -> float:
+        # every row count is compiled here, not while a sequence waits
+        self.decoder.prepare_passes(self.decoder.buckets[-1])
         return pass_seconds(self.decoder, [1], at=0)[1]
 
     def fresh(self) -> ModelDraft:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+from torch import Tensor
+
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
@@ -23,6 +25,7 @@ from eepass.runtime.engine.batch_scheduler import BatchScheduler
 from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
 from eepass.runtime.engine.prefill import OnLayer, prefill
+from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
@@ -72,12 +75,16 @@ class Engine:
         self._to_measure = (planner, noise)
         # a planner that nothing was measured for takes all passes to cost the same
         self._observes = False
+        # for how many sequences together everything is compiled
+        self._prepared = 0
         self.statistics = Statistics(decoder.num_layers)
         self.verifier = Verifier(decoder.num_layers, options.guarantee == "exact")
         self.scheduler = BatchScheduler(
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
         self.sequences: list[Sequence] = []
+        # of a dense engine; whoever sets it takes what it keeps
+        self.recorder: Recorder | None = None
 
     def measure(self) -> None:
         """Measure what has not been measured yet, if the cache holds no sequence."""
@@ -87,9 +94,6 @@ class Engine:
         if planner is not None:
             self.planner, self._observes = planner(), True
             self.planner.modes = self.options.modes
-            several = "both" in self.options.modes
-            if self.exits is not None and (several or "exits" in self.options.modes):
-                self.exits.prepare(max(self.planner.costs) if several else 1)
         if noise is not None and self.verifier.exact:
             self.verifier.noise = noise()
         self._to_measure = (None, None)
@@ -113,6 +117,7 @@ class Engine:
         capacity = decoder.max_sequence_length if capacity is None else capacity
         self._check(ids, capacity, sampling)
         self.measure()
+        self._prepare(len(self.sequences) + 1)
         first_slot = decoder.kv.allocate(capacity)
         if first_slot is None:
             raise EngineError(
@@ -131,6 +136,12 @@ class Engine:
             draft=self.draft.fresh() if self.draft is not None else None,
             schedule=self.schedule.fresh() if self.schedule is not None else None,
         )
+        recorder = self.recorder
+        if on_layer is None and recorder is not None:
+
+            def on_layer(layer: int, hidden: Tensor) -> None:
+                recorder.add(sequence, layer, hidden[0])
+
         try:
             logits = prefill(sequence, decoder, self.exits, on_layer)
             token = self.verifier.next_token(logits, sequence, sequence.tokens)
@@ -169,11 +180,14 @@ class Engine:
 
     def catch_up(self, sequences: SequenceOf[Sequence] | None = None) -> None:
         """Run pending tokens through the layers they skipped; in exact mode that confirms them."""
-        chosen = [s for s in (self.sequences if sequences is None else sequences) if s.pending]
-        most = self.decoder.buckets[-1] // (self.pending_limit + 1)
-        for begin in range(0, len(chosen), most):
+        waiting = [s for s in (self.sequences if sequences is None else sequences) if s.pending]
+        while waiting:
             began = perf_counter()
-            self._run_pass([ScheduledSequence(one) for one in chosen[begin : begin + most]])
+            batch, rows = [], 0
+            # a pass has no more rows than a step: for these there is code
+            while waiting and (rows := rows + waiting[0].num_pending) <= self.step_rows:
+                batch.append(ScheduledSequence(waiting.pop(0)))
+            self._run_pass(batch)
             self.statistics.seconds += perf_counter() - began
 
     def generate(
@@ -228,6 +242,21 @@ class Engine:
         self.step([sequence])
         return DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1])
 
+    def _prepare(self, sequences: int) -> None:
+        """Compile whatever passes over so many sequences can need: none waits in mid-answer."""
+        if sequences <= self._prepared:
+            return
+        self._prepared = sequences
+        each = 1
+        if self.exits is not None and {"exits", "both"} & set(self.options.modes):
+            each += self.pending_limit
+            self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
+        if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
+            each = max(each, *self.planner.costs)
+        self.decoder.prepare_passes(min(sequences * each, self.step_rows))
+        if self.options.kv_policy == "propagate":
+            self.decoder.prepare_fills()
+
     def _check(self, ids: SequenceOf[int], capacity: int, sampling: Sampling) -> None:
         longest, hint = self.decoder.max_sequence_length, self.decoder.length_hint
         if not ids:
@@ -265,8 +294,9 @@ class Engine:
         draft = self.draft
         layers = draft.feature_layers if draft is not None else None
         forward_pass = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy
-        )
+            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy,
+            self.recorder,
+        )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         began = perf_counter()
         forward_pass.run(batch, drafts)

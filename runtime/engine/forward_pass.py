@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
+from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.exits.exits import Exits, RowState
@@ -42,7 +43,8 @@ RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
-    ``feature_layers``: layers after which the rows' hidden states are kept for a draft.
+    ``feature_layers``: layers after which the rows' hidden states are kept for a draft;
+    ``recorder`` keeps them for others.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class ForwardPass:
         statistics: Statistics,
         feature_layers: SequenceOf[int] = (),
         kv_policy: str = "defer",
+        recorder: Recorder | None = None,
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
+        self.recorder = recorder
         self.feature_layers = frozenset(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
@@ -78,6 +82,10 @@ class ForwardPass:
             layer = index + 1
             if layer in self.feature_layers:
                 self._keep_features(layer)
+            if self.recorder is not None and layer in self.recorder.layers:
+                for number, row in enumerate(self.rows):
+                    own = self.hidden[0, number : number + 1]
+                    self.recorder.add(row.scheduled.sequence, layer, own)
             if self.exits is not None:
                 self._run_predictors(layer)
             if not self.rows:
@@ -219,14 +227,18 @@ class ForwardPass:
             self._state = self.exits.draft_from(self.hidden, self._state, self.statistics)
         if not evaluated:
             return
-        choose = self.rows[evaluated[0]].scheduled.choose
+        choose = {
+            index: own
+            for index in evaluated
+            if (own := self.rows[index].scheduled.choose) is not None
+        }
         decision, self._state = self.exits.check(
             layer, self.hidden, self._state, evaluated, self.statistics, choose
         )
         for index, token in decision.tokens.items():
             row = self.rows[index]
             row.scheduled.next_tokens[row.node] = token
-            row.scheduled.z[row.node] = decision.z[0, index]
+            row.scheduled.z[row.node] = decision.z[index]
         if decision.tokens:
             self._exit_sequences({self.rows[index].scheduled for index in decision.tokens}, layer)
 
@@ -260,14 +272,6 @@ class ForwardPass:
         if layer == depth:
             return
         assert self.hidden is not None
-        if self.kv_policy != "defer":
-            assert self._place is not None and len(self.rows) == 1
-            for index in range(layer, depth):
-                if self.kv_policy == "propagate":
-                    self.decoder.fill_kv(index, self.hidden, self._place)
-                else:
-                    self.decoder.kv.blank(index, self._place.slots)
-            return
         own = [
             index
             for index, row in enumerate(self.rows)
@@ -275,6 +279,16 @@ class ForwardPass:
         ]
         own.sort(key=lambda index: self.rows[index].position)
         hidden = self.hidden[:, torch.tensor(own)]
+        if self.kv_policy != "defer":
+            # such a sequence has one row a pass
+            (row,) = (self.rows[index].row for index in own)
+            place = self.decoder.place([row], 1, row.first + scheduled.sequence.capacity)
+            for index in range(layer, depth):
+                if self.kv_policy == "propagate":
+                    self.decoder.fill_kv(index, hidden, place)
+                else:
+                    self.decoder.kv.blank(index, place.slots)
+            return
         scheduled.sequence.pending.append(PendingTokens(layer, self.rows[own[0]].position, hidden))
 
     def _note_last_hidden(self) -> None:

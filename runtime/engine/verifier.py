@@ -46,8 +46,7 @@ class Verifier:
         assert generator is not None
 
         def choose(logits: Tensor) -> Tensor:
-            context = [sequence.tokens] * len(logits)
-            return draw(probabilities(logits, sampling, context), generator)
+            return draw(probabilities(logits, sampling, [sequence.tokens]), generator)
 
         return choose
 

@@ -14,18 +14,18 @@ from eepass.plan import ExitPlan, ExitSegments
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.statistics import Statistics
 
-# row counts exits are compiled for; others are padded
+# row counts exits are compiled for: fewer rows are padded, and more take turns
 ROW_COUNTS = (1, 8)
-# logits [R, N] -> the index of each row's token [R]
+# logits [1, N] of a row -> the index of its token [1]
 Choose = Callable[[Tensor], Tensor]
+NO_CHOICE: Mapping[int, Choose] = {}
 
 
 class ExitDecision(NamedTuple):
-    """The next tokens of the rows that exit, by row, and the normed hidden states z [1, >= R, H] of
-    all rows."""
+    """Of the rows that exit, by row: their next tokens, and their normed hidden states z [H]."""
 
     tokens: dict[int, int]
-    z: Tensor
+    z: dict[int, Tensor]
 
 
 class RowState(NamedTuple):
@@ -60,6 +60,7 @@ class Exits:
         self._decoder, self._tensors, self._build = decoder, tensors, segments
         self._segments: dict[int, ExitSegments] = {}
         self._bound: dict[tuple[int, int | str], Callable[..., Any]] = {}
+        self._prepared: set[int] = set()
         self._head = decoder.splits[1].head
 
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
@@ -71,7 +72,10 @@ class Exits:
 
     def prepare(self, most: int) -> None:
         """Compile and run once what exits need for up to ``most`` rows."""
-        for rows in (size for size in ROW_COUNTS if size <= most):
+        for rows in ROW_COUNTS[: 1 if most == 1 else None]:
+            if rows in self._prepared:
+                continue
+            self._prepared.add(rows)
             hidden = torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._decoder.dtype)
             state = self.begin(rows)
             (z,) = self._segment("normed", rows)(hidden)
@@ -86,11 +90,15 @@ class Exits:
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
         """Take the draft tokens from hidden states [1, R, H]: each row's likeliest hot tokens."""
         began = perf_counter()
-        rows, hidden = hidden.shape[1], _padded(hidden, 1)
-        size = hidden.shape[1]
-        (z,) = self._segment("normed", size)(hidden)
-        (logits,) = self._segment("draft", size)(z)
-        drafts = self.hot_ids[logits[0, :rows].topk(self.plan.draft_tokens, -1).indices]
+        found = []
+        for turn in hidden.split(ROW_COUNTS[-1], 1):
+            padded = _padded(turn)
+            size = padded.shape[1]
+            (z,) = self._segment("normed", size)(padded)
+            (logits,) = self._segment("draft", size)(z)
+            best = logits[0, : turn.shape[1]].topk(self.plan.draft_tokens, -1)
+            found.append(self.hot_ids[best.indices])
+        drafts = found[0] if len(found) == 1 else torch.cat(found)
         statistics.draft_seconds += perf_counter() - began
         return RowState(drafts, state.previous)
 
@@ -101,52 +109,76 @@ class Exits:
         state: RowState,
         evaluated: Sequence[int],
         statistics: Statistics,
-        choose: Choose | None = None,
+        choose: Mapping[int, Choose] = NO_CHOICE,
     ) -> tuple[ExitDecision, RowState]:
-        """Whether the ``evaluated`` rows of hidden [1, R, H] exit after ``layer``; ``choose``
-        replaces the argmax of verification."""
+        """Whether the ``evaluated`` rows of hidden [1, R, H] exit after ``layer``; others stay as
+        they are. ``choose``: by row, what replaces the argmax of verification."""
+        if hidden.shape[1] == 1:
+            # the usual case: each tensor operation that is saved is a tenth of the call
+            return self._check_turn(layer, hidden, state, 1, statistics, choose)
+        decision, previous = ExitDecision({}, {}), state.previous
+        for begin in range(0, len(evaluated), ROW_COUNTS[-1]):
+            turn = list(evaluated[begin : begin + ROW_COUNTS[-1]])
+            count = len(turn)
+            size = next(size for size in ROW_COUNTS if size >= count)
+            rows = torch.tensor(turn + turn[-1:] * (size - count))
+            own = {index: choose[row] for index, row in enumerate(turn) if row in choose}
+            found, after = self._check_turn(
+                layer, hidden[:, rows], state.select(rows), count, statistics, own
+            )
+            previous = previous.index_copy(0, rows[:count], after.previous[:count])
+            for index, token in found.tokens.items():
+                decision.tokens[turn[index]], decision.z[turn[index]] = token, found.z[index]
+        return decision, RowState(state.drafts, previous)
+
+    def _check_turn(
+        self,
+        layer: int,
+        hidden: Tensor,
+        state: RowState,
+        count: int,
+        statistics: Statistics,
+        choose: Mapping[int, Choose],
+    ) -> tuple[ExitDecision, RowState]:
+        """As ``check``, of all rows, as many as there is code for; padding follows the first
+        ``count``."""
         began = perf_counter()
-        rows, (drafts, previous) = hidden.shape[1], state
-        # with one row, the usual case, each tensor operation that is saved is a tenth of the call
-        pad = rows not in ROW_COUNTS
-        if pad:
-            hidden, drafts, previous = (
-                _padded(hidden, 1), _padded(drafts, 0), _padded(previous, 0)
-            )  # fmt: skip
-        predict = self._segment(layer, hidden.shape[1])
-        probability, previous, z, *_ = predict(hidden, drafts, previous)
+        probability, previous, z, *_ = self._segment(layer, hidden.shape[1])(hidden, *state)
         threshold = self.thresholds[layer]
-        if rows == 1:
+        if hidden.shape[1] == 1:
             # ``wants_exit`` in plain floats
-            wanted = list(evaluated) if probability.item() > threshold else []
+            wanted = [0] if probability.item() > threshold else []
         else:
             # in float64, as floats compare
             wants = wants_exit(probability.double(), threshold).tolist()
-            wanted = [row for row in evaluated if wants[row]]
-        if pad:
-            previous = previous[:rows]
-        statistics.predictors_run += len(evaluated)
+            wanted = [row for row in range(count) if wants[row]]
+        statistics.predictors_run += count
         ended = perf_counter()
         statistics.predictor_seconds += ended - began
         state = RowState(state.drafts, previous)
         exits: dict[int, int] = {}
         if wanted:
-            tokens = self._verified(layer, z, state, choose)[:rows]
+            chosen = {row: choose[row] for row in wanted if row in choose}
+            tokens = self._verified(layer, z, state, chosen)
             exiting = among_drafts(tokens, state.drafts).tolist()
             named = tokens.tolist()
             exits = {row: named[row] for row in wanted if exiting[row]}
             statistics.wanted += len(wanted)
             statistics.refused += len(wanted) - len(exits)
             statistics.verify_seconds += perf_counter() - ended
-        return ExitDecision(exits, z), state
+        return ExitDecision(exits, {row: z[0, row] for row in exits}), state
 
-    def _verified(self, layer: int, z: Tensor, state: RowState, choose: Choose | None) -> Tensor:
+    def _verified(
+        self, layer: int, z: Tensor, state: RowState, choose: Mapping[int, Choose]
+    ) -> Tensor:
         """The tokens [R] that verification gives for z [1, R, H]."""
-        if layer == self.plan.draft_layer and self.plan.verify == "hot" and choose is None:
+        if layer == self.plan.draft_layer and self.plan.verify == "hot" and not choose:
             # the draft tokens are the topk of these very logits, and so the first is their argmax
             return state.drafts[:, 0]
         (logits,) = self._segment("verify", z.shape[1])(z)
-        best = logits[0].argmax(-1) if choose is None else choose(logits[0])
+        best = logits[0].argmax(-1)
+        for row, own in choose.items():
+            best[row : row + 1] = own(logits[0, row : row + 1])
         return self.hot_ids[best] if self.plan.verify == "hot" else best
 
     def _segment(self, name: int | str, rows: int) -> Callable[..., Any]:
@@ -165,11 +197,10 @@ class Exits:
         return self._bound[rows, name]
 
 
-def _padded(tensor: Tensor, dim: int) -> Tensor:
-    """``tensor`` with its last row repeated up to a row count there is code for."""
-    rows = tensor.shape[dim]
-    size = next((size for size in ROW_COUNTS if size >= rows), rows)
+def _padded(hidden: Tensor) -> Tensor:
+    """Hidden states [1, R, H], the last repeated up to a row count there is code for."""
+    rows = hidden.shape[1]
+    size = next(size for size in ROW_COUNTS if size >= rows)
     if size == rows:
-        return tensor
-    last = tensor.narrow(dim, rows - 1, 1)
-    return torch.cat([tensor, *[last] * (size - rows)], dim)
+        return hidden
+    return torch.cat([hidden, *[hidden[:, -1:]] * (size - rows)], 1)

@@ -102,6 +102,14 @@ def test_nan_is_refused_by_the_tensors_name(llama, saved):
         load_artifact(saved)
 
 
+def test_a_manifest_that_its_reader_refuses_is_refused_in_its_words(saved):
+    def read(path):
+        raise InputError(f"{path}: altered since it was written")
+
+    with pytest.raises(InputError, match=r"eepass\.json: altered since it was written$"):
+        load_artifact(saved, read)
+
+
 def test_another_schema_and_a_missing_field_are_named(saved):
     manifest = json.loads((saved / "eepass.json").read_text())
     (saved / "eepass.json").write_text(json.dumps({**manifest, "schema": 99}))

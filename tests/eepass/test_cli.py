@@ -119,6 +119,19 @@ def test_bench(folder, prompts, tmp_path):
         assert stretch[name] == pytest.approx(approximate[name])
 
 
+def test_bench_without_an_artifact(tmp_path, prompts):
+    folder = save_word_model(tmp_path / "model", artifact=False)
+    code, _, text = run(
+        "bench", folder, "--prompts", prompts, "--dtype", "fp32", "--new-tokens", 10, "--limit", 2,
+        "--max-length", 96, "--no-baselines", "--json", tmp_path / "a.json",
+    )  # fmt: skip
+    assert code == 0, text
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert found["systems"].keys() == {"eepass-dense", "eepass-speculative"}
+    assert found["systems"]["eepass-speculative"]["exact_match"] == 1.0
+    assert found["frontier"] == found["by_position"] == []
+
+
 def test_train_then_use(folder, prompts, tmp_path, monkeypatch):
     out = tmp_path / "out"
     command = ("train", folder, "--out", out, "--prompts", prompts, "--tokens", 9000,

@@ -12,10 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from command_line import refused, run
-from models import VOCABULARY, tiny_model
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from witness import finish, start
+from word_model import save_word_model
 
 import eepass
 from eepass.bundle import manifest, signing, write
@@ -27,7 +25,6 @@ from eepass.runtime.decoder.side_inputs import Row
 PROMPT = "w5 w9 w40 w5 w9"
 LENGTH = 64
 ROOT = Path(__file__).parents[2]
-WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,17 +37,7 @@ def own_key(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    model = tiny_model("llama")
-    # an end token that is never the likeliest: answers have the length that was asked for
-    model.lm_head.weight.data[2] = 0.0
-    model.save_pretrained(path)
-    tokenizer = Tokenizer(models.WordLevel(WORDS, "<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="w2", unk_token="<unk>"
-    ).save_pretrained(path)
-    return path
+    return save_word_model(tmp_path_factory.mktemp("model"), artifact=False)
 
 
 @pytest.fixture(scope="module")

@@ -62,6 +62,8 @@ def bench_result(reference, value, spread):
         "ratios_spread": dict.fromkeys(SYSTEMS, spread),
         "ratios_to_dense": dict.fromkeys(SYSTEMS, value),
         "ratios_to_dense_spread": dict.fromkeys(SYSTEMS, spread),
+        "ratios_to_llama": dict.fromkeys(SYSTEMS, value),
+        "ratios_to_llama_spread": dict.fromkeys(SYSTEMS, spread),
         "by_position": [
             {"first": 1024, "last": 2047, "tokens": 12345, "agreement": 0.98,
              "mean_exit_layer": 27.3}
@@ -77,13 +79,14 @@ def test_bench(printed, reference, value, spread):
     first = {"hf-compiled": ["vs hf-compiled"], "eepass-dense": []}[reference]
     assert headers(text) == [
         ["system", "ms/token", *first, "vs dense"],
+        ["system", "vs llama.cpp"],
         ["system", "tokens/pass", "exit layer", "agreement", "same text"],
         ["tokens", "count", "agreement", "exit layer"],
         ["preset", "target", "agreement", "exit layer", "vs dense"],
     ]
     for name in SYSTEMS:
         assert re.search(rf"^ ?{re.escape(name)} +1234\.56 ", text, re.MULTILINE)
-    assert text.count(speed_up(value, spread)) == len(SYSTEMS) * (1 + len(first)) + 2
+    assert text.count(speed_up(value, spread)) == len(SYSTEMS) * (2 + len(first)) + 2
 
 
 def test_a_ratio_is_a_number_or_unstable():

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -14,7 +15,8 @@ from word_model import save_word_model, write_prompts
 import eepass
 from eepass.codegen.cpu.native import build_kernels
 
-KILLS = 25
+# fewer for a first look: the kills of one command take minutes
+KILLS = int(os.environ.get("KILLS", "25"))
 # imported before each process is forked, so that their time goes into the work
 IMPORTED = ["eepass.cli.main", "eepass.bundle.write", "eepass.training.train", "transformers"]
 pytestmark = pytest.mark.slow

@@ -1,0 +1,137 @@
+"""Answers that can be checked: code problems, each with its tests.
+
+What a user of early exit gives up is not agreement but right answers, so they are counted: dense,
+exact (whose answers must be the dense ones) and approximate at the configured target.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from eepass.benchmark.frontier import Notify
+from eepass.benchmark.sandbox import passes
+from eepass.checkpoints.models import LoadedModel
+from eepass.config import ExitConfig
+from eepass.errors import InputError
+from eepass.model import EarlyExitModel
+from eepass.reading import list_of, parse_json, read_lines
+
+TASKS = ("mbpp",)
+FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """``prompt`` asks for a function; ``tests`` are statements that fail where it is wrong, and
+    ``setup`` is what they need before it."""
+
+    prompt: str
+    setup: str
+    tests: tuple[str, ...]
+
+
+def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
+    """Of a JSONL file, ``{"prompt": "...", "setup": "...", "tests": ["assert ..."]}`` a line.
+
+    Raises ``InputError`` naming the file and the line.
+    """
+    try:
+        lines = read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
+    problems: list[Problem] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = parse_json(line)
+            tests = tuple(list_of(record["tests"]))
+            found = Problem(record["prompt"], record.get("setup", ""), tests)
+            if not tests or not all(isinstance(t, str) for t in (found.prompt, *tests)):
+                raise TypeError
+            "".join((found.prompt, found.setup, *tests)).encode()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f'{path}, line {number}: expected {{"prompt": "...", "tests": ["assert ..."]}}'
+            ) from error
+        problems.append(found)
+        if len(problems) == limit:
+            break
+    if not problems:
+        raise InputError(f"{path}: no problems in it")
+    return problems
+
+
+def code_of(answer: str) -> str:
+    """The code in an answer: its first fenced block, or all of it where there is none."""
+    found = FENCED.search(answer)
+    return found[1] if found else answer
+
+
+def solved(problem: Problem, answer: str) -> bool:
+    """Whether the code in ``answer`` passes the tests; it is run, confined."""
+    return passes(f"{problem.setup}\n{code_of(answer)}", problem.tests)
+
+
+def measure_task(
+    loaded: LoadedModel,
+    model: EarlyExitModel,
+    problems: Sequence[Problem],
+    new_tokens: int,
+    config: ExitConfig,
+    raw: bool = False,
+    notify: Notify = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """The share of ``problems`` that each way of decoding solves, answering greedily once.
+
+    Raises ``InputError`` where no problem fits the cache, and where an exact answer differs from
+    the dense one for another reason than a near tie.
+    """
+    # before an hour of decoding
+    passes("", ())
+    engines = {
+        "dense": model.host_engine(),
+        "exact": model.host_engine(replace(config, guarantee="exact", kv="defer")),
+    }
+    if model.artifact is not None:
+        engines["approximate"] = model.host_engine(config.approximate())
+    right: dict[str, list[bool]] = {name: [] for name in engines}
+    equal: dict[str, list[bool]] = {name: [] for name in engines}
+    for done, problem in enumerate(problems):
+        notify("answering and testing", done, len(problems))
+        ids = loaded.encode(problem.prompt, raw)
+        if len(ids) + new_tokens > model.decoder.max_sequence_length:
+            continue
+        answers = {
+            name: [step.token for step in engine.generate(ids, new_tokens, model.stop)]
+            for name, engine in engines.items()
+        }
+        outcomes: dict[tuple[int, ...], bool] = {}
+        for name, tokens in answers.items():
+            same = tuple(tokens)
+            if same not in outcomes:
+                text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+                outcomes[same] = solved(problem, text)
+            right[name].append(outcomes[same])
+            equal[name].append(tokens == answers["dense"])
+    if not right["dense"]:
+        raise InputError("no problem fits the cache together with its answer: raise max_length")
+    if not all(equal["exact"]) and not engines["exact"].statistics.near_ties:
+        raise InputError("an exact answer differs from the dense one without a near tie: a defect")
+    return {
+        "problems": len(right["dense"]),
+        "new_tokens": new_tokens,
+        "target_agreement": config.target_agreement,
+        "systems": {
+            name: {
+                "pass_at_1": sum(found) / len(found),
+                "same_answer": sum(equal[name]) / len(found),
+                "solved": found,
+            }
+            for name, found in right.items()
+        },
+    }

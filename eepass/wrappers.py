@@ -1,0 +1,38 @@
+"""The model inside what ``torch.compile`` and PEFT wrap around it, or why there is none."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from eepass.errors import InputError
+
+
+def compiled_inside(model: Any) -> Any:
+    """The module that ``torch.compile(model)`` wraps; ``model`` itself where it is no wrapper."""
+    # whoever has such a wrapper has imported this, and nobody else need
+    home = sys.modules.get("torch._dynamo.eval_frame")
+    while home is not None and isinstance(model, home.OptimizedModule):
+        model = model._orig_mod
+    return model
+
+
+def original_inside(model: Any) -> Any:
+    """The Hugging Face model inside all wrappers; ``InputError`` for what is none."""
+    model = compiled_inside(model)
+    while (inner := getattr(model, "get_base_model", None)) is not None:
+        # PEFT's; its ``generate`` calls the inner model's
+        model = compiled_inside(inner())
+    if isinstance(model, nn.Module) and hasattr(model, "generate"):
+        return model
+    name = type(model).__name__
+    if hasattr(model, "splits"):
+        raise InputError(
+            f"{name}: a transformed model, which decodes by itself (model.generate, eepass "
+            "generate); give the original one"
+        )
+    if hasattr(model, "model") and hasattr(model, "tokenizer"):
+        raise InputError(f"{name}: what eepass.load returns holds the model: give its .model")
+    raise InputError(f"{name}: not a Hugging Face causal LM")
