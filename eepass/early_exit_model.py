@@ -167,7 +167,14 @@ class EarlyExitModel:
                 return Engine(decoder)
             parts, trace = self.exit_parts(config), self.folder is None
             small = None if self.draft_model is None else self.draft_model.decoder
-            return engine_for(self._measured, config, parts, small, trace, *self._expected_drafts())
+
+            def packs() -> bool:
+                missing = getattr(compiler(), "kernels_missing", "not lowered")
+                return decoder.device.type == "cpu" and not missing
+
+            return engine_for(
+                self._measured, config, parts, small, trace, packs, *self._expected_drafts()
+            )
 
     def _expected_drafts(self) -> tuple[KeptAcceptance, list[float]]:
         """What is known of draft tokens beforehand: as learned by earlier processes, and how often

@@ -40,6 +40,8 @@ from eepass.runtime.step.launching import Launching, LaunchReport, make_engine
 from eepass.runtime.step.layout import StepOptions
 
 ALWAYS_ACTIVE = 2
+# of the draft head's weights
+DRAFT_BITS = 4
 # rows of the largest pass that is measured, and so of the largest tree of draft tokens
 TREE_ROWS = 32
 # rows of the largest pass of a captured step
@@ -83,17 +85,19 @@ def engine_for(
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
+    packs: Callable[[], bool],
     learned: KeptAcceptance,
     hits: Sequence[float] = (),
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
     ``trace``: whether a trained head has still to be traced, or was compiled ahead of time.
+    ``packs``: whether there are kernels for packed weights, asked when a head is first run.
     ``hits``: how often it was right at each further draft token, when it was trained.
     """
     decoder = measured.decoder
     earlier = measured.earlier if config.remember else None
-    draft = _draft_for(decoder, config, parts, draft_decoder, trace, earlier)
+    draft = _draft_for(decoder, config, parts, draft_decoder, trace, earlier, packs)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -129,6 +133,7 @@ def _draft_for(
     draft_decoder: Decoder | None,
     trace: bool,
     earlier: EarlierTexts | None,
+    packs: Callable[[], bool],
 ) -> Draft | None:
     source, text = config.speculate, SuffixDraft(earlier)
     if source == "model":
@@ -139,13 +144,13 @@ def _draft_for(
         return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
         head = EagleHead(
-            tensors, _embedding(decoder), decoder.compile, trace=trace, head=decoder.splits[1].head
-        )
-        tree = EagleTree(head)
+            tensors, _embedding(decoder), decoder.compile, trace,
+            lambda: DRAFT_BITS if packs() else None,
+        )  # fmt: skip
         if source in ("eagle", "cascade"):
-            return Cascade(tree, text if source == "cascade" else None)
+            return Cascade(EagleTree(head), text if source == "cascade" else None)
         # candidates of early exits
-        return tree
+        return EagleTree(head, parts.plan.draft_tokens if parts is not None else 0)
     return None
 
 

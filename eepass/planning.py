@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact
+from eepass.checkpoints.draft_codes import ROTARY
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.plan import ExitPlan, ExitPoint
@@ -17,7 +18,7 @@ from eepass.segments import SplitDecoder
 # in exact mode a wrong exit costs time alone, so the thresholds are lower
 EXACT_TARGET = 0.9
 # of a trained draft head
-DRAFT_HEAD = "eagle.mix"
+DRAFT_HEAD = "eagle.fc"
 
 
 def settle(
@@ -95,7 +96,7 @@ def exit_tensors(
     preset: str, artifact: Artifact, model_tensors: Mapping[str, Tensor], split: SplitDecoder
 ) -> dict[str, Tensor]:
     """The artefact's tensors under the names the passes use, and the hot rows of the LM
-    head."""
+    head: as they are, and for the draft head the values they stand for."""
     prefix = f"predictor.{preset}."
     tensors: dict[str, Tensor] = {}
     dtype = split.hidden_example.dtype
@@ -106,9 +107,11 @@ def exit_tensors(
                 tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
         else:
             kind = dtype if tensor.is_floating_point() else torch.long
+            # rotary positions need their digits
+            kind = torch.float32 if name == ROTARY else kind
             tensors[name] = tensor.to(head.device, kind)
-    for own in ("", "eagle."):
-        if f"{own}hot.ids" in tensors:
-            rows = split.head.rows(head, tensors[f"{own}hot.ids"])
-            tensors[f"{own}hot.head"] = rows.contiguous()
+    tensors["hot.head"] = split.head.rows(head, tensors["hot.ids"]).contiguous()
+    if DRAFT_HEAD in tensors:
+        hot = tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
+        tensors["eagle.hot.head"] = split.head.row_values(head, hot, dtype)
     return tensors

@@ -151,6 +151,13 @@ class Head:
             return weight[ids]
         return torch.ops.eepass.select_outputs(weight, self.form, ids)
 
+    def row_values(self, weight: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
+        """``rows``; where they are quantised, the values they stand for."""
+        rows = self.rows(weight, ids)
+        if not self.quantized:
+            return rows
+        return torch.ops.eepass.unpack(rows, self.form, len(ids), None).to(dtype)
+
     def values(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """Its weight [V, H]; where that is quantised, the values it stands for."""
         weight = tensors[self.weight]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact, Calibration, PresetPart, fingerprint
-from eepass.runtime.drafting.eagle_layer import shapes
+from eepass.runtime.drafting.eagle_layer import style_of
 from eepass.runtime.exits.exits import ExitDecision, RowState
 from eepass.training.exits import WIDTH
 
@@ -102,7 +102,9 @@ def random_artifact(model: Any, draft_layer: int = 1, k: int = 16) -> Artifact:
             tensors[name + "w2"] = random(WIDTH, scale=0.2)
             tensors[name + "b2"] = torch.zeros(1)
     tensors["eagle.features"] = torch.tensor([1, 2], dtype=torch.int32)
-    for name, shape in shapes(width, features=3).items():
+    style = style_of(config)
+    tensors["eagle.rotary"] = style.rotary
+    for name, shape in style.shapes().items():
         value = random(*shape, scale=shape[-1] ** -0.5) if len(shape) > 1 else torch.ones(shape)
         tensors[f"eagle.{name}"] = value
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.errors import InputError
-from eepass.runtime.drafting.eagle_layer import LAYER
+from eepass.runtime.drafting.eagle_layer import MATRICES, NORMS
 
 # families whose modules are linear layers, embeddings and norms over whole hidden states or heads
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
@@ -85,7 +85,8 @@ def widen_artifact(artifact: Artifact, small: Any, wide: Any) -> Artifact:
         if kind == "translator":
             tensor = _translator(name.rsplit(".", 1)[1], tensor, factor)
         elif kind == "eagle":
-            tensor = _draft_head(name.removeprefix("eagle."), tensor, factor, state)
+            hidden = small.config.hidden_size
+            tensor = _draft_head(name.removeprefix("eagle."), tensor, hidden, factor, state)
         tensors[name] = tensor
     return Artifact(fingerprint(wide), artifact.presets, tensors, artifact.report)
 
@@ -138,23 +139,26 @@ def _translator(part: str, tensor: Tensor, factor: int) -> Tensor:
     return widened(tensor, (factor * tensor.shape[0],), 1.0)
 
 
-def _draft_head(part: str, tensor: Tensor, factor: int, state: float) -> Tensor:
-    if part in ("features", "hot.ids"):
+def _draft_head(part: str, tensor: Tensor, hidden: int, factor: int, state: float) -> Tensor:
+    if part in ("features", "hot.ids", "rotary"):
         return tensor
-    if part.startswith("norm"):
-        # its last state meets the head's rows, as the final norm's does
-        return widened(tensor, (factor * len(tensor),), state if part == "norm3" else 1.0)
-    if part == "mix":
-        # one block of channels a feature; each is normed by itself, which takes its scale away
-        out, features = tensor.shape[0], tensor.shape[1] // tensor.shape[0]
-        blocks = tensor.view(out, features, out)
-        wide = widened(blocks, (factor * out, features, factor * out), 1 / factor)
-        return wide.view(factor * out, features * factor * out)
-    # carry reads the last state of the draft before
-    scale = 1 / (factor * state) if part == "carry" else 1 / factor
-    if part not in (*LAYER, "carry"):
+    if part not in (*MATRICES, *NORMS):
         raise InputError(f"eagle.{part}: no tensor of a draft head that a twin knows")
-    return widened(tensor, (factor * tensor.shape[0], factor * tensor.shape[1]), scale)
+    if part == "fc_norm":
+        # a block of channels for each feature, of which the first, z, is not normed
+        blocks = widened(tensor.view(-1, hidden), (len(tensor) // hidden, factor * hidden), 1.0)
+        blocks[0] /= state
+        return blocks.flatten()
+    if part in NORMS:
+        # the state meets the head's rows, as the final norm's does
+        return widened(tensor, (factor * len(tensor),), state if part == "norm" else 1.0)
+    if part in ("fc", "q", "k", "v"):
+        # a block of channels for each feature, or for token and feature
+        out, blocks = tensor.shape[0], tensor.shape[1] // hidden
+        apart = tensor.view(out, blocks, hidden)
+        wide = widened(apart, (factor * out, blocks, factor * hidden), 1 / factor)
+        return wide.flatten(1)
+    return widened(tensor, (factor * tensor.shape[0], factor * tensor.shape[1]), 1 / factor)
 
 
 def _take_what_has_no_parameters(wide: Any, small: Any, device: torch.device | str) -> None:

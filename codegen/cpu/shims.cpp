@@ -69,9 +69,26 @@ AOTITorchError packed_rows(AtenTensorHandle x, const AtenTensorHandle* packed, i
   });
 }
 
+AOTITorchError top_logits(AtenTensorHandle logits, int64_t k, va_list outs) {
+  AOTI_TORCH_CONVERT_EXCEPTION_TO_ERROR_CODE({
+    static const auto op =
+        operator_named<std::vector<at::Tensor>(const at::Tensor&, int64_t)>("eepass::top_logits");
+    for (auto& out : op.call(tensor(logits), k))
+      *va_arg(outs, AtenTensorHandle*) = new_tensor_handle(std::move(out));
+  });
+}
+
 }  // namespace
 
 extern "C" {
+
+AOTITorchError aoti_torch_cpu_top_logits(AtenTensorHandle logits, int64_t k, ...) {
+  va_list outs;
+  va_start(outs, k);
+  const AOTITorchError error = top_logits(logits, k, outs);
+  va_end(outs);
+  return error;
+}
 
 AOTITorchError aoti_torch_cpu_linear_rows(AtenTensorHandle x, const AtenTensorHandle* weights,
                                           int64_t count, const AtenTensorHandle** biases,

@@ -21,6 +21,7 @@ from eepass.checkpoints.artifact_checks import (
     refuse_bad_numbers,
     refuse_bad_tensors,
 )
+from eepass.checkpoints.draft_codes import as_codes, from_codes
 from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.errors import InputError
 from eepass.files import save_tensors, write_text_atomically
@@ -123,7 +124,7 @@ class Artifact:
         # within the folder, which may be a file system of its own
         with scratch_folder(folder) as scratch:
             files: dict[str, str] = {}
-            for name, tensors in zip(FILES, (rest, draft), strict=True):
+            for name, tensors in zip(FILES, (rest, as_codes(draft)), strict=True):
                 save_tensors(scratch / name, tensors)
                 digest = _digest((scratch / name).read_bytes())
                 # named by content: files of another artefact are not those of this manifest
@@ -199,6 +200,7 @@ def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{folder}: {name} holds NaN or inf; train again")
     try:
+        tensors = from_codes(tensors)
         refuse_bad_tensors(tensors, presets, fingerprint)
     except InputError as error:
         raise InputError(f"{folder}: {error}; train again") from error

@@ -16,15 +16,17 @@ from eepass.errors import InputError
 from eepass.reading import is_whole_number
 
 # shapes by letter: H is the model's width, B a translator's, W a predictor's, D its features, F the
-# draft head's features side by side, A and I its widths inside
+# draft head's features side by side, A and G its queries and keys, I its width inside, R half the
+# width of a head
 PREDICTOR = {"w1": "WD", "b1": "W", "w2": "W", "b2": "1"}
 TRANSLATOR = {"scale": "H", "down": "BH", "up": "HB"}
 DRAFT_HEAD = {
-    "embed": "HH", "mix": "HF", "carry": "HH", "q": "AH", "k": "AH", "v": "AH", "o": "HA",
-    "gate": "IH", "up": "IH", "down": "HI", "norm1": "H", "norm2": "H", "norm3": "H",
+    "fc": "HF", "q": "A2", "k": "G2", "v": "G2", "o": "HA", "gate": "IH", "up": "IH", "down": "HI",
+    "fc_norm": "F", "token_norm": "H", "hidden_norm": "H", "mlp_norm": "H", "norm": "H",
+    "rotary": "R",
 }  # fmt: skip
-# the features of a predictor for each draft token; a head of the draft head
-FEATURES, HEAD_WIDTH = 3, 64
+# the features of a predictor for each draft token
+FEATURES = 3
 
 
 def refuse_bad_fingerprint(fingerprint: Any) -> None:
@@ -74,11 +76,16 @@ def refuse_bad_tensors(
         _refuse_other_layer(f"translator.{layer}", layer, layers)
         _match(tensors, f"translator.{layer}.", TRANSLATOR, dict(sizes))
     if any(name.startswith("eagle.") for name in tensors):
+        if "eagle.mix" in tensors:
+            raise InputError("its draft head is of a kind that is no longer read")
         features = _ids(tensors, "eagle.features", layers + 1)
-        own = {**sizes, "F": (len(features) + 1) * sizes["H"]}
+        own = {**sizes, "F": (len(features) + 1) * sizes["H"], "2": 2 * sizes["H"]}
         _match(tensors, "eagle.", DRAFT_HEAD, own)
-        if own["A"] % HEAD_WIDTH:
-            raise InputError(f"eagle.q: {own['A']} rows are no heads of {HEAD_WIDTH}")
+        width = 2 * own["R"]
+        if own["A"] % width or own["G"] % width or own["A"] % own["G"]:
+            raise InputError(
+                f"eagle.q, eagle.k: {own['A']} and {own['G']} rows are no heads of {width}"
+            )
         if "eagle.hot.ids" in tensors:
             _ids(tensors, "eagle.hot.ids", vocabulary)
     hot = _ids(tensors, "hot.ids", vocabulary)

@@ -51,3 +51,18 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
     scores = torch.einsum("qrd,qcd->qrc", q.float(), keys) * scale + mask.float()
     values = v.float().repeat_interleave(groups, 0)
     return torch.einsum("qrc,qce->qre", scores.softmax(-1), values).to(q.dtype)
+
+
+@define(
+    "top_logits(Tensor logits, int k) -> Tensor[]",
+    fake=lambda logits, k: [
+        logits.new_empty(logits.shape[0], k),
+        logits.new_empty(logits.shape[0], k, dtype=torch.long),
+    ],
+)
+def top_logits(logits: Tensor, k: int) -> list[Tensor]:
+    """The k largest of each row, float32 [R, N] -> values [R, k] and where they are [R, k], the
+    largest first."""
+    # of equal ones the first wins
+    values, index = logits.sort(dim=-1, descending=True, stable=True)
+    return [values[:, :k].contiguous(), index[:, :k].contiguous()]

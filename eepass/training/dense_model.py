@@ -88,6 +88,7 @@ class DenseModel:
         if self.lens.head.bias:
             raise InputError("training for an LM head with a bias is not supported yet")
         self.embedding: Tensor = model.get_input_embeddings().weight.detach()
+        self.config = model.config.get_text_config(decoder=True)
         weights = [self.decoder.tensors[name] for name in splits[1].layers[-1].parameters]
         self.layer_size = sum(weight.nbytes for weight in weights)
         # a byte of uint8 holds two codes

@@ -115,19 +115,21 @@ class PassCheckpoint:
     weights: Mapping[str, Tensor]
     optimizers: Sequence[torch.optim.Optimizer]
 
-    def save(self, passes: int) -> None:
+    def save(self, losses: Sequence[float]) -> None:
+        """``losses``: on what is held out, after each pass so far."""
         if self.path is None:
             return
         tensors = {f"weight.{name}": weight.detach() for name, weight in self.weights.items()}
         for number, optimizer in enumerate(self.optimizers):
             for index, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"{number}.{index}.{n}": torch.as_tensor(v) for n, v in state.items()}
-        write_tensors_atomically(self.path, {**tensors, "passes": torch.tensor(passes)})
+        found = torch.tensor(losses, dtype=torch.float64)
+        write_tensors_atomically(self.path, {**tensors, "losses": found})
 
-    def restore(self) -> int:
-        """Set weights and optimizers to what was saved; the number of passes done."""
+    def restore(self) -> list[float]:
+        """Set weights and optimizers to what was saved; the losses after each pass done."""
         if self.path is None or not self.path.exists():
-            return 0
+            return []
         tensors = load_file(self.path)
         for name, weight in self.weights.items():
             weight.data.copy_(tensors[f"weight.{name}"])
@@ -138,4 +140,5 @@ class PassCheckpoint:
                 states[int(number)].setdefault(int(rest[0]), {})[rest[1]] = tensor
         for optimizer, state in zip(self.optimizers, states, strict=True):
             optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-        return int(tensors["passes"])
+        losses: list[float] = tensors["losses"].tolist()
+        return losses

@@ -13,6 +13,7 @@ from time import perf_counter
 import torch
 
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
+from eepass.checkpoints.draft_codes import ROTARY
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
@@ -131,7 +132,7 @@ def _exits(
     tensors = dict(artifact.tensors)
     for name, tensor in tensors.items():
         # the draft head runs in the model's dtype, as in the engine
-        if name.startswith("eagle.") and tensor.is_floating_point():
+        if name.startswith("eagle.") and tensor.is_floating_point() and name != ROTARY:
             tensors[name] = tensor.to(model.decoder.dtype)
     tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
     layers = {part.draft_layer for part in artifact.presets.values()}

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.runtime.drafting.eagle_layer import WINDOW, eagle_layer, mixed, rotary
+from eepass.runtime.drafting.eagle_layer import WINDOW, eagle_layer, mixed, plain, rotary
 
 
 class Lines(NamedTuple):
@@ -41,9 +41,9 @@ def unroll(
     draft token the row that its own step made.
     """
     length = tokens.shape[1]
-    embedded = embedding[tokens]
-    cos, sin = rotary(torch.arange(length), embedded.dtype)
-    feature = mixed(before, weights["mix"])
+    embedded, linear = embedding[tokens], plain(weights)
+    cos, sin = rotary(torch.arange(length), weights["rotary"], embedded.dtype)
+    feature = mixed(before, weights, linear)
     keys: list[Tensor] = []
     values: list[Tensor] = []
     states: list[Tensor] = []
@@ -52,12 +52,15 @@ def unroll(
         keys.append(k)
         values.append(v)
         seen = _seen(length, len(keys))
-        return F.scaled_dot_product_attention(q, torch.cat(keys, 2), torch.cat(values, 2), seen)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, torch.cat(keys, 2), torch.cat(values, 2), seen, enable_gqa=grouped
+        )
 
     for _ in range(steps):
-        state = eagle_layer(embedded, feature, cos, sin, attend, weights)
+        state = eagle_layer(embedded, feature, cos, sin, attend, weights, linear)
         states.append(state)
-        feature = F.linear(F.pad(state[:, :-1], (0, 0, 1, 0)), weights["carry"])
+        feature = F.pad(state[:, :-1], (0, 0, 1, 0))
     return states
 
 

@@ -1,61 +1,110 @@
-"""The layer of the trained draft head: one decoder layer over tokens and the model's features.
+"""The network of the trained draft head, EAGLE-3's (Li et al., 2025): one decoder layer.
 
-    x  = embed · norm(embedding of token t) + mix · [norm(feature) ...]     features of token t - 1
-    x += attention(norm(x));  x += mlp(norm(x));  state = norm(x)
+    feature = fc · [norm(feature) ...]                         features of token t - 1
+    x = [norm(embedding of token t); norm(feature)]
+    h = norm(feature) + attention(x);  h += mlp(norm(h));  state = norm(h)
     the next token's log-probabilities = log_softmax(hot rows of the LM head · state)
 
 The features of a confirmed token are the model's normed last hidden state z and its hidden states
-after a few earlier layers. A draft token has none: ``carry · state`` of the token before it takes
-their place. After EAGLE-3 (Li et al., 2025), with draft tokens from the hot vocabulary alone.
+after a few earlier layers. A draft token has none: the state of the token before it takes the place
+of ``feature`` (EAGLE-3.1's ``norm_output``). Heads, their size and their rotary base are the
+model's; draft tokens come from the hot vocabulary alone. So the head travels: z is the hidden state
+after the last layer under a ``fc_norm`` that has the final norm's weight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-HEAD_WIDTH = 64
-LAYER = ("embed", "q", "k", "v", "o", "gate", "up", "down", "norm1", "norm2", "norm3")
+# matrices, then norms; ``rotary`` are the angles' inverse frequencies
+MATRICES = ("fc", "q", "k", "v", "o", "gate", "up", "down")
+NORMS = ("fc_norm", "token_norm", "hidden_norm", "mlp_norm", "norm")
 # how many confirmed tokens a row attends to; answers in training are no longer
 WINDOW = 512
+EPSILON = 1e-5
+# width of the MLP, in widths of the model, and at most
+INNER, MOST_INNER = 8 / 3, 2560
 
 
-def shapes(hidden: int, features: int = 1) -> dict[str, tuple[int, ...]]:
-    """Shapes of the head's tensors for a model of width ``hidden``, with so many features."""
-    width = max(hidden // HEAD_WIDTH, 1) * HEAD_WIDTH
-    inner = -(-hidden * 8 // 3 // 64) * 64
-    return {
-        "embed": (hidden, hidden),
-        "mix": (hidden, features * hidden),
-        "carry": (hidden, hidden),
-        "q": (width, hidden),
-        "k": (width, hidden),
-        "v": (width, hidden),
-        "o": (hidden, width),
-        "gate": (inner, hidden),
-        "up": (inner, hidden),
-        "down": (hidden, inner),
-        "norm1": (hidden,),
-        "norm2": (hidden,),
-        "norm3": (hidden,),
-    }
+@dataclass(frozen=True, slots=True)
+class HeadStyle:
+    """What a draft head has of its model: width, query and key heads and their width, and the
+    inverse frequencies of rotary positions, float32 [head width / 2]; besides, the width of its
+    MLP and how many features a token has."""
+
+    hidden: int
+    heads: int
+    groups: int
+    rotary: Tensor
+    inner: int
+    features: int = 3
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the head's trained tensors."""
+        hidden, inner, width = self.hidden, self.inner, 2 * len(self.rotary)
+        q, kv = self.heads * width, self.groups * width
+        return {
+            "fc": (hidden, self.features * hidden),
+            "q": (q, 2 * hidden),
+            "k": (kv, 2 * hidden),
+            "v": (kv, 2 * hidden),
+            "o": (hidden, q),
+            "gate": (inner, hidden),
+            "up": (inner, hidden),
+            "down": (hidden, inner),
+            "fc_norm": (self.features * hidden,),
+            "token_norm": (hidden,),
+            "hidden_norm": (hidden,),
+            "mlp_norm": (hidden,),
+            "norm": (hidden,),
+        }
 
 
-def rotary(positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [R, 64] of rotary positions [R]."""
-    half = torch.arange(0, HEAD_WIDTH, 2, device=positions.device).float()
-    angle = positions.float()[:, None] * 10000.0 ** (-half / HEAD_WIDTH)
+def style_of(config: Any, features: int = 3) -> HeadStyle:
+    """The style of a draft head for the model of a Hugging Face ``config``.
+
+    Positions are not scaled as the model's may be: a draft head sees a window.
+    """
+    hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or hidden // heads)
+    groups = int(getattr(config, "num_key_value_heads", None) or heads)
+    found = getattr(config, "rope_parameters", None) or {}
+    found = found.get("full_attention", found)
+    base = float(found.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+    rotary = base ** -(torch.arange(0, width, 2).float() / width)
+    inner = 64 * max(1, round(min(INNER * hidden, MOST_INNER) / 64))
+    return HeadStyle(hidden, heads, groups, rotary, inner, features)
+
+
+def rotary(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [R, head width] of rotary positions [R]."""
+    angle = positions.float()[:, None] * frequencies
     angle = torch.cat([angle, angle], -1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-def mixed(features: Tensor, mix: Tensor) -> Tensor:
-    """What the features [..., F * H] of a confirmed token add to its row [..., H]."""
-    apart = features.unflatten(-1, (-1, mix.shape[0]))
-    return F.linear(_rms_norm(apart).flatten(-2), mix)
+# multiplies rows with the matrix of a name
+Linear = Callable[[Tensor, str], Tensor]
+
+
+def plain(weights: Mapping[str, Tensor]) -> Linear:
+    """Products with ``weights`` as they are."""
+    return lambda x, name: F.linear(x, weights[name])
+
+
+def mixed(features: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
+    """The one feature [..., H] that the features [..., F * H] of a confirmed token make."""
+    count = len(weights["fc_norm"]) // len(weights["norm"])
+    z, *others = features.chunk(count, -1)
+    # z is normed already
+    normed = torch.cat([z, *(_rms_norm(x) for x in others)], -1)
+    return linear(normed * weights["fc_norm"], "fc")
 
 
 def eagle_layer(
@@ -65,29 +114,53 @@ def eagle_layer(
     sin: Tensor,
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     weights: Mapping[str, Tensor],
+    linear: Linear,
 ) -> Tensor:
-    """embedded [B, T, H], feature [B, T, H] (mixed or carried) -> state [B, T, H].
+    """embedded [B, T, H], feature [B, T, H] (mixed, or the state before) -> state [B, T, H].
 
-    ``attend`` takes q, k, v [B, heads, T, 64], rotary positions applied, and returns q's shape.
+    ``attend`` takes q [B, heads, T, D], k and v [B, groups, T, D], rotary positions applied, and
+    returns q's shape.
     """
-    x = F.linear(_rms_norm(embedded), weights["embed"]) + feature
-    normed = _rms_norm(x, weights["norm1"])
-    batch, length, _ = x.shape
-    q, k, v = (
-        F.linear(normed, weights[name]).view(batch, length, -1, HEAD_WIDTH).transpose(1, 2)
-        for name in "qkv"
-    )
-    seen = attend(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
-    x = x + F.linear(seen.transpose(1, 2).reshape(batch, length, -1), weights["o"])
-    normed = _rms_norm(x, weights["norm2"])
-    inner = F.silu(F.linear(normed, weights["gate"])) * F.linear(normed, weights["up"])
-    return _rms_norm(x + F.linear(inner, weights["down"]), weights["norm3"])
+    x, hidden = entered(embedded, feature, weights)
+    seen = attend(queries(x, cos, sin, linear), *keys_and_values(x, cos, sin, linear))
+    return finished(hidden, seen, weights, linear)
+
+
+def entered(
+    embedded: Tensor, feature: Tensor, weights: Mapping[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """What attention is computed from [..., 2H], and the hidden state [..., H] it is added to."""
+    hidden = _rms_norm(feature, weights["hidden_norm"])
+    return torch.cat([_rms_norm(embedded, weights["token_norm"]), hidden], -1), hidden
+
+
+def queries(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> Tensor:
+    """x [B, T, 2H] -> [B, heads, T, D]."""
+    return _rotate(_in_heads(linear(x, "q"), cos), cos, sin)
+
+
+def keys_and_values(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
+    """x [B, T, 2H] -> twice [B, groups, T, D]: a confirmed token's need no attention."""
+    k, v = _in_heads(linear(x, "k"), cos), _in_heads(linear(x, "v"), cos)
+    return _rotate(k, cos, sin), v
+
+
+def finished(hidden: Tensor, seen: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
+    """The state [B, T, H] after attention's result [B, heads, T, D]."""
+    hidden = hidden + linear(seen.transpose(1, 2).flatten(2), "o")
+    normed = _rms_norm(hidden, weights["mlp_norm"])
+    inner = F.silu(linear(normed, "gate")) * linear(normed, "up")
+    return _rms_norm(hidden + linear(inner, "down"), weights["norm"])
+
+
+def _in_heads(x: Tensor, cos: Tensor) -> Tensor:
+    return x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
 
 
 def _rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, 1e-5)
+    return F.rms_norm(x, (x.shape[-1],), weight, EPSILON)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = HEAD_WIDTH // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin

@@ -1,21 +1,19 @@
-"""A tree of draft tokens from the trained draft head, grown level by level while a level pays."""
+"""A tree of draft tokens from the trained draft head: levels at once, and more while that pays."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import exp
 
 import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.costs import seconds_of
-from eepass.runtime.drafting.draft import EAGLE
-from eepass.runtime.drafting.eagle_head import EagleHead
+from eepass.runtime.drafting.acceptance import EAGLE
+from eepass.runtime.drafting.eagle_head import ROWS, WIDTH, EagleHead, Level
 from eepass.runtime.drafting.eagle_layer import WINDOW
 from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
-
-# draft tokens added below one node, nodes of a level that are expanded, levels
-WIDTH, BEAM, DEPTH = 6, 4, 8
 
 
 class EagleTree:
@@ -23,8 +21,9 @@ class EagleTree:
 
     expected: float = 2.0
 
-    def __init__(self, head: EagleHead) -> None:
-        self.head = head
+    def __init__(self, head: EagleHead, named: int = 0) -> None:
+        """``named``: where the head is asked for ``candidates`` alone, how many."""
+        self.head, self.named = head, named
         self.feature_layers: tuple[int, ...] | None = head.feature_layers
         # confirmed tokens the head has not run yet: it runs them when a draft is needed, so that
         # tokens rolled back by then cost nothing
@@ -32,7 +31,8 @@ class EagleTree:
         self._features: list[Tensor] = []
         # how many tokens before these the head will never run
         self._skipped = 0
-        self._scores: Tensor | None = None
+        # the last it has run, to be run again where another tree is asked for
+        self._last: tuple[list[int], Tensor] | None = None
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         assert features is not None
@@ -52,72 +52,100 @@ class EagleTree:
 
     def add_to(self, tree: Tree, budget: Budget) -> None:
         """Grow ``tree``, which may hold draft tokens of other sources already."""
-        # draft tokens the head has run, and their index there
-        expanded: dict[int, int] = {}
-        self._add_children(tree, [0], self.first()[None], budget)
-        for _ in range(DEPTH - 1):
-            joint = tree.joint()
-            ready = (node for node in range(1, len(tree)) if node not in expanded)
-            ready = (n for n in ready if tree.parents[n] == 0 or tree.parents[n] in expanded)
-            level = sorted(ready, key=lambda node: -joint[node])[:BEAM]
-            level = [node for node in level if budget.worth_a_row(joint[node])]
-            if not level or not budget.worth_a_call(joint[1:], [joint[node] for node in level]):
+        grown = _Grown(tree, budget)
+        levels = self._begin()
+        while levels:
+            grown.add(levels)
+            frontier = grown.chances_of(self.head.frontier)
+            worth = [chance for chance in frontier if budget.worth_a_row(chance)]
+            if not worth or not budget.worth_a_call(tree.joint()[1:], worth):
                 return
-            parents = [expanded.get(tree.parents[node], -1) for node in level]
-            scores = self.head.grow([tree.tokens[node] for node in level], parents)
-            for node in level:
-                expanded[node] = len(expanded)
-            self._add_children(tree, level, scores, budget)
+            levels = self.head.further()
 
     def candidates(self, count: int) -> Tensor:
         """The likeliest ``count`` tokens [K] after the last one, as draft tokens of an exit."""
-        return self.head.hot_ids[self.first().topk(count).indices]
+        (level,) = self._begin(levels=1, width=max(count, WIDTH))
+        return torch.tensor(level.tokens[:count], device=self.head.hot_ids.device)
 
-    def first(self) -> Tensor:
-        """Log-probabilities [N] of what follows the last token."""
-        if self._tokens or self._scores is None:
+    def _begin(self, **how: int) -> list[Level]:
+        if self._tokens:
             self.head.skip(self._skipped)
-            self._scores = self.head.extend(self._tokens, torch.cat(self._features))
+            tokens, features = self._tokens, torch.cat(self._features)
             self._tokens, self._features, self._skipped = [], [], 0
-        return self._scores
-
-    def _add_children(self, tree: Tree, nodes: list[int], scores: Tensor, budget: Budget) -> None:
-        best = scores.topk(WIDTH, -1)
-        ids = self.head.hot_ids[best.indices].tolist()
-        for node, tokens, chances in zip(nodes, ids, best.values.exp().tolist(), strict=True):
-            depth = len(tree.path(node))
-            for token, chance in zip(tokens, chances, strict=True):
-                bin = (EAGLE, min(depth, 3), budget.bin(chance))
-                tree.add(token, node, budget.chance(bin, prior=chance), bin)
+        else:
+            assert self._last is not None
+            self.head.truncate(self.head.length - 1)
+            tokens, features = self._last
+        self._last = tokens[-1:], features[-1:]
+        return self.head.begin(tokens, features, **how)
 
     def truncate(self, length: int) -> None:
         begin = self.head.length + self._skipped
         if length < begin:
             self.head.truncate(min(length, self.head.length))
-            self._scores, self._skipped = None, max(length - self.head.length, 0)
-            self._tokens, self._features = [], []
+            self._skipped = max(length - self.head.length, 0)
+            self._tokens, self._features, self._last = [], [], None
         elif self._features:
             kept = torch.cat(self._features)[: length - begin]
             del self._tokens[length - begin :]
             self._features = [kept]
 
     def call_seconds(self) -> float:
+        """Of a tree's first levels, what it follows included."""
         head = self.head.fresh()
-        dtype = head.dtype
-        # every row count is compiled here, not while a sequence waits
-        for count in head.row_counts:
-            head.extend([0] * count, torch.zeros(count, head.feature_size, dtype=dtype))
-        for count in (size for size in head.row_counts if size <= BEAM):
-            head.grow([0] * count, [-1] * count)
+        features = torch.zeros(ROWS[-1], head.feature_size, dtype=head.dtype)
+        # everything is compiled here, not while a sequence waits
+        how = {"levels": 1, "width": max(self.named, WIDTH)} if self.named else {}
+        head.extend([0], features[:1])
+        for count in ROWS:
+            head.begin([0] * count, features[:count], **how)
+        if not self.named:
+            head.further()
 
-        def three_calls() -> None:
-            head.extend([0], torch.zeros(1, head.feature_size, dtype=dtype))
-            head.grow([0, 0], [-1, -1])
-            head.grow([0, 0], [0, 1])
-            head.truncate(head.length - 1)
+        def call() -> None:
+            head.begin([0, 0], features[:2], **how)
+            head.truncate(head.length - 2)
 
-        three_calls()
-        return seconds_of(three_calls) / 3
+        return seconds_of(call)
 
     def fresh(self) -> EagleTree:
-        return EagleTree(self.head.fresh())
+        return EagleTree(self.head.fresh(), self.named)
+
+
+class _Grown:
+    """The head's draft tokens, level by level, as nodes of ``tree``."""
+
+    def __init__(self, tree: Tree, budget: Budget) -> None:
+        self.tree, self.budget = tree, budget
+        self.depth = 0
+        # of the newest level: the node of each draft token, -1 where it is left out; the chance of
+        # each to be accepted, and the head's log-probability of its path
+        self.nodes, self.chances, self.paths = [0], [1.0], [0.0]
+
+    def add(self, levels: Sequence[Level]) -> None:
+        for level in levels:
+            self.depth += 1
+            self._add_level(level)
+
+    def chances_of(self, places: Sequence[int]) -> list[float]:
+        return [self.chances[place] for place in places if self.nodes[place] >= 0]
+
+    def _add_level(self, level: Level) -> None:
+        nodes, chances = self.nodes, self.chances
+        width = len(level.tokens) // len(level.above)
+        above = [place for place in level.above for _ in range(width)]
+        paths = [self.paths[a] + s for a, s in zip(above, level.scores, strict=True)]
+        # no more of one level go into a pass
+        least = sorted(paths, reverse=True)[: max(self.budget.most, 1)][-1]
+        self.nodes, self.chances, self.paths = [-1] * len(paths), [0.0] * len(paths), paths
+        for place, path in enumerate(paths):
+            parent = nodes[above[place]]
+            if path < least or parent < 0:
+                continue
+            prior = exp(level.scores[place])
+            bin = (EAGLE, min(self.depth, 3), self.budget.bin(prior))
+            own = self.budget.chance(bin, prior)
+            chance = chances[above[place]] * own
+            if self.budget.worth_a_row(chance):
+                self.nodes[place] = self.tree.add(level.tokens[place], parent, own, bin)
+                self.chances[place] = chance

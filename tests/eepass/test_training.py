@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
+from safetensors.torch import load_file
 
 import eepass
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
+from eepass.runtime.drafting.eagle_layer import HeadStyle
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, agreement_bound, calibrate, replay
@@ -27,6 +29,7 @@ from eepass.training.dense_model import best_token
 from eepass.training.draft_head import fit_draft_head
 from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
+from eepass.training.muon import Muon, orthogonal
 from eepass.training.train import Trainer, _refuse_too_few
 from eepass.training.unrolling import Lines, draft_hits
 
@@ -177,6 +180,9 @@ def test_a_translator_learns_a_rotation():
     assert before < 0.1 and agrees > 0.3
 
 
+STYLE = HeadStyle(64, 4, 2, 10000.0 ** -torch.arange(0, 1, 1 / 8), 192, 2)
+
+
 def made_lines(embedding, lines=60, length=12):
     """Lines in which each token says the next, and z says the one after it."""
     order = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(1))
@@ -197,10 +203,27 @@ def test_a_draft_head_learns_to_follow_its_own_drafts(monkeypatch):
     embedding = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1) * 3
     lines, label = made_lines(embedding)
     hot = torch.arange(40)
-    fitted = fit_draft_head(lines, embedding, embedding, lambda n: None, steps=3, passes=10)
+    fitted = fit_draft_head(lines, embedding, embedding, STYLE, lambda n: None, 3, 10)
     hits = draft_hits(fitted, lines, label, embedding, hot, embedding, 3)
     assert [hit["top1"] > 0.9 for hit in hits] == [True] * 3
     assert all(hit["top4"] >= hit["top1"] for hit in hits)
+
+
+@pytest.mark.parametrize("shape", ((24, 40), (40, 24)))
+def test_muon_does_what_torchs_does(shape):
+    """In float32, where torch's own rounds to bfloat16."""
+    torch.manual_seed(0)
+    began = torch.randn(shape)
+    values = torch.linalg.svdvals(orthogonal(began))
+    assert values.min() > 0.5 and values.max() < 1.4
+    ours, theirs = (began.clone().requires_grad_() for _ in range(2))
+    optimizers = Muon([ours], 0.02), torch.optim.Muon([theirs], 0.02, weight_decay=0.02)
+    for _ in range(5):
+        ours.grad = torch.randn(shape)
+        theirs.grad = ours.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert (ours - theirs).abs().max() < 0.02 * (ours - began).abs().max()
 
 
 def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_path):
@@ -208,7 +231,7 @@ def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_pat
     torch.manual_seed(0)
     embedding = torch.randn(40, 64)
     lines, _ = made_lines(embedding, lines=12)
-    whole = fit_draft_head(lines, embedding, embedding, lambda n: None, 2, 3)
+    whole = fit_draft_head(lines, embedding, embedding, STYLE, lambda n: None, 2, 3)
     seen = []
 
     def stop_in_the_second_pass(amount):
@@ -218,11 +241,25 @@ def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_pat
 
     path = tmp_path / "eagle.part"
     with pytest.raises(KeyboardInterrupt):
-        fit_draft_head(lines, embedding, embedding, stop_in_the_second_pass, 2, 3, path)
+        fit_draft_head(lines, embedding, embedding, STYLE, stop_in_the_second_pass, 2, 3, path)
     seen.clear()
-    resumed = fit_draft_head(lines, embedding, embedding, seen.append, 2, 3, path)
+    resumed = fit_draft_head(lines, embedding, embedding, STYLE, seen.append, 2, 3, path)
     assert seen[0] == len(lines.token) and sum(seen) == 3 * len(lines.token)
     assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
+
+
+def test_a_draft_head_stops_where_it_no_longer_gains(monkeypatch, tmp_path):
+    """Its last pass, in which the rate falls, is the one after."""
+    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
+    losses = iter([3.0, 2.0, 1.0, 0.999, 0.9])
+    monkeypatch.setattr(draft_head._Teacher, "held_out_loss", lambda *given: next(losses))
+    torch.manual_seed(0)
+    embedding, seen = torch.randn(40, 64), []
+    lines, _ = made_lines(embedding, lines=6)
+    path = tmp_path / "eagle.part"
+    fit_draft_head(lines, embedding, embedding, STYLE, seen.append, 2, 9, path, held_out=lines)
+    assert load_file(path)["losses"].tolist() == [3.0, 2.0, 1.0, 0.999, 0.9]
+    assert sum(seen) == 9 * len(lines.token)
 
 
 def made_data(count=4000):
@@ -315,7 +352,7 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
     assert artifact.tensors["predictor.default.4.w1"].shape == (512, 96)
     assert artifact.tensors["predictor.paper.3.w1"].shape == (512, 12)
     assert artifact.report["tokens"]["fit"] == 20 * 12
-    assert artifact.tensors["eagle.hot.ids"].shape == (96,)
+    assert artifact.tensors["eagle.hot.ids"].shape == (64,)
     assert artifact.tensors["eagle.features"].tolist() == [2, 3]
     assert [set(hit) for hit in artifact.report["draft_head"]["hits"]] == [{"top1", "top4"}] * 4
     again = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64).run(examples)

@@ -1,4 +1,4 @@
-"""The draft head at run time: any chunks, any tree, and the same as in training."""
+"""The draft head at run time: any chunks, whole trees, and the same as in training."""
 
 from itertools import count
 
@@ -6,39 +6,52 @@ import pytest
 import torch
 from models import VOCABULARY, eager_compile
 
-from eepass.runtime.drafting import eagle_head, eagle_layer
+from eepass.runtime.drafting import eagle_head, eagle_layer, eagle_steps
 from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_tree import EagleTree
+from eepass.runtime.drafting.eagle_weights import packed_matrix
 from eepass.runtime.drafting.planner import Budget, Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
-from eepass.training.unrolling import Lines, draft_states, unroll
+from eepass.segments import GraphToMake
+from eepass.training.unrolling import unroll
 
 HIDDEN, LAYERS = 64, (1, 2)
 FEATURES = (len(LAYERS) + 1) * HIDDEN
+ROTARY = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+MADE = {}
+STYLE = eagle_layer.HeadStyle(HIDDEN, 4, 2, ROTARY, 128, 1 + len(LAYERS))
 
 
 @pytest.fixture(scope="module")
 def weights():
     torch.manual_seed(0)
-    return {
-        name: torch.randn(shape) * (shape[-1] ** -0.5 if len(shape) > 1 else 1)
-        for name, shape in eagle_layer.shapes(HIDDEN, 1 + len(LAYERS)).items()
+    made = {
+        name: torch.randn(shape) * shape[-1] ** -0.5 if len(shape) > 1 else torch.rand(shape) + 0.5
+        for name, shape in STYLE.shapes().items()
     }
+    return {**made, "rotary": ROTARY}
 
 
 @pytest.fixture(scope="module")
 def embedding():
     torch.manual_seed(1)
-    return torch.randn(VOCABULARY, HIDDEN)
+    return torch.randn(VOCABULARY, HIDDEN) / 4
 
 
-def made_draft(weights, embedding):
+def made_draft(weights, embedding, bits=None):
     tensors = {f"eagle.{name}": weight for name, weight in weights.items()}
     tensors["eagle.features"] = torch.tensor(LAYERS)
-    tensors["hot.ids"] = torch.arange(0, VOCABULARY, 2)
-    tensors["hot.head"] = embedding[tensors["hot.ids"]]
-    return eagle_head.EagleHead(tensors, embedding, eager_compile)
+    tensors["eagle.hot.ids"] = torch.arange(0, VOCABULARY, 2)
+    tensors["eagle.hot.head"] = embedding[tensors["eagle.hot.ids"]]
+    return eagle_head.EagleHead(tensors, embedding, compile_once, bits=lambda: bits)
+
+
+def compile_once(graph, structure, examples, *, logits):
+    """Traced once for all heads, as compilers do it."""
+    if structure not in MADE:
+        MADE[structure] = eager_compile(GraphToMake.made(graph), structure, examples)
+    return MADE[structure]
 
 
 @pytest.fixture
@@ -52,132 +65,156 @@ def sequence(count, seed=2):
     return tokens, torch.randn(count, FEATURES, generator=generator)
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+def close(found, expected, tolerance=1e-4):
+    for one, other in zip(found, expected, strict=True):
+        assert one.above == other.above and one.tokens == other.tokens
+        wanted = torch.tensor(other.scores)
+        torch.testing.assert_close(torch.tensor(one.scores), wanted, atol=tolerance, rtol=tolerance)
 
 
-def test_one_by_one_equals_the_whole_answer_at_once(draft, weights, embedding):
-    tokens, features = sequence(12)
-    # training's features stand beside the token they come from
-    lines = Lines(torch.tensor([0, *tokens]), torch.cat([features, features[:1]]), torch.arange(13))
-    states = draft_states(weights, lines, embedding)
-    head = embedding[draft.hot_ids]
-    expected = (states[1:] @ head.T).log_softmax(-1)
-    assert draft.feature_layers == LAYERS
-    for _ in range(2):  # and once more after a reset
-        for place in range(12):
-            found = draft.extend(tokens[place : place + 1], features[place : place + 1])
-            close(found, expected[place])
-        assert draft.length == 12
-        draft.truncate(0)
+def begun(head, tokens, features):
+    """The first levels after ``tokens``, without a change to the head."""
+    length = head.length
+    levels = head.begin(tokens, features)
+    head.truncate(length)
+    return levels
 
 
 @pytest.mark.parametrize("chunks", ([200], [3, 64, 65, 1, 67], [199, 1], [7] * 28 + [4]))
 def test_extending_in_any_chunks_is_the_same(draft, weights, embedding, chunks):
     tokens, features = sequence(200)
     one = made_draft(weights, embedding)
-    for place in range(200):
-        expected = one.extend(tokens[place : place + 1], features[place : place + 1])
+    for place in range(199):
+        one.extend(tokens[place : place + 1], features[place : place + 1])
+    expected = [*one.begin(tokens[199:], features[199:]), *one.further()]
     begin = 0
-    for size in chunks:
-        found = draft.extend(tokens[begin : begin + size], features[begin : begin + size])
+    for size in chunks[:-1]:
+        draft.extend(tokens[begin : begin + size], features[begin : begin + size])
         begin += size
-    close(found, expected)
-    close(draft.grow([5], [-1]), one.grow([5], [-1]))
+    close([*draft.begin(tokens[begin:], features[begin:]), *draft.further()], expected)
 
 
 def test_old_tokens_drop_out_of_a_sequence_longer_than_the_cache(draft, weights, embedding):
-    count = 2 * (eagle_head.RING + 40)
+    count = 2 * (eagle_steps.RING + 40)
     tokens, features = sequence(count)
-    other = made_draft(weights, embedding)
     draft.extend(tokens[:-1], features[:-1])
-    draft.grow([1], [-1])
-    found = draft.extend(tokens[-1:], features[-1:])
+    found = begun(draft, tokens[-1:], features[-1:])
     # keys hold no more than one layer saw of the token itself, so the window is all there is
-    begin = count - eagle_layer.WINDOW
-    other.length = begin
-    close(found, other.extend(tokens[begin:], features[begin:]))
+    other = made_draft(weights, embedding)
+    other.length = begin = count - eagle_layer.WINDOW
+    close(found, other.begin(tokens[begin:], features[begin:]))
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_a_tree_equals_each_of_its_paths_alone(draft, weights, embedding, seed):
-    tokens, features = sequence(20, seed)
-    generator = torch.Generator().manual_seed(seed)
-    grown, parents, scores = [], [], []
-    draft.extend(tokens, features)
-    for size in (3, 9, 1, 5):
-        above = torch.randint(-1, max(len(grown), 1), (size,), generator=generator)
-        above = above.clamp_max(len(grown) - 1).tolist()
-        new = torch.randint(0, VOCABULARY, (size,), generator=generator).tolist()
-        scores += draft.grow(new, above).unbind()
-        grown, parents = grown + new, parents + above
-    chain = made_draft(weights, embedding)
-    for leaf in range(len(grown)):
-        path = [leaf]
-        while parents[path[0]] >= 0:
-            path.insert(0, parents[path[0]])
-        chain.extend(tokens, features)
-        for depth, draft_row in enumerate(path):
-            found = chain.grow([grown[draft_row]], [depth - 1])
-            close(found[0], scores[draft_row])
-        chain.truncate(0)
+@pytest.mark.parametrize("confirmed", (1, 5, 12, 30))
+def test_a_tree_in_one_call_is_what_training_unrolls(draft, weights, embedding, confirmed):
+    """Of every path by itself, and each level has the likeliest tokens after its paths."""
+    tokens, features = sequence(confirmed)
+    levels = [*draft.begin(tokens, features), *draft.further()]
+    assert len(levels) == draft.levels > 6
+    head, paths = embedding[draft.hot_ids], [([], 0.0)]
+    for level in levels:
+        width = len(level.tokens) // len(level.above)
+        named = []
+        for place, above in enumerate(level.above):
+            path, joint = paths[above]
+            text = torch.tensor([[*tokens, *path]])
+            given = torch.cat([features, torch.zeros(len(path), FEATURES)])[None]
+            steps = unroll(text, given, embedding, weights, len(path) + 1)
+            scores = (steps[-1][0, -1] @ head.T).log_softmax(-1)
+            best = scores.topk(width)
+            own = slice(place * width, (place + 1) * width)
+            assert level.tokens[own] == draft.hot_ids[best.indices].tolist()
+            torch.testing.assert_close(
+                torch.tensor(level.scores[own]), best.values, atol=1e-4, rtol=1e-4
+            )
+            named += [
+                ([*path, t], joint + s) for t, s in zip(level.tokens[own], best.values, strict=True)
+            ]
+        # the next level's rows are the likeliest paths
+        order = sorted(range(len(named)), key=lambda n: -float(named[n][1]))
+        following = levels.index(level) + 1
+        picked = levels[following].above if following < len(levels) else draft.frontier
+        assert sorted(picked) == sorted(order[: eagle_steps.BEAM])
+        paths = named
 
 
-def test_training_unrolls_what_the_runtime_grows(draft, weights, embedding):
-    tokens, features = sequence(16)
-    steps = unroll(torch.tensor([tokens]), features[None], embedding, weights, 4)
-    head = embedding[draft.hot_ids]
-    for confirmed in (1, 5, 12):
-        draft.extend(tokens[:confirmed], features[:confirmed])
-        for step in range(1, 4):
-            row = confirmed + step - 1
-            found = draft.grow([tokens[row]], [step - 2])[0]
-            close(found, (steps[step][0, row] @ head.T).log_softmax(-1))
-        draft.truncate(0)
-
-
-def test_a_draft_follows_its_own_parent(draft):
-    tokens, features = sequence(20)
-    draft.extend(tokens, features)
-    draft.grow([1, 2], [-1, -1])
-    after = draft.grow([3, 3], [0, 1])
-    assert (after[0] - after[1]).abs().max() > 1e-2
+def test_a_tree_has_room_for_so_many_levels(draft):
+    draft.begin(*sequence(3))
+    grown = 0
+    while levels := draft.further():
+        grown += len(levels)
+    assert grown * eagle_steps.BEAM <= eagle_steps.SPARE
+    assert draft.begin(*sequence(3)) and draft.further()
 
 
 @pytest.mark.parametrize(("kept", "total"), ((10, 30), (0, 5), (600, 700), (30, 30)))
 def test_truncated_and_extended_equals_fresh(draft, weights, embedding, kept, total):
     tokens, features = sequence(total)
     other_tokens, other_features = sequence(40, seed=9)
-    draft.extend(tokens, features)
-    draft.grow([1, 2], [-1, -1])
+    draft.begin(tokens, features)
     draft.truncate(kept)
     assert draft.length == kept
-    found = draft.extend(other_tokens, other_features)
+    found = draft.begin(other_tokens, other_features)
     fresh = made_draft(weights, embedding)
     both = [*tokens[:kept], *other_tokens], torch.cat([features[:kept], other_features])
-    if total > eagle_head.RING:
+    if total > eagle_steps.RING:
         # what was pushed out of the ring does not come back
-        first = total - eagle_head.RING
+        first = total - eagle_steps.RING
         fresh.length = first
         both = both[0][first:], both[1][first:]
-    close(found, fresh.extend(*both))
-    close(draft.grow([7, 8], [-1, -1]), fresh.grow([7, 8], [-1, -1]))
+    close(found, fresh.begin(*both))
+    close(draft.further(), fresh.further())
+
+
+def test_two_sequences_of_one_head_do_not_meet(draft):
+    tokens, features = sequence(9)
+    expected = begun(draft, tokens, features)
+    other = draft.fresh()
+    other.begin(*sequence(20, seed=5))
+    close(begun(draft, tokens, features), expected)
+
+
+@pytest.mark.parametrize(("bits", "tolerance"), ((8, 0.1), (4, 1.0)))
+def test_a_head_of_few_bits_says_nearly_the_same(draft, weights, embedding, bits, tolerance):
+    few = made_draft(weights, embedding, bits)
+    stored, plain = (sum(x.nbytes for x in head._weights.packed[0][:9]) for head in (few, draft))
+    assert stored < plain * (bits + 3) / 32
+    tokens, features = sequence(20)
+    exact, rounded = (head.begin(tokens, features, 1)[0] for head in (draft, few))
+    said = dict(zip(exact.tokens, exact.scores, strict=True))
+    given = zip(rounded.tokens, rounded.scores, strict=True)
+    differences = [abs(said[token] - score) for token, score in given if token in said]
+    assert len(differences) >= 4 and max(differences) < tolerance
+
+
+def test_a_matrix_without_groups_stays_as_it_is():
+    weight = torch.randn(8, 40)
+    stored, matrix = packed_matrix(weight, 4)
+    assert torch.equal(stored, weight) and matrix.form is None
 
 
 def test_misuse_is_refused(draft):
     tokens, features = sequence(4)
-    with pytest.raises(ValueError, match="extend first"):
-        draft.grow([1], [-1])
-    draft.extend(tokens, features)
-    with pytest.raises(ValueError, match="parents"):
-        draft.grow([1, 2], [-1, 0])
-    with pytest.raises(ValueError, match="room"):
-        draft.grow([1] * 64, [-1] * 64)
+    with pytest.raises(ValueError, match="begin first"):
+        draft.further()
+    with pytest.raises(ValueError, match="nothing to grow"):
+        draft.begin([], features[:0])
+    draft.begin(tokens, features)
     with pytest.raises(ValueError, match="length"):
         draft.truncate(5)
     draft.truncate(3)
-    with pytest.raises(ValueError, match="extend first"):
-        draft.grow([1], [-1])
+    with pytest.raises(ValueError, match="begin first"):
+        draft.further()
+
+
+def test_the_last_token_is_run_again_for_another_tree(weights, embedding):
+    draft = EagleTree(made_draft(weights, embedding))
+    draft.follow(*sequence(9))
+    named = draft.candidates(4).tolist()
+    budget = Budget(Planner({1: 1.0, 8: 1.01}), 7)
+    first, second = draft.propose(7, budget), draft.propose(7, budget)
+    assert first.tokens == second.tokens and first.parents == second.parents
+    assert {first.tokens[n] for n in first.children(0)} >= set(named)
 
 
 def test_text_and_the_head_make_one_tree(weights, embedding):
@@ -187,8 +224,7 @@ def test_text_and_the_head_make_one_tree(weights, embedding):
     budget = Budget(Planner({1: 1.0, 8: 1.01}, draft_tokens=3.0), 7)
     tree = draft.propose(7, budget)
     after_root = {tree.tokens[node] for node in tree.children(0)}
-    best = draft.head.first().topk(2).indices
-    assert {8, *draft.head.head.hot_ids[best].tolist()} <= after_root
+    assert {8, *draft.head.candidates(2).tolist()} <= after_root
     # the text alone goes on along its own line
     paths = [[tree.tokens[n] for n in tree.path(node)] for node in range(len(tree))]
     assert [8, 9, 11, 5] in paths

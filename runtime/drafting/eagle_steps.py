@@ -1,0 +1,192 @@
+"""The draft head's steps as graphs: rows of confirmed tokens, and all levels of a tree at once.
+
+A level names ``WIDTH`` tokens after each of its rows. Of all it names the ``BEAM`` likeliest paths
+go on: they are the rows of the next level, each attending to confirmed tokens and its own path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from eepass.ops.packed import INT8
+from eepass.runtime.drafting.eagle_layer import (
+    MATRICES,
+    NORMS,
+    WINDOW,
+    entered,
+    finished,
+    keys_and_values,
+    mixed,
+    queries,
+    rotary,
+)  # fmt: skip
+from eepass.runtime.drafting.eagle_weights import Layout
+
+# the cache: first a slot for each draft token that is expanded (the last one takes what padding
+# rows write), then a ring of slots for confirmed tokens, a window and the largest chunk that is
+# being added
+TREE = 32
+SPARE = TREE - 1
+RING = WINDOW + 64
+# draft tokens of a level that are expanded
+BEAM = 4
+
+
+class Step:
+    """The head within a graph, over ``state`` (positions, keys and values of the slots) and weights
+    in the order ``HeadWeights`` gives them."""
+
+    def __init__(self, layout: Layout, given: Sequence[Tensor]) -> None:
+        self.layout = layout
+        self.positions, self.keys, self.values, *fixed = given
+        names = (*MATRICES, "head", *NORMS, "rotary", "embedding", "hot_ids")
+        self.weights = dict(zip(names, fixed, strict=True))
+
+    def linear(self, x: Tensor, name: str) -> Tensor:
+        weight, (outputs, form) = self.weights[name], self.layout.matrices[name]
+        if form is None:
+            return F.linear(x, weight)
+        made: Tensor = torch.ops.eepass.packed_linear(x, weight, form, outputs, None, INT8)
+        return made
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Of the hot vocabulary, float32 [R, N]."""
+        weight, (outputs, form) = self.weights["head"], self.layout.matrices["head"]
+        ops = torch.ops.eepass
+        if form is None:
+            return ops.logits_rows(states, weight, None)
+        return ops.packed_logits(states, weight, form, outputs, None, INT8)
+
+    def confirmed(
+        self, tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep what drafts attend to of confirmed tokens [R] at positions ``place`` [R]; what the
+        layer begins with, as ``entered``."""
+        self.positions.index_copy_(0, slots, place)
+        feature = mixed(features, self.weights, self.linear)
+        embedded = self.weights["embedding"][tokens]
+        x, hidden = entered(embedded, feature, self.weights)
+        self.keep(x, place, slots)
+        return x, hidden
+
+    def keep(self, x: Tensor, place: Tensor, slots: Tensor) -> None:
+        k, v = keys_and_values(x[None], *self.rotary(place), self.linear)
+        self.keys.index_copy_(1, slots, k[0])
+        self.values.index_copy_(1, slots, v[0])
+
+    def states(self, x: Tensor, hidden: Tensor, place: Tensor, attended: Tensor) -> Tensor:
+        """States [R, H] of rows whose keys and values are kept; they attend to the slots
+        ``attended`` [R, TREE + RING]."""
+        mask = torch.where(attended, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
+        q = queries(x[None], *self.rotary(place), self.linear)[0]
+        scale = self.layout.head_width**-0.5
+        seen = torch.ops.eepass.attend_rows(q, self.keys, self.values, mask, scale)
+        return finished(hidden[None], seen[None], self.weights, self.linear)[0]
+
+    def rotary(self, place: Tensor) -> tuple[Tensor, Tensor]:
+        return rotary(place, self.weights["rotary"], self.keys.dtype)
+
+    def line(self, last: Tensor) -> Tensor:
+        """Slots [RING] of confirmed tokens that drafts after position ``last`` [1] attend to."""
+        ring = self.positions[TREE:]
+        return (ring <= last) & (ring > last - WINDOW)
+
+
+class Growing:
+    """Levels of a tree as they are named: ids, scores and picks, and the frontier."""
+
+    def __init__(self, step: Step, width: int) -> None:
+        self.step, self.width = step, width
+        self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def name(self, states: Tensor, joint: Tensor, seen: Tensor) -> None:
+        """Name ``width`` tokens after each state [R, H], whose paths have log-probabilities
+        ``joint`` [R] and see slots ``seen`` [R, TREE]; set the frontier."""
+        logits = self.step.logits(states)
+        values, index = torch.ops.eepass.top_logits(logits, self.width)
+        scores = values - logits.logsumexp(-1, keepdim=True)
+        ids = self.step.weights["hot_ids"][index].flatten()
+        paths = (joint[:, None] + scores).flatten()
+        best, pick = (x[0] for x in torch.ops.eepass.top_logits(paths[None], BEAM))
+        above = pick // self.width
+        self.parts.append((ids, scores.flatten(), pick))
+        self.frontier = (ids[pick], states[above], best, seen[above])
+
+    def grow(self, levels: int, position: Tensor, slot: Tensor, last: Tensor) -> None:
+        """``levels`` more levels, the first at ``position`` [1] and in slots from ``slot`` [1] on,
+        after confirmed tokens up to position ``last`` [1]."""
+        line = self.step.line(last)[None].expand(BEAM, -1)
+        for level in range(levels):
+            tokens, before, joint, seen = self.frontier
+            slots = slot + level * BEAM + torch.arange(BEAM, device=tokens.device)
+            seen = seen | (torch.arange(TREE, device=tokens.device) == slots[:, None])
+            place = (position + level).expand(BEAM)
+            x, hidden = entered(self.step.weights["embedding"][tokens], before, self.step.weights)
+            self.step.keep(x, place, slots)
+            attended = torch.cat([seen, line], 1)
+            self.name(self.step.states(x, hidden, place, attended), joint, seen)
+
+    def results(self) -> tuple[Tensor, ...]:
+        ids, scores, picks = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
+        return ids, scores, picks, *self.frontier
+
+
+def trace_extend(layout: Layout, examples: Sequence[Tensor]) -> GraphModule:
+    """Rows of confirmed tokens: tokens [R], features [R, F * H], positions [R], slots [R]."""
+
+    def step(*given: Tensor) -> tuple[Tensor]:
+        _, hidden = Step(layout, given[4:]).confirmed(*given[:4])
+        return (hidden[:1],)
+
+    return _traced(step, examples)
+
+
+def trace_begin(levels: int, width: int, layout: Layout, examples: Sequence[Tensor]) -> GraphModule:
+    """Rows of confirmed tokens, the last of them number ``last`` [1], then a tree after it."""
+
+    def step(
+        tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor, last: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        head = Step(layout, given)
+        x, hidden = (part[last] for part in head.confirmed(tokens, features, place, slots))
+        position = place[last]
+        none = torch.zeros(1, TREE, dtype=torch.bool, device=tokens.device)
+        attended = torch.cat([none, head.line(position)[None]], 1)
+        state = head.states(x, hidden, position, attended)
+        growing = Growing(head, width)
+        growing.name(state, state.new_zeros(1, dtype=torch.float32), none)
+        growing.grow(levels - 1, position + 1, torch.zeros_like(position), position)
+        return growing.results()
+
+    return _traced(step, examples)
+
+
+def trace_further(
+    levels: int, width: int, layout: Layout, examples: Sequence[Tensor]
+) -> GraphModule:
+    """More levels after a frontier, whose tokens are at position ``place[0]``; ``place[1]``: the
+    first free slot, ``place[2]``: the last confirmed position."""
+
+    def step(
+        tokens: Tensor, states: Tensor, joint: Tensor, seen: Tensor, place: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:
+        growing = Growing(Step(layout, given), width)
+        growing.frontier = (tokens, states, joint, seen)
+        growing.grow(levels, place[:1], place[1:2], place[2:])
+        return growing.results()
+
+    return _traced(step, examples)
+
+
+def _traced(step: Callable[..., object], examples: Sequence[Tensor]) -> GraphModule:
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = [mode.from_tensor(x) for x in examples]
+    with torch.no_grad():
+        return make_fx(step, pre_dispatch=True)(*fakes)

@@ -1,0 +1,79 @@
+"""The draft head's matrices, quantised: a wrong draft token costs time alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from eepass.ops.packing import GROUP, form_number
+from eepass.runtime.drafting.eagle_layer import MATRICES, NORMS
+
+# inputs that share a scale
+INPUTS = 64
+
+
+class Matrix(NamedTuple):
+    """How a matrix is stored: its outputs, and the form it is packed in, None where it is plain."""
+
+    outputs: int
+    form: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The width of a head, and how each matrix is stored."""
+
+    head_width: int
+    matrices: Mapping[str, Matrix]
+
+
+class HeadWeights:
+    """What all sequences share of a draft head, packed when it is first run.
+
+    ``bits`` says of how many bits weights are, 4 or 8; None: as they are.
+    """
+
+    def __init__(
+        self, tensors: Mapping[str, Tensor], embedding: Tensor, bits: Callable[[], int | None]
+    ) -> None:
+        self.dtype, self.embedding = embedding.dtype, embedding
+        self.matrices = {n: tensors[f"eagle.{n}"].to(self.dtype) for n in MATRICES}
+        self.matrices["head"] = tensors["eagle.hot.head"].to(self.dtype)
+        self.norms = [tensors[f"eagle.{name}"].to(self.dtype) for name in NORMS]
+        self.frequencies = tensors["eagle.rotary"].float()
+        self.hot_ids = tensors["eagle.hot.ids"]
+        self.bits = bits
+
+    @cached_property
+    def packed(self) -> tuple[list[Tensor], Layout]:
+        """The inputs of every step, in the order ``eagle_steps.Step`` takes them."""
+        bits = self.bits()
+        made = {name: packed_matrix(weight, bits) for name, weight in self.matrices.items()}
+        layout = Layout(2 * len(self.frequencies), {name: m for name, (_, m) in made.items()})
+        weights = [weight for weight, _ in made.values()]
+        return [*weights, *self.norms, self.frequencies, self.embedding, self.hot_ids], layout
+
+
+def packed_matrix(weight: Tensor, bits: int | None) -> tuple[Tensor, Matrix]:
+    """``weight`` [N, K] rounded to ``bits`` and packed; as it is where it has no such form."""
+    outputs, inputs = weight.shape
+    if bits is None or inputs % GROUP:
+        return weight.contiguous(), Matrix(outputs, None)
+    group = INPUTS if inputs % INPUTS == 0 else GROUP
+    codes, scales, lows = rounded(weight, bits, group)
+    form = form_number(f"u{bits}", group)
+    return torch.ops.eepass.pack_groups(codes, scales, lows, form), Matrix(outputs, form)
+
+
+def rounded(weight: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor]:
+    """``weight`` [N, K] as codes [N, K] with a scale and a least value [N, K / group]."""
+    parts = weight.float().unflatten(1, (-1, group))
+    low, high = parts.amin(-1), parts.amax(-1)
+    scale = ((high - low) / (2**bits - 1)).clamp_min(1e-12)
+    codes = ((parts - low[..., None]) / scale[..., None]).round().clamp(0, 2**bits - 1)
+    return codes.to(torch.uint8).flatten(1), scale, low
