@@ -43,7 +43,7 @@ def main() -> None:
     options = parser.parse_args()
     loaded = eepass.load("smollm2")
     model = eepass.transform(loaded.model, loaded.artifact, max_length=16 * ROOM)
-    engines = {"dense": model.dense, "exact": model.configure(ExitConfig())}
+    engines = {"dense": model.dense, "exact": model.configure(ExitConfig(remember=False))}
     texts = read_prompts(DEFAULT_PROMPTS, 16)
     rows = []
     for size in (1, 4, 8, 16):

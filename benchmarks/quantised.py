@@ -51,7 +51,7 @@ def measured(name: str, options: argparse.Namespace, llama: LlamaCpp | None) -> 
         began = perf_counter()
         artifact = eepass.calibrate(loaded, trained, tokens=options.calibration_tokens)
         seconds = perf_counter() - began
-    exact = ExitConfig()
+    exact = ExitConfig(remember=False)
     early = exact.approximate(options.target)
     model = eepass.transform(loaded.model, artifact, exact, MAX_LENGTH)
     engines = {

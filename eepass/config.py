@@ -33,11 +33,16 @@ class ExitConfig:
     # whether tokens may exit early at all
     exits: bool = True
     # what drafts several tokens to be verified in one pass; lens: early exits alone
-    speculate: Literal["cascade", "eagle", "ngram", "model", "lens", "off"] = "cascade"
+    speculate: Literal["cascade", "eagle", "suffix", "model", "lens", "off"] = "cascade"
+    # whether drafts may repeat earlier requests of this process; not where these are other users'
+    remember: bool = True
     # use each mechanism only where measured costs and acceptance say that it pays
     adaptive: bool = True
 
     def __post_init__(self) -> None:
+        if self.speculate == "ngram":
+            # what text drafts were called when they looked at a few tokens only
+            object.__setattr__(self, "speculate", "suffix")
         hints = get_type_hints(type(self))
         for field in fields(self):
             if get_origin(hints[field.name]) is Literal:

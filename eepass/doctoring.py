@@ -261,7 +261,8 @@ def _smollm2() -> dict[str, Any]:
 
 def _uses(found: dict[str, Any]) -> dict[str, Any]:
     """Each choice: what will be used, and why."""
-    cuda, drafts = found["cuda"], "a trained head and prompt look-up, for models with an artefact"
+    cuda = found["cuda"]
+    drafts = "a trained head and what the text repeats, for models with an artefact"
     device = cuda.get("error") or cuda.get("why") or "no CUDA device"
     launch = "segments, called one by one"
     why = "on a CPU a call costs microseconds: there is nothing to capture"
@@ -280,7 +281,7 @@ def _uses(found: dict[str, Any]) -> dict[str, Any]:
         "device": ("cpu", device),
         "operators": _operators(found["compiler"], found["cpu"]),
         "launch": (launch, why),
-        "drafts": ("cascade", f"{drafts}; prompt look-up alone for others"),
+        "drafts": ("cascade", f"{drafts}; the text alone for others"),
     }
     return {name: {"use": use, "why": why} for name, (use, why) in choices.items()}
 

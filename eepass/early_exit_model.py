@@ -17,8 +17,9 @@ from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.executors import CapturedSteps, ExitParts, Measured, engine_for
+from eepass.kept.acceptance import KeptAcceptance
 from eepass.kept.costs import KeptCosts
-from eepass.kept.keys import environment
+from eepass.kept.keys import environment, tensors_key
 from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
@@ -80,7 +81,7 @@ class EarlyExitModel:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
             self.decoder = Decoder(splits, compile)
-        self._measured = Measured(self.decoder, KeptCosts(kept))
+        self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None
         self.config: ExitConfig | None = None
@@ -166,7 +167,17 @@ class EarlyExitModel:
                 return Engine(decoder)
             parts, trace = self.exit_parts(config), self.folder is None
             small = None if self.draft_model is None else self.draft_model.decoder
-            return engine_for(self._measured, config, parts, small, trace)
+            return engine_for(self._measured, config, parts, small, trace, *self._expected_drafts())
+
+    def _expected_drafts(self) -> tuple[KeptAcceptance, list[float]]:
+        """What is known of draft tokens beforehand: as learned by earlier processes, and how often
+        the artefact's draft head was right on held-out answers."""
+        if self.artifact is None:
+            return KeptAcceptance(self._kept), []
+        report = self.artifact.report.get("draft_head", {})
+        hits = [float(step["top1"]) for step in report.get("hits", ())]
+        trained = tensors_key(self.artifact.tensors, report.get("tokens"), report.get("steps"))
+        return KeptAcceptance(self._kept, trained), hits
 
     def exit_parts(self, config: ExitConfig) -> ExitParts | None:
         """The exits of the plan, as ``config`` set it up; None where there is no artefact."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
+from math import prod
 from typing import cast
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.kept.acceptance import KeptAcceptance
 from eepass.kept.costs import KeptCosts
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
@@ -23,8 +25,8 @@ from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.model_draft import ModelDraft
-from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Mode, Planner
+from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
 from eepass.runtime.engine.engine import Engine, Options
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.exits.exits import Exits
@@ -38,8 +40,8 @@ from eepass.runtime.step.launching import Launching, LaunchReport, make_engine
 from eepass.runtime.step.layout import StepOptions
 
 ALWAYS_ACTIVE = 2
-# trees of drafts are no larger: on a few CPU cores more rows cost more than they bring
-TREE_ROWS = 8
+# rows of the largest pass that is measured, and so of the largest tree of draft tokens
+TREE_ROWS = 32
 # rows of the largest pass of a captured step
 MOST_STEP_ROWS = 32
 
@@ -56,10 +58,11 @@ class ExitParts:
 @dataclass
 class Measured:
     """What is measured on a decoder once, when it is first needed; ``kept``: by whoever was first
-    to start such a model."""
+    to start such a model. Engines share the texts of earlier requests."""
 
     decoder: Decoder
     kept: KeptCosts
+    earlier: EarlierTexts = field(default_factory=EarlierTexts)
 
     @cached_property
     def pass_seconds(self) -> dict[int, float]:
@@ -80,13 +83,17 @@ def engine_for(
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
+    learned: KeptAcceptance,
+    hits: Sequence[float] = (),
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
     ``trace``: whether a trained head has still to be traced, or was compiled ahead of time.
+    ``hits``: how often it was right at each further draft token, when it was trained.
     """
     decoder = measured.decoder
-    draft = _draft_for(decoder, config, parts, draft_decoder, trace)
+    earlier = measured.earlier if config.remember else None
+    draft = _draft_for(decoder, config, parts, draft_decoder, trace, earlier)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -97,11 +104,21 @@ def engine_for(
 
     def planner() -> Planner:
         seconds, expected = (draft.call_seconds(), draft.expected) if draft else (0.0, 1.0)
-        return Planner(dict(measured.pass_seconds), seconds, expected)
+        if hits:
+            expected = 1 + sum(prod(hits[: depth + 1]) for depth in range(len(hits)))
+        made = Planner(dict(measured.pass_seconds), seconds, expected)
+        learned.recall(made)
+        return made
+
+    def ended(planner: Planner, tokens: Sequence[int]) -> None:
+        learned.keep(planner)
+        if earlier is not None:
+            earlier.add(tokens)
 
     return Engine(
         decoder, exits, schedule, draft, options,
         planner if len(modes) > 1 or draft else None, lambda: measured.logit_noise,
+        ended if draft is not None else None,
     )  # fmt: skip
 
 
@@ -111,19 +128,24 @@ def _draft_for(
     parts: ExitParts | None,
     draft_decoder: Decoder | None,
     trace: bool,
+    earlier: EarlierTexts | None,
 ) -> Draft | None:
-    source = config.speculate
+    source, text = config.speculate, SuffixDraft(earlier)
     if source == "model":
         assert draft_decoder is not None
-        return ModelDraft(draft_decoder)
+        return Cascade(ModelDraft(draft_decoder), text)
     tensors = parts.tensors if parts is not None else {}
-    if source == "ngram" or (source == "cascade" and DRAFT_HEAD not in tensors):
-        return NgramDraft()
+    if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in tensors):
+        return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
         head = EagleHead(
             tensors, _embedding(decoder), decoder.compile, trace=trace, head=decoder.splits[1].head
         )
-        return Cascade(EagleTree(head)) if source == "cascade" else EagleTree(head)
+        tree = EagleTree(head)
+        if source in ("eagle", "cascade"):
+            return Cascade(tree, text if source == "cascade" else None)
+        # candidates of early exits
+        return tree
     return None
 
 

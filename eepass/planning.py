@@ -39,7 +39,7 @@ def settle(
     if artifact is None:
         if config.guarantee == "approximate" and not is_dense(config):
             raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
-        untrained = "ngram" if config.speculate in ("cascade", "eagle") else config.speculate
+        untrained = "suffix" if config.speculate in ("cascade", "eagle") else config.speculate
         return replace(config, exits=False, draft="lens", speculate=untrained), None
     plan = make_plan(config, artifact, len(split.layers))
     source = config.speculate
@@ -47,7 +47,7 @@ def settle(
     if trained_head and DRAFT_HEAD not in artifact.tensors:
         raise InputError(
             f"speculate={source!r}: the artefact has no draft head; run eepass train "
-            "--draft eagle, or ask for cascade or ngram"
+            "--draft eagle, or ask for cascade or suffix"
         )
     return config, plan
 

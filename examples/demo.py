@@ -43,7 +43,7 @@ def main() -> None:
     with errors.status("compiling for one row to sixteen, measuring what they cost (once)"):
         systems = {
             "dense": model.dense,
-            "lossless": model.configure(ExitConfig()),
+            "lossless": model.configure(ExitConfig(remember=False)),
             "early exit": model.configure(ExitConfig().approximate(options.target)),
         }
         for engine in systems.values():

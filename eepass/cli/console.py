@@ -45,6 +45,9 @@ class BarProgress:
     def advance(self, amount: int) -> None:
         self.bars.advance(self.task, amount)
 
+    def say(self, text: str) -> None:
+        self.bars.console.print(text, highlight=False, markup=False)
+
     def notify(self, stage: str, done: int, total: int) -> None:
         """Set a stage's progress; a new stage, or one that starts over, gets a bar of its own."""
         if stage != self.stage or done == 0:

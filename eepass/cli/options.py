@@ -42,7 +42,7 @@ Target = Annotated[
 ]
 Guarantee = Annotated[str, typer.Option(help="exact: the dense answer; approximate: as published.")]
 Speculate = Annotated[
-    str, typer.Option(help="Who drafts tokens ahead: cascade, eagle, ngram, lens or off.")
+    str, typer.Option(help="Who drafts tokens ahead: cascade, eagle, suffix, lens or off.")
 ]
 Quantize = Annotated[
     str,

@@ -29,11 +29,16 @@ def train(
     ] = None,
     samples: Annotated[
         int, typer.Option(help="Further answers to each prompt, sampled.", min=0)
-    ] = 0,
+    ] = 1,
     temperature: Annotated[float, typer.Option(help="Of those samples.", min=0.1)] = 0.7,
     own_prompts: Annotated[
-        int, typer.Option(help="Prompts the model writes itself, beside those given.", min=0)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Prompts of many kinds the model writes itself, beside those given; without "
+            "--prompts and --answers as many as --tokens needs.",
+            min=0,
+        ),
+    ] = None,
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
     raw: options.Raw = False,
@@ -45,7 +50,11 @@ def train(
     threads: options.Threads = 0,
     debug: options.Debug = False,
 ) -> dict[str, Any]:
-    """Train translators, draft head, predictors and thresholds for MODEL, on its own answers."""
+    """Train translators, draft head, predictors and thresholds for MODEL, on its own answers.
+
+    Without further options it writes prompts and answers of many kinds itself; it says at the start
+    how long that will take here, and a run that was stopped goes on when it is started again.
+    """
     from eepass.training import train as training
 
     if draft not in ("eagle", "none"):
@@ -57,8 +66,25 @@ def train(
             "eagle" if draft == "eagle" else "none", steps, own_prompts, progress=bars,
         )  # fmt: skip
     show(artifact)
+    show_kinds(artifact.report.get("by_kind"))
     console.print(f"artefact: {out}")
     return dict(artifact.report)
+
+
+def show_kinds(report: dict[str, Any] | None) -> None:
+    """How far drafts are accepted, by kind of text."""
+    if not report or not report["kinds"]:
+        return
+    title = "kinds of text left out of training" if report["held_out"] else "held-out answers"
+    steps = max(len(kind["accepted"]) for kind in report["kinds"].values())
+    table(
+        f"drafts accepted, {title}",
+        ("kind", *(f"draft {n}" for n in range(1, steps + 1)), "tokens a pass"),
+        [
+            (name, *(f"{share:.2f}" for share in kind["accepted"]), f"{kind['a_pass']:.2f}")
+            for name, kind in report["kinds"].items()
+        ],
+    )
 
 
 def show(artifact: Any) -> None:

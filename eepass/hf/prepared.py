@@ -6,7 +6,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -94,6 +94,16 @@ def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
     prepared = _entry(model)
     with prepared.lock:
         yield _transformed(prepared, model, length)
+
+
+def forget_requests(model: Any) -> None:
+    """Let no draft of ``model`` repeat an earlier request, as its next engine decodes."""
+    prepared = _entry(model)
+    with prepared.lock:
+        if prepared.config.remember:
+            prepared.config = replace(prepared.config, remember=False)
+            if prepared.transformed is not None:
+                prepared.transformed.record(prepared.config)
 
 
 def compile_now(model: Any) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.hf.generation import prepare
-from eepass.hf.prepared import compile_now, is_prepared, refuse_length
+from eepass.hf.prepared import compile_now, forget_requests, is_prepared, refuse_length
 from eepass.lengths import usual_length
 from eepass.wrappers import original_inside
 
@@ -42,16 +42,18 @@ NOT_HONOURED: dict[str, tuple[Any, ...]] = {
 
 def serve(
     loaded: LoadedModel, host: str = "localhost", port: int = 8000, log_level: str = "error",
-    warm_up: bool = True,
+    warm_up: bool = True, remember: bool = False,
 ) -> Server:  # fmt: skip
     """Serve ``loaded`` by the OpenAI protocol at ``host``:``port``, in a thread of its own.
 
     The model's own ``generate`` answers; ``eepass.prepare`` it first to say how, and how long texts
     may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
-    compile before the first request, not at it. Raises ``InputError`` if the address is taken.
+    compile before the first request, not at it. ``remember``: let drafts repeat earlier requests,
+    for a server whose requests are all one user's: how fast an answer comes would tell another user
+    what was asked before. Raises ``InputError`` if the address is taken.
     """
     loaded = _servable(loaded)
-    server = Server(loaded, host, port, log_level)
+    server = Server(loaded, host, port, log_level, remember)
     if warm_up:
         compile_now(loaded.model)
     server.listen()
@@ -82,11 +84,15 @@ def _servable(loaded: Any) -> LoadedModel:
 class Server(Serve):
     """``transformers.cli.serve.Serve`` with one fixed model, which it neither loads nor unloads."""
 
-    def __init__(self, loaded: LoadedModel, host: str, port: int, log_level: str) -> None:
+    def __init__(
+        self, loaded: LoadedModel, host: str, port: int, log_level: str, remember: bool = False
+    ) -> None:
         self._loaded = loaded
         if not is_prepared(loaded.model):
             longest = usual_length(loaded.model, USUAL_TEXT)
             prepare(loaded.model, loaded.artifact, max_length=longest)
+        if not remember:
+            forget_requests(loaded.model)
         super().__init__(host=host, port=port, log_level=log_level, non_blocking=True)
 
     @property

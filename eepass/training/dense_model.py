@@ -13,12 +13,14 @@ from torch import Tensor
 
 from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.errors import InputError, PassError
+from eepass.lengths import usual_length
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.engine.engine import Engine
 from eepass.training.calibration import Costs
 
-PREFILL_ROWS = 128
+# rows of a pass, and sequences decoded at once: more rows cost each as much
+BATCH = 32
 HOT_TOKENS = 8192
 # measured in layers of smollm2 in bf16 on two cores: the call of a small compiled segment, ranking
 # the draft tokens, and one more row in a layer
@@ -62,20 +64,25 @@ def best_token(z: Tensor, lm_head: Tensor, candidates: int = 8) -> Tensor:
 
 
 class DenseModel:
-    """``engine`` decodes densely, ``lens`` reads hidden states, ``embedding`` is [V, H].
+    """``engine`` decodes densely, ``batch`` sequences of ``max_length`` at a time; ``lens`` reads
+    hidden states, ``embedding`` is [V, H].
 
     Raises ``InputError`` for a model that cannot be split, or whose LM head cannot be trained for.
     """
 
     @torch.no_grad()
     def __init__(self, model: Any, max_length: int) -> None:
-        slots = -(-(max_length + PREFILL_ROWS) // 64) * 64
+        self.original, self.max_length = model, usual_length(model, max_length)
+        slots = -(-(BATCH * self.max_length + BATCH) // 64) * 64
         try:
-            splits, _ = split_for_rows(model, slots, (1,), PREFILL_ROWS)
+            # prompts go in chunks of as many rows: with more, attention reads the whole cache
+            splits, _ = split_for_rows(model, slots, (1, BATCH), BATCH)
         except PassError as error:
             raise InputError(f"{type(model).__name__} cannot be trained: {error}") from error
         self.engine = Engine(Decoder(splits, CpuCompiler()))
         self.decoder = self.engine.decoder
+        # recurrent states belong to one sequence
+        self.batch = 1 if splits[1].stepwise else BATCH
         self.lens = Lens(self.decoder)
         self.lm_head = self.lens.lm_head
         if self.lens.head.bias:
@@ -89,6 +96,11 @@ class DenseModel:
         # the time of a layer of plain weights, in layers of this model: quantised layers take less
         # time, calls of small segments do not
         self.plain_layer = plain / self.layer_size
+
+    def best_tokens(self, hidden: Tensor) -> Tensor:
+        """The dense tokens [n] after hidden states of the last layer [n, H]."""
+        parts = hidden[None].split(BATCH, 1)
+        return torch.cat([self.decoder.logits(part)[0].argmax(-1) for part in parts])
 
     def costs(self, hot_tokens: int) -> Costs:
         """Costs in layers: the LM head as timed, what reads rows of it in proportion to them."""

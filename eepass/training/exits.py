@@ -75,12 +75,15 @@ def fit_translator(
 class ExitData:
     """What n tokens are like at the exits after ``layers``: ``logits`` [n, K] of the draft tokens
     at each; ``verified`` [exits, n]: whether the verified token is a draft token; ``right``
-    [exits, n]: whether it is the dense token."""
+    [exits, n]: whether it is the dense token; ``text`` and ``kind`` [n]: numbers of the token's
+    text and of its kind."""
 
     layers: Sequence[int]
     logits: Sequence[Tensor]
     verified: Tensor
     right: Tensor
+    text: Tensor
+    kind: Tensor
 
 
 def fit_predictors(data: ExitData, progress: Callable[[int], None]) -> dict[str, Tensor]:
@@ -134,7 +137,9 @@ def score_exits(data: ExitData, fitted: Mapping[str, Tensor]) -> ExitScores:
         mlp = [fitted[f"{layer}.{name}"] for name in PREDICTOR_TENSORS]
         probability, previous = exit_ops.predict_exit(logits, previous, *mlp)
         rows.append(probability)
-    return ExitScores(data.layers, torch.stack(rows), data.verified, data.right)
+    return ExitScores(
+        data.layers, torch.stack(rows), data.verified, data.right, data.text, data.kind
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,8 @@ class PresetExits:
                 chunks.append((logits, among_drafts(token, ids), token == dense))
             exits.append([torch.cat(column) for column in zip(*chunks, strict=True)])
         logits_at, verified, right = zip(*exits, strict=True)
-        return ExitData(layers, logits_at, torch.stack(verified), torch.stack(right))
+        text, kind = (part[:count] for part in self.store.texts(split))
+        return ExitData(layers, logits_at, torch.stack(verified), torch.stack(right), text, kind)
 
     def calibrated(
         self, fitted: Mapping[str, Tensor], layers: Sequence[int], costs: Costs

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +26,12 @@ HALF_WRITTEN = re.compile(r"\..+\.\d+\.part|\.tmp\w+")
 
 
 class Progress(Protocol):
-    """``begin`` starts a stage of ``total`` units; ``advance`` counts units that are done."""
+    """``begin`` starts a stage of ``total`` units; ``advance`` counts units that are done; ``say``
+    tells what cannot be counted."""
 
     def begin(self, stage: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 class NoProgress:
@@ -36,6 +39,7 @@ class NoProgress:
 
     def begin(self, stage: str, total: int) -> None: ...
     def advance(self, amount: int) -> None: ...
+    def say(self, text: str) -> None: ...
 
 
 @contextmanager
@@ -77,17 +81,21 @@ def _own_json(path: Path, text: bytes) -> Any:
 
 
 class RecordFile:
-    """JSON records, one a line; the file grows by whole batches of them."""
+    """JSON records, one a line; the file grows record by record."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_bytes().splitlines() if path.exists() else []
-        self.records: list[dict[str, Any]] = [_own_json(path, line) for line in lines]
+        written = path.read_bytes() if path.exists() else b""
+        # a run that was stopped may have left half a line
+        whole = written[: written.rfind(b"\n") + 1]
+        if whole != written:
+            os.truncate(path, len(whole))
+        self.records: list[dict[str, Any]] = [_own_json(path, line) for line in whole.splitlines()]
 
-    def extend(self, records: Iterable[dict[str, Any]]) -> None:
-        self.records.extend(records)
-        lines = (json.dumps(record) + "\n" for record in self.records)
-        write_text_atomically(self.path, "".join(lines))
+    def append(self, record: dict[str, Any]) -> None:
+        self.records.append(record)
+        with self.path.open("ab") as file:
+            file.write(json.dumps(record).encode() + b"\n")
 
 
 def made_once(

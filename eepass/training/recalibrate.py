@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +22,7 @@ from eepass.training.exits import PresetExits
 from eepass.training.hidden_states import HiddenStateStore, collect
 from eepass.training.progress import NoProgress, Progress
 from eepass.training.train import DEFAULT_PROMPTS
+from eepass.training.writer import Task, Writer
 
 # a threshold for 0.99 is found on so many answer tokens at least
 FEWEST = 200
@@ -98,19 +100,23 @@ def _answered(
     longest: int,
     progress: Progress,
 ) -> list[Example]:
-    """Dense answers of the compiled model: eager over quantised weights is far slower."""
+    """Dense answers, greedy and then sampled."""
     progress.begin("answering densely", tokens)
-    fitting = [p for p in prompts if len(p) + longest < model.decoder.capacity]
+    fitting = [p for p in prompts if len(p) + longest <= model.max_length]
+    turns = [*product(range(ROUNDS), fitting)]
+    tasks = (
+        Task(prompt, longest, Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn))
+        for turn, prompt in turns
+    )
     examples: list[Example] = []
     answered = 0
-    for turn, prompt in product(range(ROUNDS), fitting):
-        if answered >= tokens:
-            break
-        sampling = Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn)
-        answer = [step.token for step in model.engine.generate(prompt, longest, stop, sampling)]
-        examples.append(Example(prompt, answer, "calibrate"))
-        answered += len(answer)
-        progress.advance(len(answer))
+    with closing(Writer(model, stop).write(tasks)) as written:
+        for (turn, prompt), (answer, _) in zip(turns, written, strict=False):
+            examples.append(Example(prompt, answer, "calibrate", greedy=not turn))
+            answered += len(answer)
+            progress.advance(len(answer))
+            if answered >= tokens:
+                break
     return examples
 
 

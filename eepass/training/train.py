@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -20,7 +21,9 @@ from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.training import corpus
+from eepass.training.by_kind import report_by_kind
 from eepass.training.calibration import Costs
+from eepass.training.corpus import HELD_OUT, Example, Prompt
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 from eepass.training.draft_head import STEPS, report_draft, train_draft
 from eepass.training.exits import (
@@ -30,8 +33,11 @@ from eepass.training.exits import (
     fit_predictors,
     fit_translator,
 )
-from eepass.training.hidden_states import HiddenStateStore, collect
+from eepass.training.forecast import forecast, peak_memory
+from eepass.training.hidden_states import Collector, HiddenStateStore
+from eepass.training.own_data import OwnData, default_own_prompts
 from eepass.training.progress import NoProgress, Progress, check_request, claimed, made_once
+from eepass.training.prompts import topics
 
 DEFAULT_PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 # by preset; 32 draft tokens tell a predictor nearly as much as the whole hot vocabulary
@@ -46,35 +52,40 @@ def train(
     answers: str | Path | None = None,
     raw: bool = False,
     max_length: int = 512,
-    samples: int = 0,
+    samples: int = 1,
     temperature: float = 0.7,
     draft: Literal["eagle", "none"] = "eagle",
     steps: int = STEPS,
-    own_prompts: int = 0,
+    own_prompts: int | None = None,
     progress: Progress | None = None,
 ) -> Artifact:
     """Train translators, draft head, predictors and thresholds for ``loaded``; write ``out``.
 
-    ``prompts``: JSONL, ``{"prompt": ...}`` a line; the shipped set otherwise. ``tokens``: answer
-    tokens to generate. ``answers``: JSONL of the model's own answers, ``{"prompt": line of the
-    prompts file from 0, "answer": [token ids]}``, instead of generating. ``samples``: further
-    answers to each prompt of the first split, sampled at ``temperature``. ``draft``: whether to
-    train a draft head and the preset ``paper``, which needs it; ``steps``: how far it is unrolled.
-    ``own_prompts``: prompts that the model writes itself, beside those given, answered too. A run
-    that was stopped is resumed from ``out/checkpoint``. Raises ``InputError`` for bad input.
+    ``prompts``: JSONL, ``{"prompt": ..., "kind": ...}`` a line, the kind optional; the shipped set
+    otherwise. ``tokens``: answer tokens to generate. ``answers``: JSONL of the model's own answers,
+    ``{"prompt": line of the prompts file from 0, "answer": [token ids]}``, instead of generating.
+    ``samples``: further answers to each prompt of the first split, sampled at ``temperature``, in
+    the last third of the tokens. ``draft``: whether to train a draft head and the preset ``paper``,
+    which needs it; ``steps``: how far it is unrolled. ``own_prompts``: prompts that the model
+    writes itself, of many kinds, beside those given, answered too; by default as many as the tokens
+    need, none beside ``prompts`` or ``answers``. A run that was stopped is resumed from
+    ``out/checkpoint``. Raises ``InputError`` for bad input.
     """
     progress = progress or NoProgress()
     original_of(loaded, "train on the original one, then transform that with what was trained")
     folder = Path(out)
     checkpoint = folder / "checkpoint"
-    texts = corpus.read_prompts(Path(prompts or DEFAULT_PROMPTS))
-    encoded = [loaded.encode(text, raw) for text in texts]
-    examples: list[corpus.Example] = []
+    texts = corpus.read_kinds(Path(prompts or DEFAULT_PROMPTS))
+    given = [_given(loaded.encode(text, raw), kind) for text, kind in texts]
+    examples: list[Example] = []
     if answers is not None:
-        examples = corpus.read_answers(Path(answers), encoded, loaded.model.config.vocab_size)
+        examples = corpus.read_answers(Path(answers), given, loaded.model.config.vocab_size)
+    if own_prompts is None:
+        alone = prompts is None and answers is None and loaded.converses
+        own_prompts = default_own_prompts(tokens, len(given)) if alone else 0
     request = {
         "model": fingerprint(loaded.model)["weights"],
-        "prompts": _hash(repr(encoded).encode()),
+        "prompts": _hash(repr(given).encode()),
         "answers": _hash(repr(examples).encode()) if answers is not None else None,
         "tokens": None if answers is not None else tokens,
         "max_length": max_length,
@@ -88,19 +99,14 @@ def train(
     try:
         held.enter_context(claimed(checkpoint, folder))
         check_request(checkpoint, request)
-        path = checkpoint / "prompts.jsonl"
-        own = corpus.write_prompts(loaded, own_prompts, path, progress) if own_prompts else []
-        unanswered = own if answers is not None else encoded + own
-        if unanswered:
-            path = checkpoint / "answers.jsonl"
-            examples += corpus.write_answers(loaded, unanswered, tokens, path, progress)
-        # sampled answers go into the first split alone: what is measured stays greedy
-        fit = [prompt for prompt in encoded + own if corpus.split_of(prompt) == "fit"]
-        for sampled in range(1, samples + 1):
-            path = checkpoint / f"answers-{sampled}.jsonl"
-            examples += corpus.write_answers(loaded, fit, tokens, path, progress, temperature)
-        _refuse_too_few(examples, unanswered, tokens)
         trainer = Trainer(loaded.model, checkpoint, progress, max_length, draft=draft, steps=steps)
+        progress.say(forecast(trainer.model, 0 if answers is not None else tokens, own_prompts))
+        data = OwnData(loaded, checkpoint, trainer.collector, progress)
+        if answers is not None:
+            trainer.collector.catch_up(examples)
+        unanswered = [] if answers is not None else given
+        examples += data.write(unanswered, own_prompts, tokens, samples, temperature)
+        _refuse_too_few(examples, [*unanswered, *data.own], tokens)
         artifact = trainer.run(examples)
         artifact.save(folder)
     except OSError as error:
@@ -117,14 +123,17 @@ def train(
     return artifact
 
 
-def _refuse_too_few(
-    examples: Sequence[corpus.Example], prompts: Sequence[list[int]], tokens: int
-) -> None:
+def _given(ids: list[int], kind: str) -> Prompt:
+    held_out = kind in {topic.kind for topic in topics() if topic.held_out}
+    return Prompt(ids, kind, HELD_OUT if held_out else corpus.split_of(ids))
+
+
+def _refuse_too_few(examples: Sequence[Example], prompts: Sequence[Prompt], tokens: int) -> None:
     """Raise ``InputError`` where a split has no answers, saying what there should be more of."""
-    if {example.split for example in examples} == {split for split, _ in corpus.SPLITS}:
+    if {example.split for example in examples} >= {split for split, _ in corpus.SPLITS}:
         return
     made = sum(len(example.answer) for example in examples)
-    left = {tuple(prompt) for prompt in prompts} - {tuple(e.prompt) for e in examples}
+    left = {tuple(prompt.ids) for prompt in prompts} - {tuple(e.prompt) for e in examples}
     raise InputError(
         f"{len(examples)} answers of {made} tokens are too few: "
         + (f"raise --tokens above {max(made, tokens)}" if left else "give more prompts")
@@ -169,12 +178,13 @@ class Trainer:
         # the draft head sees z and the hidden states after these layers, none later than an exit
         features = at(0.4, 0.67)
         stored = sorted({*self.translated, *self.exits[0]})
-        self.store = HiddenStateStore(checkpoint / "shards", stored, features)
+        self.store = HiddenStateStore(checkpoint / "shards", stored, features, self.translated)
+        self.collector = Collector(self.model, self.store, progress)
 
     @torch.no_grad()
-    def run(self, examples: Sequence[corpus.Example]) -> Artifact:
+    def run(self, examples: Sequence[Example]) -> Artifact:
         """All stages; what the checkpoint holds is not done again."""
-        self._timed("collect", collect, self.model, examples, self.store, self.progress)
+        self._timed("collect", self.collector.finish, examples)
         answered = {split: len(self.store.labels(split)) for split, _ in corpus.SPLITS}
         if not all(answered.values()):
             raise InputError("too few answers to train on: give more prompts")
@@ -202,6 +212,7 @@ class Trainer:
             )
             trained = trained | paper
             report["draft_head"] = report_draft(tensors, self.store, self.model, self.steps)
+            report["by_kind"] = report_by_kind(tensors, self.store, self.model, self.steps)
         used = {str(layer) for layer in self.exits[presets["default"].draft_layer]}
         for name in [name for name in tensors if name.startswith("translator.")]:
             if name.split(".")[1] not in used:
@@ -211,6 +222,9 @@ class Trainer:
             "examples": len(examples),
             "tokens": answered,
             "hot_coverage": float(hot.float().mean()),
+            "kinds": dict(Counter(example.kind for example in examples)),
+            "shard_bytes": self.store.size,
+            "peak_memory": peak_memory(),
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "layers_per": {n: c for n, c in asdict(costs).items() if "layer" not in n},
         }
@@ -225,6 +239,8 @@ class Trainer:
 
     def _translators(self, hot_ids: Tensor) -> dict[str, Tensor]:
         hot_head = self.model.lm_head[hot_ids.long()].contiguous()
+        if not self.translated:
+            return {}
         z = self.store.read("fit", "z")
         updates = TRANSLATOR_PASSES * len(z)
         self.progress.begin("translators", updates * len(self.translated))

@@ -6,6 +6,7 @@ least of several counts, and what is measured later corrects it.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
@@ -17,32 +18,47 @@ from eepass.runtime.decoder.side_inputs import Row
 
 Clock = Callable[[], float]
 ROUNDS = 7
-# by how much of itself a cost grows with each pass that does not confirm it
-FORGOTTEN = 0.02
+# The cost of a row count is the least of so many of its passes: fewer follow a change faster, more
+# see through a machine that is busy for longer. Beside the newest, none is older than AGE passes.
+RECENT, AGE = 4, 16
 # how many tokens the noise is measured on, and how far above the largest difference it is set
 SAMPLE, MARGIN = 8, 2.0
 
 
 class PassCosts(dict[int, float]):
-    """Seconds of a whole pass by row count: measured at the start, then the least seen lately."""
+    """Seconds of a whole pass by row count: measured at the start, then the least seen lately.
+
+    A row count that was not run lately is taken to have changed as the nearest one that was. A
+    smaller one is not taken to cost more, however: trying it shows it, and hardly costs anything.
+    """
 
     def __init__(self, start: Mapping[int, float]) -> None:
         super().__init__(start)
-        self._start = dict(start)
-        self._run: set[int] = set()
+        self._passes = 0
+        # by row count: its last passes with their numbers
+        self._seen: dict[int, deque[tuple[int, float]]] = {}
+        # by row count: the costs that were known when its own was, that is, at its last pass
+        self._then = {rows: dict(start) for rows in start}
 
     def observe(self, rows: int, seconds: float) -> None:
-        """A pass over ``rows``, one of the row counts, took so long.
+        """A pass over ``rows``, one of the row counts, took so long."""
+        self._passes += 1
+        # what was measured at the start counts like a first pass
+        seen = self._seen.setdefault(rows, deque([(self._passes, self[rows])], RECENT))
+        seen.append((self._passes, seconds))
+        self[rows] = min(cost for number, cost in seen if self._passes - number < AGE)
+        known = {size: self[size] for size in self._seen if self._is_known(size)}
+        self._then[rows] = known
+        for other in self.keys() - known.keys():
+            then = self._then[other]
+            if both := then.keys() & known.keys():
+                near = min(both, key=lambda size: abs(size - other))
+                scaled = then[other] * known[near] / then[near]
+                lasts = other < near and other in self._seen
+                self[other] = min(then[other], scaled) if lasts else scaled
 
-        Row counts that have not been run yet were measured when these were, so they are taken to
-        be wrong by as much as the nearest one that has.
-        """
-        # forgotten slowly: a machine may really have become slower
-        self[rows] = min(seconds, self[rows] * (1 + FORGOTTEN))
-        self._run.add(rows)
-        for other in self.keys() - self._run:
-            near = min(self._run, key=lambda size: abs(size - other))
-            self[other] = self._start[other] * self[near] / self._start[near]
+    def _is_known(self, rows: int) -> bool:
+        return self._passes - self._seen[rows][-1][0] < AGE
 
 
 def pass_seconds(

@@ -1,55 +1,60 @@
-"""The draft head and prompt look-up together."""
+"""Several sources of draft tokens as one: text drafts for free, a model's where they pay."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
-from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.ngram import NgramDraft
+from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
-# joint chance of look-up's first three tokens from which on the head is not run
-SURE = 0.7
+
+class Head(Draft, Protocol):
+    """A draft with a model, which can add to a tree that holds draft tokens already."""
+
+    def add_to(self, tree: Tree, budget: Budget) -> None: ...
+
+    def fresh(self) -> Head: ...
 
 
 class Cascade:
-    """The expensive source for the next positions, look-up for whatever the text repeats.
+    """What the text repeats, and ``head`` wherever the planner expects it to gain more than its
+    calls take.
 
-    After Cascade Speculative Drafting (Chen et al., 2024): look-up's draft tokens start the draft
-    head's tree, and later positions of the likeliest path are left to look-up alone (horizontal);
-    in ``ModelDraft`` look-up drafts for the small model (vertical).
+    After Cascade Speculative Drafting (Chen et al., 2024): text drafts start the head's tree, and
+    later positions of its likeliest path are left to them alone (horizontal); in ``ModelDraft``
+    they draft for the small model (vertical).
     """
 
-    expected: float = 2.0
-
-    def __init__(self, head: EagleTree, ngram: NgramDraft | None = None) -> None:
-        self.head, self.ngram = head, ngram or NgramDraft()
-        self.feature_layers = head.feature_layers
+    def __init__(self, head: Head, text: SuffixDraft | None = None) -> None:
+        self.head, self.text = head, text
+        self.feature_layers, self.expected = head.feature_layers, head.expected
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         self.head.follow(tokens, features)
-        self.ngram.follow(tokens)
+        if self.text is not None:
+            self.text.follow(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:
-        tree = self.ngram.propose(root, budget)
-        if len(tree) < 4 or tree.joint()[3] < SURE:
-            self.head.add_to(tree, budget)
-        joint = tree.joint()
-        parents = set(tree.parents)
-        leaf = max((n for n in range(len(tree)) if n not in parents), key=joint.__getitem__)
-        if path := [tree.tokens[node] for node in tree.path(leaf)]:
-            self.ngram.continue_path(tree, leaf, path, budget)
+        tree = Tree([root]) if self.text is None else self.text.propose(root, budget)
+        if budget.ask(tree, self.head.add_to) and self.text is not None and len(tree) > 1:
+            joint = tree.joint()
+            parents = set(tree.parents)
+            leaf = max((n for n in range(len(tree)) if n not in parents), key=joint.__getitem__)
+            self.text.add_to(tree, leaf, budget)
         return tree
 
     def truncate(self, length: int) -> None:
         self.head.truncate(length)
-        self.ngram.truncate(length)
+        if self.text is not None:
+            self.text.truncate(length)
 
     def call_seconds(self) -> float:
         return self.head.call_seconds()
 
     def fresh(self) -> Cascade:
-        return Cascade(self.head.fresh(), self.ngram.fresh())
+        return Cascade(self.head.fresh(), self.text and self.text.fresh())

@@ -7,11 +7,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from eepass.runtime.drafting.acceptance import EAGLE, MODEL, TEXT
 from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
-# the sources, first in the bins that the chances of draft tokens are learned by
-EAGLE, NGRAM, MODEL = range(3)
+__all__ = ["EAGLE", "MODEL", "TEXT", "Draft"]
 
 
 class Draft(Protocol):

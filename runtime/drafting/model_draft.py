@@ -11,18 +11,18 @@ from eepass.runtime.decoder.costs import pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.drafting.draft import MODEL
-from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
-# draft tokens of look-up for one pass of the small model
+# draft tokens from the text for one pass of the small model
 LOOK_UP = 4
 
 
 class ModelDraft:
     """``decoder``: the small model; its cache holds one sequence at a time.
 
-    Prompt look-up drafts for the small model, which verifies these tokens in one pass instead of
+    Text drafts go in for the small model, which verifies these tokens in one pass instead of
     one pass a token (the vertical cascade of Chen et al., 2024).
     """
 
@@ -31,21 +31,26 @@ class ModelDraft:
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self.ngram = NgramDraft()
+        self.text = SuffixDraft()
         # how many tokens the small model's cache holds
         self.num_cached = 0
 
     def follow(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
-        self.ngram.follow(tokens)
+        self.text.follow(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
-        text = self.ngram.tokens
+        self.add_to(tree, budget)
+        return tree
+
+    def add_to(self, tree: Tree, budget: Budget) -> None:
+        """Add its continuation to ``tree``, which may hold draft tokens of other sources."""
+        text = self.text.text.tokens
         most = min(budget.most, self.decoder.max_sequence_length - len(text) - LOOK_UP)
         node, joint = 0, 1.0
         drafted: list[int] = []
         while len(drafted) < most:
-            found, matched = self.ngram.continuation(drafted, LOOK_UP)
+            found, matched = self.text.continuation(drafted, LOOK_UP)
             found = found if matched > 1 else []
             logits = self._run([*text, *drafted, *found], len(found) + 1)
             chances, tokens = logits.softmax(-1).max(-1)
@@ -61,13 +66,12 @@ class ModelDraft:
                     break
             # the cache's slots after a rejected token are overwritten
             self.num_cached = min(self.num_cached, len(text) + len(drafted) - 1)
-            if not budget.worth_a_call([], [joint]):
+            if not budget.worth_a_call(tree.joint()[1:], [joint]):
                 break
         self.num_cached = min(self.num_cached, len(text))
-        return tree
 
     def truncate(self, length: int) -> None:
-        self.ngram.truncate(length)
+        self.text.truncate(length)
         self.num_cached = min(self.num_cached, length)
 
     def call_seconds(self) -> float:

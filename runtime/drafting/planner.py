@@ -1,39 +1,68 @@
-"""Choose what pays: how large a tree, and whether to draft, to exit early, both or neither.
+"""Choose what pays: how large a tree, whether to run the draft's model, whether to exit early.
 
-The costs of passes are measured when the engine starts and corrected by its own passes; how often
-draft tokens are accepted, and what each way of decoding yields, is tracked while it runs. Nothing
-here changes the tokens of exact decoding.
+What a pass over some rows costs shows in any way of decoding, and whether a draft token was right
+shows whether or not it was run. So everything is estimated from its parts, and one rule decides:
+what is done has to bring tokens that would take longer otherwise (`gain`). What does not pay now is
+tried again, the rarer the more a try costs (`due`). Nothing here changes the tokens of exact
+decoding.
 """
 
 from __future__ import annotations
 
-from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
+from math import sqrt
+from time import perf_counter
 from typing import Literal
 
-from eepass.runtime.decoder.costs import PassCosts
+from eepass.runtime.decoder.costs import RECENT, PassCosts
+from eepass.runtime.drafting.acceptance import Acceptance, estimate_bin
 from eepass.runtime.drafting.tree import Tree
 
 Mode = Literal["dense", "exits", "speculation", "both"]
 
-# A draft token's *chance* is the probability that it is accepted if its parent is. Draft tokens are
-# sorted into bins (source, depth, what the source estimates), and a bin's chance is learned. The
-# edges of the bins of a source's own estimates:
-CHANCE_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
-# an estimate counts like so many observations; older observations fade
-PRIOR_WEIGHT, FADE = 20.0, 0.999
-# usual chances of the likeliest draft tokens below an accepted one, before a source has named them
-CHILD_CHANCES = (0.5, 0.13, 0.06)
+# passes between two tries of what costs in vain as much as it would gain with each pass
+PATIENCE = 32
+# weight of the newest pass in an average over passes
+NEWEST = 0.1
+# What the draft's model gains is learned by what the tree there is without it gains (edges in dense
+# passes). What it would gain if it were right again, in dense passes.
+TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
+# What larger passes would gain, of their draft tokens' worth, and smaller ones, in dense passes:
+# costs change rarely
+ROWS_HOPE, FEWER_HOPE = 0.25, 0.05
+# passes with exits in a row, since one rolls back what others decided; what each would gain at a
+# time when exits pay, in dense passes
+TRIAL, EXITS_HOPE = 3, 0.06
+# a change of costs that says that what is known of exits is out of date; the loss that a pass
+# without exits stands for while they pay, in dense passes
+JUMP, REFRESH = 1.25, 0.25
 
-# passes for which a mode is tried, and passes between two trials of one that is slower
-TRIAL, PATIENCE = 4, 64
-# passes that the expectation at start counts for, and the weight of the newest pass
-EXPECTED, NEWEST = 8, 0.04
-# expected cost of exits and their predictors, without and with drafts
-EXITS_COST, BOTH_COST = 1.02, 1.03
-# expected loss of either for each other sequence in the pass
-CROWD_COST = 1 / 32
+
+@dataclass(slots=True)
+class Average:
+    """What passes took for what they brought, newer ones counting more; ``last``: the number of the
+    newest one."""
+
+    took: float
+    brought: float = 1.0
+    passes: int = 0
+    last: int = 0
+
+    @property
+    def value(self) -> float:
+        return self.took / self.brought
+
+    def add(self, took: float, brought: float, number: int) -> None:
+        self.passes += 1
+        # the first ones count more, and so does one after a longer time
+        age = (number - self.last) / PATIENCE
+        newest = max(NEWEST, 1 / (self.passes + 2), min(age, 0.5))
+        self.took += newest * (took - self.took)
+        self.brought += newest * (brought - self.brought)
+        self.last = number
 
 
 @dataclass(slots=True)
@@ -43,14 +72,23 @@ class Budget:
 
     planner: Planner
     most: int
+    calls: int = 1
+    _least_joint: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.most = min(self.most, max(self.planner.costs) - 1)
+        # half of it: a row of those that a pass is padded with costs nothing
+        self._least_joint = self.planner.row_seconds / self.planner.token_seconds / 2
 
     @staticmethod
     def bin(chance: float) -> int:
-        return bisect(CHANCE_EDGES, chance)
+        return estimate_bin(chance)
 
     def chance(self, bin: tuple[int, ...], prior: float) -> float:
-        accepted, verified = self.planner.observed.get(bin, (0.0, 0.0))
-        return min((accepted + PRIOR_WEIGHT * prior) / (verified + PRIOR_WEIGHT), 0.99)
+        return self.planner.acceptance.chance(bin, prior)
+
+    def worth_a_row(self, joint: float) -> bool:
+        return joint > self._least_joint
 
     def worth_a_call(self, joint: Sequence[float], level: Sequence[float]) -> bool:
         """Whether to run the draft's model once more.
@@ -58,180 +96,264 @@ class Budget:
         ``joint``: probabilities of the tree's draft tokens to be accepted; ``level``: of those that
         the model would be run for. Their children replace the least likely rows of the pass.
         """
-        rows = min(self.most, max(self.planner.costs) - 1)
-        children = [chance * share for chance in level for share in CHILD_CHANCES]
-        without = sum(sorted(joint, reverse=True)[:rows])
-        gain = sum(sorted([*joint, *children], reverse=True)[:rows]) - without
-        return gain * self.planner.token_seconds > self.planner.draft_seconds
+        shares = self.planner.acceptance.children
+        children = [chance * share for chance in level for share in shares]
+        without, _ = self.planner.gain(sorted(joint, reverse=True))
+        gained, _ = self.planner.gain(sorted([*joint, *children], reverse=True))
+        worth = gained - without > self.planner.draft_seconds
+        self.calls += worth
+        return worth
 
-    def worth_a_row(self, joint: float) -> bool:
-        return joint * self.planner.token_seconds > self.planner.row_seconds
-
-
-@dataclass(slots=True)
-class ModeRecord:
-    """Seconds and tokens of the passes in one mode, older passes fading; ``last`` is the number of
-    the newest one."""
-
-    seconds: float = 0.0
-    tokens: float = 0.0
-    passes: int = 0
-    last: int = 0
-
-    def add(self, seconds: float, tokens: float, number: int) -> None:
-        self.seconds = self.seconds * (1 - NEWEST) + seconds
-        self.tokens = self.tokens * (1 - NEWEST) + tokens
-        self.passes += 1
-        self.last = number
-
-    @property
-    def per_token(self) -> float:
-        return self.seconds / self.tokens if self.tokens else 0.0
+    def ask(self, tree: Tree, add_to: Callable[[Tree, Budget], None]) -> bool:
+        """Let ``add_to`` run the draft's model and add to ``tree``, if that is worth its time."""
+        planner = self.planner
+        without, _ = planner.gain(tree.sorted_joint())
+        if not planner.worth_asking(without, len(tree) > 1):
+            return False
+        began = planner.clock()
+        add_to(tree, self)
+        gained, _ = planner.gain(tree.sorted_joint())
+        planner.asked(without, gained, planner.clock() - began, self.calls)
+        return True
 
 
 @dataclass(slots=True)
 class Planner:
     """``costs[R]``: seconds of a whole pass over R rows, LM head included; ``draft_seconds``: of
-    one call of the draft's model; ``draft_tokens``: expected tokens of a pass with drafts;
-    ``modes``: the ways of decoding that are allowed, the plainest first."""
+    one call of the draft's model; ``draft_tokens``: expected tokens of a pass with it; ``modes``:
+    the ways of decoding that are allowed, the plainest first."""
 
     costs: dict[int, float]
     draft_seconds: float = 0.0
     draft_tokens: float = 1.0
     modes: tuple[Mode, ...] = ("dense",)
-    # by bin, how many draft tokens were accepted and how many verified
-    observed: dict[tuple[int, ...], tuple[float, float]] = field(default_factory=dict)
-    # by the number of sequences decoded together
-    records: dict[int, dict[Mode, ModeRecord]] = field(default_factory=dict)
+    acceptance: Acceptance = field(default_factory=Acceptance)
+    clock: Callable[[], float] = perf_counter
     passes: int = 0
-    # the number of sequences and the mode on trial, and the pass it began with
-    _trial: tuple[int, Mode] | None = None
-    _trial_start: int = 0
+    # how many passes there were of each kind
+    used: dict[Mode, int] = field(default_factory=dict)
+    # in dense passes, by the number of sequences: what a token takes, and what passes with exits
+    # take for what the same ones without would
+    _pace: dict[int, Average] = field(default_factory=dict)
+    _exits: dict[int, Average] = field(default_factory=dict)
+    # in dense passes, what asking the draft's model takes beyond what it gains
+    _asked: list[Average] = field(default_factory=list)
+    # the pass at which something was last tried, and until which exits are tried
+    _tried: dict[Hashable, int] = field(default_factory=dict)
+    _trial_end: int = 0
+    # the number of sequences; of this pass, the seconds of the draft's model and expected tokens
+    _batch: int = 1
+    _asked_seconds: float = 0.0
+    _expected: float = 0.0
+    # seconds of a call of the draft's model
+    _calls: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
     def __post_init__(self) -> None:
         # its own: several planners may start from one measurement
         self.costs = PassCosts(self.costs)
+        self._calls.append(self.draft_seconds)
+        took = self._cost(4) - self._cost(1) + 2.5 * self.draft_seconds
+        brought = max(self.draft_tokens - 1, 0.0) * self.token_seconds
+        self._asked = [
+            Average((took - brought / (1 + edge)) / self._cost(1)) for edge in (0, *TREE_EDGES)
+        ]
 
     @property
     def token_seconds(self) -> float:
-        """Seconds of a token in the fastest mode seen so far."""
-        records = (record for modes in self.records.values() for record in modes.values())
-        return min([self.costs[1], *(r.per_token for r in records if r.passes)])
+        """Seconds of a token at present; exits are taken to save the same share of all passes."""
+        return self._cost(1) * self._pace_of(self._batch).value
 
     @property
     def row_seconds(self) -> float:
-        """Seconds of one more row in a pass of several."""
-        few, many = min(self.costs), max(self.costs)
-        return max(self.costs[many] - self.costs[few], 0.0) / max(many - few, 1)
+        """Least seconds that one more row of a pass takes."""
+        costs = pairwise(sorted(self.costs.items()))
+        slopes = [(more - less) / (many - few) for (few, less), (many, more) in costs]
+        return max(min(slopes, default=0.0), 0.0)
+
+    def gain(self, joint: Sequence[float], rows: int = 1) -> tuple[float, int]:
+        """The most seconds that draft tokens gain, and how many of them gain that; ``joint``: their
+        probabilities to be accepted, the largest first; ``rows``: others in the pass."""
+        token_seconds, costs = self.token_seconds, sorted(self.costs.items())
+        best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self._cost(rows)
+        # rows that a larger count pads a pass with cost nothing
+        for size, cost in costs:
+            end = min(size - rows, len(joint))
+            if end > begin:
+                tokens += sum(joint[begin:end])
+                gained, begin = tokens * token_seconds - (cost - without), end
+                if gained > best:
+                    best, count = gained, end
+        return best, count
+
+    def due(self, what: Hashable, loss: float, hope: float) -> bool:
+        """Whether to try again what is expected to cost ``loss`` in vain, and would gain ``hope``
+        with each pass if things have changed.
+
+        The root balances what tries cost with what is missed until one of them finds a change.
+        """
+        waited = self.passes - self._tried.setdefault(what, self.passes)
+        if loss > 0 and waited < PATIENCE * sqrt(loss / max(hope, 1e-9)):
+            return False
+        self._tried[what] = self.passes
+        return True
+
+    def choose(self, tree: Tree, most: int, pending: int = 0, others: int = 0) -> Tree:
+        """The part of ``tree``, at most ``most`` draft tokens, that gains most.
+
+        ``pending``: rows of pending tokens that may go along; ``others``: other sequences in the
+        pass.
+        """
+        joint, rows = tree.joint(), 1 + pending + others
+        order = sorted(range(1, len(tree)), key=lambda node: -joint[node])[:most]
+        _, count = self.gain([joint[node] for node in order], rows)
+        count = self._try_other_rows([joint[node] for node in order], count, rows)
+        self._expected += 1 + sum(joint[node] for node in order[:count])
+        return tree.keep(order[:count])
+
+    def _try_other_rows(self, joint: Sequence[float], count: int, rows: int) -> int:
+        """``count`` draft tokens, or those of a larger or smaller pass: these may have become
+        cheaper, which only such a pass can show."""
+        larger = min((size for size in self.costs if size > rows + count), default=0)
+        if more := joint[count : max(larger - rows, count)]:
+            hope = self.token_seconds * sum(more)
+            loss = self._cost(larger) - self._cost(rows + count) - hope
+            if self.due(("rows", larger), loss, ROWS_HOPE * hope):
+                return count + len(more)
+        smaller = max((size for size in self.costs if size < rows + count), default=0)
+        if smaller > rows:
+            loss = self.token_seconds * sum(joint[smaller - rows : count])
+            if self.due(("rows", smaller), loss, FEWER_HOPE * self._cost(1)):
+                return smaller - rows
+        return count
+
+    def worth_asking(self, without: float, drafted: bool) -> bool:
+        """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""
+        level = self._level(without)
+        forced = len(self.modes) == 1 and not drafted
+        return forced or self.due(
+            ("ask", level), self._asked[level].value, ASK_HOPE / (1 + 3 * level)
+        )
+
+    def asked(self, without: float, gained: float, seconds: float, calls: int) -> None:
+        """Running the draft's model took ``seconds``; the tree gains ``gained`` now."""
+        self._asked_seconds += seconds
+        self._calls.append(seconds / calls)
+        self.draft_seconds = min(self._calls)
+        # one that took far longer was interrupted
+        took = min(seconds, 2 * calls * self.draft_seconds)
+        level = self._level(without)
+        self._asked[level].add((took - gained + without) / self._cost(1), 1.0, self.passes)
 
     def mode(self, batch: int = 1) -> Mode:
         """The mode of the next pass over ``batch`` sequences."""
+        self._batch, self._expected, self._asked_seconds = batch, 0.0, 0.0
         # as many sequences as a tree has rows leave none for draft tokens, and trials are expensive
         if len(self.modes) == 1 or batch >= max(self.costs):
             return self.modes[0]
-        records = self._records(batch)
-        if self._trial is not None and self._trial[0] == batch:
-            if self.passes - self._trial_start < TRIAL:
-                return self._trial[1]
-            self._trial = None
-        best = self.best(batch)
-        for mode in self.modes:
-            record = records[mode]
-            slower = record.per_token / max(records[best].per_token, 1e-9)
-            # the slower, the rarer its trials
-            patience = PATIENCE * min(max(1.0, slower), 1.25) ** 8
-            if mode != best and self.passes - record.last > patience:
-                self._trial, self._trial_start = (batch, mode), self.passes
-                return mode
-        return best
-
-    def best(self, batch: int = 1) -> Mode:
-        """The mode with the least time per token; the plainest where the difference is noise."""
-        records = self._records(batch)
-        best = min(self.modes, key=lambda mode: records[mode].per_token)
-        better = records[best].per_token < 0.985 * records[self.modes[0]].per_token
-        return best if better else self.modes[0]
+        plain, early = self._allowed()
+        if early is None or self.passes < RECENT:
+            # what passes with exits take is held against those without
+            return plain
+        if self.passes < self._trial_end:
+            return early
+        exits = self._exits_of(batch)
+        if exits.value < 1:
+            # passes without exits show what passes cost
+            return plain if self.due(("costs", batch), REFRESH, 1.0) else early
+        if self.due(("exits", batch), TRIAL * (exits.value - 1), EXITS_HOPE):
+            self._trial_end = self.passes + TRIAL
+            return early
+        return plain
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` through all layers and the LM head, and nothing else, took so long."""
         assert isinstance(self.costs, PassCosts)
         if rows <= max(self.costs):
             # padded to a row count there is code for
-            self.costs.observe(min(size for size in self.costs if size >= rows), seconds)
+            size = min(size for size in self.costs if size >= rows)
+            before = self.costs[size]
+            self.costs.observe(size, seconds)
+            if not before / JUMP < self.costs[size] < before * JUMP:
+                # what passes with exits took was held against other costs
+                self._exits.clear()
 
-    def record(self, mode: Mode, rows: int, seconds: float, tokens: int, batch: int = 1) -> None:
-        """A pass in ``mode`` over ``rows`` of ``batch`` sequences gave ``tokens``."""
+    def record(
+        self, mode: Mode, rows: int, seconds: float, appended: int, grown: int, batch: int = 1
+    ) -> None:
+        """A pass in ``mode`` over ``rows`` of ``batch`` sequences, from proposing draft tokens to
+        the end, took ``seconds``; it ``appended`` tokens, and they have ``grown`` by fewer where
+        others were rolled back."""
         self.passes += 1
-        # a machine that was busy with something else says nothing about the mode
-        usual = self._cost(rows) * max(1.0, rows / max(self.costs)) + 8 * self.draft_seconds
-        self._records(batch)[mode].add(min(seconds, 2 * usual), tokens, self.passes)
+        drafted, early = rows > batch, mode in ("exits", "both")
+        happened: tuple[Mode, ...] = ("dense", "speculation", "exits", "both")
+        kind = happened[drafted + 2 * early]
+        self.used[kind] = self.used.get(kind, 0) + 1
+        usual = self._cost(rows) * max(1.0, rows / max(self.costs))
+        if early:
+            # a machine that was busy with something else says nothing about exits
+            took, exits = (seconds - self._asked_seconds) / usual, self._exits_of(batch)
+            if not exits.value / JUMP < took < exits.value * JUMP:
+                # it may not be exits that changed
+                self._tried["costs", batch] = -self.passes - PATIENCE
+            # one pass that was disturbed says nothing about exits
+            exits.add(min(took, exits.value * JUMP) * appended, grown, self.passes)
+        took = (usual + self._asked_seconds) / self._cost(1)
+        self._pace_of(batch).add(took, max(self._expected, float(batch)), self.passes)
 
-    def choose(self, tree: Tree, most: int, pending: int = 0, others: int = 0) -> Tree:
-        """The part of ``tree``, at most ``most`` draft tokens, that gives most tokens a second.
+    def learn(self, tree: Tree, tokens: Sequence[int]) -> None:
+        """``tokens`` followed the root of ``tree``, which need not have been run."""
+        self.acceptance.learn(tree, tokens)
 
-        ``pending``: rows of pending tokens that may go along; ``others``: other sequences in the
-        pass.
-        """
-        joint = tree.joint()
-        order = sorted(range(1, len(tree)), key=lambda node: -joint[node])
-        rows, tokens = 1 + pending + others, 1.0 + others
-        best, best_rate = 0, tokens / self._cost(rows)
-        for count, node in enumerate(order, 1):
-            if count > most or rows + count > max(self.costs):
-                break
-            tokens += joint[node]
-            rate = tokens / self._cost(rows + count)
-            if rate > best_rate:
-                best, best_rate = count, rate
-        return tree.keep(order[:best])
+    def learned(self) -> list[float]:
+        """What running the draft's model is known to gain, for a later planner."""
+        return [asked.value for asked in self._asked]
 
-    def learn(self, tree: Tree, path: list[int]) -> None:
-        """The nodes of ``path`` were accepted, other children of theirs rejected."""
-        accepted = set(path)
-        for node in range(1, len(tree)):
-            bin = tree.bins[node]
-            if bin is not None and tree.parents[node] in accepted:
-                hits, verified = self.observed.get(bin, (0.0, 0.0))
-                self.observed[bin] = (hits * FADE + (node in accepted), verified * FADE + 1)
-
-    def _cost(self, rows: int) -> float:
-        return self.costs[
-            next((size for size in sorted(self.costs) if size >= rows), max(self.costs))
-        ]
-
-    def _records(self, batch: int) -> dict[Mode, ModeRecord]:
-        if batch not in self.records:
-            plain = self._cost(batch) * max(1.0, batch / max(self.costs))
-            drafted = max(self.costs.values()) + 2.5 * self.draft_seconds
-            expected = {
-                "dense": ModeRecord(plain, batch),
-                "exits": ModeRecord(plain * EXITS_COST, batch),
-                "speculation": ModeRecord(drafted, batch * self.draft_tokens),
-                "both": ModeRecord(drafted * BOTH_COST, batch * self.draft_tokens),
-            }
-            if batch > 1:
-                # other sequences fill the rows that one's draft tokens would have
-                crowd = plain * (1 + CROWD_COST * batch)
-                expected["exits"] = ModeRecord(crowd, batch)
-                expected["speculation"] = ModeRecord(crowd * BOTH_COST, batch)
-                expected["both"] = ModeRecord(crowd * BOTH_COST**2, batch)
-            for record in expected.values():
-                record.seconds, record.tokens = record.seconds * EXPECTED, record.tokens * EXPECTED
-                record.last = self.passes
-            self.records[batch] = {mode: expected[mode] for mode in self.modes}
-        return self.records[batch]
+    def recall(self, learned: Sequence[float]) -> None:
+        """Start with what an earlier planner had ``learned``."""
+        if len(learned) == len(self._asked):
+            self._asked = [Average(value) for value in learned]
 
     def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The mode in use and the figures it was chosen by, in milliseconds."""
-        used = {mode: record for mode, record in self._records(batch).items() if record.passes}
-        trials = sum(trials for _, trials in self.observed.values())
-        hits = sum(hits for hits, _ in self.observed.values())
+        plain, early = self._allowed()
+        exits, dense = self._exits_of(batch).value, self._cost(batch) / batch
+        mode = early if early and (exits < 1 or plain == early) else plain
+        drafted = self.used.get("speculation", 0) + self.used.get("both", 0)
+        if "dense" in self.modes and mode == "speculation" and 10 * drafted < self.passes:
+            mode = "dense"
+        pace = self._cost(1) * self._pace_of(batch).value
+        spent = {"dense": dense, "speculation": pace, "exits": pace * exits, "both": pace * exits}
+        counts = self.acceptance.observed.values()
+        hits, verified = (sum(count[part] for count in counts) for part in (0, 1))
         return {
-            "mode": self.best(batch),
+            "mode": mode,
             "modes": list(self.modes),
-            "ms_per_token": {mode: round(1e3 * r.per_token, 2) for mode, r in used.items()},
-            "passes": {mode: r.passes for mode, r in used.items()},
+            "ms_per_token": {mode: round(1e3 * spent[mode], 2) for mode in self.used},
+            "passes": dict(self.used),
             "pass_ms": {rows: round(1e3 * cost, 2) for rows, cost in self.costs.items()},
             "draft_ms": round(1e3 * self.draft_seconds, 2),
-            "draft_hit_rate": round(hits / trials, 3) if trials else None,
+            "draft_hit_rate": round(hits / verified, 3) if verified else None,
         }
+
+    def _allowed(self) -> tuple[Mode, Mode | None]:
+        """What is decoded by without exits, and with them if they are allowed."""
+        plain = [mode for mode in self.modes if mode in ("dense", "speculation")]
+        early = [mode for mode in self.modes if mode in ("exits", "both")]
+        return (plain or early)[-1], early[-1] if early else None
+
+    def _level(self, without: float) -> int:
+        return sum(without > edge * self._cost(1) for edge in TREE_EDGES)
+
+    def _cost(self, rows: int) -> float:
+        # a pass never costs more than one of more rows
+        fitting = [cost for size, cost in self.costs.items() if size >= rows]
+        return min(fitting, default=self.costs[max(self.costs)])
+
+    def _pace_of(self, batch: int) -> Average:
+        if batch not in self._pace:
+            took = self._cost(batch) * max(1.0, batch / max(self.costs)) / self._cost(1)
+            self._pace[batch] = Average(took, batch)
+        return self._pace[batch]
+
+    def _exits_of(self, batch: int) -> Average:
+        return self._exits.setdefault(batch, Average(1.0))

@@ -54,6 +54,10 @@ class Tree:
             found.append(found[self.parents[node]] * self.chances[node])
         return found
 
+    def sorted_joint(self) -> list[float]:
+        """The probabilities of the draft tokens, the largest first."""
+        return sorted(self.joint()[1:], reverse=True)
+
     def keep(self, nodes: Sequence[int]) -> Tree:
         """The tree of ``nodes``, which include their parents, the likeliest path first."""
         kept = set(nodes) | {0}

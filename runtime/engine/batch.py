@@ -17,6 +17,7 @@ class Request:
     """A prompt to continue by at most ``limit`` tokens, up to the first of ``stop``.
 
     The consumer of the tokens may set ``enough``: then no more of this request follow.
+    ``sequence`` is the one that answers it, once it has started.
     """
 
     ids: list[int]
@@ -24,6 +25,7 @@ class Request:
     stop: frozenset[int]
     sampling: Sampling
     enough: bool = False
+    sequence: Sequence | None = None
 
     @property
     def slots(self) -> int:
@@ -32,19 +34,26 @@ class Request:
 
 
 def decode_batch(
-    engine: Engine, requests: SequenceOf[Request]
+    engine: Engine, requests: SequenceOf[Request], most: int | None = None
 ) -> Generator[tuple[Request, int], None, None]:
     """Tokens of ``requests`` as they are confirmed, those of one request in order.
 
-    A request starts when the cache has enough free slots for it. When the iterator ends, is closed,
-    or fails, none of the requests is in the cache any more. Raises ``EngineError`` for a prompt
-    that is empty, or that does not fit into the empty cache.
+    A request starts when the cache has enough free slots for it, and fewer than ``most`` are being
+    decoded: with more than a pass has rows for, each token takes several passes. When the iterator
+    ends, is closed, or fails, none of the requests is in the cache any more. Raises ``EngineError``
+    for a prompt that is empty, or that does not fit into the empty cache.
     """
     queue = deque(requests)
     running: dict[Sequence, Request] = {}
     try:
         while queue or running:
-            while queue and (not running or engine.decoder.kv.fits(queue[0].slots)):
+            while queue and (
+                not running
+                or (
+                    (len(running) < (most or len(requests)))
+                    and engine.decoder.kv.fits(queue[0].slots)
+                )
+            ):
                 request = queue.popleft()
                 # alone it takes the whole cache: contiguous rows from slot 0 on are the cheapest
                 alone = engine.decoder.max_sequence_length if len(requests) == 1 else 0
@@ -56,6 +65,7 @@ def decode_batch(
                     capacity=max(request.slots, alone),
                 )
                 running[sequence] = request
+                request.sequence = sequence
             yield from _deliver_confirmed(engine, running)
             ending = [sequence for sequence in running if sequence.at_its_end]
             if ending:

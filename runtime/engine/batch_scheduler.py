@@ -46,6 +46,7 @@ class BatchScheduler:
         batch = []
         for sequence in sequences:
             tree, pending = Tree([sequence.tokens[-1]]), sequence.num_pending
+            proposed = tree
             max_drafts = min(
                 max_rows - 1 - pending,
                 sequence.capacity - sequence.position - 1,
@@ -60,7 +61,7 @@ class BatchScheduler:
             if mode in ("exits", "both") and self.exits is not None:
                 active = self._active_exits(sequence, pending + len(tree), max_rows)
             choose = self.verifier.exit_sampler(sequence)
-            batch.append(ScheduledSequence(sequence, tree, active, choose))
+            batch.append(ScheduledSequence(sequence, tree, proposed, active, choose))
         return batch
 
     def predictor_drafts(

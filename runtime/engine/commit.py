@@ -43,8 +43,8 @@ def commit(
             sequence.num_confirmed = len(sequence.tokens)
         for step in sequence.decoded(before, sequence.num_confirmed):
             statistics.record_exit(step.exit_layer)
-        if one.tree is not None and one.num_kept is None:
-            planner.learn(one.tree, one.path)
+        if one.proposed is not None and one.num_kept is None:
+            planner.learn(one.proposed, one.new_tokens)
 
 
 def _norm_last_hidden(batch: SequenceOf[ScheduledSequence], exits: Exits) -> None:

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from time import perf_counter
 from typing import Literal
 
+from torch import Tensor
+
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
@@ -23,6 +25,7 @@ from eepass.runtime.engine.batch_scheduler import BatchScheduler
 from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
 from eepass.runtime.engine.prefill import OnLayer, prefill
+from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
@@ -58,8 +61,10 @@ class Engine:
         options: Options | None = None,
         planner: Callable[[], Planner] | None = None,
         noise: Callable[[], float] | None = None,
+        ended: Callable[[Planner, SequenceOf[int]], None] | None = None,
     ) -> None:
-        """``planner`` and ``noise`` measure, in an empty cache, before the first sequence."""
+        """``planner`` and ``noise`` measure, in an empty cache, before the first sequence;
+        ``ended`` is called with the tokens of each sequence that ends."""
         self.decoder, self.exits = decoder, exits
         self.schedule, self.draft = schedule, draft
         if options is None:
@@ -69,7 +74,7 @@ class Engine:
         self.step_rows = max(sizes)
         self.pending_limit = min(options.pending_limit, self.step_rows - 1)
         self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
-        self._to_measure = (planner, noise)
+        self._to_measure, self._ended = (planner, noise), ended
         # a planner that nothing was measured for takes all passes to cost the same
         self._observes = False
         # for how many sequences together everything is compiled
@@ -80,6 +85,8 @@ class Engine:
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
         self.sequences: list[Sequence] = []
+        # of a dense engine; whoever sets it takes what it keeps
+        self.recorder: Recorder | None = None
 
     def measure(self) -> None:
         """Measure what has not been measured yet, if the cache holds no sequence."""
@@ -131,6 +138,12 @@ class Engine:
             draft=self.draft.fresh() if self.draft is not None else None,
             schedule=self.schedule.fresh() if self.schedule is not None else None,
         )
+        recorder = self.recorder
+        if on_layer is None and recorder is not None:
+
+            def on_layer(layer: int, hidden: Tensor) -> None:
+                recorder.add(sequence, layer, hidden[0])
+
         try:
             logits = prefill(sequence, decoder, self.exits, on_layer)
             token = self.verifier.next_token(logits, sequence, sequence.tokens)
@@ -155,6 +168,8 @@ class Engine:
         if sequence in self.sequences:
             self.sequences.remove(sequence)
             self.decoder.kv.release(sequence.first_slot)
+            if self._ended is not None:
+                self._ended(self.planner, sequence.tokens[: sequence.num_confirmed])
 
     def reset(self) -> None:
         """End all sequences."""
@@ -268,27 +283,29 @@ class Engine:
         # rows each sequence may have, so that one pass holds all of them
         rows = self.step_rows // len(chosen)
         self.catch_up([sequence for sequence in chosen if sequence.num_pending >= rows])
-        began = perf_counter()
+        began, drafting = perf_counter(), self.statistics.draft_seconds
         mode = self.planner.mode(len(chosen))
-        confirmed = sum(sequence.num_confirmed for sequence in chosen)
+        before = sum(len(sequence.tokens) for sequence in chosen)
         batch = self.scheduler.schedule(chosen, mode, rows, self.planner, self.statistics)
+        drafting = self.statistics.draft_seconds - drafting
         new_rows = sum(len(one.tree or ()) for one in batch)
         self._run_pass(batch)
-        tokens = sum(sequence.num_confirmed for sequence in chosen) - confirmed
         seconds = perf_counter() - began
-        self.planner.record(mode, new_rows, seconds, tokens, len(chosen))
+        if self._observes and all(one.is_dense for one in batch):
+            self.planner.observe(new_rows, seconds - drafting)
+        appended = sum(len(one.new_tokens) for one in batch)
+        grown = sum(len(sequence.tokens) for sequence in chosen) - before
+        self.planner.record(mode, new_rows, seconds, appended, grown, len(chosen))
         self.statistics.seconds += seconds
 
     def _run_pass(self, batch: list[ScheduledSequence]) -> None:
         draft = self.draft
         layers = draft.feature_layers if draft is not None else None
         forward_pass = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy
-        )
+            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy,
+            self.recorder,
+        )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
-        began = perf_counter()
         forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
-        if self._observes and all(one.is_dense for one in batch):
-            self.planner.observe(len(forward_pass.rows), perf_counter() - began)
         commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
+from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.exits.exits import Exits, RowState
@@ -42,7 +43,8 @@ RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
-    ``feature_layers``: layers after which the rows' hidden states are kept for a draft.
+    ``feature_layers``: layers after which the rows' hidden states are kept for a draft;
+    ``recorder`` keeps them for others.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class ForwardPass:
         statistics: Statistics,
         feature_layers: SequenceOf[int] = (),
         kv_policy: str = "defer",
+        recorder: Recorder | None = None,
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
+        self.recorder = recorder
         self.feature_layers = frozenset(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
@@ -78,6 +82,10 @@ class ForwardPass:
             layer = index + 1
             if layer in self.feature_layers:
                 self._keep_features(layer)
+            if self.recorder is not None and layer in self.recorder.layers:
+                for number, row in enumerate(self.rows):
+                    own = self.hidden[0, number : number + 1]
+                    self.recorder.add(row.scheduled.sequence, layer, own)
             if self.exits is not None:
                 self._run_predictors(layer)
             if not self.rows:

@@ -20,6 +20,8 @@ class ScheduledSequence:
 
     sequence: Sequence
     tree: Tree | None = None
+    # all that was drafted, run or not
+    proposed: Tree | None = None
     active_exits: frozenset[int] = frozenset()
     choose: Choose | None = None
     # what follows each node for which that is decided

@@ -153,7 +153,7 @@ def test_exact_answers_are_the_quantised_models(quantised):
     # until a near tie sends them different ways
     assert agreeing >= 3
     config = ExitConfig(adaptive=False, threshold=0.5)
-    for speculate in ("cascade", "ngram", "off"):
+    for speculate in ("cascade", "suffix", "off"):
         engine = model.configure(dataclasses.replace(config, speculate=speculate))
         assert [step.token for step in engine.generate(PROMPT, 24)] == dense, speculate
     statistics = model.configure(config).statistics

@@ -180,13 +180,17 @@ def test_a_planner_says_what_the_sentence_needs():
     # before the first pass: expectations, and no figure of a way that was not used
     assert "5.0 ms a token; a pass" in outcome(summary(), planner.decision())
     tree = Tree([5])
-    right, wrong = (tree.add(token, 0, 0.5, (0, token)) for token in (6, 7))
-    planner.learn(tree, [0, right])
-    assert wrong and planner.decision()["draft_hit_rate"] == 0.5
+    for token in (6, 7):
+        tree.add(token, 0, 0.5, (0, token))
+    planner.learn(tree, [6])
+    assert planner.decision()["draft_hit_rate"] == 0.5
     for _ in range(60):
-        planner.record("speculation", 4, 0.009, 3)
+        planner.mode()
+        assert len(planner.choose(tree, 7)) == 3
+        planner.observe(4, 0.009)
+        planner.record("speculation", 4, 0.009, 2, 2)
     text = outcome(summary(), planner.decision())
-    assert text.startswith("speculation was fastest here: 1.9 tokens a pass, 3.0 ms a token")
+    assert text.startswith("speculation was fastest here: 1.9 tokens a pass, 4.5 ms a token")
     assert text.endswith("a pass of 4 rows costs 9.0 ms, one row 7.0 ms; drafts hit 0.50.")
 
 

@@ -10,16 +10,18 @@ import eepass
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
-from eepass.runtime.drafting.ngram import NgramDraft
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.training import draft_head
-from eepass.training.calibration import NEVER, Costs, calibrate, replay
+from eepass.training.calibration import NEVER, Costs, agreement_bound, calibrate, replay
 from eepass.training.corpus import (
+    GIVEN,
     Example,
-    _mixed,
+    Prompt,
+    mixed,
     read_answers,
+    read_kinds,
     read_prompts,
     split_of,
-    write_prompts,
 )
 from eepass.training.dense_model import best_token
 from eepass.training.draft_head import fit_draft_head
@@ -44,6 +46,13 @@ class Watch:
         if self.stop_after and self.stages[-1] == self.stop_after:
             raise KeyboardInterrupt
 
+    def say(self, text):
+        pass
+
+
+def given(*prompts):
+    return [Prompt(ids, GIVEN, split_of(ids)) for ids in prompts]
+
 
 @pytest.fixture
 def examples():
@@ -60,6 +69,8 @@ def test_a_broken_line_is_named(tmp_path):
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
     assert read_prompts(file) == ["a", "b"]
+    file.write_text('{"prompt": "a", "kind": "code"}\n{"prompt": "b"}\n')
+    assert read_kinds(file) == [("a", "code"), ("b", GIVEN)]
     file.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(InputError, match="line 2"):
         read_prompts(file)
@@ -72,7 +83,7 @@ def test_a_broken_line_is_named(tmp_path):
     answers = tmp_path / "answers.jsonl"
     answers.write_text('{"prompt": 0, "answer": [1, 999]}\n')
     with pytest.raises(InputError, match="line 1"):
-        read_answers(answers, [[1]], 100)
+        read_answers(answers, given([1]), 100)
 
 
 def test_lines_end_at_newlines_alone(tmp_path):
@@ -84,7 +95,7 @@ def test_lines_end_at_newlines_alone(tmp_path):
     assert read_prompts(file) == texts
     answers = tmp_path / "answers.jsonl"
     answers.write_bytes('\ufeff{"prompt": 1, "answer": [5], "of": "a\u2028b"}\n\n'.encode())
-    assert read_answers(answers, [[1], [2]], 100)[0][:2] == ([2], [5])
+    assert read_answers(answers, given([1], [2]), 100)[0][:2] == ([2], [5])
 
 
 @pytest.mark.parametrize(
@@ -101,14 +112,15 @@ def test_what_is_no_answer_is_named(tmp_path, line):
     file = tmp_path / "answers.jsonl"
     file.write_text('{"prompt": 0, "answer": [1]}\n' + line + "\n")
     with pytest.raises(InputError, match="line 2"):
-        read_answers(file, [[1], [2]], 100)
+        read_answers(file, given([1], [2]), 100)
 
 
 @pytest.mark.parametrize(
     "line",
     [
         '{"turns": "text"}', '{"turns": []}', '{"turns": [3]}', '{"prompt": 3}', '{"prompt": null}',
-        '["prompt"]', '"prompt"', '{"prompt": "\\ud800"}', '{"a": ' * 100_000,
+        '["prompt"]', '"prompt"', '{"prompt": "a", "kind": 3}',
+        '{"prompt": "\\ud800"}', '{"a": ' * 100_000,
     ],
 )  # fmt: skip
 def test_what_is_no_prompt_is_named(tmp_path, line):
@@ -124,26 +136,26 @@ def test_prompts_that_are_not_utf8_are_named(tmp_path):
     with pytest.raises(InputError, match="cannot be read as text"):
         read_prompts(file)
     with pytest.raises(InputError, match="cannot be read as text"):
-        read_answers(file, [[1]], 100)
+        read_answers(file, given([1]), 100)
 
 
 def test_every_stretch_of_prompts_has_all_splits():
     """A token limit ends early; what was answered until then has to train on all three."""
-    prompts = [[n, n + 1] for n in range(1000)]
-    mixed = _mixed(prompts)
-    assert sorted(mixed) == prompts
+    prompts = given(*([n, n + 1] for n in range(1000)))
+    ordered = mixed(prompts)
+    assert sorted(ordered) == prompts
     for begin in range(0, 960, 32):
-        stretch = mixed[begin : begin + 32]
-        assert {split_of(prompt) for prompt in stretch} == {"fit", "predict", "calibrate"}
+        stretch = ordered[begin : begin + 32]
+        assert {prompt.split for prompt in stretch} == {"fit", "predict", "calibrate"}
 
 
 def test_too_few_answers_say_what_to_give():
     fit = next([n] for n in range(100) if split_of([n]) == "fit")
     examples = [Example(fit, [5] * 1500, "fit")]
     with pytest.raises(InputError, match="1 answers of 1500 tokens are too few: give more prompts"):
-        _refuse_too_few(examples, [fit], 1000)
+        _refuse_too_few(examples, given(fit), 1000)
     with pytest.raises(InputError, match="raise --tokens above 1500"):
-        _refuse_too_few(examples, [fit, [101]], 1000)
+        _refuse_too_few(examples, given(fit, [101]), 1000)
 
 
 def test_splits_go_by_prompt_and_have_their_sizes():
@@ -220,7 +232,9 @@ def made_data(count=4000):
     logits = [
         torch.randn(count, 4) + 3 * here[:, None] * torch.tensor([1.0, 0, 0, 0]) for here in right
     ]
-    return ExitData((4, 6, 8), logits, torch.ones_like(right), right)
+    # texts of ten tokens, of five kinds in turns
+    text = torch.arange(count) // 10
+    return ExitData((4, 6, 8), logits, torch.ones_like(right), right, text, text // 2 % 5)
 
 
 def test_predictors_tell_right_exits_from_wrong_ones():
@@ -238,7 +252,8 @@ def test_thresholds_meet_their_targets_at_falling_cost():
     for calibration in found:
         assert calibration.agreement >= calibration.target - 1e-6
         thresholds = [calibration.thresholds.get(layer, NEVER) for layer in data.layers]
-        exit_layer, cost, correct = replay(exits, thresholds, COSTS)
+        # as on the texts that had no part in choosing the thresholds
+        exit_layer, cost, correct = replay(exits.part(data.text % 2 == 1), thresholds, COSTS)
         assert calibration.agreement == pytest.approx(float(correct.float().mean()))
         assert calibration.mean_exit_layer == pytest.approx(float(exit_layer.float().mean()))
         assert calibration.speedup == pytest.approx(COSTS.dense / float(cost.mean()))
@@ -247,6 +262,36 @@ def test_thresholds_meet_their_targets_at_falling_cost():
     # an exit costs more than it saves: no token exits, and no predictor is evaluated
     expensive = Costs(num_layers=10, head=0.0, draft=0.0, predictor=0.05, verify=50.0)
     assert calibrate(exits, expensive, (0.9,))[0].thresholds == {}
+
+
+def test_the_bound_is_that_of_a_kind_of_text_not_among_those_measured():
+    torch.manual_seed(0)
+    kept = {True: 0, False: 0}
+    for _ in range(200):
+        # the share of correct tokens differs by kind, and from text to text
+        share = (0.92 + 0.03 * torch.randn(9)).clamp(0, 1)
+        correct = torch.rand(9, 60, 20) < (share[:, None, None] + 0.02 * torch.randn(9, 60, 1))
+        kind = torch.arange(9)[:, None, None].expand(9, 60, 20)
+        text = torch.arange(540).view(9, 60, 1).expand(9, 60, 20)
+        seen = [part[:8].flatten() for part in (correct, text, kind)]
+        other = float(correct[8].float().mean())
+        kept[True] += agreement_bound(*seen) <= other
+        kept[False] += agreement_bound(seen[0], seen[1], torch.zeros_like(seen[2])) <= other
+    # the promise; without the kinds it is broken far more often
+    assert kept[True] >= 0.84 * 200 > 0.75 * 200 > kept[False]
+
+
+def test_the_bound_of_few_kinds_counts_texts_not_tokens():
+    torch.manual_seed(0)
+    correct = (torch.arange(20) % 10 > 0).repeat_interleave(50)
+    text = torch.arange(20).repeat_interleave(50)
+    kind = torch.zeros_like(text)
+    alone = agreement_bound(correct, torch.arange(1000), kind)
+    assert agreement_bound(correct, text, kind) < alone < float(correct.float().mean())
+    # nothing wrong in ten texts is no promise
+    assert 0.5 < agreement_bound(correct | True, text // 2, kind) < 0.9
+    # one text says nothing of others
+    assert agreement_bound(correct, torch.zeros_like(text), kind) == 0.0
 
 
 def test_the_dense_answer_is_found_in_float32():
@@ -284,7 +329,7 @@ def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
     assert not any(name.startswith("eagle.") for name in artifact.tensors)
     # the prompt drafts in its place, unless the head is asked for by name
     transformed = eepass.transform(model, artifact, max_length=64)
-    assert isinstance(transformed.engine.draft, NgramDraft)
+    assert isinstance(transformed.engine.draft, SuffixDraft)
     with pytest.raises(InputError, match="no draft head"):
         transformed.configure(ExitConfig(speculate="eagle"))
 
@@ -296,25 +341,4 @@ def test_a_shard_that_was_not_finished_is_not_counted(tmp_path):
     (tmp_path / ".fit-0000009.safetensors.part").write_bytes(b"half")
     store = HiddenStateStore(tmp_path, (1,))
     assert store.examples_done == 2 and len(store.read("fit", "token")) == 3
-    assert json.loads((tmp_path / "done.json").read_text()) == {"examples": 2}
-
-
-class Chatty:
-    """A loaded model that turns every prompt into three tokens between two others."""
-
-    def __init__(self, model):
-        self.model, self.stop = model, frozenset({2})
-
-    def turn(self):
-        return [5, 6], [7]
-
-
-def test_a_model_writes_its_own_prompts_once(tmp_path):
-    loaded, file = Chatty(tiny_model("llama")), tmp_path / "prompts.jsonl"
-    prompts = write_prompts(loaded, 5, file, Watch())
-    assert len(prompts) == 5 and len({tuple(p) for p in prompts}) == 5
-    for prompt in prompts:
-        assert prompt[:2] == [5, 6] and prompt[-1] == 7 and 2 not in prompt
-    # taken up again they are the same, and only those missing are written
-    again = write_prompts(loaded, 7, file, Watch())
-    assert again[:5] == prompts and len(again) == 7
+    assert json.loads((tmp_path / "done.json").read_text())["examples"] == 2

@@ -24,7 +24,7 @@ CONFIGS = {
     "approximate, exits and drafts": ExitConfig(
         adaptive=False, guarantee="approximate", threshold=0.3
     ),
-    "look-up": ExitConfig(speculate="ngram", exits=False, adaptive=False),
+    "look-up": ExitConfig(speculate="suffix", exits=False, adaptive=False),
     "a small model": ExitConfig(speculate="model", exits=False, adaptive=False),
     "paper": ExitConfig.preset("paper"),
 }

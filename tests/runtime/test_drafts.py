@@ -7,8 +7,8 @@ from plain import PlainEngine
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.model_draft import ModelDraft
-from eepass.runtime.drafting.ngram import NgramDraft
 from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.engine import Engine, Options
 
@@ -21,7 +21,7 @@ def budget(most=7, **costs):
 
 
 def test_look_up_proposes_what_followed_before():
-    draft = NgramDraft()
+    draft = SuffixDraft()
     draft.follow([5, 6, 7, 8, 9, 10, 5, 6, 7])
     tree = draft.propose(7, budget())
     assert tree.tokens[:4] == [7, 8, 9, 10]
@@ -29,7 +29,7 @@ def test_look_up_proposes_what_followed_before():
 
 
 def test_rolled_back_tokens_are_not_proposed():
-    draft = NgramDraft()
+    draft = SuffixDraft()
     draft.follow([5, 6, 7, 8])
     draft.follow([5, 6])
     draft.truncate(2)
@@ -44,10 +44,11 @@ def test_chances_are_learned():
     tree = Tree([5])
     tree.add(6, 0, 0.5, (1, 1))
     for _ in range(50):
-        planner.learn(tree, [0, 1])
+        planner.learn(tree, [6])
     assert shared.chance((1, 1), 0.5) > 0.8 > before
-    for _ in range(200):
-        planner.learn(tree, [0])
+    # what goes wrong is noticed long before the average says so
+    for _ in range(12):
+        planner.learn(tree, [7])
     assert shared.chance((1, 1), 0.5) < before
 
 
@@ -101,34 +102,3 @@ def test_a_tree_keeps_the_likeliest_and_its_parents():
     # rows that cost as much as passes are not worth it
     assert len(Planner({1: 1.0, 4: 3.0}).choose(tree, 7)) == 1
     assert tree.path(c) == [b, c]
-
-
-def test_the_planner_leaves_out_what_does_not_pay():
-    def decide(per_token):
-        planner = Planner({1: 1.0, 8: 1.2}, 0.1, 2.0, ("dense", "exits", "speculation", "both"))
-        for _ in range(1500):
-            mode = planner.mode()
-            planner.record(mode, 8, per_token[mode], 1)
-        return planner
-
-    slow = decide({"dense": 1.0, "exits": 1.1, "speculation": 1.3, "both": 1.4})
-    assert slow.best() == "dense"
-    # tries of the others cost less than three in a hundred
-    spent = sum(record.passes * {"dense": 0.0, "exits": 0.1, "speculation": 0.3, "both": 0.4}[mode]
-                for mode, record in slow.records[1].items())  # fmt: skip
-    assert spent / 1500 < 0.03
-    assert decide({"dense": 1.0, "exits": 0.9, "speculation": 0.5, "both": 0.6}).best() == (
-        "speculation"
-    )
-    assert slow.mode(8) == "dense"
-    # where sequences fill a pass, drafts and exits are not tried in it
-    tries = {}
-    for batch in (2, 8):
-        planner = Planner({1: 1.0, 8: 1.0}, 0.1, 2.0, ("dense", "exits", "speculation", "both"))
-        modes = []
-        for _ in range(300):
-            modes.append(planner.mode(batch))
-            slower = 1.0 if modes[-1] == "dense" else 1.5
-            planner.record(modes[-1], batch, slower, batch, batch)
-        tries[batch] = sum(mode != "dense" for mode in modes)
-    assert tries[8] == 0 < tries[2]

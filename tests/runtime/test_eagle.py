@@ -1,13 +1,17 @@
 """The draft head at run time: any chunks, any tree, and the same as in training."""
 
+from itertools import count
+
 import pytest
 import torch
 from models import VOCABULARY, eager_compile
 
 from eepass.runtime.drafting import eagle_head, eagle_layer
+from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.training.unrolling import Lines, draft_states, unroll
 
 HIDDEN, LAYERS = 64, (1, 2)
@@ -176,31 +180,45 @@ def test_misuse_is_refused(draft):
         draft.grow([1], [-1])
 
 
-def test_look_up_and_the_head_make_one_tree(weights, embedding):
-    draft = Cascade(EagleTree(made_draft(weights, embedding)))
+def test_text_and_the_head_make_one_tree(weights, embedding):
+    draft = Cascade(EagleTree(made_draft(weights, embedding)), SuffixDraft())
     _, features = sequence(9)
     draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
-    budget = Budget(Planner({1: 1.0, 8: 1.01}), 7)
+    budget = Budget(Planner({1: 1.0, 8: 1.01}, draft_tokens=3.0), 7)
     tree = draft.propose(7, budget)
     after_root = {tree.tokens[node] for node in tree.children(0)}
     best = draft.head.first().topk(2).indices
     assert {8, *draft.head.head.hot_ids[best].tolist()} <= after_root
-    # look-up alone goes on along its own line
+    # the text alone goes on along its own line
     paths = [[tree.tokens[n] for n in tree.path(node)] for node in range(len(tree))]
     assert [8, 9, 11, 5] in paths
 
 
-def test_the_head_does_not_run_where_look_up_is_sure(weights, embedding, monkeypatch):
-    calls = []
-    monkeypatch.setattr(EagleTree, "first", lambda self: calls.append(1) or torch.zeros(64))
-    draft = Cascade(EagleTree(made_draft(weights, embedding)))
+def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedding, monkeypatch):
+    calls, ticks = [], count()
+
+    def add_wrong(self, tree, budget):
+        calls.append(tree.add(3, 0, budget.chance((EAGLE, 0), 0.3), (EAGLE, 0)))
+
+    monkeypatch.setattr(EagleTree, "add_to", add_wrong)
+    draft = Cascade(EagleTree(made_draft(weights, embedding)), SuffixDraft())
     _, features = sequence(9)
     draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
-    planner = Planner({1: 1.0, 8: 1.01})
-    draft.propose(7, Budget(planner, 7))
-    assert calls
-    for _ in range(200):  # look-up's draft tokens are accepted
-        tree = draft.ngram.propose(7, Budget(planner, 7))
-        planner.learn(tree, list(range(len(tree))))
-    calls.clear()
-    assert len(draft.propose(7, Budget(planner, 7))) > 4 and not calls
+    # a clock that is looked at before and after each call
+    planner = Planner(
+        {1: 1.0, 8: 1.01}, 0.1, 3.0, ("dense", "speculation"), clock=lambda: 0.1 * next(ticks)
+    )
+    for _ in range(50):
+        # what the text says is right, what the head says never is
+        planner.mode()
+        tree = draft.propose(7, Budget(planner, 7))
+        planner.learn(tree, [8, 9, 11, 5, 6, 7, 8])
+        planner.record("speculation", 8, 1.01, 7, 7)
+    assert 0 < len(calls) < 12 and len(tree) > 4
+    # where it is right it runs, and the text goes on from what it says
+    for _ in range(50):
+        planner.mode()
+        tree = draft.propose(7, Budget(planner, 7))
+        planner.learn(tree, [3])
+        planner.record("speculation", 8, 1.01, 7, 7)
+    assert len(calls) > 30

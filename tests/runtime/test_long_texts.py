@@ -26,7 +26,7 @@ from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_layer import shapes
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.ngram import NgramDraft
+from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
 from eepass.runtime.engine.engine import Engine, Options
 
 SPECULATION = Options("exact", modes=("speculation",))
@@ -221,13 +221,17 @@ def test_frequencies_that_change_with_the_length_bound_the_text():
     assert not torch.allclose(short, model(torch.tensor([text(25, 96)])).logits[0, :24], atol=1e-2)
 
 
-def test_look_up_remembers_no_more_than_it_reaches(monkeypatch):
-    monkeypatch.setattr(NgramDraft, "REACH", 16)
-    draft = NgramDraft()
+def test_text_drafts_remember_no_more_than_they_reach(monkeypatch):
+    monkeypatch.setattr(SuffixDraft, "REACH", 16)
+    earlier = EarlierTexts(reach=16)
+    draft = SuffixDraft(earlier)
     for token in range(5000):
         draft.follow([token % 997])
-    assert len(draft._positions) + len(draft._older_positions) <= 2 * 16 * NgramDraft.LONGEST
-    last = draft.tokens[-20:]
+        earlier.add([token % 997] * 3)
+    text = draft.text
+    assert len(text._older) <= 2 * 16 and len(text._newest) <= 2 * len(text._older)
+    assert sum(len(index.tokens) for index in earlier.indexes) <= 4 * 16
+    last = text.tokens[-12:]
     draft.follow(last[:4])
     assert draft.continuation([], 8)[0] == [*last[4:], *last[:4]][:8]
 
@@ -289,7 +293,7 @@ def held(root, spared=()):
 @pytest.mark.parametrize("way", ("idle", "speculation", "exits"))
 def test_nothing_grows_with_the_answer(way, monkeypatch, model):
     """Of each token its id and exit layer are kept, and nothing else."""
-    monkeypatch.setattr(NgramDraft, "REACH", 16)
+    monkeypatch.setattr(SuffixDraft, "REACH", 16)
     monkeypatch.setattr(eagle_tree, "WINDOW", 32)
     if way == "exits":
         engine = model.configure(ExitConfig(adaptive=False, speculate="off"))
@@ -308,7 +312,7 @@ def test_nothing_grows_with_the_answer(way, monkeypatch, model):
             sequence.take_confirmed()
         spared = [sequence.tokens, sequence.exit_layers, model.decoder]
         if isinstance(sequence.draft, Cascade):
-            spared.append(sequence.draft.ngram.tokens)
+            spared.append(sequence.draft.text.text.tokens)
         sizes.append(held([engine, sequence], spared))
     (entries, nbytes), (more, larger) = sizes[0], sizes[-1]
     # bounded things fill up; what is kept of each of 400 tokens would be more
