@@ -179,6 +179,9 @@ class _Forced:
         self.thresholds, self.plan = {layer: 0.0}, exits.plan
         self._exits, self._engine, self._layer = exits, engine, layer
 
+    def prepare(self, most: int) -> None:
+        """Nothing of it is compiled."""
+
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
         return self._exits.begin(rows, drafts)
 
@@ -193,7 +196,8 @@ class _Forced:
         choose: Any = None,
     ) -> tuple[ExitDecision, RowState]:  # fmt: skip
         best = self._engine.exit_logits(layer, hidden[0], forced=True).argmax(-1).tolist()
-        return ExitDecision({row: best[row] for row in asked}, self.final(hidden)[0]), state
+        z = self.final(hidden)[0]
+        return ExitDecision({n: best[n] for n in asked}, {n: z[n] for n in asked}), state
 
 
 def _config(how: How, bench: Bench) -> ExitConfig:

@@ -52,30 +52,48 @@ class Witness:
         return ours
 
 
-def test_attached_switched_rescaled_disabled_merged(base):
+def adapted(base):
+    """The base model's answer, and the witness of an adapter attached to it after that."""
     eepass.prepare(base, None, max_length=64)
     plain = Witness(base)
     plain.differs()
-    model = with_adapter(base)
-    witness = Witness(model)
+    witness = Witness(with_adapter(base))
     witness.seen = plain.seen
+    return plain.seen[0], witness
+
+
+def test_attached_switched_and_disabled(base):
+    plain, witness = adapted(base)
     witness.differs()
+    model = witness.model
     model.add_adapter("two", lora(2))
     model.eval()
     model.set_adapter("two")
     witness.differs()
-    for module in model.modules():
+    with model.disable_adapter():
+        assert torch.equal(witness.same(), plain)
+    model.set_adapter("one")
+    assert torch.equal(witness.same(), witness.seen[1])
+
+
+def test_rescaled(base):
+    _, witness = adapted(base)
+    witness.differs()
+    modules = list(witness.model.modules())
+    for module in modules:
         if hasattr(module, "scale_layer"):
             module.scale_layer(3.0)
     witness.differs()
-    for module in model.modules():
+    for module in modules:
         if hasattr(module, "set_scale"):
-            module.set_scale("two", 0.25)
+            module.set_scale("one", 0.25)
     witness.differs()
-    with model.disable_adapter():
-        assert torch.equal(witness.same(), plain.seen[0])
-    model.set_adapter("one")
-    assert torch.equal(witness.same(), plain.seen[1])
+
+
+def test_mixed_merged_and_unloaded(base):
+    _, witness = adapted(base)
+    model = witness.model
+    model.add_adapter("two", lora(2))
     model.add_weighted_adapter(["one", "two"], [0.7, 0.3], "mixed", combination_type="linear")
     model.eval()
     model.set_adapter("mixed")
