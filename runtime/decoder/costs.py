@@ -56,6 +56,10 @@ class PassCosts(dict[int, float]):
                 scaled = then[other] * known[near] / then[near]
                 lasts = other < near and other in self._seen
                 self[other] = min(then[other], scaled) if lasts else scaled
+            # more rows never cost less
+            least = max((cost for size, cost in known.items() if size < other), default=0.0)
+            most = min((cost for size, cost in known.items() if size > other), default=float("inf"))
+            self[other] = min(max(self[other], least), most)
 
     def _is_known(self, rows: int) -> bool:
         return self._passes - self._seen[rows][-1][0] < AGE

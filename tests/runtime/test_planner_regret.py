@@ -244,8 +244,8 @@ def regret(world, modes, planner=None):
 def test_little_is_lost_against_an_oracle(modes):
     """100 random models each, with sudden changes and disturbed measurements.
 
-    With exits more is lost: that they pay shows only in passes with them, of which a few cost a
-    percent of 500 tokens.
+    Beyond two percent with exits: that they pay shows only in passes with them, of which a few cost
+    a percent of 500 tokens.
     """
     found = {
         kind: [regret(World(kind, seed), MODES[modes]) for seed in range(17)] for kind in KINDS
@@ -253,7 +253,8 @@ def test_little_is_lost_against_an_oracle(modes):
     means = {kind: round(mean(of), 4) for kind, of in found.items()}
     every = [one for of in found.values() for one in of]
     print(modes, means, round(mean(every), 4), round(max(every), 4))
-    assert mean(every) < (0.025 if modes == "drafts" else 0.04), means
+    assert mean(every) < (0.02 if modes == "drafts" else 0.03), means
+    assert sum(one < 0.06 for one in every) > 0.95 * len(every)
     assert min(every) > -0.001
 
 
