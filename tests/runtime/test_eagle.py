@@ -251,8 +251,10 @@ def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedd
         planner.learn(tree, [8, 9, 11, 5, 6, 7, 8])
         planner.record("speculation", 8, 1.01, 7, 7)
     assert 0 < len(calls) < 20 and len(tree) > 4
-    # where it is right it runs, and the text goes on from what it says
-    for _ in range(50):
+    # where it is right it runs again, in the end in each pass
+    for number in range(240):
+        if number == 200:
+            calls.clear()
         planner.mode()
         tree = draft.propose(7, Budget(planner, 7))
         planner.learn(tree, [3])
