@@ -39,6 +39,8 @@ TRIAL, EXITS_HOPE = 2, 0.03
 # a change of costs that says that what is known of exits is out of date; the loss that a pass
 # without exits stands for while they pay, in dense passes
 JUMP, REFRESH = 1.5, 0.5
+# by which an average is divided at least
+LEAST_BROUGHT = 0.1
 
 
 @dataclass(slots=True)
@@ -53,7 +55,8 @@ class Average:
 
     @property
     def value(self) -> float:
-        return self.took / self.brought
+        # where all was rolled back, nothing was brought, or less
+        return self.took / max(self.brought, LEAST_BROUGHT)
 
     def add(self, took: float, brought: float, number: int) -> None:
         self.passes += 1

@@ -231,6 +231,7 @@ OPERATORS = {
     "attend_rows": (
         torch.randn(4, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 10), torch.zeros(3, 6), 0.5
     ),
+    "top_logits": (torch.randn(3, 40), 5),
     "packed_linear": (wide, PACKED, FORM, 30, None, 0),
     "packed_rows": (wide, [PACKED, PACKED], [FORM, FORM], [30, 20], [None, torch.randn(20)], 0),
     "packed_logits": (wide, PACKED, FORM, 30, None, 1),

@@ -101,3 +101,12 @@ def test_a_tree_keeps_the_likeliest_and_its_parents():
     # rows that cost as much as passes are not worth it
     assert len(Planner({1: 1.0, 4: 3.0}).choose(tree, 7)) == 1
     assert tree.path(c) == [b, c]
+
+
+def test_passes_that_bring_nothing_are_no_reason_to_stop():
+    planner = Planner({1: 1.0, 4: 1.1}, modes=("dense", "exits"))
+    for grown in (1, 0, 0, -3, 0, 0):
+        planner.mode()
+        planner.record("exits", 1, 1.0, 1, grown)
+    # exits that are rolled back each time do not pay
+    assert planner.decision()["mode"] == "dense"
