@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from copy import copy
 from functools import cache, partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import exit_tensors, fits_captured_steps, is_dense, settle
+from eepass.reading import number
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
 from eepass.runtime.engine.engine import Engine
@@ -181,9 +182,11 @@ class EarlyExitModel:
         the artefact's draft head was right on held-out answers."""
         if self.artifact is None:
             return KeptAcceptance(self._kept), []
-        report = self.artifact.report.get("draft_head", {})
-        hits = [float(step["top1"]) for step in report.get("hits", ())]
-        trained = tensors_key(self.artifact.tensors, report.get("tokens"), report.get("steps"))
+        report, hits = self.artifact.report.get("draft_head") or {}, list[float]()
+        with suppress(KeyError, TypeError, ValueError, AttributeError):
+            # a report is for people: one of another form says nothing here
+            hits = [min(max(number(step["top1"]), 0.0), 1.0) for step in report["hits"]]
+        trained = tensors_key(self.artifact.tensors, report)
         return KeptAcceptance(self._kept, trained), hits
 
     def exit_parts(self, config: ExitConfig) -> ExitParts | None:

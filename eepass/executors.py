@@ -111,11 +111,12 @@ def engine_for(
         if hits:
             expected = 1 + sum(prod(hits[: depth + 1]) for depth in range(len(hits)))
         made = Planner(dict(measured.pass_seconds), seconds, expected)
-        learned.recall(made)
+        made.acceptance.observed, figures = learned.recall()
+        made.recall(figures)
         return made
 
     def ended(planner: Planner, tokens: Sequence[int]) -> None:
-        learned.keep(planner)
+        learned.keep(planner.passes, planner.acceptance.observed, planner.learned())
         if earlier is not None:
             earlier.add(tokens)
 

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "stored_graphs": set(),
     "model_stamp": set(),
     "wrappers": set(),
-    "kept": {"codegen", "model_stamp", "passes", "runtime", "stored_graphs"},
+    "kept": {"codegen", "model_stamp", "passes", "stored_graphs"},
     "pictures": set(),
     "lengths": {"passes"},
     "checkpoints": {"codegen", "files", "folders"},

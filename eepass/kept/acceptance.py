@@ -10,9 +10,9 @@ from typing import Any
 
 from eepass.kept.splits import kept_entries
 from eepass.reading import number, parse_json
-from eepass.runtime.drafting.acceptance import Bin
-from eepass.runtime.drafting.planner import Planner
 
+# by bin of draft tokens, how many were accepted and how many verified
+Bins = dict[tuple[int, ...], tuple[float, float]]
 ACCEPTANCE = "acceptance.json"
 # bins of one model, parts of a bin's name, and observations that one counts for when it is read:
 # another text may be another matter
@@ -29,40 +29,36 @@ class KeptAcceptance:
         self._entries, self._key = kept_entries(), key and f"acceptance-{key}-{trained or 'none'}"
         self._passes, self._written = 0, -PAUSE
 
-    def recall(self, planner: Planner) -> None:
-        """Let ``planner`` start with what was learned; something damaged is ignored as a whole."""
+    def recall(self) -> tuple[Bins, list[float]]:
+        """What was learned: bins, and what a planner has ``learned`` beside them; something damaged
+        is ignored as a whole."""
         entry = self._entries.find(self._key) if self._key else None
         if entry is None:
-            return
+            return {}, []
         try:
             found = parse_json((entry / ACCEPTANCE).read_bytes())
-            bins, asked = _bins(found["bins"]), _numbers(found["asked"])
+            return _bins(found["bins"]), _numbers(found["learned"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return
-        planner.acceptance.observed = bins
-        planner.recall(asked)
+            return {}, []
 
-    def keep(self, planner: Planner) -> None:
-        """Write what ``planner`` has learned, if there is something new."""
+    def keep(self, passes: int, observed: Bins, learned: Sequence[float]) -> None:
+        """Write what was learned in ``passes`` of this process, if there is something new."""
         now = monotonic()
-        if not self._key or planner.passes - self._passes < LEAST_PASSES:
+        if not self._key or passes - self._passes < LEAST_PASSES or now - self._written < PAUSE:
             return
-        if now - self._written < PAUSE:
-            return
-        self._passes, self._written = planner.passes, now
-        observed = planner.acceptance.observed
+        self._passes, self._written = passes, now
         fullest = sorted(observed, key=lambda bin: -observed[bin][1])[:MOST_BINS]
-        learned = {
+        found = {
             "bins": {",".join(map(str, bin)): observed[bin] for bin in fullest},
-            "asked": planner.learned(),
+            "learned": list(learned),
         }
         self._entries.drop(self._key)
         # another process may have been faster; then its file stays
-        self._entries.write(self._key, {ACCEPTANCE: json.dumps(learned).encode()})
+        self._entries.write(self._key, {ACCEPTANCE: json.dumps(found).encode()})
 
 
-def _bins(found: Mapping[str, Sequence[Any]]) -> dict[Bin, tuple[float, float]]:
-    bins = {}
+def _bins(found: Mapping[str, Sequence[Any]]) -> Bins:
+    bins: Bins = {}
     for name, counts in list(found.items())[:MOST_BINS]:
         bin = tuple(map(int, name.split(",")))
         hits, verified = map(number, counts)

@@ -12,7 +12,6 @@ from eepass.kept import acceptance
 from eepass.kept.acceptance import ACCEPTANCE, MOST_COUNTED, KeptAcceptance
 from eepass.kept.splits import kept_entries
 from eepass.model import transform
-from eepass.runtime.drafting.planner import Planner
 
 
 @pytest.fixture(autouse=True)
@@ -26,61 +25,49 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(acceptance, "PAUSE", 0.0)
 
 
-def learned(bins, passes=100):
-    planner = Planner({1: 1.0, 4: 1.1}, passes=passes)
-    planner.acceptance.observed = dict(bins)
-    return planner
-
-
 def recalled(key="model"):
-    planner = Planner({1: 1.0, 4: 1.1})
-    KeptAcceptance(key).recall(planner)
-    return planner
+    return KeptAcceptance(key).recall()
 
 
 def test_the_next_process_starts_with_what_was_learned():
-    before = learned({(0, 1): (30.0, 40.0), (1, 2, 3): (900.0, 1000.0)})
-    before.recall([1.2, 0.5, -0.25, 0.0, 1.0])
-    KeptAcceptance("model").keep(before)
-    after = recalled()
+    bins = {(0, 1): (30.0, 40.0), (1, 2, 3): (900.0, 1000.0)}
+    KeptAcceptance("model").keep(100, bins, [1.2, 0.5, -0.25])
+    found, learned = recalled()
     # another text may be another matter: old observations count like a few
-    assert after.acceptance.observed[0, 1] == pytest.approx((30, 40))
-    assert after.acceptance.observed[1, 2, 3] == pytest.approx((0.9 * MOST_COUNTED, MOST_COUNTED))
-    assert after.learned() == [1.2, 0.5, -0.25, 0.0, 1.0]
-    assert not recalled("another").acceptance.observed
+    assert found[0, 1] == pytest.approx((30, 40)) and learned == [1.2, 0.5, -0.25]
+    assert found[1, 2, 3] == pytest.approx((0.9 * MOST_COUNTED, MOST_COUNTED))
+    assert recalled("another") == ({}, [])
 
 
 def test_it_is_written_when_there_is_something_new():
     kept = KeptAcceptance("model")
-    kept.keep(learned({(0, 1): (3.0, 4.0)}, passes=5))
-    assert not recalled().acceptance.observed
-    kept.keep(learned({(0, 1): (3.0, 4.0)}))
-    kept.keep(learned({(0, 1): (9.0, 9.0)}, passes=101))
-    assert recalled().acceptance.observed == {(0, 1): (3.0, 4.0)}
-    KeptAcceptance("").keep(learned({(0, 1): (3.0, 4.0)}))
+    kept.keep(5, {(0, 1): (3.0, 4.0)}, [])
+    assert not recalled()[0]
+    kept.keep(100, {(0, 1): (3.0, 4.0)}, [])
+    kept.keep(101, {(0, 1): (9.0, 9.0)}, [])
+    assert recalled() == ({(0, 1): (3.0, 4.0)}, [])
+    KeptAcceptance("").keep(100, {(0, 1): (3.0, 4.0)}, [])
     assert len(list(kept_entries().folder.iterdir())) == 1
 
 
 @pytest.mark.parametrize(
     "text",
     (
-        "[]", "{}", "no", '{"bins": {"0,1": [5, 4]}, "asked": []}',
-        '{"bins": {"0,x": [1, 2]}, "asked": []}', '{"bins": {"0,1": [1, 1e999]}, "asked": []}',
-        '{"bins": {"0,1": [1]}, "asked": []}', '{"bins": {"0,1": [1, 2]}, "asked": ["a"]}',
-        json.dumps({"bins": {",".join("1" * 9): [1, 2]}, "asked": []}),
+        "[]", "{}", "no", '{"bins": {"0,1": [5, 4]}, "learned": []}',
+        '{"bins": {"0,x": [1, 2]}, "learned": []}', '{"bins": {"0,1": [1, 1e999]}, "learned": []}',
+        '{"bins": {"0,1": [1]}, "learned": []}', '{"bins": {"0,1": [1, 2]}, "learned": ["a"]}',
+        json.dumps({"bins": {",".join("1" * 9): [1, 2]}, "learned": []}),
     ),
 )  # fmt: skip
 def test_what_is_damaged_is_ignored(text):
     kept_entries().write("acceptance-model-none", {ACCEPTANCE: text.encode()})
-    planner = recalled()
-    assert not planner.acceptance.observed
-    assert planner.learned() == Planner({1: 1.0, 4: 1.1}).learned()
+    assert recalled() == ({}, [])
 
 
 def test_it_is_bounded(monkeypatch):
     monkeypatch.setattr(acceptance, "MOST_BINS", 10)
-    KeptAcceptance("model").keep(learned({(0, n): (1.0, float(n + 1)) for n in range(50)}))
-    assert len(recalled().acceptance.observed) == 10
+    KeptAcceptance("model").keep(100, {(0, n): (1.0, float(n + 1)) for n in range(50)}, [])
+    assert len(recalled()[0]) == 10
 
 
 def test_a_model_keeps_and_recalls():
