@@ -16,6 +16,10 @@ from eepass.runtime.statistics import Statistics
 from eepass.torch_compile.backend import specee
 
 LENGTH = 32
+DEPTH = 6
+IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
+OTHER = torch.tensor([[17, 3, 60, 61, 62, 63]])
+COUNT = 14
 
 
 def compiled(model: Any, artifact: Any, **options: Any) -> Any:

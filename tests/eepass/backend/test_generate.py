@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from caller import Seen
+from caller import IDS, Seen
 from models import VOCABULARY, random_artifact, tiny_model
 from transformers import CompileConfig, PreTrainedTokenizerFast, TextIteratorStreamer, pipeline
 
 from eepass.torch_compile.backend import specee
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 NEW = 10
 
 
@@ -65,9 +65,6 @@ def dense(folder):
         return eager.generate(tokens, **{**given, **kwargs})
 
     return ask, expect
-
-
-IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
 
 
 @pytest.mark.parametrize(

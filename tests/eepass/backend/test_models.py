@@ -5,34 +5,12 @@ import logging
 
 import pytest
 import torch
-from caller import LENGTH, Seen, artifact_of, cache_for, compiled, generate
-from models import tiny_model
+from caller import COUNT, DEPTH, IDS, LENGTH, Seen, cache_for, compiled, generate
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from eepass.torch_compile import backend
-
-DEPTH = 6
-IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
-COUNT = 14
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=DEPTH)
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("artefact") / "a"
-    artifact_of(model).save(path)
-    return path
-
-
-@pytest.fixture(autouse=True)
-def fresh_messages():
-    backend.say_once.cache_clear()
 
 
 def test_weights_changed_after_compile(model, folder, caplog):

@@ -4,19 +4,16 @@ import logging
 
 import pytest
 import torch
-from caller import Seen, cache_for, compiled, decode, prefill
+from caller import IDS, Seen, cache_for, compiled, decode, prefill
 from models import random_artifact, tiny_model
 from torch import nn
 
 from eepass.errors import InputError
-from eepass.torch_compile import backend, early_exit_step
-
-IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
+from eepass.torch_compile import early_exit_step
 
 
 @pytest.fixture(autouse=True)
-def fresh_messages():
-    backend.say_once.cache_clear()
+def fresh_graphs():
     torch._dynamo.reset()
 
 

@@ -6,46 +6,26 @@ import threading
 
 import pytest
 import torch
-from caller import Seen, answer, artifact_of, cache_for, compiled, decode, generate, prefill
+from caller import (
+    COUNT,
+    DEPTH,
+    IDS,
+    OTHER,
+    Seen,
+    answer,
+    artifact_of,
+    cache_for,
+    compiled,
+    decode,
+    generate,
+    prefill,
+)
 from models import random_artifact, tiny_model
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 from eepass.errors import InputError
 from eepass.torch_compile import backend
-
-DEPTH = 6
-IDS = torch.tensor([[5, 9, 11, 30, 7, 8]])
-OTHER = torch.tensor([[17, 3, 60, 61, 62, 63]])
-COUNT = 14
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model("llama", num_hidden_layers=DEPTH)
-
-
-@pytest.fixture(scope="module")
-def folder(model, tmp_path_factory):
-    path = tmp_path_factory.mktemp("artefact") / "a"
-    artifact_of(model).save(path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def exits(model, folder):
-    """A step that exits early about half the time, and its tokens for each sequence alone."""
-    torch._dynamo.reset()
-    seen = Seen()
-    step = compiled(model, folder, threshold=0.4, stats=seen)
-    alone = {ids: generate(model, step, ids, COUNT)[0] for ids in (IDS, OTHER)}
-    assert min(seen.layers) < DEPTH and len(set(seen.layers)) > 1, "no exits, nothing tested"
-    return step, alone
-
-
-@pytest.fixture(autouse=True)
-def fresh_messages():
-    backend.say_once.cache_clear()
 
 
 def same_caches(a, b, slots, atol=1e-4):
