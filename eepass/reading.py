@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from eepass.errors import InputError
 
 Record = TypeVar("Record")
 
@@ -25,6 +27,31 @@ def read_lines(path: Path) -> list[str]:
     Without a byte-order mark. Raises ``OSError`` or ``UnicodeDecodeError``.
     """
     return path.read_bytes().decode("utf-8-sig").split("\n")
+
+
+def read_records(
+    path: Path, form: str, make: Callable[[Any], Record]
+) -> Iterator[tuple[str, Record]]:
+    """What ``make`` makes of the value of each line of a JSON Lines file that is not blank, after
+    the line's place for messages.
+
+    Raises ``InputError``: the file is no text; or, showing the ``form``, a line is no JSON or
+    ``make`` raised ``ValueError``, ``KeyError``, ``TypeError``, ``AttributeError`` or
+    ``IndexError`` for it.
+    """
+    try:
+        lines = read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as text ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"{path}, line {number}"
+        try:
+            record = make(parse_json(line))
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"{place}: expected {form}") from error
+        yield place, record
 
 
 def is_whole_number(value: Any) -> bool:

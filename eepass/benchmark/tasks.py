@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eepass.checkpoints.models import LoadedModel
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import EarlyExitModel
-from eepass.reading import list_of, parse_json, read_lines
+from eepass.reading import list_of, read_records
 
 TASKS = ("mbpp",)
 FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
@@ -39,31 +40,20 @@ def read_problems(path: Path, limit: int | None = None) -> list[Problem]:
 
     Raises ``InputError`` naming the file and the line.
     """
-    try:
-        lines = read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
-    problems: list[Problem] = []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = parse_json(line)
-            tests = tuple(list_of(record["tests"]))
-            found = Problem(record["prompt"], record.get("setup", ""), tests)
-            if not tests or not all(isinstance(t, str) for t in (found.prompt, *tests)):
-                raise TypeError
-            "".join((found.prompt, found.setup, *tests)).encode()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f'{path}, line {number}: expected {{"prompt": "...", "tests": ["assert ..."]}}'
-            ) from error
-        problems.append(found)
-        if len(problems) == limit:
-            break
+    form = '{"prompt": "...", "tests": ["assert ..."]}'
+    problems = [problem for _, problem in islice(read_records(path, form, _problem), limit)]
     if not problems:
         raise InputError(f"{path}: no problems in it")
     return problems
+
+
+def _problem(record: Any) -> Problem:
+    tests = tuple(list_of(record["tests"]))
+    found = Problem(record["prompt"], record.get("setup", ""), tests)
+    if not tests or not all(isinstance(t, str) for t in (found.prompt, *tests)):
+        raise TypeError
+    "".join((found.prompt, found.setup, *tests)).encode()
+    return found
 
 
 def code_of(answer: str) -> str:

@@ -122,10 +122,10 @@ def bench(
     from eepass.training.corpus import read_prompts
     from eepass.training.train import DEFAULT_PROMPTS
 
-    if unknown := sorted(set(beside or []) - {"llama.cpp"}):
-        raise InputError(f"--with {unknown[0]}: expected llama.cpp")
+    if unknown := sorted(set(beside or []) - {benchmarking.LLAMA}):
+        raise InputError(f"--with {unknown[0]}: expected {benchmarking.LLAMA}")
     problems = _problems(*task, run_code, limit) if task is not None else []
-    texts = read_prompts(prompts or DEFAULT_PROMPTS, limit)
+    texts = read_prompts(prompts or DEFAULT_PROMPTS, limit) if task is None else []
     config = options.exit_config(preset, target_agreement=target_agreement)
     loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     if max_length is None and not loaded.transformed:
@@ -141,8 +141,8 @@ def bench(
     others: dict[str, Any] = {}
     if beside:
         cores, context = threads or torch.get_num_threads(), ready.decoder.max_sequence_length
-        for name, look_up in (("llama.cpp", False), ("llama.cpp-look-up", True)):
-            others[name] = LlamaCpp(gguf_of(model), cores, context, look_up)
+        for name, look_up in (("", False), ("-look-up", True)):
+            others[benchmarking.LLAMA + name] = LlamaCpp(gguf_of(model), cores, context, look_up)
     with progress_bars() as bars:
         result = benchmarking.bench(
             loaded, ready, texts, new_tokens, config, raw, frontier, baselines, others, bars.notify

@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from torch import Tensor
-
 from eepass.lengths import refuse_longer
 from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.training.corpus import Example, Prompt, hash_of, mixed
@@ -69,17 +67,13 @@ def write_answers(
             file.append(
                 {"prompt": prompt.ids, "kind": prompt.kind, "split": prompt.split, "answer": answer}
             )
-            _collect(collector, example, hidden)
+            if collector is not None:
+                collector.add(example, hidden)
             made += len(answer)
             progress.advance(len(answer))
             if made >= tokens:
                 break
     return examples
-
-
-def _collect(collector: Collector | None, example: Example, hidden: dict[int, Tensor]) -> None:
-    if collector is not None:
-        collector.add(example, hidden)
 
 
 def _sampling(prompt: Prompt, temperature: float, sample: int) -> Sampling:

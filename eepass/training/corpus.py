@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from eepass.errors import InputError
-from eepass.reading import list_of, parse_json, read_lines, whole_number
+from eepass.reading import list_of, read_records, whole_number
 
 # prompts whose kind of text is not known
 GIVEN = "given"
@@ -50,21 +49,10 @@ def read_prompts(path: Path, limit: int | None = None) -> list[str]:
 def read_kinds(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     """Prompts as ``read_prompts`` reads them, each with the ``"kind"`` of its line."""
     prompts: list[tuple[str, str]] = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        with _expected('{"prompt": "..."} or {"turns": ["..."]}', path, number):
-            record = parse_json(line)
-            prompt = record["prompt"] if "turns" not in record else list_of(record["turns"])[0]
-            if not isinstance(prompt, str):
-                raise TypeError
-            # a JSON escape may be half a character
-            prompt.encode()
-            kind = record.get("kind", GIVEN)
-            if not isinstance(kind, str):
-                raise TypeError
+    form = '{"prompt": "..."} or {"turns": ["..."]}'
+    for place, (prompt, kind) in read_records(path, form, _prompt_and_kind):
         if not prompt.strip():
-            raise InputError(f"{path}, line {number}: the prompt is empty")
+            raise InputError(f"{place}: the prompt is empty")
         prompts.append((prompt, kind))
         if limit is not None and len(prompts) >= limit:
             break
@@ -73,39 +61,33 @@ def read_kinds(path: Path, limit: int | None = None) -> list[tuple[str, str]]:
     return prompts
 
 
+def _prompt_and_kind(record: Any) -> tuple[str, str]:
+    prompt = record["prompt"] if "turns" not in record else list_of(record["turns"])[0]
+    # a JSON escape may be half a character
+    prompt.encode()
+    kind = record.get("kind", GIVEN)
+    if not isinstance(prompt, str) or not isinstance(kind, str):
+        raise TypeError
+    return prompt, kind
+
+
 def read_answers(path: Path, prompts: Sequence[Prompt], vocabulary: int) -> list[Example]:
     """Examples of a JSONL file ``{"prompt": index, "answer": [token ids]}`` over ``prompts``."""
     examples = []
-    for number, line in enumerate(_lines(path), 1):
-        if not line.strip():
-            continue
-        with _expected('{"prompt": index, "answer": [token ids]}', path, number):
-            record = parse_json(line)
-            index = whole_number(record["prompt"])
-            answer = [whole_number(token) for token in list_of(record["answer"])]
+    form = '{"prompt": index, "answer": [token ids]}'
+    for place, (index, answer) in read_records(path, form, _index_and_answer):
         if not 0 <= index < len(prompts):
-            raise InputError(f"{path}, line {number}: prompt {index} of {len(prompts)}, from 0")
+            raise InputError(f"{place}: prompt {index} of {len(prompts)}, from 0")
         prompt = prompts[index]
         if not answer or max(answer) >= vocabulary or min(answer) < 0:
-            raise InputError(f"{path}, line {number}: token ids outside the vocabulary, or none")
+            raise InputError(f"{place}: token ids outside the vocabulary, or none")
         examples.append(Example(prompt.ids, answer, prompt.split, prompt.kind))
     return examples
 
 
-def _lines(path: Path) -> list[str]:
-    try:
-        return read_lines(path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error})") from error
-
-
-@contextmanager
-def _expected(form: str, path: Path, number: int) -> Iterator[None]:
-    """Errors of reading a line's JSON become an ``InputError`` that shows its form."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise InputError(f"{path}, line {number}: expected {form}") from error
+def _index_and_answer(record: Any) -> tuple[int, list[int]]:
+    answer = [whole_number(token) for token in list_of(record["answer"])]
+    return whole_number(record["prompt"]), answer
 
 
 def split_of(prompt: Sequence[int]) -> str:

@@ -38,7 +38,7 @@ DECAY = 0.8
 # share of the features that get noise: at run time about half of the z come from an exit
 NOISE = 0.1
 # share of cross-entropy in the loss
-CE = 1.0
+CE = 0.1
 # so many of the likeliest hot tokens stand for the model's distribution
 TARGETS = 32
 # its hot vocabulary is larger than that of exits: the whole LM head verifies these draft tokens

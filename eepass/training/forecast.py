@@ -11,8 +11,8 @@ import torch
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 
-# of a prompt, and of one that the model writes
-PROMPT_TOKENS, OWN_PROMPT_TOKENS = 60, 40
+# of a prompt, of one that the model writes, and of an answer, about
+PROMPT_TOKENS, OWN_PROMPT_TOKENS, ANSWER_TOKENS = 60, 40, 110
 # products of each answer token with the hot rows of the LM head while all is trained: translators,
 # draft head and predictors
 HOT_PRODUCTS = 120
@@ -21,12 +21,11 @@ HOT_PRODUCTS = 120
 def forecast(model: DenseModel, tokens: int, own_prompts: int) -> str:
     """What is to come: ``tokens`` of answers, ``own_prompts`` prompts."""
     seconds = seconds_a_token(model)
-    prompts = tokens / 110
-    passed = tokens + prompts * PROMPT_TOKENS + own_prompts * OWN_PROMPT_TOKENS
-    writing = seconds * passed
-    training = HOT_PRODUCTS * _hot_product(model) * tokens
     if not tokens:
         return f"the model reads {1 / seconds:.0f} tokens a second here"
+    prompt_tokens = PROMPT_TOKENS * tokens / ANSWER_TOKENS + OWN_PROMPT_TOKENS * own_prompts
+    writing = seconds * (tokens + prompt_tokens)
+    training = HOT_PRODUCTS * _hot_product(model) * tokens
     return (
         f"the model writes about {1 / seconds:.0f} tokens a second here: about "
         f"{_minutes(writing)} for prompts and answers, then about {_minutes(training)} of training"

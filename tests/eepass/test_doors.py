@@ -16,7 +16,7 @@ from eepass.bundle.listed_files import ListedFiles
 from eepass.bundle.manifest import read_manifest, write_manifest
 from eepass.checkpoints.artifact import load_artifact
 from eepass.errors import InputError
-from eepass.training.corpus import read_answers, read_prompts
+from eepass.training.corpus import GIVEN, Prompt, read_answers, read_prompts
 
 # `make fuzz` asks for more
 CASES = int(os.environ.get("FUZZ_CASES", "200"))
@@ -75,12 +75,13 @@ def check_listed(folder):
         files.check(name)
 
 
+PROMPTS = [Prompt([n], GIVEN, "fit") for n in range(10)]
 DOORS = {
     "artefact": (artefact, load_artifact),
     "load": (checkpoint, lambda folder: eepass.load(str(folder))),
     "gguf": (gguf, lambda folder: eepass.load(str(folder / "tiny.gguf"))),
     "prompts": (prompts, lambda folder: read_prompts(folder / "prompts.jsonl")),
-    "answers": (answers, lambda f: read_answers(f / "answers.jsonl", [[n] for n in range(10)], 99)),
+    "answers": (answers, lambda f: read_answers(f / "answers.jsonl", PROMPTS, 99)),
     "folder": (transformed, check_listed),
 }
 
