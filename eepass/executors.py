@@ -107,10 +107,15 @@ def engine_for(
     options = Options(config.guarantee, config.kv, config.pending, modes)
 
     def planner() -> Planner:
-        seconds, expected = (draft.call_seconds(), draft.expected) if draft else (0.0, 1.0)
-        if hits:
-            expected = 1 + sum(prod(hits[: depth + 1]) for depth in range(len(hits)))
-        made = Planner(dict(measured.pass_seconds), seconds, expected)
+        # it copies the costs
+        costs = measured.pass_seconds
+        if draft is None:
+            made = Planner(costs)
+        else:
+            expected = draft.expected
+            if hits:
+                expected = 1 + sum(prod(hits[: depth + 1]) for depth in range(len(hits)))
+            made = Planner(costs, draft.call_seconds(), expected, draft_calls=draft.calls)
         made.acceptance.observed, figures = learned.recall()
         made.recall(figures)
         return made

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from models import VOCABULARY
 
-from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.exits.exits import ExitDecision, RowState
 
@@ -38,7 +38,7 @@ class RandomDraft:
     """Random trees; a token is the one of the plain engine with probability ``right``."""
 
     feature_layers = None
-    expected = 1.5
+    expected, calls = 1.5, 1.0
 
     def __init__(self, plain, seed, right=0.5, most=7):
         self.plain, self.right, self.most = plain, right, most

@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import Draft
-from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -32,7 +32,8 @@ class Cascade:
 
     def __init__(self, head: Head, text: SuffixDraft | None = None) -> None:
         self.head, self.text = head, text
-        self.feature_layers, self.expected = head.feature_layers, head.expected
+        self.feature_layers = head.feature_layers
+        self.expected, self.calls = head.expected, head.calls
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         self.head.follow(tokens, features)

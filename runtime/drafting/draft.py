@@ -8,7 +8,7 @@ from typing import Protocol
 from torch import Tensor
 
 from eepass.runtime.drafting.acceptance import EAGLE, MODEL, TEXT
-from eepass.runtime.drafting.planner import Budget
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.tree import Tree
 
 __all__ = ["EAGLE", "MODEL", "TEXT", "Draft"]
@@ -22,8 +22,9 @@ class Draft(Protocol):
     """
 
     feature_layers: tuple[int, ...] | None
-    # tokens a pass gives with it, as long as nothing is measured
+    # tokens a pass gives with it, and calls of its model for that, as long as nothing is measured
     expected: float
+    calls: float
 
     def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
         """The sequence grows by ``tokens``; ``features`` [n, F * H] of the token before each."""

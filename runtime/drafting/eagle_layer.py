@@ -14,7 +14,7 @@ after the last layer under a ``fc_norm`` that has the final norm's weight.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# matrices, then norms; ``rotary`` are the angles' inverse frequencies
-MATRICES = ("fc", "q", "k", "v", "o", "gate", "up", "down")
+# names of the matrices; those that multiply the same rows may be joined to one
+JOINED = {
+    "fc": ("fc",), "qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"),
+    "down": ("down",),
+}  # fmt: skip
+MATRICES = tuple(name for parts in JOINED.values() for name in parts)
+# ``rotary`` are the angles' inverse frequencies
 NORMS = ("fc_norm", "token_norm", "hidden_norm", "mlp_norm", "norm")
 # how many confirmed tokens a row attends to; answers in training are no longer
 WINDOW = 512
@@ -89,13 +94,13 @@ def rotary(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[
     return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
-# multiplies rows with the matrix of a name
-Linear = Callable[[Tensor, str], Tensor]
+# products of rows with the matrices of a ``JOINED`` name, one after another
+Linear = Callable[[Tensor, str], Sequence[Tensor]]
 
 
 def plain(weights: Mapping[str, Tensor]) -> Linear:
     """Products with ``weights`` as they are."""
-    return lambda x, name: F.linear(x, weights[name])
+    return lambda x, name: [F.linear(x, weights[part]) for part in JOINED[name]]
 
 
 def mixed(features: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
@@ -104,7 +109,8 @@ def mixed(features: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Te
     z, *others = features.chunk(count, -1)
     # z is normed already
     normed = torch.cat([z, *(_rms_norm(x) for x in others)], -1)
-    return linear(normed * weights["fc_norm"], "fc")
+    (made,) = linear(normed * weights["fc_norm"], "fc")
+    return made
 
 
 def eagle_layer(
@@ -122,7 +128,7 @@ def eagle_layer(
     returns q's shape.
     """
     x, hidden = entered(embedded, feature, weights)
-    seen = attend(queries(x, cos, sin, linear), *keys_and_values(x, cos, sin, linear))
+    seen = attend(*projected(x, cos, sin, linear))
     return finished(hidden, seen, weights, linear)
 
 
@@ -134,23 +140,19 @@ def entered(
     return torch.cat([_rms_norm(embedded, weights["token_norm"]), hidden], -1), hidden
 
 
-def queries(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> Tensor:
-    """x [B, T, 2H] -> [B, heads, T, D]."""
-    return _rotate(_in_heads(linear(x, "q"), cos), cos, sin)
-
-
-def keys_and_values(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> tuple[Tensor, Tensor]:
-    """x [B, T, 2H] -> twice [B, groups, T, D]: a confirmed token's need no attention."""
-    k, v = _in_heads(linear(x, "k"), cos), _in_heads(linear(x, "v"), cos)
-    return _rotate(k, cos, sin), v
+def projected(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, 2H] -> queries [B, heads, T, D], keys and values [B, groups, T, D]."""
+    q, k, v = (_in_heads(part, cos) for part in linear(x, "qkv"))
+    return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
 def finished(hidden: Tensor, seen: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
     """The state [B, T, H] after attention's result [B, heads, T, D]."""
-    hidden = hidden + linear(seen.transpose(1, 2).flatten(2), "o")
-    normed = _rms_norm(hidden, weights["mlp_norm"])
-    inner = F.silu(linear(normed, "gate")) * linear(normed, "up")
-    return _rms_norm(hidden + linear(inner, "down"), weights["norm"])
+    (out,) = linear(seen.transpose(1, 2).flatten(2), "o")
+    hidden = hidden + out
+    gate, up = linear(_rms_norm(hidden, weights["mlp_norm"]), "gate_up")
+    (out,) = linear(F.silu(gate) * up, "down")
+    return _rms_norm(hidden + out, weights["norm"])
 
 
 def _in_heads(x: Tensor, cos: Tensor) -> Tensor:

@@ -17,14 +17,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.ops.packed import INT8
 from eepass.runtime.drafting.eagle_layer import (
-    MATRICES,
+    JOINED,
     NORMS,
     WINDOW,
     entered,
     finished,
-    keys_and_values,
     mixed,
-    queries,
+    projected,
     rotary,
 )  # fmt: skip
 from eepass.runtime.drafting.eagle_weights import Layout
@@ -46,15 +45,16 @@ class Step:
     def __init__(self, layout: Layout, given: Sequence[Tensor]) -> None:
         self.layout = layout
         self.positions, self.keys, self.values, *fixed = given
-        names = (*MATRICES, "head", *NORMS, "rotary", "embedding", "hot_ids")
+        names = (*JOINED, "head", *NORMS, "rotary", "embedding", "hot_ids")
         self.weights = dict(zip(names, fixed, strict=True))
 
-    def linear(self, x: Tensor, name: str) -> Tensor:
+    def linear(self, x: Tensor, name: str) -> Sequence[Tensor]:
         weight, (outputs, form) = self.weights[name], self.layout.matrices[name]
         if form is None:
-            return F.linear(x, weight)
-        made: Tensor = torch.ops.eepass.packed_linear(x, weight, form, outputs, None, INT8)
-        return made
+            made = F.linear(x, weight)
+        else:
+            made = torch.ops.eepass.packed_linear(x, weight, form, sum(outputs), None, INT8)
+        return made.split(outputs, -1)
 
     def logits(self, states: Tensor) -> Tensor:
         """Of the hot vocabulary, float32 [R, N]."""
@@ -62,36 +62,34 @@ class Step:
         ops = torch.ops.eepass
         if form is None:
             return ops.logits_rows(states, weight, None)
-        return ops.packed_logits(states, weight, form, outputs, None, INT8)
+        return ops.packed_logits(states, weight, form, sum(outputs), None, INT8)
 
     def confirmed(
         self, tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Keep what drafts attend to of confirmed tokens [R] at positions ``place`` [R]; what the
-        layer begins with, as ``entered``."""
+        """As ``keep``, of confirmed tokens [R] with ``features`` [R, F * H]."""
         self.positions.index_copy_(0, slots, place)
-        feature = mixed(features, self.weights, self.linear)
-        embedded = self.weights["embedding"][tokens]
-        x, hidden = entered(embedded, feature, self.weights)
-        self.keep(x, place, slots)
-        return x, hidden
+        return self.keep(tokens, mixed(features, self.weights, self.linear), place, slots)
 
-    def keep(self, x: Tensor, place: Tensor, slots: Tensor) -> None:
-        k, v = keys_and_values(x[None], *self.rotary(place), self.linear)
-        self.keys.index_copy_(1, slots, k[0])
-        self.values.index_copy_(1, slots, v[0])
+    def keep(
+        self, tokens: Tensor, feature: Tensor, place: Tensor, slots: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Keep keys and values of ``tokens`` [R] at positions ``place`` [R] in their slots; their
+        queries [heads, R, D], and the hidden state [R, H] that attention is added to."""
+        x, hidden = entered(self.weights["embedding"][tokens], feature, self.weights)
+        angles = rotary(place, self.weights["rotary"], self.keys.dtype)
+        q, k, v = (part[0] for part in projected(x[None], *angles, self.linear))
+        self.keys.index_copy_(1, slots, k)
+        self.values.index_copy_(1, slots, v)
+        return q, hidden
 
-    def states(self, x: Tensor, hidden: Tensor, place: Tensor, attended: Tensor) -> Tensor:
-        """States [R, H] of rows whose keys and values are kept; they attend to the slots
-        ``attended`` [R, TREE + RING]."""
-        mask = torch.where(attended, 0.0, torch.finfo(x.dtype).min).to(x.dtype)
-        q = queries(x[None], *self.rotary(place), self.linear)[0]
+    def states(self, q: Tensor, hidden: Tensor, attended: Tensor) -> Tensor:
+        """States [R, H] of rows with queries ``q`` [heads, R, D], whose keys and values are kept;
+        they attend to the slots ``attended`` [R, TREE + RING]."""
+        mask = torch.where(attended, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
         scale = self.layout.head_width**-0.5
         seen = torch.ops.eepass.attend_rows(q, self.keys, self.values, mask, scale)
         return finished(hidden[None], seen[None], self.weights, self.linear)[0]
-
-    def rotary(self, place: Tensor) -> tuple[Tensor, Tensor]:
-        return rotary(place, self.weights["rotary"], self.keys.dtype)
 
     def line(self, last: Tensor) -> Tensor:
         """Slots [RING] of confirmed tokens that drafts after position ``last`` [1] attend to."""
@@ -128,10 +126,9 @@ class Growing:
             slots = slot + level * BEAM + torch.arange(BEAM, device=tokens.device)
             seen = seen | (torch.arange(TREE, device=tokens.device) == slots[:, None])
             place = (position + level).expand(BEAM)
-            x, hidden = entered(self.step.weights["embedding"][tokens], before, self.step.weights)
-            self.step.keep(x, place, slots)
+            q, hidden = self.step.keep(tokens, before, place, slots)
             attended = torch.cat([seen, line], 1)
-            self.name(self.step.states(x, hidden, place, attended), joint, seen)
+            self.name(self.step.states(q, hidden, attended), joint, seen)
 
     def results(self) -> tuple[Tensor, ...]:
         ids, scores, picks = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
@@ -155,11 +152,11 @@ def trace_begin(levels: int, width: int, layout: Layout, examples: Sequence[Tens
         tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor, last: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
         head = Step(layout, given)
-        x, hidden = (part[last] for part in head.confirmed(tokens, features, place, slots))
+        q, hidden = head.confirmed(tokens, features, place, slots)
         position = place[last]
         none = torch.zeros(1, TREE, dtype=torch.bool, device=tokens.device)
         attended = torch.cat([none, head.line(position)[None]], 1)
-        state = head.states(x, hidden, position, attended)
+        state = head.states(q[:, last], hidden[last], attended)
         growing = Growing(head, width)
         growing.name(state, state.new_zeros(1, dtype=torch.float32), none)
         growing.grow(levels - 1, position + 1, torch.zeros_like(position), position)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from eepass.runtime.decoder.costs import seconds_of
 from eepass.runtime.drafting.acceptance import EAGLE
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.eagle_head import ROWS, WIDTH, EagleHead, Level
 from eepass.runtime.drafting.eagle_layer import WINDOW
-from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
 
@@ -20,6 +20,7 @@ class EagleTree:
     """The draft of one sequence, from its ``head``."""
 
     expected: float = 2.0
+    calls: float = 1.0
 
     def __init__(self, head: EagleHead, named: int = 0) -> None:
         """``named``: where the head is asked for ``candidates`` alone, how many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from eepass.ops.packing import GROUP, form_number
-from eepass.runtime.drafting.eagle_layer import MATRICES, NORMS
+from eepass.runtime.drafting.eagle_layer import JOINED, NORMS
 
 # inputs that share a scale
 INPUTS = 64
 
 
 class Matrix(NamedTuple):
-    """How a matrix is stored: its outputs, and the form it is packed in, None where it is plain."""
+    """How joined matrices are stored: the outputs of each, and the form they are packed in, None
+    where they are plain."""
 
-    outputs: int
+    outputs: tuple[int, ...]
     form: int | None
 
 
@@ -42,8 +43,11 @@ class HeadWeights:
         self, tensors: Mapping[str, Tensor], embedding: Tensor, bits: Callable[[], int | None]
     ) -> None:
         self.dtype, self.embedding = embedding.dtype, embedding
-        self.matrices = {n: tensors[f"eagle.{n}"].to(self.dtype) for n in MATRICES}
-        self.matrices["head"] = tensors["eagle.hot.head"].to(self.dtype)
+        self.matrices = {
+            name: [tensors[f"eagle.{part}"].to(self.dtype) for part in parts]
+            for name, parts in JOINED.items()
+        }
+        self.matrices["head"] = [tensors["eagle.hot.head"].to(self.dtype)]
         self.norms = [tensors[f"eagle.{name}"].to(self.dtype) for name in NORMS]
         self.frequencies = tensors["eagle.rotary"].float()
         self.hot_ids = tensors["eagle.hot.ids"]
@@ -53,15 +57,17 @@ class HeadWeights:
     def packed(self) -> tuple[list[Tensor], Layout]:
         """The inputs of every step, in the order ``eagle_steps.Step`` takes them."""
         bits = self.bits()
-        made = {name: packed_matrix(weight, bits) for name, weight in self.matrices.items()}
+        made = {name: packed_matrices(parts, bits) for name, parts in self.matrices.items()}
         layout = Layout(2 * len(self.frequencies), {name: m for name, (_, m) in made.items()})
         weights = [weight for weight, _ in made.values()]
         return [*weights, *self.norms, self.frequencies, self.embedding, self.hot_ids], layout
 
 
-def packed_matrix(weight: Tensor, bits: int | None) -> tuple[Tensor, Matrix]:
-    """``weight`` [N, K] rounded to ``bits`` and packed; as it is where it has no such form."""
-    outputs, inputs = weight.shape
+def packed_matrices(parts: Sequence[Tensor], bits: int | None) -> tuple[Tensor, Matrix]:
+    """The matrices [N, K] below one another, rounded to ``bits`` and packed; as they are where they
+    have no such form."""
+    weight, outputs = torch.cat([*parts]), tuple(len(part) for part in parts)
+    inputs = weight.shape[1]
     if bits is None or inputs % GROUP:
         return weight.contiguous(), Matrix(outputs, None)
     group = INPUTS if inputs % INPUTS == 0 else GROUP

@@ -10,8 +10,8 @@ from torch import Tensor
 from eepass.runtime.decoder.costs import pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import MODEL
-from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -28,6 +28,7 @@ class ModelDraft:
 
     feature_layers: tuple[int, ...] | None = None
     expected: float = 2.0
+    calls: float = 2.5
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder

@@ -14,8 +14,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import TEXT
-from eepass.runtime.drafting.planner import Budget
 from eepass.runtime.drafting.tree import Tree
 
 # no more tokens of a match are counted, and no more places looked at
@@ -134,6 +134,7 @@ class SuffixDraft:
 
     feature_layers: tuple[int, ...] | None = None
     expected: float = 1.2
+    calls: float = 0.0
     REACH = 8192
 
     def __init__(self, earlier: EarlierTexts | None = None) -> None:

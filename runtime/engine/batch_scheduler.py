@@ -10,8 +10,9 @@ from torch import Tensor
 
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.planner import Budget, Mode, Planner
+from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import Sequence

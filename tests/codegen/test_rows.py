@@ -68,6 +68,24 @@ def test_a_row_has_the_same_bits_alone_and_with_others(dtype, sizes):
         same_bits(torch.ops.eepass.linear_rows(x[:rows], [weight], [None])[0], alone[:rows])
 
 
+@pytest.mark.parametrize("sizes", ((1, 1, 1), (4, 16, 4), (1, 8192, 6), (5, 1003, 7)), ids=str)
+@pytest.mark.parametrize("likely", ("first", "last", "equal", "anywhere"))
+def test_the_largest_logits(sizes, likely):
+    rows, count, k = sizes
+    torch.manual_seed(0)
+    # coarse, so that many are equal: of these the first come first
+    logits = torch.randn(rows, count).mul(4).round()
+    order = {"first": (1, True), "last": (1, False)}
+    if likely in order:
+        dim, descending = order[likely]
+        logits = logits.sort(dim=dim, descending=descending).values
+    elif likely == "equal":
+        logits = torch.zeros(rows, count)
+    values, index = torch.ops.eepass.top_logits(logits, k)
+    expected_values, expected_index = row_ops.top_logits(logits, k)
+    assert torch.equal(values, expected_values) and torch.equal(index, expected_index)
+
+
 def test_a_weight_row_gives_the_same_bits_wherever_it_stands():
     torch.manual_seed(0)
     x, weight = torch.randn(3, 1000).bfloat16(), torch.randn(100, 1000).bfloat16()

@@ -6,8 +6,9 @@ from plain import PlainEngine
 
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.model_draft import ModelDraft
-from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.engine import Engine, Options

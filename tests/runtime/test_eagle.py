@@ -8,10 +8,11 @@ from models import VOCABULARY, eager_compile
 
 from eepass.runtime.drafting import eagle_head, eagle_layer, eagle_steps
 from eepass.runtime.drafting.acceptance import EAGLE
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.eagle_weights import packed_matrix
-from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.eagle_weights import packed_matrices
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.segments import GraphToMake
 from eepass.training.unrolling import unroll
@@ -177,7 +178,10 @@ def test_two_sequences_of_one_head_do_not_meet(draft):
 @pytest.mark.parametrize(("bits", "tolerance"), ((8, 0.1), (4, 1.0)))
 def test_a_head_of_few_bits_says_nearly_the_same(draft, weights, embedding, bits, tolerance):
     few = made_draft(weights, embedding, bits)
-    stored, plain = (sum(x.nbytes for x in head._weights.packed[0][:9]) for head in (few, draft))
+    stored, plain = (
+        sum(x.nbytes for x in head._weights.packed[0][: len(head._weights.matrices)])
+        for head in (few, draft)
+    )
     assert stored < plain * (bits + 3) / 32
     tokens, features = sequence(20)
     exact, rounded = (head.begin(tokens, features, 1)[0] for head in (draft, few))
@@ -189,7 +193,7 @@ def test_a_head_of_few_bits_says_nearly_the_same(draft, weights, embedding, bits
 
 def test_a_matrix_without_groups_stays_as_it_is():
     weight = torch.randn(8, 40)
-    stored, matrix = packed_matrix(weight, 4)
+    stored, matrix = packed_matrices([weight], 4)
     assert torch.equal(stored, weight) and matrix.form is None
 
 

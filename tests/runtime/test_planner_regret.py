@@ -19,8 +19,9 @@ from statistics import mean
 
 import pytest
 
+from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.cascade import Cascade
-from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.tree import Tree
 
 ROWS, DEPTH, TOKENS = (1, 4, 8, 16), 8, 500
@@ -107,7 +108,7 @@ class Text:
 class World:
     """A text being decoded: what is true now, the clock, and the drafts."""
 
-    feature_layers, expected = None, 2.0
+    feature_layers, expected, calls = None, 2.0, 2.5
 
     def __init__(self, kind, seed):
         self.rng = rng = random.Random(seed)
@@ -207,7 +208,9 @@ def accepted(tree, tokens):
 
 
 def planner_of(world, modes):
-    return Planner(world.start, world.start_call, world.expected, modes, clock=lambda: world.clock)
+    return Planner(
+        world.start, world.start_call, world.expected, modes, world.calls, clock=lambda: world.clock
+    )
 
 
 def regret(world, modes, planner=None):

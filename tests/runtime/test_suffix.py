@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eepass.runtime.drafting import suffix
-from eepass.runtime.drafting.planner import Budget, Planner
+from eepass.runtime.drafting.budget import Budget
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft, TextIndex, branches
 
 # few different tokens: texts that repeat themselves
