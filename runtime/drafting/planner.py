@@ -90,6 +90,9 @@ class Planner:
     _exits: dict[int, Average] = field(default_factory=dict)
     # in dense passes, what asking the draft's model takes beyond what it gains
     _asked: list[Average] = field(default_factory=list)
+    # what passes without draft tokens and with them take, for what they should by the costs of
+    # their parts: those are least times, and choosing draft tokens takes time too
+    _slower: tuple[Average, Average] = field(default_factory=lambda: (Average(1.0), Average(1.0)))
     # the pass at which something was last tried, and until which exits are tried
     _tried: dict[Hashable, int] = field(default_factory=dict)
     _trial_end: int = 0
@@ -127,12 +130,13 @@ class Planner:
         probabilities to be accepted, the largest first; ``rows``: others in the pass."""
         token_seconds, costs = self.token_seconds, sorted(self.costs.items())
         best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self._cost(rows)
+        slower = self._drafted_slower
         # rows that a larger count pads a pass with cost nothing
         for size, cost in costs:
             end = min(size - rows, len(joint))
             if end > begin:
                 tokens += sum(joint[begin:end])
-                gained, begin = tokens * token_seconds - (cost - without), end
+                gained, begin = tokens * token_seconds - (slower * cost - without), end
                 if gained > best:
                     best, count = gained, end
         return best, count
@@ -249,6 +253,10 @@ class Planner:
                 self._tried["costs", batch] = -self.passes - PATIENCE
             # one pass that was disturbed says nothing about exits
             exits.add(min(took, exits.value * JUMP) * appended, grown, self.passes)
+        else:
+            should = usual + self._asked_seconds
+            self._slower[drafted].add(min(seconds / should, JUMP), 1.0, self.passes)
+        usual *= self._drafted_slower if drafted else 1.0
         took = (usual + self._asked_seconds) / self._cost(1)
         self._pace_of(batch).add(took, max(self._expected, float(batch)), self.passes)
 
@@ -293,6 +301,13 @@ class Planner:
         plain = [mode for mode in self.modes if mode in ("dense", "speculation")]
         early = [mode for mode in self.modes if mode in ("exits", "both")]
         return (plain or early)[-1], early[-1] if early else None
+
+    @property
+    def _drafted_slower(self) -> float:
+        """By how much passes with draft tokens take longer than their parts, those without taken
+        for the measure."""
+        without, drafted = self._slower
+        return max(1.0, drafted.value / without.value)
 
     def _level(self, without: float) -> int:
         return sum(without > edge * self._cost(1) for edge in TREE_EDGES)

@@ -26,7 +26,10 @@ from eepass.runtime.drafting.tree import Tree
 
 ROWS, DEPTH, TOKENS = (1, 4, 8, 16), 8, 500
 MODES = {"drafts": ("dense", "speculation"), "all": ("dense", "exits", "speculation", "both")}
-KINDS = ("steady", "costs change", "acceptance changes", "exits change", "busy start", "spikes")
+KINDS = (
+    "steady", "costs change", "acceptance changes", "exits change", "busy start", "spikes",
+    "unseen costs",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,8 @@ class Truth:
     """``right``: chance of the head's first draft token, ``keep`` times that at each further one;
     ``told``: by how much it misjudges itself, in log-odds; ``text``: chance of each draft token of
     the text, where there are any, which is ``often``; ``exits``: what a pass with exits costs
-    beside the same one without."""
+    beside the same one without; ``unseen``: what a pass with draft tokens takes beside its parts
+    as they are measured."""
 
     costs: tuple[tuple[int, float], ...]
     call: float
@@ -44,9 +48,11 @@ class Truth:
     text: float
     often: float
     exits: float
+    unseen: float = 1.0
 
     def cost(self, rows):
-        return next(cost for size, cost in self.costs if size >= rows)
+        least = next(cost for size, cost in self.costs if size >= rows)
+        return least * (self.unseen if rows > 1 else 1.0)
 
 
 def truth(rng):
@@ -113,6 +119,8 @@ class World:
     def __init__(self, kind, seed):
         self.rng = rng = random.Random(seed)
         before, after = truth(rng), truth(rng)
+        if kind == "unseen costs":
+            before = replace(before, unseen=rng.uniform(1.1, 1.3))
         changed = {
             "costs change": replace(before, costs=after.costs, call=after.call),
             "acceptance changes": replace(
@@ -230,7 +238,7 @@ def regret(world, modes, planner=None):
         taken = world.passes(true * (world.rng.uniform(0.8, 1.2) if early else 1.0))
         tokens = accepted(tree, world.following(proposed))
         if not early:
-            planner.observe(len(tree), taken)
+            planner.observe(len(tree), taken / (now.unseen if len(tree) > 1 else 1.0))
         planner.record(mode, len(tree), asked + taken, len(tokens), len(tokens))
         planner.learn(proposed, tokens)
         joint = [1.0]
