@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from eepass.checkpoints.artifact import Artifact, artifact_for
 from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
@@ -22,7 +23,7 @@ from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassReport
 from eepass.runtime.step.launching import choose, require_device, require_room, running_out
 from eepass.segments import SplitDecoder
-from eepass.wrappers import compiled_inside
+from eepass.wrappers import compiled_inside, no_model
 
 __all__ = [
     "ALWAYS_ACTIVE", "ARTIFACT", "MAX_LENGTH", "PREFILL_ROWS", "STEP_ROWS", "EarlyExitModel",
@@ -83,6 +84,8 @@ def transform(
         made = _sharing(model, artifact, max_length, draft_model)
         made.record(config)
         return made
+    if not isinstance(model, nn.Module):
+        raise no_model(model)
     if model.training:
         raise InputError("the model is in training mode: call model.eval() first")
     launching = compiler = None

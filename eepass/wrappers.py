@@ -27,12 +27,17 @@ def original_inside(model: Any) -> Any:
         model = compiled_inside(inner())
     if isinstance(model, nn.Module) and hasattr(model, "generate"):
         return model
-    name = type(model).__name__
-    if hasattr(model, "splits"):
-        raise InputError(
+    raise no_model(model)
+
+
+def no_model(given: Any) -> InputError:
+    """Why ``given`` is no Hugging Face model, and what to give in its place."""
+    name = type(given).__name__
+    if hasattr(given, "splits"):
+        return InputError(
             f"{name}: a transformed model, which decodes by itself (model.generate, eepass "
             "generate); give the original one"
         )
-    if hasattr(model, "model") and hasattr(model, "tokenizer"):
-        raise InputError(f"{name}: what eepass.load returns holds the model: give its .model")
-    raise InputError(f"{name}: not a Hugging Face causal LM")
+    if hasattr(given, "model") and hasattr(given, "tokenizer"):
+        return InputError(f"{name}: what eepass.load returns holds the model: give its .model")
+    return InputError(f"{name}: not a Hugging Face causal LM")

@@ -17,7 +17,7 @@ from eepass.checkpoints.draft_codes import ROTARY
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
-from eepass.training.corpus import Example, read_prompts, split_of
+from eepass.training.corpus import Example, Prompt, mixed, read_kinds, split_of
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 from eepass.training.exits import PresetExits
 from eepass.training.hidden_states import HiddenStateStore, collect
@@ -46,16 +46,18 @@ def calibrate(
 
     For a model that was quantised after the artefact was trained: translators, predictors and the
     draft head stay as they are, in bf16, which saves minutes. ``prompts``: JSONL as for
-    ``eepass.train``; the held-out ones are answered densely, each up to ``longest`` tokens,
-    greedily and then, until there are ``tokens``, sampled. Raises ``InputError`` where the
-    artefact is of a model of another shape.
+    ``eepass.train``, better with kinds of text; the held-out ones are answered densely, each up to
+    ``longest`` tokens, greedily and then, until there are ``tokens``, sampled. Raises
+    ``InputError`` where the artefact is of a model of another shape.
     """
     began = perf_counter()
     progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
     trained = artifact_for(model, artifact, "the artefact", same_weights=False)
-    encoded = [loaded.encode(text, raw) for text in read_prompts(Path(prompts or DEFAULT_PROMPTS))]
-    held_out = [ids for ids in encoded if split_of(ids) == "calibrate"]
+    texts = read_kinds(Path(prompts or DEFAULT_PROMPTS))
+    encoded = [(loaded.encode(text, raw), kind) for text, kind in texts]
+    held_out = [Prompt(ids, kind, split_of(ids)) for ids, kind in encoded]
+    held_out = [prompt for prompt in held_out if prompt.split == "calibrate"]
     if not held_out:
         raise InputError("none of the prompts was held out of training: give more --prompts")
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
@@ -95,7 +97,7 @@ def calibrate(
 
 def _answered(
     model: DenseModel,
-    prompts: Sequence[list[int]],
+    prompts: Sequence[Prompt],
     stop: frozenset[int],
     tokens: int,
     longest: int,
@@ -103,17 +105,18 @@ def _answered(
 ) -> list[Example]:
     """Dense answers, greedy and then sampled."""
     progress.begin("answering densely", tokens)
-    fitting = [p for p in prompts if len(p) + longest <= model.max_length]
+    # so that all kinds are there wherever it ends
+    fitting = [p for p in mixed(prompts) if len(p.ids) + longest <= model.max_length]
     turns = [*product(range(ROUNDS), fitting)]
     tasks = (
-        Task(prompt, longest, Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn))
+        Task(prompt.ids, longest, Sampling(temperature=TEMPERATURE if turn else 0.0, seed=turn))
         for turn, prompt in turns
     )
     examples: list[Example] = []
     answered = 0
     with closing(Writer(model, stop).write(tasks)) as written:
         for (turn, prompt), (answer, _) in zip(turns, written, strict=False):
-            examples.append(Example(prompt, answer, "calibrate", greedy=not turn))
+            examples.append(Example(prompt.ids, answer, prompt.split, prompt.kind, not turn))
             answered += len(answer)
             progress.advance(len(answer))
             if answered >= tokens:

@@ -58,6 +58,13 @@ def test_prepare_says_what_it_wants_instead(model, ready):
             eepass.prepare(given)
 
 
+def test_transform_says_what_it_wants_instead(model):
+    with pytest.raises(InputError, match=r"what eepass\.load returns holds the model"):
+        eepass.transform(LoadedModel("tiny", model, None, None))
+    with pytest.raises(InputError, match="str: not a Hugging Face causal LM"):
+        eepass.transform("smollm2")
+
+
 @pytest.mark.parametrize("door", (serve, openai_app))
 def test_serving_says_what_it_wants_instead(model, ready, door):
     folder = LoadedModel("out/tiny", ready, None, None, transformed=True)
