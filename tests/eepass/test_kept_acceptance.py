@@ -1,12 +1,11 @@
 """What is learned of draft tokens is kept between processes, and nothing damaged is believed."""
 
 import json
-import shutil
 
 import pytest
+from kept_cache import keep_in
 from models import tiny_model
 
-from eepass.codegen.cpu.native import build_kernels
 from eepass.config import ExitConfig
 from eepass.kept import acceptance
 from eepass.kept.acceptance import ACCEPTANCE, MOST_COUNTED, KeptAcceptance
@@ -16,12 +15,7 @@ from eepass.model import transform
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    """A cache of its own, with the kernels that are built already."""
-    library = build_kernels()
-    (tmp_path / "eepass").mkdir()
-    shutil.copy(library, tmp_path / "eepass")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("eepass.kept.splits.KEPT", "kept")
+    keep_in(tmp_path, monkeypatch)
     monkeypatch.setattr(acceptance, "PAUSE", 0.0)
 
 

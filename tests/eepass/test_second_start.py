@@ -1,13 +1,13 @@
 """The second start of a model traces nothing and compiles nothing, and gives the same answer."""
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kept_cache import keep_in
 from models import random_artifact, tiny_model
 from torch import nn
 
@@ -56,14 +56,7 @@ def outcome(process):
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """A cache of its own, with the kernels that are built already."""
-    from eepass.codegen.cpu.native import build_kernels
-
-    library = build_kernels()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("eepass.kept.splits.KEPT", "kept")
-    (tmp_path / "eepass").mkdir()
-    shutil.copy(library, tmp_path / "eepass")
-    return tmp_path / "eepass"
+    return keep_in(tmp_path, monkeypatch)
 
 
 def dense_answer(model, count):
