@@ -6,20 +6,12 @@ import shutil
 
 import pytest
 from command_line import refused, run
-from kept_cache import keep_in
 from models import VOCABULARY, tiny_model
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from word_model import save_word_model, write_prompts
 
 WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
-    """Commands of one model trace and compile it once, as a person's do."""
-    with pytest.MonkeyPatch.context() as patch:
-        yield keep_in(tmp_path_factory.mktemp("cache"), patch)
 
 
 @pytest.fixture(scope="module")
