@@ -22,7 +22,7 @@ constexpr int64_t BLOCK = 16;
 constexpr int64_t MOST_ROWS = 8, TOGETHER = 16;
 // Bytes of x that stay in the L1 cache beside partial sums and the weights on their way.
 constexpr int64_t X_BYTES = 24576;
-// How far ahead weights are prefetched into the L1 cache.
+// How far ahead weights are prefetched.
 constexpr int64_t AHEAD_BYTES = 8192;
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }

@@ -299,6 +299,8 @@ struct Bf16 {
 
 #endif
 
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
+// Into the L2 cache: there are fewer places to wait for a line of L1, and what finds none is dropped or
+// holds up the loads behind it.
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
 }  // namespace eepass::EEPASS_ISA

@@ -117,6 +117,8 @@ class LlamaCpp:
         draft = None
         if look_up:
             draft = speculative.LlamaPromptLookupDecoding(num_pred_tokens=LOOK_UP_TOKENS)
+            # at the end of an answer its draft tokens reach beyond it
+            context += LOOK_UP_TOKENS + 1
         try:
             self.llama = llama_cpp.Llama(
                 model_path=str(gguf_path),
