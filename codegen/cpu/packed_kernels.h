@@ -12,8 +12,10 @@
 
 namespace eepass::EEPASS_ISA {
 
-// How far ahead weights are asked for, into L2: what arrives while the memory answers.
-constexpr int64_t AHEAD = 8192;
+// How far ahead weights are asked for: what arrives while the memory answers. Few rows keep no load
+// waiting, so the processor's own prefetchers run ahead of them, and asking only fills their queue.
+constexpr int64_t AHEAD = 4096;
+constexpr int FETCHING_ROWS = 4;
 
 // Codes of 32 inputs as two vectors of 4 inputs each: `pair<I>` gives inputs 8 I .. 8 I + 7.
 struct FourBits {
@@ -213,8 +215,8 @@ struct Rows {
       const int64_t groups = layer.K - k < SPAN ? (layer.K - k) / GROUP : SPAN / GROUP;
       for (int64_t g = 0; g < groups; g++, group++) {
         form.group(p, group);
-        if (fetch)
-          for (int64_t line = 0; line < C::BYTES + 32; line += 64) prefetch(p + AHEAD + line);
+        if (R >= FETCHING_ROWS && fetch)
+          for (int64_t line = 0; line < C::BYTES; line += 64) prefetch(p + AHEAD + line);
         Floats found[R];
         products<0>(p, x + g * PARTS * part_words, found);
         if constexpr (FINE) {

@@ -22,6 +22,8 @@ from eepass.errors import InputError
 def train(
     model: options.Model,
     out: Annotated[Path, typer.Option(help="Folder for the artefact; resumed if it has begun.")],
+    quantize: options.Quantize = "none",
+    activations: options.Activations = "int8",
     prompts: options.Prompts = None,
     tokens: Annotated[int, typer.Option(help="Answer tokens to generate.", min=1000)] = 200_000,
     answers: Annotated[
@@ -54,12 +56,14 @@ def train(
 
     Without further options it writes prompts and answers of many kinds itself; it says at the start
     how long that will take here, and a run that was stopped goes on when it is started again.
+    With --quantize keep a quantised checkpoint answers as it is served, several times as fast; the
+    artefact is for the weights it stands for, quantised or not.
     """
     from eepass.training import train as training
 
     if draft not in ("eagle", "none"):
         raise InputError(f"--draft {draft}: expected eagle or none")
-    loaded = load_model(model, dtype, threads)
+    loaded = load_model(model, dtype, threads, quantize=quantize, activations=activations)
     with progress_bars() as bars:
         artifact = training.train(
             loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
