@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from eepass.config import ExitConfig
     from eepass.doctoring import doctor
     from eepass.errors import InputError
+    from eepass.exactness.certificate import verify
     from eepass.hf.generation import generate, prepare
     from eepass.hf.serving import serve
     from eepass.loading import load
@@ -35,6 +36,7 @@ _HOMES = {
     "serve": "eepass.hf.serving",
     "train": "eepass.training.train",
     "transform": "eepass.model",
+    "verify": "eepass.exactness.certificate",
     "write_folder": "eepass.bundle.write",
 }
 
@@ -53,6 +55,7 @@ __all__ = [
     "serve",
     "train",
     "transform",
+    "verify",
     "write_folder",
 ]
 

@@ -28,6 +28,7 @@ from eepass.reading import number
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
 from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.loop import EngineLoop
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
@@ -85,6 +86,7 @@ class EarlyExitModel:
         self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None
+        self._loop: EngineLoop | None = None
         self.config: ExitConfig | None = None
         self.plan: ExitPlan | None = None
         self._is_dense = True
@@ -134,6 +136,17 @@ class EarlyExitModel:
             config = self.config or ExitConfig()
             self._engine = self._make_engine(config, self._is_dense, self._force)
         return self._engine
+
+    @property
+    def loop(self) -> EngineLoop:
+        """Decodes requests of any thread together, as configured. Raises ``InputError`` for a model
+        that decodes by captured steps."""
+        engine = self.engine
+        if isinstance(engine, CapturedSteps):
+            raise InputError("requests go pass by pass: transform without device= and launch=")
+        if self._loop is None or self._loop.engine is not engine:
+            self._loop = EngineLoop(engine)
+        return self._loop
 
     @property
     def dense(self) -> Engine | CapturedSteps:
@@ -273,6 +286,7 @@ class EarlyExitModel:
         steps are launched as ``launching`` says, or go through the engine."""
         other = copy(self)
         other.launching, other._engine, other._dense = launching, None, None
+        other._loop = None
         other.record(dense=True)
         return other
 

@@ -53,10 +53,11 @@ MAY_IMPORT = {
     "benchmark": {
         "checkpoints", "codegen", "lengths", "model", "passes", "runtime", "training",
     },
+    "exactness": {"checkpoints", "codegen", "model", "runtime"},
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
-        "benchmark", "bundle", "checkpoints", "doctoring", "files", "inspecting", "lengths",
-        "model", "onnx", "pictures", "runtime", "training",
+        "benchmark", "bundle", "checkpoints", "doctoring", "exactness", "files", "inspecting",
+        "lengths", "model", "onnx", "pictures", "runtime", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -17,6 +17,7 @@ from eepass.cli.inspect import inspect
 from eepass.cli.signals import stopping_cleanly
 from eepass.cli.train import calibrate, train
 from eepass.cli.transform import codegen, export_onnx, transform
+from eepass.cli.verify import verify
 from eepass.errors import RunsSlower
 
 
@@ -48,7 +49,8 @@ app = typer.Typer(
     help="Speculative early exit for any decoder PyTorch can trace.",
 )
 for command in (
-    probe, train, calibrate, transform, generate, bench, inspect, codegen, export_onnx, doctor,
+    probe, train, calibrate, transform, generate, bench, verify, inspect, codegen, export_onnx,
+    doctor,
 ):  # fmt: skip
     app.command()(command)
 

@@ -34,8 +34,7 @@ from eepass.hf.logits_processing import (
 )
 from eepass.hf.prepared import in_use, register
 from eepass.model import EarlyExitModel
-from eepass.runtime.engine.batch import Request, decode_batch
-from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.batch import Request
 from eepass.wrappers import original_inside
 
 # what ``generate`` prepares for the forward call of the model; the engine needs none of it
@@ -62,7 +61,7 @@ def generate(
     logits processors, stopping criteria and streamers, each called once for every token that is
     final. Each row is decoded by itself: processors and criteria see its ids with its padding, one
     row at a time, and its neighbours change nothing. Seeds come from torch's generator, or from a
-    ``seed`` of the generation config.
+    ``seed`` of the generation config. Calls of several threads are decoded together.
 
     transformers hands a callable neither streamer nor tokenizer; ``eepass.prepare(model)`` makes it
     do so, for streaming and stop strings. Raises ``InputError`` for what cannot be honoured, by
@@ -80,29 +79,28 @@ def generate(
     keep = bool(as_dict and (generation_config.output_scores or generation_config.output_logits))
 
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
-        engine = transformed.engine
-        assert isinstance(engine, Engine) and transformed.config is not None
-        approximate = transformed.config.guarantee == "approximate"
-        native = native_options(logits_processor, padding)
-        refuse_processors(logits_processor, native is not None, approximate)
-        if keep and approximate:
-            raise InputError("output_scores and output_logits need guarantee='exact'")
-        processors: list[RowProcessors] = []
-        options: list[dict[str, Any]] = [dict(native or {}) for _ in prompts]
-        if native is None or keep:
-            leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
-            for row, lead in enumerate(leads):
-                processors.append(RowProcessors(logits_processor, row, lead, len(leads), keep))
-                options[row] = {"process": processors[row]}
-        samplings = row_samplings(generation_config, options)
-        requests = [
-            Request(prompt, limit, stop, sampling)
-            for prompt, sampling in zip(prompts, samplings, strict=True)
-        ]
-        answers = _Answers(input_ids, requests, criteria, streamer, pad)
-        with closing(decode_batch(engine, requests)) as steps:
-            for request, token in steps:
-                answers.add(request, token)
+        assert transformed.config is not None
+        loop, approximate = transformed.loop, transformed.config.guarantee == "approximate"
+    native = native_options(logits_processor, padding)
+    refuse_processors(logits_processor, native is not None, approximate)
+    if keep and approximate:
+        raise InputError("output_scores and output_logits need guarantee='exact'")
+    processors: list[RowProcessors] = []
+    options: list[dict[str, Any]] = [dict(native or {}) for _ in prompts]
+    if native is None or keep:
+        leads = [ids[~mask].tolist() for ids, mask in zip(input_ids, own, strict=True)]
+        for row, lead in enumerate(leads):
+            processors.append(RowProcessors(logits_processor, row, lead, len(leads), keep))
+            options[row] = {"process": processors[row]}
+    samplings = row_samplings(generation_config, options)
+    requests = [
+        Request(prompt, limit, stop, sampling)
+        for prompt, sampling in zip(prompts, samplings, strict=True)
+    ]
+    answers = _Answers(input_ids, requests, criteria, streamer, pad)
+    with closing(loop.submit(requests)) as steps:
+        for request, token in steps:
+            answers.add(request, token)
     sequences = answers.sequences()
     if streamer is not None:
         streamer.end()

@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-import torch
-
 from eepass.checkpoints.artifact import Artifact, found_artifact
 from eepass.checkpoints.read_torchao import read_quantized
 from eepass.config import ExitConfig
@@ -20,6 +18,8 @@ from eepass.errors import InputError
 from eepass.lengths import refuse_longer, usual_length
 from eepass.model import MAX_LENGTH, PREFILL_ROWS, EarlyExitModel, transform
 from eepass.model_stamp import OWN, ModelStamp, refuse_unfollowed
+from eepass.runtime.engine.batch import Request
+from eepass.runtime.sampling import GREEDY
 
 logger = logging.getLogger("eepass")
 
@@ -86,7 +86,8 @@ def is_prepared(model: Any) -> bool:
 
 @contextmanager
 def in_use(model: Any, length: int) -> Iterator[EarlyExitModel]:
-    """The transformed ``model``, with room for ``length`` tokens, for this thread alone.
+    """The transformed ``model``, with room for ``length`` tokens; others wait for it meanwhile, but
+    its loop goes on with what it was given.
 
     It is made at its first use. Raises ``InputError`` where ``length`` is more than ``prepare`` was
     asked for, or the model knows positions for.
@@ -108,9 +109,10 @@ def forget_requests(model: Any) -> None:
 
 def compile_now(model: Any) -> None:
     """Compile what a first ``generate`` would, and measure what passes cost."""
-    with in_use(model, 1) as transformed, torch.no_grad():
+    with in_use(model, 1) as transformed:
         prompt = [0] * min(PREFILL_ROWS, transformed.decoder.max_sequence_length - 4)
-        list(transformed.engine.generate(prompt, 4))
+        for _ in transformed.loop.submit([Request(prompt, 4, frozenset(), GREEDY)]):
+            pass
 
 
 def refuse_length(model: Any, length: int) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from eepass.checkpoints.models import LoadedModel
@@ -20,10 +23,13 @@ try:
     from fastapi import Request
     from fastapi.responses import JSONResponse
     from transformers.cli.serve import Serve
+    from transformers.cli.serving.utils import GenerateManager
 except ImportError as error:  # fastapi, uvicorn, openai
     raise InputError(f"serving needs pip install 'eepass[serve]' ({error})") from error
 
 STARTING_SECONDS = 30
+# requests that are decoded together, at most; others wait for one of them to end
+AT_ONCE = 16
 # tokens of prompt and answer, where the model was not prepared
 USUAL_TEXT = 4096
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -47,7 +53,8 @@ def serve(
     """Serve ``loaded`` by the OpenAI protocol at ``host``:``port``, in a thread of its own.
 
     The model's own ``generate`` answers; ``eepass.prepare`` it first to say how, and how long texts
-    may get. Requests are decoded one after another. Port 0 takes a free one. ``warm_up``:
+    may get. Requests are decoded together, as many as have room in its cache, and each gets the
+    answer it gets alone. Port 0 takes a free one. ``warm_up``:
     compile before the first request, not at it. ``remember``: let drafts repeat earlier requests,
     for a server whose requests are all one user's: how fast an answer comes would tell another user
     what was asked before. Raises ``InputError`` if the address is taken.
@@ -95,6 +102,11 @@ class Server(Serve):
             forget_requests(loaded.model)
         super().__init__(host=host, port=port, log_level=log_level, non_blocking=True)
 
+    def kill_server(self) -> None:
+        """Stop listening; requests that have not begun are dropped."""
+        self._together.stop()
+        super().kill_server()
+
     @property
     def url(self) -> str:
         """The ``base_url`` of clients."""
@@ -104,7 +116,9 @@ class Server(Serve):
     def start_server(self) -> None:
         """Called by ``Serve`` when all is built: set the model, but do not listen yet."""
         manager: Any = self._model_manager
-        loaded = self._loaded
+        generation: Any = self._generation_state
+        loaded, self._together = self._loaded, Together()
+        generation.get_manager = lambda *args, **kwargs: self._together
         manager.force_model = loaded.name
         manager.model_timeout = -1
         # called again after a reset; never looks for the model on a hub
@@ -144,6 +158,26 @@ class Server(Serve):
             self._thread.join()
         except KeyboardInterrupt:
             self.kill_server()
+
+
+class Together(GenerateManager):
+    """Runs each request's ``generate`` in a thread of its own, where transformers has one for all:
+    the model's engine decodes them together."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(AT_ONCE, "eepass-request")
+
+    def submit(self, fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Future[Any]:
+        return self._threads.submit(fn, *args, **kwargs)
+
+    def async_submit(
+        self, fn: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> asyncio.Future[Any]:
+        loop = asyncio.get_running_loop()
+        return loop.run_in_executor(self._threads, partial(fn, *args, **kwargs))
+
+    def stop(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _add_checks(handler: Any) -> None:

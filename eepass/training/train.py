@@ -18,6 +18,7 @@ from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint
 from eepass.checkpoints.models import LoadedModel, original_of
+from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.training import corpus
@@ -85,6 +86,7 @@ def train(
         own_prompts = default_own_prompts(tokens, len(given)) if alone else 0
     request = {
         "model": fingerprint(loaded.model)["weights"],
+        "quantized": quantization_of(loaded.model),
         "prompts": _hash(repr(given).encode()),
         "answers": _hash(repr(examples).encode()) if answers is not None else None,
         "tokens": None if answers is not None else tokens,
@@ -219,6 +221,7 @@ class Trainer:
                 del tensors[name]
         hot = torch.isin(self.store.labels("calibrate"), tensors["hot.ids"].long())
         report |= {
+            "quantized": quantization_of(self.original),
             "examples": len(examples),
             "tokens": answered,
             "hot_coverage": float(hot.float().mean()),

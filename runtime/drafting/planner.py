@@ -275,8 +275,8 @@ class Planner:
             self._exits, self._asked = {1: exits}, asked
 
     def decision(self, batch: int = 1) -> Mapping[str, object]:
-        """The mode in use and the figures it was chosen by, in milliseconds; ``drafted_slower``: what
-        passes with draft tokens take, by the sum of their parts."""
+        """The mode in use and the figures it was chosen by, in milliseconds; ``drafted_slower``:
+        what passes with draft tokens take, by the sum of their parts."""
         plain, early = self._allowed()
         exits, dense = self._exits_of(batch).value, self._cost(batch) / batch
         mode = early if early and (exits < 1 or plain == early) else plain

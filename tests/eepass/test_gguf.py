@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 import torch
+from command_line import refused, run
 from gguf_files import write
 
 import eepass
@@ -65,6 +66,24 @@ def test_every_type_has_the_values_transformers_gives_it(tmp_path, architecture,
     assert 0 < apart < 0.1 * expected.abs().max()
     # an artefact of the one fits the other: they have the same weights
     assert fingerprint(kept.model) == fingerprint(plain.model)
+
+
+def test_training_on_the_weights_as_they_are_kept(tmp_path):
+    path = write(tmp_path / "tiny.gguf", kinds=MIXED)
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out"
+    letters = [chr(97 + n) for n in range(25)]
+    texts = ["".join(letters[(n + 3 * k) % 25] for k in range(8)) for n in range(25)]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    command = ("train", path, "--out", out, "--prompts", prompts, "--tokens", 1500, "--samples", 1,
+               "--max-length", 64, "--draft", "none", "--dtype", "fp32", "--raw")  # fmt: skip
+    code, _, errors = run(*command, "--quantize", "keep")
+    assert code == 0, errors
+    assert "Q6_K" in eepass.load_artifact(out).report["quantized"]
+    for quantize in ("keep", None):
+        loaded = eepass.load(str(path), dtype="fp32", quantize=quantize)
+        assert eepass.transform(loaded.model, out, max_length=64).artifact is not None
+    # answers of other weights are not mixed with these
+    assert "other quantized" in refused(*command)
 
 
 def test_a_type_without_kernels_is_dequantised_and_said(tmp_path):

@@ -14,6 +14,7 @@ import eepass
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.hf.prepared import in_use
+from eepass.runtime.engine.engine import Engine
 
 openai = pytest.importorskip("openai", reason="the extra 'serve' is not installed")
 pytest.importorskip("fastapi", reason="the extra 'serve' is not installed")
@@ -98,9 +99,16 @@ def test_options(served, client):
     assert ask(client, temperature=0).choices[0].message.content == said
 
 
-def test_two_requests_at_once(served, client):
+def test_requests_are_decoded_together(served, client, monkeypatch):
     texts = ["one", "another one", "a third"]
-    said = {}
+    said, together = {}, []
+    step = Engine.step
+
+    def counted(self, sequences=None):
+        together.append(len(self.sequences if sequences is None else sequences))
+        step(self, sequences)
+
+    monkeypatch.setattr(Engine, "step", counted)
 
     def work(text):
         messages = [{"role": "user", "content": text}]
@@ -113,6 +121,7 @@ def test_two_requests_at_once(served, client):
     for thread in threads:
         thread.join()
     assert said == {text: expected(served[0], 60, text) for text in texts}
+    assert max(together) > 1
 
 
 def test_a_client_that_hangs_up_frees_the_engine(served, client, monkeypatch):

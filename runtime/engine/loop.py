@@ -1,0 +1,182 @@
+"""Requests of any thread, decoded together: they join and leave at any pass.
+
+The loop has a thread of its own as long as there is something to decode, and the engine is that
+thread's alone. Each request says what it says alone, so nobody sees who else was there.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from queue import SimpleQueue
+from threading import Event, Lock, Thread
+
+import torch
+from torch import Tensor
+
+from eepass.runtime.engine.batch import Batch, Request
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.sampling import Process
+
+
+class _Submission:
+    """Requests of one caller, what they have given so far, and whether they have left the loop."""
+
+    def __init__(self, requests: SequenceOf[Request]) -> None:
+        self.requests = list(requests)
+        self.left = set(requests)
+        # tokens; None where a request has ended; or what ended all of them
+        self.given: SimpleQueue[tuple[Request, int | None] | BaseException] = SimpleQueue()
+        self.gone = Event()
+        self.error: BaseException | None = None
+
+    def leave(self, request: Request) -> None:
+        self.left.discard(request)
+        self.given.put((request, None) if self.error is None else self.error)
+        if not self.left:
+            self.gone.set()
+
+    def fail(self, error: BaseException) -> None:
+        """No more of these requests: ``error`` is raised where their tokens are read."""
+        self.error = self.error or error
+        self.cancel()
+
+    def cancel(self) -> None:
+        for request in self.requests:
+            request.enough = True
+
+    def tokens(self) -> Generator[tuple[Request, int], None, None]:
+        ending = len(self.requests)
+        try:
+            while ending:
+                found = self.given.get()
+                if isinstance(found, BaseException):
+                    raise found
+                request, token = found
+                if token is None:
+                    ending -= 1
+                elif not request.enough:
+                    yield request, token
+        finally:
+            self.cancel()
+            # their slots are free when the caller goes on
+            self.gone.wait()
+
+
+class EngineLoop:
+    """Decodes with ``engine`` what is submitted, as many requests at once as it has rows for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._lock = Lock()
+        self._new: deque[tuple[Request, _Submission]] = deque()
+        self._thread: Thread | None = None
+
+    def submit(self, requests: SequenceOf[Request]) -> Generator[tuple[Request, int], None, None]:
+        """Tokens of ``requests`` as they are confirmed, those of one request in order.
+
+        They are decoded from now on, whether tokens are read or not. When the iterator ends, is
+        closed, or fails, none of the requests is in the cache any more: a request whose ``enough``
+        is set leaves before the next pass. Raises ``EngineError`` as ``decode_batch`` does, and
+        whatever a ``process`` of their own raises.
+        """
+        submission = _Submission(requests)
+        if not requests:
+            submission.gone.set()
+        for request in requests:
+            if request.sampling.process is not None:
+                guarded = _guarded(request.sampling.process, submission)
+                request.sampling = replace(request.sampling, process=guarded)
+        with self._lock:
+            self._new += [(request, submission) for request in requests]
+            if self._thread is None and requests:
+                self._thread = Thread(target=self._run, name="eepass")
+                self._thread.start()
+        return submission.tokens()
+
+    @torch.no_grad()
+    def _run(self) -> None:
+        # a thread begins with all cores, whatever was asked for
+        torch.set_num_threads(torch.get_num_threads())
+        decoding = _Decoding(Batch(self.engine, self.engine.step_rows))
+        while True:
+            with self._lock:
+                decoding.waiting += self._new
+                self._new.clear()
+                if not decoding.busy:
+                    self._thread = None
+                    return
+            try:
+                decoding.advance()
+            except BaseException as error:
+                # whatever it is, the callers wait for it
+                decoding.fail(error)
+
+
+class _Decoding:
+    """What the loop's thread is decoding."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+        self.waiting: deque[tuple[Request, _Submission]] = deque()
+        self.running: dict[Request, _Submission] = {}
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def advance(self) -> None:
+        """One pass, before which requests join and after which others leave."""
+        self._start()
+        self._deliver()
+        if self.batch.catch_up():
+            self._deliver()
+        self.batch.step()
+        # before others' prompts are run
+        self._deliver()
+
+    def fail(self, error: BaseException) -> None:
+        self.batch.end()
+        for request, submission in [*self.running.items(), *self.waiting]:
+            submission.fail(error)
+            submission.leave(request)
+        self.running.clear()
+        self.waiting.clear()
+
+    def _start(self) -> None:
+        while self.waiting and self.batch.has_room(self.waiting[0][0]):
+            request, submission = self.waiting.popleft()
+            if request.enough:
+                submission.leave(request)
+                continue
+            try:
+                self.batch.start(request)
+                self.running[request] = submission
+            except Exception as error:
+                # the one request's; its neighbours go on
+                submission.fail(error)
+                submission.leave(request)
+            self._deliver()
+
+    def _deliver(self) -> None:
+        for request, token in self.batch.confirmed():
+            self.running[request].given.put((request, token))
+        still = set(self.batch.running.values())
+        for request in [request for request in self.running if request not in still]:
+            self.running.pop(request).leave(request)
+
+
+def _guarded(process: Process, submission: _Submission) -> Process:
+    """``process``, whose errors are those of its own requests and not of the others in the pass."""
+
+    def guarded(context: SequenceOf[int], logits: Tensor) -> Tensor:
+        if submission.error is None:
+            try:
+                return process(context, logits)
+            except Exception as error:
+                submission.fail(error)
+        return logits
+
+    return guarded
