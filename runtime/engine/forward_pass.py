@@ -71,6 +71,7 @@ class ForwardPass:
         plan takes them from no layer."""
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
+        exits = self.exits is not None and any(one.active_exits for one in batch)
         for index in range(first, self.decoder.num_layers):
             self._insert_pending(batch, index)
             if self.hidden is None:
@@ -86,7 +87,7 @@ class ForwardPass:
                 for number, row in enumerate(self.rows):
                     own = self.hidden[0, number : number + 1]
                     self.recorder.add(row.scheduled.sequence, layer, own)
-            if self.exits is not None:
+            if exits:
                 self._run_predictors(layer)
             if not self.rows:
                 return
