@@ -257,8 +257,6 @@ class Engine:
             self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
         if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
             each = max(each, *self.planner.costs)
-            if self.exits is not None and self.draft.feature_layers is not None:
-                self.exits.prepare_final()
         self.decoder.prepare_passes(min(sequences * each, self.step_rows))
         if self.options.kv_policy == "propagate":
             self.decoder.prepare_fills()

@@ -70,11 +70,6 @@ class Exits:
             drafts = torch.zeros(rows, k, dtype=torch.long)
         return RowState(drafts, torch.zeros(rows, k))
 
-    def prepare_final(self) -> None:
-        """Compile what ``final`` needs."""
-        for rows in ROW_COUNTS:
-            self.final(torch.zeros(1, rows, self._decoder.hidden_size, dtype=self._decoder.dtype))
-
     def prepare(self, most: int) -> None:
         """Compile and run once what exits need for up to ``most`` rows."""
         for rows in ROW_COUNTS[: 1 if most == 1 else None]:
@@ -90,14 +85,7 @@ class Exits:
 
     def final(self, hidden: Tensor) -> Tensor:
         """The normed hidden state z [1, n, H] of hidden states after the last layer [1, n, H]."""
-        rows = hidden.shape[1]
-        if rows > ROW_COUNTS[-1]:
-            return self._head.normed(hidden, self._decoder.tensors)
-        # compiled: a norm is many small operations, and each pass of a draft with features has one
-        padded = _padded(hidden)
-        (z,) = self._segment("normed", padded.shape[1])(padded)
-        normed: Tensor = z[:, :rows]
-        return normed
+        return self._head.normed(hidden, self._decoder.tensors)
 
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
         """Take the draft tokens from hidden states [1, R, H]: each row's likeliest hot tokens."""

@@ -84,14 +84,13 @@ def test_keys_left_where_a_tree_had_them_are_noticed(loaded, ready, monkeypatch)
 def test_a_row_that_depends_on_others_is_noticed(loaded, ready, monkeypatch):
     from eepass.runtime.decoder.decoder import Decoder
 
-    forward = Decoder.forward
+    logits = Decoder.logits
 
-    def leaking(self, tokens, rows, *arguments, **options):
-        hidden = forward(self, tokens, rows, *arguments, **options)
+    def leaking(self, hidden):
         # too little to change a token
-        return hidden if len(rows) == 1 else hidden * (1 + 1e-6 * len(rows))
+        return logits(self, hidden) * (1 + 1e-6 * (hidden.shape[1] - 1))
 
-    monkeypatch.setattr(Decoder, "forward", leaking)
+    monkeypatch.setattr(Decoder, "logits", leaking)
     found = verify(loaded, ready, PROMPTS, 16)
     assert not found["exact"]
     together = ways(found)["dense, 5 together"]
