@@ -48,6 +48,8 @@ def verify(
     mechanism was at work. ``exact``: whether nothing differed. Sampled answers have a seed each,
     from ``seed``, as has all that is random here. Raises ``InputError`` where no prompt fits.
     """
+    # configured by itself, over the same cache
+    model = model.share()
     longest = model.decoder.max_sequence_length
     fitting = [list(ids) for ids in prompts if 0 < len(ids) <= longest - new_tokens]
     if not fitting:

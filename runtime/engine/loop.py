@@ -7,7 +7,7 @@ thread's alone. Each request says what it says alone, so nobody sees who else wa
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from queue import SimpleQueue
@@ -47,22 +47,36 @@ class _Submission:
         for request in self.requests:
             request.enough = True
 
-    def tokens(self) -> Generator[tuple[Request, int], None, None]:
-        ending = len(self.requests)
-        try:
-            while ending:
-                found = self.given.get()
-                if isinstance(found, BaseException):
-                    raise found
-                request, token = found
-                if token is None:
-                    ending -= 1
-                elif not request.enough:
-                    yield request, token
-        finally:
-            self.cancel()
-            # their slots are free when the caller goes on
-            self.gone.wait()
+
+class Tokens(Iterator[tuple[Request, int]]):
+    """The tokens of some requests, as they are confirmed; ``close`` takes the requests out."""
+
+    def __init__(self, submission: _Submission) -> None:
+        self._submission, self._going = submission, len(submission.requests)
+
+    def __next__(self) -> tuple[Request, int]:
+        while self._going:
+            found = self._submission.given.get()
+            if isinstance(found, BaseException):
+                self.close()
+                raise found
+            request, token = found
+            if token is None:
+                self._going -= 1
+            elif not request.enough:
+                return request, token
+        self.close()
+        raise StopIteration
+
+    def close(self) -> None:
+        """Returns when the slots of all requests are free."""
+        self._going = 0
+        self._submission.cancel()
+        self._submission.gone.wait()
+
+    def __del__(self) -> None:
+        # nobody reads on
+        self._submission.cancel()
 
 
 class EngineLoop:
@@ -74,13 +88,13 @@ class EngineLoop:
         self._new: deque[tuple[Request, _Submission]] = deque()
         self._thread: Thread | None = None
 
-    def submit(self, requests: SequenceOf[Request]) -> Generator[tuple[Request, int], None, None]:
+    def submit(self, requests: SequenceOf[Request]) -> Tokens:
         """Tokens of ``requests`` as they are confirmed, those of one request in order.
 
-        They are decoded from now on, whether tokens are read or not. When the iterator ends, is
-        closed, or fails, none of the requests is in the cache any more: a request whose ``enough``
-        is set leaves before the next pass. Raises ``EngineError`` as ``decode_batch`` does, and
-        whatever a ``process`` of their own raises.
+        They are decoded from now on, whether tokens are read or not. When the iterator has ended,
+        failed, or is closed, none of the requests is in the cache any more: a request whose
+        ``enough`` is set leaves before the next pass. Raises ``EngineError`` as ``decode_batch``
+        does, and whatever a ``process`` of their own raises.
         """
         submission = _Submission(requests)
         if not requests:
@@ -92,9 +106,10 @@ class EngineLoop:
         with self._lock:
             self._new += [(request, submission) for request in requests]
             if self._thread is None and requests:
-                self._thread = Thread(target=self._run, name="eepass")
-                self._thread.start()
-        return submission.tokens()
+                thread = Thread(target=self._run, name="eepass")
+                thread.start()
+                self._thread = thread
+        return Tokens(submission)
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -146,11 +161,12 @@ class _Decoding:
         self.waiting.clear()
 
     def _start(self) -> None:
+        # nobody waits for these any more, wherever in the queue they are
+        for entry in [entry for entry in self.waiting if entry[0].enough]:
+            self.waiting.remove(entry)
+            entry[1].leave(entry[0])
         while self.waiting and self.batch.has_room(self.waiting[0][0]):
             request, submission = self.waiting.popleft()
-            if request.enough:
-                submission.leave(request)
-                continue
             try:
                 self.batch.start(request)
                 self.running[request] = submission

@@ -47,7 +47,9 @@ def test_the_command_gives_a_certificate(tmp_path):
 
 
 def test_every_mechanism_was_at_work(loaded, ready):
+    before = ready.config
     found = verify(loaded, ready, PROMPTS, 16)
+    assert ready.config is before
     assert found["exact"] and not any(way["bits_different"] for way in found["ways"])
     by_name = ways(found)
     assert by_name["dense, once more"]["accepted_per_pass"] == 1

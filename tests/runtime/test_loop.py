@@ -84,6 +84,19 @@ def test_a_caller_that_leaves_frees_its_slots(engine, loop):
     assert engine.decoder.kv.unused
 
 
+def test_a_caller_that_leaves_the_queue_waits_for_nobody(engine, loop):
+    first = loop.submit([request(1, 240)])
+    next(first)
+    # no room beside the first one
+    second = loop.submit([request(2, 240)])
+    began = time.monotonic()
+    second.close()
+    assert len(engine.sequences) == 1 and time.monotonic() - began < 5
+    # nor does anybody read this one
+    loop.submit([request(3, 240)])
+    first.close()
+
+
 def test_a_request_that_has_enough_leaves_and_others_stay(engine, loop):
     short, long = request(1, 100), request(2, 100)
     found = []
