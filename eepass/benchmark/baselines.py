@@ -126,6 +126,8 @@ class LlamaCpp:
                 n_threads=threads,
                 n_threads_batch=threads,
                 draft_model=draft,
+                # the look-up keeps the logits of every token, and has room for a batch without
+                logits_all=look_up,
                 verbose=False,
             )
         except ValueError as error:
