@@ -15,9 +15,10 @@ from eepass.checkpoints.artifact import fingerprint
 from eepass.checkpoints.models import LoadedModel
 from eepass.codegen.cpu import native
 from eepass.errors import InputError
-from eepass.exactness.decoding import Answer, Question, answers_of
+from eepass.exactness.decoding import Answer, answers_of
 from eepass.exactness.ways import ALONE, TOGETHER, Way, ways_of
 from eepass.model import EarlyExitModel
+from eepass.runtime.engine.batch import Request
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
@@ -55,9 +56,9 @@ def verify(
     if not fitting:
         raise InputError("no prompt fits the cache together with its answer: raise max_length")
     samplings = [Sampling(TEMPERATURE, seed=seed + place) for place in range(len(fitting))]
-    greedy = [Question(ids, new_tokens, model.stop, GREEDY) for ids in fitting]
+    greedy = [Request(ids, new_tokens, model.stop, GREEDY) for ids in fitting]
     sampled = [
-        Question(ids, new_tokens, model.stop, sampling)
+        Request(ids, new_tokens, model.stop, sampling)
         for ids, sampling in zip(fitting, samplings, strict=True)
     ]
     dense, chance = model.host_engine(), Random(seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from random import Random
 from typing import NamedTuple
@@ -12,26 +12,13 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
+from eepass.runtime.engine.batch import Batch, Request
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.engine.verifier import Verifier
-from eepass.runtime.sampling import Sampling
 
 # slots that a sequence is moved by, at most
 MOVED = 40
-
-
-class Question(NamedTuple):
-    """A prompt, the most tokens of its answer, and how these are chosen."""
-
-    ids: list[int]
-    new_tokens: int
-    stop: frozenset[int]
-    sampling: Sampling
-
-    @property
-    def slots(self) -> int:
-        return len(self.ids) + self.new_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,51 +43,50 @@ class Answer(NamedTuple):
 
 @torch.no_grad()
 def answers_of(
-    engine: Engine, questions: SequenceOf[Question], company: Company, chance: Random
+    engine: Engine, questions: SequenceOf[Request], company: Company, chance: Random
 ) -> list[Answer]:
     """The answers to ``questions``, in their order."""
     engine.measure()
     verifier = engine.verifier
     engine.verifier = noting = _NotingVerifier(verifier)
-    waiting = list(range(len(questions)))
+    # they may have been answered before
+    requests = [replace(question, enough=False, sequence=None) for question in questions]
+    waiting, batch = list(requests), Batch(engine, company.most)
     if company.most > 1:
         chance.shuffle(waiting)
-    running: dict[Sequence, int] = {}
-    found: dict[int, Answer] = {}
+    found: dict[Request, Answer] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < company.most:
-                if running and chance.random() < company.waits:
+        while waiting or batch.running:
+            while waiting:
+                if batch.running and chance.random() < company.waits:
                     break
-                sequence = _started(engine, questions[waiting[-1]], company.moved, chance)
-                if sequence is None:
+                if not _started(batch, waiting[-1], company.moved, chance):
                     break
-                running[sequence] = waiting.pop()
-            # all that is missing there is the last layer's verification
-            engine.catch_up([sequence for sequence in running if sequence.at_its_end])
-            for sequence in [sequence for sequence in running if sequence.finished]:
-                logits = noting.noted.pop(sequence)
-                found[running.pop(sequence)] = _answer(sequence, engine.decoder.kv, logits)
-                engine.end(sequence)
-            if running:
-                engine.step(list(running))
+                waiting.pop()
+            batch.catch_up()
+            for sequence, request in batch.running.items():
+                if sequence.finished:
+                    logits = noting.noted.pop(sequence)
+                    found[request] = _answer(sequence, engine.decoder.kv, logits)
+            for _ in batch.confirmed():
+                # what is finished leaves
+                pass
+            batch.step()
     finally:
         engine.verifier = verifier
-        for sequence in running:
-            engine.end(sequence)
-    return [found[number] for number in range(len(questions))]
+        batch.end()
+    return [found[request] for request in requests]
 
 
-def _started(engine: Engine, question: Question, moved: bool, chance: Random) -> Sequence | None:
-    """The sequence that answers ``question``; None where others have its slots."""
-    kv = engine.decoder.kv
-    before = kv.allocate(chance.randint(1, MOVED)) if moved and engine.sequences else None
+def _started(batch: Batch, request: Request, moved: bool, chance: Random) -> bool:
+    """Whether ``request`` has started: others may have its slots."""
+    kv = batch.engine.decoder.kv
+    before = kv.allocate(chance.randint(1, MOVED)) if moved and batch.running else None
     try:
-        if engine.sequences and not kv.fits(question.slots):
-            return None
-        return engine.start(
-            question.ids, question.new_tokens, question.stop, question.sampling, question.slots
-        )
+        if not batch.has_room(request):
+            return False
+        batch.start(request)
+        return True
     finally:
         if before is not None:
             kv.release(before)
