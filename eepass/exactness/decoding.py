@@ -19,13 +19,16 @@ from eepass.runtime.engine.verifier import Verifier
 
 # slots that a sequence is moved by, at most
 MOVED = 40
+# how often one loses its slots before a pass, and goes on elsewhere
+SUSPENDED = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class Company:
     """How questions are answered: at most ``most`` at once, in a random order where these are
     several; each waits with the chance ``waits`` before a pass instead of joining it; ``moved``:
-    in slots of the cache that chance decides."""
+    in slots of the cache that chance decides, losing them now and then, and beginning with what
+    others have left there."""
 
     most: int = 1
     waits: float = 0.0
@@ -50,7 +53,10 @@ def answers_of(
     verifier = engine.verifier
     engine.verifier = noting = _NotingVerifier(verifier)
     # they may have been answered before
-    requests = [replace(question, enough=False, sequence=None) for question in questions]
+    requests = [
+        replace(question, shares=company.moved, enough=False, sequence=None)
+        for question in questions
+    ]
     waiting, batch = list(requests), Batch(engine, company.most)
     if company.most > 1:
         chance.shuffle(waiting)
@@ -63,6 +69,9 @@ def answers_of(
                 if not _started(batch, waiting[-1], company.moved, chance):
                     break
                 waiting.pop()
+            if company.moved and chance.random() < SUSPENDED:
+                _suspend_one(batch, chance)
+            batch.run_prompts(0.0)
             batch.catch_up()
             for sequence, request in batch.running.items():
                 if sequence.finished:
@@ -90,6 +99,13 @@ def _started(batch: Batch, request: Request, moved: bool, chance: Random) -> boo
     finally:
         if before is not None:
             kv.release(before)
+
+
+def _suspend_one(batch: Batch, chance: Random) -> None:
+    # one that is finished is compared where it lies
+    going = [s for s in batch.running if s.capacity and not s.pending and not s.at_its_end]
+    if going:
+        batch.suspend(chance.choice(going))
 
 
 class _NotingVerifier(Verifier):

@@ -81,6 +81,7 @@ def generate(
     with in_use(model, max(map(len, prompts)) + limit) as transformed:
         assert transformed.config is not None
         loop, approximate = transformed.loop, transformed.config.guarantee == "approximate"
+        shares = transformed.config.remember
     native = native_options(logits_processor, padding)
     refuse_processors(logits_processor, native is not None, approximate)
     if keep and approximate:
@@ -94,7 +95,7 @@ def generate(
             options[row] = {"process": processors[row]}
     samplings = row_samplings(generation_config, options)
     requests = [
-        Request(prompt, limit, stop, sampling)
+        Request(prompt, limit, stop, sampling, shares)
         for prompt, sampling in zip(prompts, samplings, strict=True)
     ]
     answers = _Answers(input_ids, requests, criteria, streamer, pad)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from eepass.runtime.cache.regions import Regions
+
 
 class KvCache:
     """Keys and values per layer, and which slots belong to a sequence.
@@ -36,7 +38,7 @@ class KvCache:
                 by_layer |= dict(zip(layers, stack.unbind(), strict=True))
             found += [by_layer[layer] for layer in range(len(like))]
         self.scratch = self.slots - scratch
-        self._regions: list[tuple[int, int]] = []
+        self.regions = Regions(self.scratch)
 
     @property
     def slots(self) -> int:
@@ -45,30 +47,19 @@ class KvCache:
     @property
     def unused(self) -> bool:
         """Whether no slots are reserved."""
-        return not self._regions
+        return not self.regions.used
 
     def allocate(self, count: int) -> int | None:
         """Reserve ``count`` contiguous slots; the first of them, or None if there are none."""
-        begin = self._find_free(count)
-        if begin is not None:
-            self._regions = sorted([*self._regions, (begin, count)])
-        return begin
+        return self.regions.allocate(count)
 
     def fits(self, count: int) -> bool:
-        """Whether ``count`` contiguous slots are free."""
-        return self._find_free(count) is not None
-
-    def _find_free(self, count: int) -> int | None:
-        begin = 0
-        for first, size in self._regions:
-            if first - begin >= count:
-                break
-            begin = first + size
-        return begin if begin + count <= self.scratch else None
+        """Whether another sequence may have ``count`` slots, once the others have moved."""
+        return count <= self.regions.free
 
     def release(self, first: int) -> None:
         """Free the slots that were reserved from ``first`` on."""
-        self._regions = [region for region in self._regions if region[0] != first]
+        self.regions.release(first)
 
     def blank(self, layer: int, slots: Tensor) -> None:
         """Write zeros to ``slots`` [R]; later tokens attend to them, as in the paper's code."""
@@ -84,3 +75,17 @@ class KvCache:
             count = sum(layer < depth for layer in layers)
             part = stack[:count]
             part[:, :, :, first : first + len(sources)] = part[:, :, :, index]
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy ``count`` slots from ``source`` on to ``target`` onwards, in every layer."""
+        for _, stack in self._stacks:
+            copy_rows(stack, 3, source, target, count)
+
+
+def copy_rows(tensor: Tensor, dim: int, source: int, target: int, count: int) -> None:
+    """Copy ``count`` rows along ``dim`` from ``source`` on to ``target`` onwards; they may
+    overlap."""
+    rows = tensor.narrow(dim, source, count)
+    if abs(source - target) < count:
+        rows = rows.clone()
+    tensor.narrow(dim, target, count).copy_(rows)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eepass.masks import causal_mask
+from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.segments import Input, Segment, SplitDecoder
 
 # chunks of masks that are kept: as many as a pass may hold sequences
@@ -111,6 +112,12 @@ class SideInputs:
             self.tables[name] = value.new_zeros(shape)
             self._spans.clear()
         self.tables[name].index_copy_(dim, slots, value)
+
+    def copy(self, source: int, target: int, count: int) -> None:
+        """Copy what belongs to the tokens of ``count`` slots from ``source`` on to ``target``
+        onwards."""
+        for name in self.by_token & self.tables.keys():
+            copy_rows(self.tables[name], self.row_dim[name], source, target, count)
 
     def whole_masks(self) -> dict[str, Tensor]:
         """Every row of every mask, the square of the cache: for steps that look rows up by

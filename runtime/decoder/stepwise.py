@@ -74,9 +74,11 @@ class RecurrentCache(KvCache):
                     self.states[role.name] = torch.zeros(example.shape, dtype=example.dtype)
 
     def allocate(self, count: int) -> int | None:
-        for state in self.states.values() if self.unused else ():
+        if not self.unused:
+            return None
+        for state in self.states.values():
             state.zero_()
         return super().allocate(count)
 
-    def _find_free(self, count: int) -> int | None:
-        return super()._find_free(count) if self.unused else None
+    def fits(self, count: int) -> bool:
+        return self.unused and super().fits(count)

@@ -70,7 +70,7 @@ def _features(scheduled: ScheduledSequence) -> Tensor | None:
     if draft is None or draft.feature_layers is None:
         return None
     if scheduled.num_kept is not None:
-        return scheduled.sequence.features[scheduled.num_kept - 1]
+        return scheduled.sequence.features_at(scheduled.num_kept - 1)
     path = scheduled.path
     if not path:
         return None

@@ -24,7 +24,8 @@ from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.engine.batch_scheduler import BatchScheduler
 from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
-from eepass.runtime.engine.prefill import OnLayer, prefill
+from eepass.runtime.engine.placement import Placement
+from eepass.runtime.engine.prefill import OnLayer, run_chunk
 from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
@@ -84,6 +85,8 @@ class Engine:
         self.scheduler = BatchScheduler(
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
+        self.placement = Placement(decoder, complete=options.kv_policy == "defer")
+        # those whose prompts have been run
         self.sequences: list[Sequence] = []
         # of a dense engine; whoever sets it takes what it keeps
         self.recorder: Recorder | None = None
@@ -93,6 +96,9 @@ class Engine:
         if not self.decoder.kv.unused:
             return
         planner, noise = self._to_measure
+        if planner is not None or noise is not None:
+            # measuring writes to slots that no sequence has
+            self.decoder.kv.regions.forget()
         if planner is not None:
             self.planner, self._observes = planner(), True
             self.planner.modes = self.options.modes
@@ -109,52 +115,106 @@ class Engine:
         capacity: int | None = None,
         on_layer: OnLayer | None = None,
     ) -> Sequence:
-        """Add a sequence: reserve ``capacity`` slots for it (by default as many as a sequence may
+        """Add a sequence, which gets ``capacity`` slots (by default as many as a sequence may
         have), run its prompt and generate its first token.
 
         Raises ``EngineError`` for an empty prompt, one that does not fit, or where no slots are
         free.
         """
-        decoder = self.decoder
-        capacity = decoder.max_sequence_length if capacity is None else capacity
+        sequence = self.admit(ids, max_new_tokens, stop, sampling, capacity)
+        try:
+            while not self.run_prompt(sequence, on_layer=on_layer):
+                pass
+        except BaseException:
+            # also on Ctrl-C: the caller has no sequence that it could end
+            self.end(sequence)
+            raise
+        return sequence
+
+    def admit(
+        self,
+        ids: SequenceOf[int],
+        max_new_tokens: int = 1 << 30,
+        stop: frozenset[int] = frozenset(),
+        sampling: Sampling = GREEDY,
+        capacity: int | None = None,
+        slots: int | None = None,
+        shares: bool = False,
+    ) -> Sequence:
+        """A sequence of at most ``capacity`` tokens with the first ``slots`` (all by default) of
+        its slots; ``run_prompt`` is next.
+
+        ``shares``: it may begin with what another left in the cache, and leave its own. Raises
+        ``EngineError`` as ``start`` does.
+        """
+        longest = self.decoder.max_sequence_length
+        capacity = longest if capacity is None else capacity
         self._check(ids, capacity, sampling)
         self.measure()
-        self._prepare(len(self.sequences) + 1)
-        first_slot = decoder.kv.allocate(capacity)
-        if first_slot is None:
-            raise EngineError(
-                f"no {capacity} free slots in the cache: wait for a sequence to end, or give each "
-                "less capacity"
-            )
+        self._prepare(len(self.placement.sequences) + 1)
         sequence = Sequence(
             tokens=list(ids),
             prompt_length=len(ids),
-            first_slot=first_slot,
-            capacity=capacity,
+            first_slot=0,
+            capacity=0,
             max_new_tokens=max_new_tokens,
             stop=stop,
             sampling=sampling,
             generator=None if sampling.greedy else sampling.generator(),
             draft=self.draft.fresh() if self.draft is not None else None,
             schedule=self.schedule.fresh() if self.schedule is not None else None,
+            features=self.placement.features,
+            # states of recurrent layers are one text's
+            shares=shares and not self.decoder.kv.states,
         )
+        slots = capacity if slots is None else slots
+        if not self.placement.place(sequence, slots):
+            raise no_slots(slots)
+        return sequence
+
+    def run_prompt(
+        self, sequence: Sequence, most: int | None = None, on_layer: OnLayer | None = None
+    ) -> bool:
+        """Run up to ``most`` further tokens of a prompt, as many as there is code for by default,
+        or of a text that was suspended; whether that was all.
+
+        After the last token of a prompt its first new token is generated.
+        """
         recorder = self.recorder
-        if on_layer is None and recorder is not None:
+        if on_layer is None and recorder is not None and not sequence.generated:
 
             def on_layer(layer: int, hidden: Tensor) -> None:
                 recorder.add(sequence, layer, hidden[0])
 
-        try:
-            logits = prefill(sequence, decoder, self.exits, on_layer)
-            token = self.verifier.next_token(logits, sequence, sequence.tokens)
-        except BaseException:
-            # also on Ctrl-C: the caller has no sequence that it could end
-            decoder.kv.release(first_slot)
-            raise
-        sequence.append([token], decoder.num_layers, sequence.features.get(len(ids) - 1))
-        sequence.num_confirmed = len(sequence.tokens)
+        if not sequence.num_prefilled:
+            self.placement.share(sequence)
+        most = most or self.decoder.buckets[-1]
+        logits = run_chunk(sequence, self.decoder, self.exits, most, on_layer)
+        if sequence.in_prompt:
+            return False
+        if logits is not None:
+            token, last = self.verifier.next_token(logits, sequence, sequence.tokens), None
+            if sequence.draft is not None and sequence.draft.feature_layers is not None:
+                last = sequence.features_at(sequence.position)
+            sequence.append([token], self.decoder.num_layers, last)
+            sequence.num_confirmed = len(sequence.tokens)
         self.sequences.append(sequence)
-        return sequence
+        return True
+
+    def suspend(self, sequence: Sequence) -> None:
+        """Take the slots of ``sequence`` for others; ``resume`` goes on with it."""
+        self.catch_up([sequence])
+        if sequence in self.sequences:
+            self.sequences.remove(sequence)
+        elif sequence.draft is not None and not sequence.generated:
+            # its prompt begins anew
+            sequence.draft, sequence.num_followed = sequence.draft.fresh(), 0
+        self.placement.leave(sequence)
+
+    def resume(self, sequence: Sequence, slots: int) -> bool:
+        """Give a suspended sequence ``slots`` slots again, for ``run_prompt`` to run its text anew;
+        False if there are too few."""
+        return self.placement.place(sequence, slots)
 
     def prefill(self, ids: SequenceOf[int], on_layer: OnLayer) -> None:
         """Run ``ids`` through all layers, for their hidden states alone.
@@ -164,10 +224,11 @@ class Engine:
         self.end(self.start(ids, on_layer=on_layer))
 
     def end(self, sequence: Sequence) -> None:
-        """Remove a sequence and free its slots."""
+        """Remove a sequence and free its slots; one that was suspended has none."""
+        if sequence.capacity:
+            self.placement.leave(sequence)
         if sequence in self.sequences:
             self.sequences.remove(sequence)
-            self.decoder.kv.release(sequence.first_slot)
             if self._ended is not None:
                 self._ended(self.planner, sequence.tokens[: sequence.num_confirmed])
 
@@ -309,3 +370,10 @@ class Engine:
         forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
         commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)
+
+
+def no_slots(count: int) -> EngineError:
+    return EngineError(
+        f"no {count} free slots in the cache: wait for a sequence to end, or give each less "
+        "capacity"
+    )

@@ -1,17 +1,19 @@
 """Requests of any thread, decoded together: they join and leave at any pass.
 
-The loop has a thread of its own as long as there is something to decode, and the engine is that
-thread's alone. Each request says what it says alone, so nobody sees who else was there.
+Prompts are run in chunks between passes, so that no running answer waits for a long one. The loop
+has a thread of its own as long as there is something to decode, and the engine is that thread's
+alone. Each request says what it says alone, so nobody sees who else was there.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from queue import SimpleQueue
 from threading import Event, Lock, Thread
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,21 +22,37 @@ from eepass.runtime.engine.batch import Batch, Request
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import Process
 
+# how long running answers wait at most for others' prompts, between two passes: a chunk that is
+# smaller than all there is code for takes as long as it takes
+STALL_SECONDS = 0.5
+
+# a token of a request, None where it has ended; or what ended all requests of a caller
+Given = tuple[Request, int | None] | BaseException
+
+
+class LoopState(NamedTuple):
+    """How many requests are being decoded, and how many wait for room; how many of the cache's
+    slots belong to sequences, and how many more hold texts that are kept for others."""
+
+    running: int
+    waiting: int
+    slots_used: int
+    slots_kept: int
+    slots: int
+
 
 class _Submission:
-    """Requests of one caller, what they have given so far, and whether they have left the loop."""
+    """Requests of one caller, where to put what they give, and whether they have left the loop."""
 
-    def __init__(self, requests: SequenceOf[Request]) -> None:
-        self.requests = list(requests)
+    def __init__(self, requests: SequenceOf[Request], put: Callable[[Given], object]) -> None:
+        self.requests, self.put = list(requests), put
         self.left = set(requests)
-        # tokens; None where a request has ended; or what ended all of them
-        self.given: SimpleQueue[tuple[Request, int | None] | BaseException] = SimpleQueue()
         self.gone = Event()
         self.error: BaseException | None = None
 
     def leave(self, request: Request) -> None:
         self.left.discard(request)
-        self.given.put((request, None) if self.error is None else self.error)
+        self.put((request, None) if self.error is None else self.error)
         if not self.left:
             self.gone.set()
 
@@ -51,12 +69,13 @@ class _Submission:
 class Tokens(Iterator[tuple[Request, int]]):
     """The tokens of some requests, as they are confirmed; ``close`` takes the requests out."""
 
-    def __init__(self, submission: _Submission) -> None:
+    def __init__(self, submission: _Submission, given: SimpleQueue[Given]) -> None:
         self._submission, self._going = submission, len(submission.requests)
+        self._given = given
 
     def __next__(self) -> tuple[Request, int]:
         while self._going:
-            found = self._submission.given.get()
+            found = self._given.get()
             if isinstance(found, BaseException):
                 self.close()
                 raise found
@@ -71,12 +90,16 @@ class Tokens(Iterator[tuple[Request, int]]):
     def close(self) -> None:
         """Returns when the slots of all requests are free."""
         self._going = 0
-        self._submission.cancel()
+        self.cancel()
         self._submission.gone.wait()
+
+    def cancel(self) -> None:
+        """The requests leave before the next pass; what they have given is not read any more."""
+        self._submission.cancel()
 
     def __del__(self) -> None:
         # nobody reads on
-        self._submission.cancel()
+        self.cancel()
 
 
 class EngineLoop:
@@ -87,16 +110,33 @@ class EngineLoop:
         self._lock = Lock()
         self._new: deque[tuple[Request, _Submission]] = deque()
         self._thread: Thread | None = None
+        self._decoding: _Decoding | None = None
 
-    def submit(self, requests: SequenceOf[Request]) -> Tokens:
+    def state(self) -> LoopState:
+        """As of now; of any thread."""
+        regions = self.engine.decoder.kv.regions
+        with self._lock:
+            decoding, waiting = self._decoding, len(self._new)
+            kept = sum(len(text.tokens) for text in list(regions.kept))
+            running = 0
+            if decoding is not None:
+                running, waiting = len(decoding.running), waiting + len(decoding.waiting)
+            return LoopState(running, waiting, self.engine.placement.used, kept, regions.slots)
+
+    def submit(
+        self, requests: SequenceOf[Request], put: Callable[[Given], object] | None = None
+    ) -> Tokens:
         """Tokens of ``requests`` as they are confirmed, those of one request in order.
 
         They are decoded from now on, whether tokens are read or not. When the iterator has ended,
         failed, or is closed, none of the requests is in the cache any more: a request whose
-        ``enough`` is set leaves before the next pass. Raises ``EngineError`` as ``decode_batch``
-        does, and whatever a ``process`` of their own raises.
+        ``enough`` is set leaves before the next pass. With ``put`` there is nothing to iterate
+        over: it is called with what comes, in the loop's own thread, and must neither wait nor
+        fail; what ends all requests it is given once for each. Raises ``EngineError`` as
+        ``decode_batch`` does, and whatever a ``process`` of their own raises.
         """
-        submission = _Submission(requests)
+        given: SimpleQueue[Given] = SimpleQueue()
+        submission = _Submission(requests, put or given.put)
         if not requests:
             submission.gone.set()
         for request in requests:
@@ -109,7 +149,7 @@ class EngineLoop:
                 thread = Thread(target=self._run, name="eepass")
                 thread.start()
                 self._thread = thread
-        return Tokens(submission)
+        return Tokens(submission, given)
 
     @torch.no_grad()
     def _run(self) -> None:
@@ -118,10 +158,11 @@ class EngineLoop:
         decoding = _Decoding(Batch(self.engine, self.engine.step_rows))
         while True:
             with self._lock:
+                self._decoding = decoding
                 decoding.waiting += self._new
                 self._new.clear()
                 if not decoding.busy:
-                    self._thread = None
+                    self._thread = self._decoding = None
                     return
             try:
                 decoding.advance()
@@ -145,6 +186,7 @@ class _Decoding:
     def advance(self) -> None:
         """One pass, before which requests join and after which others leave."""
         self._start()
+        self.batch.run_prompts(STALL_SECONDS)
         self._deliver()
         if self.batch.catch_up():
             self._deliver()
@@ -174,11 +216,10 @@ class _Decoding:
                 # the one request's; its neighbours go on
                 submission.fail(error)
                 submission.leave(request)
-            self._deliver()
 
     def _deliver(self) -> None:
         for request, token in self.batch.confirmed():
-            self.running[request].given.put((request, token))
+            self.running[request].put((request, token))
         still = set(self.batch.running.values())
         for request in [request for request in self.running if request not in still]:
             self.running.pop(request).leave(request)

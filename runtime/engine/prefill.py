@@ -1,4 +1,4 @@
-"""Run a prompt through all layers, in chunks of the largest row count there is code for."""
+"""Run a prompt through all layers, in chunks of at most the largest row count there is code for."""
 
 from __future__ import annotations
 
@@ -15,19 +15,27 @@ from eepass.runtime.exits.exits import Exits
 OnLayer = Callable[[int, Tensor], None]
 
 
-def prefill(
-    sequence: Sequence, decoder: Decoder, exits: Exits | None, on_layer: OnLayer | None = None
-) -> Tensor:
-    """Run the tokens of ``sequence``; the LM head logits [1, V] of the last one.
+def run_chunk(
+    sequence: Sequence,
+    decoder: Decoder,
+    exits: Exits | None,
+    most: int,
+    on_layer: OnLayer | None = None,
+) -> Tensor | None:
+    """Run up to ``most`` of the tokens that ``sequence`` has to prefill; after the last of a prompt
+    the LM head logits [1, V] of it, else None.
 
     The draft gets each chunk as soon as it is done, so that the hidden states of a whole prompt are
     never in memory at once. ``on_layer`` is called as in ``Decoder.forward``.
     """
-    ids, chunk_size = sequence.tokens, decoder.buckets[-1]
-    first, draft = sequence.first_slot, sequence.draft
-    layers = draft.feature_layers if draft is not None else None
+    begin, first = sequence.num_prefilled or 0, sequence.first_slot
+    end = min(begin + most, sequence.num_to_prefill)
+    if begin == end:
+        # another text has left all of it
+        sequence.num_prefilled = None
+        return None
+    layers = sequence.draft.feature_layers if sequence.draft is not None else None
     by_layer: dict[int, Tensor] = {}
-    hidden, previous = torch.zeros(0), None
 
     def keep(layer: int, hidden: Tensor) -> None:
         if on_layer is not None:
@@ -35,19 +43,32 @@ def prefill(
         if layers is not None and layer in layers:
             by_layer[layer] = hidden[0]
 
-    for start in range(0, len(ids), chunk_size):
-        chunk = ids[start : start + chunk_size]
-        rows = [Row(first, at, first + at) for at in range(start, start + len(chunk))]
-        hidden = decoder.forward(chunk, rows, first + sequence.capacity, keep)
-        shifted = None
-        if layers is not None:
-            assert exits is not None
-            features = torch.cat([exits.final(hidden)[0], *(by_layer[n] for n in layers)], -1)
-            # each token comes with the features of the token before it, the first one with none
-            previous = torch.zeros_like(features[:1]) if previous is None else previous
-            shifted, previous = torch.cat([previous, features[:-1]]), features[-1:].clone()
-        if draft is not None:
-            draft.follow(chunk, shifted)
-    if previous is not None:
-        sequence.features[len(ids) - 1] = previous[0]
-    return decoder.logits(hidden[:, -1:])[0]
+    rows = [Row(first, at, first + at) for at in range(begin, end)]
+    hidden = decoder.forward(sequence.tokens[begin:end], rows, first + sequence.capacity, keep)
+    if layers is not None:
+        assert exits is not None
+        features = torch.cat([exits.final(hidden)[0], *(by_layer[n] for n in layers)], -1)
+        sequence.features.write(first + begin, features)
+    sequence.num_prefilled = end
+    if not sequence.generated:
+        _tell_draft(sequence)
+    if end < sequence.num_to_prefill:
+        return None
+    sequence.num_prefilled = None
+    return None if sequence.generated else decoder.logits(hidden[:, -1:])[0]
+
+
+def _tell_draft(sequence: Sequence) -> None:
+    """Let the draft follow what of the prompt is in the cache and new to it."""
+    draft, begin, end = sequence.draft, sequence.num_followed, sequence.num_prefilled
+    if draft is None or end is None:
+        return
+    shifted = None
+    if draft.feature_layers is not None:
+        # each token comes with the features of the token before it, the first one with none
+        shifted = sequence.features_at(max(begin - 1, 0), end - max(begin, 1))
+        if begin == 0:
+            none = torch.zeros_like(sequence.features_at(0))
+            shifted = torch.cat([none, shifted])
+    draft.follow(sequence.tokens[begin:end], shifted)
+    sequence.num_followed = end

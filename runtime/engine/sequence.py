@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eepass.runtime.cache.feature_cache import FeatureCache
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.sampling import Sampling
@@ -38,6 +39,8 @@ class PendingTokens(NamedTuple):
 class Sequence:
     """``tokens`` are the prompt and the answer so far; the last of them has not been run yet.
 
+    It has ``capacity`` slots of the cache, from ``first_slot`` on; none while it is suspended. As
+    long as its prompt is being run, or its text anew, ``num_prefilled`` tokens are in the cache.
     The first ``num_confirmed`` tokens are final, later ones may be rolled back. ``pending`` is a
     stack with the deepest layer first: tokens that exited after fewer layers are always later ones.
     """
@@ -52,18 +55,39 @@ class Sequence:
     generator: torch.Generator | None
     draft: Draft | None
     schedule: PredictorSchedule | None
+    # the draft's features of the tokens whose slots they lie by
+    features: FeatureCache
+    # whether it may begin with what another text left in the cache, and leave its own
+    shares: bool = False
+    num_prefilled: int | None = 0
+    # of the prompt's tokens, how many the draft knows
+    num_followed: int = 0
     num_confirmed: int = 0
     num_delivered: int = 0
     pending: list[PendingTokens] = field(default_factory=list)
     # by token after the prompt
     exit_layers: list[int] = field(default_factory=list)
-    # the draft's features [F * H] by position, of tokens whose next token may still change
-    features: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def position(self) -> int:
         """How many tokens have been run, which is the position of the next row."""
         return len(self.tokens) - 1
+
+    @property
+    def in_prompt(self) -> bool:
+        """Whether its prompt, or its text anew, is still to be run."""
+        return self.num_prefilled is not None
+
+    @property
+    def generated(self) -> bool:
+        """Whether its prompt has been run: what is run after that, because it was suspended, its
+        draft knows already."""
+        return len(self.tokens) > self.prompt_length
+
+    @property
+    def num_to_prefill(self) -> int:
+        """The prompt's tokens; of an answer that was suspended, all but the last token."""
+        return max(self.prompt_length, self.position)
 
     @property
     def num_pending(self) -> int:
@@ -89,6 +113,16 @@ class Sequence:
             for layer in range(num_layers)
         ]
 
+    def num_in_cache(self, num_layers: int) -> int:
+        """The first tokens whose keys and values are in the cache in all layers."""
+        if self.num_prefilled is not None:
+            return self.num_prefilled
+        return self.lengths(num_layers)[-1]
+
+    def features_at(self, position: int, count: int = 1) -> Tensor:
+        """The draft's features [count, F * H] of the tokens from ``position`` on."""
+        return self.features.read(self.first_slot + position, count)
+
     def append(
         self, tokens: SequenceOf[int], exit_layer: int, features: Tensor | None = None
     ) -> None:
@@ -98,7 +132,7 @@ class Sequence:
             return
         if features is not None:
             features = features.reshape(len(tokens), -1)
-            self._keep_features(features)
+            self.features.write(self.first_slot + self.position, features)
         self.tokens += tokens
         self.exit_layers += [exit_layer] * len(tokens)
         if self.schedule is not None:
@@ -125,8 +159,9 @@ class Sequence:
         self.tokens[-1] = token
         if self.draft is not None:
             self.draft.truncate(len(self.tokens) - 1)
-            features = self.features.get(len(self.tokens) - 2)
-            self.draft.follow([token], None if features is None else features[None])
+            takes = self.draft.feature_layers is not None
+            features = self.features_at(len(self.tokens) - 2) if takes else None
+            self.draft.follow([token], features)
 
     def trim_pending(self) -> None:
         """Forget pending tokens that were not accepted (those after the answer's end)."""
@@ -150,10 +185,3 @@ class Sequence:
         found = self.decoded(begin, self.num_confirmed)
         self.num_delivered += len(found)
         return found
-
-    def _keep_features(self, features: Tensor) -> None:
-        begin = self.position
-        self.features |= {begin + index: row for index, row in enumerate(features)}
-        oldest = min(self.pending[0].position if self.pending else begin, begin)
-        for position in [p for p in self.features if p < oldest]:
-            del self.features[position]
