@@ -153,10 +153,11 @@ def _draft_for(
             tensors, _embedding(decoder), decoder.compile, trace,
             lambda: DRAFT_BITS if packs() else None,
         )  # fmt: skip
+        norm = partial(decoder.splits[1].head.normed, tensors=decoder.tensors)
         if source in ("eagle", "cascade"):
-            return Cascade(EagleTree(head), text if source == "cascade" else None)
+            return Cascade(EagleTree(head, norm), text if source == "cascade" else None)
         # candidates of early exits
-        return EagleTree(head, parts.plan.draft_tokens if parts is not None else 0)
+        return EagleTree(head, norm, parts.plan.draft_tokens if parts is not None else 0)
     return None
 
 

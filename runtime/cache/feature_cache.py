@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import copy_rows
+from eepass.runtime.drafting.features import Features
 
 
 class FeatureCache:
@@ -15,18 +15,23 @@ class FeatureCache:
         self.slots = slots
         # their width is known when the first come
         self._rows = torch.zeros(0)
+        self._normed = [True] * slots
 
-    def write(self, slot: int, features: Tensor) -> None:
-        """Keep ``features`` [n, F * H] of the tokens from ``slot`` on."""
+    def write(self, slot: int, features: Features) -> None:
+        """Keep ``features`` of the tokens from ``slot`` on."""
+        rows, end = features.rows, slot + len(features)
         if not len(self._rows):
-            self._rows = features.new_zeros(self.slots, features.shape[1])
-        self._rows[slot : slot + len(features)] = features
+            self._rows = rows.new_zeros(self.slots, rows.shape[1])
+        self._rows[slot:end] = rows
+        self._normed[slot:end] = features.normed
 
-    def read(self, slot: int, count: int) -> Tensor:
-        """A copy [count, F * H]."""
-        return self._rows[slot : slot + count].clone()
+    def read(self, slot: int, count: int) -> Features:
+        """A copy."""
+        rows = self._rows[slot : slot + count].clone()
+        return Features(rows, self._normed[slot : slot + count])
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy those of ``count`` slots from ``source`` on to ``target`` onwards."""
         if len(self._rows):
             copy_rows(self._rows, 0, source, target, count)
+            self._normed[target : target + count] = self._normed[source : source + count]

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import Draft
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -35,7 +34,7 @@ class Cascade:
         self.feature_layers = head.feature_layers
         self.expected, self.calls = head.expected, head.calls
 
-    def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
         self.head.follow(tokens, features)
         if self.text is not None:
             self.text.follow(tokens)

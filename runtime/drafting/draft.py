@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from torch import Tensor
-
 from eepass.runtime.drafting.acceptance import EAGLE, MODEL, TEXT
 from eepass.runtime.drafting.budget import Budget
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.tree import Tree
 
 __all__ = ["EAGLE", "MODEL", "TEXT", "Draft"]
@@ -18,7 +17,7 @@ class Draft(Protocol):
     """A source of draft tokens for one sequence.
 
     ``feature_layers``: the layers whose hidden states it takes as features of each token, after the
-    normed last hidden state z; None if it takes no features at all.
+    hidden state z before the LM head; None if it takes no features at all.
     """
 
     feature_layers: tuple[int, ...] | None
@@ -26,8 +25,8 @@ class Draft(Protocol):
     expected: float
     calls: float
 
-    def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
-        """The sequence grows by ``tokens``; ``features`` [n, F * H] of the token before each."""
+    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
+        """The sequence grows by ``tokens``; ``features`` are those of the token before each."""
         ...
 
     def propose(self, root: int, budget: Budget) -> Tree:

@@ -13,6 +13,7 @@ from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.eagle_head import ROWS, WIDTH, EagleHead, Level
 from eepass.runtime.drafting.eagle_layer import WINDOW
+from eepass.runtime.drafting.features import Features, Norm, joined
 from eepass.runtime.drafting.tree import Tree
 
 
@@ -22,20 +23,21 @@ class EagleTree:
     expected: float = 2.0
     calls: float = 1.0
 
-    def __init__(self, head: EagleHead, named: int = 0) -> None:
-        """``named``: where the head is asked for ``candidates`` alone, how many."""
-        self.head, self.named = head, named
+    def __init__(self, head: EagleHead, norm: Norm, named: int = 0) -> None:
+        """``norm``: the model's last; ``named``: where the head is asked for ``candidates`` alone,
+        how many."""
+        self.head, self.norm, self.named = head, norm, named
         self.feature_layers: tuple[int, ...] | None = head.feature_layers
         # confirmed tokens the head has not run yet: it runs them when a draft is needed, so that
         # tokens rolled back by then cost nothing
         self._tokens: list[int] = []
-        self._features: list[Tensor] = []
+        self._features: list[Features] = []
         # how many tokens before these the head will never run
         self._skipped = 0
         # the last it has run, to be run again where another tree is asked for
         self._last: tuple[list[int], Tensor] | None = None
 
-    def follow(self, tokens: Sequence[int], features: Tensor | None) -> None:
+    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
         assert features is not None
         self._tokens += tokens
         self._features.append(features)
@@ -44,7 +46,7 @@ class EagleTree:
             old = len(self._tokens) - WINDOW
             self._skipped += old
             del self._tokens[:old]
-            self._features = [torch.cat(self._features)[old:]]
+            self._features = [joined(self._features).between(old, old + WINDOW)]
 
     def propose(self, root: int, budget: Budget) -> Tree:
         tree = Tree([root])
@@ -71,7 +73,8 @@ class EagleTree:
     def _begin(self, **how: int) -> list[Level]:
         if self._tokens:
             self.head.skip(self._skipped)
-            tokens, features = self._tokens, torch.cat(self._features)
+            width = self.head.feature_size // (1 + len(self.head.feature_layers))
+            tokens, features = self._tokens, joined(self._features).value(width, self.norm)
             self._tokens, self._features, self._skipped = [], [], 0
         else:
             assert self._last is not None
@@ -87,9 +90,8 @@ class EagleTree:
             self._skipped = max(length - self.head.length, 0)
             self._tokens, self._features, self._last = [], [], None
         elif self._features:
-            kept = torch.cat(self._features)[: length - begin]
+            self._features = [joined(self._features).between(0, length - begin)]
             del self._tokens[length - begin :]
-            self._features = [kept]
 
     def call_seconds(self) -> float:
         """Of a tree's first levels, what it follows included."""
@@ -110,7 +112,7 @@ class EagleTree:
         return seconds_of(call)
 
     def fresh(self) -> EagleTree:
-        return EagleTree(self.head.fresh(), self.named)
+        return EagleTree(self.head.fresh(), self.norm, self.named)
 
 
 class _Grown:

@@ -12,6 +12,7 @@ from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import MODEL
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -36,7 +37,7 @@ class ModelDraft:
         # how many tokens the small model's cache holds
         self.num_cached = 0
 
-    def follow(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def follow(self, tokens: Sequence[int], features: Features | None = None) -> None:
         self.text.follow(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:

@@ -12,10 +12,9 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from typing import NamedTuple
 
-from torch import Tensor
-
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import TEXT
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.tree import Tree
 
 # no more tokens of a match are counted, and no more places looked at
@@ -140,7 +139,7 @@ class SuffixDraft:
     def __init__(self, earlier: EarlierTexts | None = None) -> None:
         self.text, self.earlier = TextIndex(self.REACH), earlier
 
-    def follow(self, tokens: Sequence[int], features: Tensor | None = None) -> None:
+    def follow(self, tokens: Sequence[int], features: Features | None = None) -> None:
         self.text.extend(tokens)
 
     def propose(self, root: int, budget: Budget) -> Tree:

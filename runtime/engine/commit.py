@@ -8,16 +8,15 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
-from eepass.runtime.exits.exits import Exits
 from eepass.runtime.statistics import Statistics
 
 
 def commit(
     batch: SequenceOf[ScheduledSequence],
     decoder: Decoder,
-    exits: Exits | None,
     exact: bool,
     planner: Planner,
     statistics: Statistics,
@@ -25,8 +24,6 @@ def commit(
     """Each sequence keeps or rolls back its tokens and grows by its new ones; with ``exact`` those
     that exited early are not confirmed yet."""
     statistics.passes += 1
-    if exits is not None:
-        _norm_last_hidden(batch, exits)
     for one in batch:
         sequence, features = one.sequence, _features(one)
         before = sequence.num_confirmed
@@ -47,25 +44,8 @@ def commit(
             planner.learn(one.proposed, one.new_tokens)
 
 
-def _norm_last_hidden(batch: SequenceOf[ScheduledSequence], exits: Exits) -> None:
-    """Compute z for the path nodes that went through all layers, in one call, where a draft takes
-    it as a feature."""
-    nodes = [
-        (one, node)
-        for one in batch
-        if one.sequence.draft is not None and one.sequence.draft.feature_layers is not None
-        for node in one.path
-        if node in one.last_hidden
-    ]
-    if nodes:
-        hidden = torch.stack([one.last_hidden[node] for one, node in nodes])
-        for (one, node), z in zip(nodes, exits.final(hidden[None])[0], strict=True):
-            one.z[node] = z
-
-
-def _features(scheduled: ScheduledSequence) -> Tensor | None:
-    """The draft's features [n, F * H] of the tokens before the new ones: z, and the hidden states
-    after some layers."""
+def _features(scheduled: ScheduledSequence) -> Features | None:
+    """The draft's features of the tokens before the new ones."""
     draft = scheduled.sequence.draft
     if draft is None or draft.feature_layers is None:
         return None
@@ -74,10 +54,11 @@ def _features(scheduled: ScheduledSequence) -> Tensor | None:
     path = scheduled.path
     if not path:
         return None
-    rows = [torch.stack([scheduled.z[node] for node in path])]
+    z, last = scheduled.z, scheduled.last_hidden
+    rows = [torch.stack([z[node] if node in z else last[node] for node in path])]
     for layer in draft.feature_layers:
         rows.append(torch.stack([_hidden_after(scheduled, layer, node) for node in path]))
-    return torch.cat(rows, -1)
+    return Features(torch.cat(rows, -1), [node in z for node in path])
 
 
 def _hidden_after(scheduled: ScheduledSequence, layer: int, node: int) -> Tensor:

@@ -189,7 +189,7 @@ class Engine:
         if not sequence.num_prefilled:
             self.placement.share(sequence)
         most = most or self.decoder.buckets[-1]
-        logits = run_chunk(sequence, self.decoder, self.exits, most, on_layer)
+        logits = run_chunk(sequence, self.decoder, most, on_layer)
         if sequence.in_prompt:
             return False
         if logits is not None:
@@ -369,7 +369,7 @@ class Engine:
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
-        commit(batch, self.decoder, self.exits, self.verifier.exact, self.planner, self.statistics)
+        commit(batch, self.decoder, self.verifier.exact, self.planner, self.statistics)
 
 
 def no_slots(count: int) -> EngineError:

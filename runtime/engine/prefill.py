@@ -9,8 +9,8 @@ from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
+from eepass.runtime.drafting.features import Features, joined
 from eepass.runtime.engine.sequence import Sequence
-from eepass.runtime.exits.exits import Exits
 
 OnLayer = Callable[[int, Tensor], None]
 
@@ -18,7 +18,6 @@ OnLayer = Callable[[int, Tensor], None]
 def run_chunk(
     sequence: Sequence,
     decoder: Decoder,
-    exits: Exits | None,
     most: int,
     on_layer: OnLayer | None = None,
 ) -> Tensor | None:
@@ -46,9 +45,8 @@ def run_chunk(
     rows = [Row(first, at, first + at) for at in range(begin, end)]
     hidden = decoder.forward(sequence.tokens[begin:end], rows, first + sequence.capacity, keep)
     if layers is not None:
-        assert exits is not None
-        features = torch.cat([exits.final(hidden)[0], *(by_layer[n] for n in layers)], -1)
-        sequence.features.write(first + begin, features)
+        features = torch.cat([hidden[0], *(by_layer[n] for n in layers)], -1)
+        sequence.features.write(first + begin, Features(features, [False] * (end - begin)))
     sequence.num_prefilled = end
     if not sequence.generated:
         _tell_draft(sequence)
@@ -68,7 +66,7 @@ def _tell_draft(sequence: Sequence) -> None:
         # each token comes with the features of the token before it, the first one with none
         shifted = sequence.features_at(max(begin - 1, 0), end - max(begin, 1))
         if begin == 0:
-            none = torch.zeros_like(sequence.features_at(0))
-            shifted = torch.cat([none, shifted])
+            none = torch.zeros_like(sequence.features_at(0).rows)
+            shifted = joined([Features.of(none), shifted])
     draft.follow(sequence.tokens[begin:end], shifted)
     sequence.num_followed = end

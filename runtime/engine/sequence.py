@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eepass.runtime.cache.feature_cache import FeatureCache
 from eepass.runtime.drafting.draft import Draft
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.sampling import Sampling
 
@@ -119,19 +120,17 @@ class Sequence:
             return self.num_prefilled
         return self.lengths(num_layers)[-1]
 
-    def features_at(self, position: int, count: int = 1) -> Tensor:
-        """The draft's features [count, F * H] of the tokens from ``position`` on."""
+    def features_at(self, position: int, count: int = 1) -> Features:
+        """The draft's features of ``count`` tokens from ``position`` on."""
         return self.features.read(self.first_slot + position, count)
 
     def append(
-        self, tokens: SequenceOf[int], exit_layer: int, features: Tensor | None = None
+        self, tokens: SequenceOf[int], exit_layer: int, features: Features | None = None
     ) -> None:
-        """Add generated tokens; ``features`` [n, F * H] are the draft's, of the token before
-        each."""
+        """Add generated tokens; ``features`` are the draft's, of the token before each."""
         if not tokens:
             return
         if features is not None:
-            features = features.reshape(len(tokens), -1)
             self.features.write(self.first_slot + self.position, features)
         self.tokens += tokens
         self.exit_layers += [exit_layer] * len(tokens)

@@ -61,7 +61,6 @@ class Exits:
         self._segments: dict[int, ExitSegments] = {}
         self._bound: dict[tuple[int, int | str], Callable[..., Any]] = {}
         self._prepared: set[int] = set()
-        self._head = decoder.splits[1].head
 
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
         """State of ``rows`` new rows; ``drafts`` [R, K] if the plan takes them from no layer."""
@@ -82,10 +81,6 @@ class Exits:
             self._segment("draft", rows)(z), self._segment("verify", rows)(z)
             for layer in self.thresholds:
                 self._segment(layer, rows)(hidden, *state)
-
-    def final(self, hidden: Tensor) -> Tensor:
-        """The normed hidden state z [1, n, H] of hidden states after the last layer [1, n, H]."""
-        return self._head.normed(hidden, self._decoder.tensors)
 
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Statistics) -> RowState:
         """Take the draft tokens from hidden states [1, R, H]: each row's likeliest hot tokens."""

@@ -12,6 +12,7 @@ from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.eagle_weights import packed_matrices
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.segments import GraphToMake
@@ -22,6 +23,10 @@ FEATURES = (len(LAYERS) + 1) * HIDDEN
 ROTARY = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
 MADE = {}
 STYLE = eagle_layer.HeadStyle(HIDDEN, 4, 2, ROTARY, 128, 1 + len(LAYERS))
+
+
+def norm(hidden):
+    return hidden
 
 
 @pytest.fixture(scope="module")
@@ -212,8 +217,9 @@ def test_misuse_is_refused(draft):
 
 
 def test_the_last_token_is_run_again_for_another_tree(weights, embedding):
-    draft = EagleTree(made_draft(weights, embedding))
-    draft.follow(*sequence(9))
+    draft = EagleTree(made_draft(weights, embedding), norm)
+    tokens, features = sequence(9)
+    draft.follow(tokens, Features.of(features))
     named = draft.candidates(4).tolist()
     budget = Budget(Planner({1: 1.0, 8: 1.01}), 7)
     first, second = draft.propose(7, budget), draft.propose(7, budget)
@@ -222,9 +228,9 @@ def test_the_last_token_is_run_again_for_another_tree(weights, embedding):
 
 
 def test_text_and_the_head_make_one_tree(weights, embedding):
-    draft = Cascade(EagleTree(made_draft(weights, embedding)), SuffixDraft())
+    draft = Cascade(EagleTree(made_draft(weights, embedding), norm), SuffixDraft())
     _, features = sequence(9)
-    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], Features.of(features))
     budget = Budget(Planner({1: 1.0, 8: 1.01}, draft_tokens=3.0), 7)
     tree = draft.propose(7, budget)
     after_root = {tree.tokens[node] for node in tree.children(0)}
@@ -241,9 +247,9 @@ def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedd
         calls.append(tree.add(3, 0, budget.chance((EAGLE, 0), 0.3), (EAGLE, 0)))
 
     monkeypatch.setattr(EagleTree, "add_to", add_wrong)
-    draft = Cascade(EagleTree(made_draft(weights, embedding)), SuffixDraft())
+    draft = Cascade(EagleTree(made_draft(weights, embedding), norm), SuffixDraft())
     _, features = sequence(9)
-    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], features)
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], Features.of(features))
     # a clock that is looked at before and after each call
     planner = Planner(
         {1: 1.0, 8: 1.01}, 0.1, 3.0, ("dense", "speculation"), clock=lambda: 0.1 * next(ticks)

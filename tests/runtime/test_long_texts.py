@@ -26,6 +26,7 @@ from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_layer import HeadStyle
 from eepass.runtime.drafting.eagle_tree import EagleTree
+from eepass.runtime.drafting.features import Features, joined
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
 from eepass.runtime.engine.engine import Engine, Options
 
@@ -75,7 +76,7 @@ def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
     follow = EagleTree.follow
 
     def watched(self, tokens, features):
-        followed.append((list(tokens), features.clone()))
+        followed.append((list(tokens), features))
         follow(self, tokens, features)
 
     monkeypatch.setattr(EagleTree, "follow", watched)
@@ -91,9 +92,10 @@ def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
         states.append((layer, hidden[0].clone()))
 
     model.dense.prefill(ids, keep)
-    z = engine.exits.final(torch.cat([h for n, h in states if n == 3])[None])[0]
+    norm = engine.draft.head.norm
+    z = norm(torch.cat([h for n, h in states if n == 3])[None])[0]
     wanted = torch.cat([z, *(torch.cat([h for n, h in states if n == at]) for at in layers)], -1)
-    found = torch.cat([features for _, features in followed])
+    found = joined([features for _, features in followed]).value(z.shape[1], norm)
     assert not found[0].any()
     torch.testing.assert_close(found[1:], wanted, atol=1e-5, rtol=1e-5)
 
@@ -242,16 +244,16 @@ def test_a_head_that_did_not_run_for_long_gives_the_same(monkeypatch):
     generator = torch.Generator().manual_seed(3)
     features = torch.randn(1400, head.feature_size, generator=generator)
     (wanted,) = head.fresh().begin(tokens, features, levels=1)
-    tree = EagleTree(head)
+    tree = EagleTree(head, lambda hidden: hidden)
     for begin in range(0, 1400, 7):
-        tree.follow(tokens[begin : begin + 7], features[begin : begin + 7])
+        tree.follow(tokens[begin : begin + 7], Features.of(features[begin : begin + 7]))
         assert sum(map(len, tree._features)) == len(tree._tokens) <= 2 * 512
     assert tree.candidates(6).tolist() == wanted.tokens
     assert tree.head.length == 1400
     # rolled back to tokens it never ran, it goes on
-    tree.follow(tokens[:1100], features[:1100])
+    tree.follow(tokens[:1100], Features.of(features[:1100]))
     tree.truncate(1405)
-    tree.follow([7], features[:1])
+    tree.follow([7], Features.of(features[:1]))
     assert len(tree.candidates(6)) == 6 and tree.head.length == 1406
 
 
