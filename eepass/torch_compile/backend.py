@@ -1,7 +1,7 @@
 """``torch.compile(model, backend="specee", options={…})``: one decode step that may exit early.
 
-A graph that decodes one token a sequence over a static cache becomes layers, predictors and exits;
-any other goes to the inner backend whole. What a call returns and leaves in the cache is what the
+A graph that decodes one token a sequence over a static cache becomes layers, with an artefact
+predictors and exits as well; any other goes to the inner backend whole. What a call returns and leaves in the cache is what the
 model returns and leaves, save that after an exit the logits are computed from the hidden state at
 the exit, and the deeper layers' keys and values are projected from it.
 """
@@ -23,7 +23,6 @@ from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.torch_compile.early_exit_step import EarlyExitStep
 from eepass.torch_compile.model_lookup import (
     expressions_of,
-    find_artifact,
     find_model,
     log,
     say_once,
@@ -57,7 +56,7 @@ def specee(
     else:
         try:
             model, expression = find_model(expressions_of(graph), caller.tensors_of(examples))
-            _require_exits(model, wanted)
+            _require_splittable(model)
             # weights may move: before exits keep their addresses
             with torch.no_grad():
                 settle_weights(weights_to_read(model))
@@ -74,8 +73,8 @@ def specee(
     return compiled
 
 
-def _require_exits(model: Any, wanted: BackendOptions) -> None:
-    """Raise ``PassError`` with the reason ``model`` cannot exit early."""
+def _require_splittable(model: Any) -> None:
+    """Raise ``PassError`` with the reason ``model`` is compiled whole."""
     if model is None:
         raise PassError(
             "no Hugging Face model among the variables of the compiled function has its parameters"
@@ -86,8 +85,3 @@ def _require_exits(model: Any, wanted: BackendOptions) -> None:
         )
     if model.training:
         raise PassError("the model is in training mode")
-    if find_artifact(model, wanted) is None:
-        raise PassError(
-            "no artefact was given or lies beside the checkpoint "
-            "(eepass train MODEL --out DIR makes one)"
-        )

@@ -51,6 +51,9 @@ class EarlyExitStep:
         """``model``: the one ``examples`` are of, found as ``expression``. Raises ``PassError``
         with the reason the graph cannot be split."""
         self.caller, self.wanted, self.expression = caller, wanted, expression
+        # tokens that exited go along as further rows
+        exits = find_artifact(model, wanted) is not None and wanted.kv == "defer"
+        self._rows = ROW_COUNTS if exits else ()
         named = [*model.named_parameters(), *model.named_buffers()]
         names = {id(tensor): name for name, tensor in named}
         # another model brings other tensors in the same places
@@ -74,10 +77,9 @@ class EarlyExitStep:
         with self._lock, tracing(None), torch.no_grad():
             if key not in self._shapes:
                 report = PassReport()
-                rows = ROW_COUNTS if self.wanted.kv == "defer" else ()
                 weights = {id(tensors[place]): name for place, name in self._weights.items()}
                 step = split_caller_step(
-                    self.caller.bound(arguments), tensors, weights, rows, report
+                    self.caller.bound(arguments), tensors, weights, self._rows, report
                 )
                 for where, why in report.skipped:
                     log.info("%s: %s", where, why)
@@ -186,6 +188,10 @@ class ShapedStep:
             say_once(f"the weights were changed: {error}; decoding dense")
             return None
         if artifact is None:
+            say_once(
+                "no artefact was given or lies beside the checkpoint: no token exits early (eepass "
+                "train MODEL --out DIR makes one)"
+            )
             return None
         wanted, step = self.wanted, self.step
         config, head = wanted.config, step.split.head
