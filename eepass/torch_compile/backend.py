@@ -1,9 +1,10 @@
 """``torch.compile(model, backend="specee", options={…})``: one decode step that may exit early.
 
 A graph that decodes one token a sequence over a static cache becomes layers, with an artefact
-predictors and exits as well; any other goes to the inner backend whole. What a call returns and leaves in the cache is what the
-model returns and leaves, save that after an exit the logits are computed from the hidden state at
-the exit, and the deeper layers' keys and values are projected from it.
+predictors and exits as well; any other goes to the inner backend whole. What a call returns and
+leaves in the cache is what the model returns and leaves, save that after an exit the logits are
+computed from the hidden state at the exit, and the deeper layers' keys and values are projected
+from it.
 """
 
 from __future__ import annotations
