@@ -52,6 +52,9 @@ SHIMS = {
         "AOTITorchError aoti_torch_cpu_unpack(AtenTensorHandle, int64_t, int64_t,"
         " const AtenTensorHandle*, AtenTensorHandle*)"
     ],
+    _operators.top_logits.default: [
+        "AOTITorchError aoti_torch_cpu_top_logits(AtenTensorHandle, int64_t, ...)"
+    ],
     _operators.attend_rows.default: [
         "AOTITorchError aoti_torch_cpu_attend_rows(AtenTensorHandle, AtenTensorHandle,"
         " AtenTensorHandle, AtenTensorHandle, double, AtenTensorHandle*)"
