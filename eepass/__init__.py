@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from eepass.errors import InputError
     from eepass.exactness.certificate import verify
     from eepass.hf.generation import generate, prepare
-    from eepass.hf.serving import serve
     from eepass.loading import load
     from eepass.model import transform
     from eepass.onnx.export import export_onnx
+    from eepass.server.running import serve
     from eepass.training.recalibrate import calibrate
     from eepass.training.train import train
 
@@ -33,7 +33,7 @@ _HOMES = {
     "load_artifact": "eepass.checkpoints.artifact",
     "prepare": "eepass.hf.generation",
     "probe": "eepass.benchmark.probe",
-    "serve": "eepass.hf.serving",
+    "serve": "eepass.server.running",
     "train": "eepass.training.train",
     "transform": "eepass.model",
     "verify": "eepass.exactness.certificate",

@@ -23,7 +23,7 @@ import eepass
 APT = "apt-get install g++"
 # extras for users, and what each brings
 EXTRAS = {
-    "serve": "eepass.serve, an OpenAI-compatible server",
+    "serve": "eepass serve, a server that speaks the OpenAI protocol",
     "ray": "replicas of the server on Ray Serve",
     "gpu": "decoding on a GPU, and eepass codegen, which compiles for one without it",
     "onnx": "eepass export-onnx, and ONNX Runtime to run what it writes",

@@ -1,4 +1,4 @@
-"""A model behind the OpenAI protocol, decoded by eepass.
+"""A model behind the OpenAI protocol, as eepass serve does it, in a thread of a program.
 
 pip install 'eepass[serve]'
 python examples/serve.py [PORT]
@@ -12,7 +12,6 @@ import sys
 import eepass
 
 loaded = eepass.load("smollm2")  # or a Hugging Face folder, id, or .gguf file
-eepass.prepare(loaded.model, loaded.artifact, max_length=4096)
 server = eepass.serve(loaded, port=int(sys.argv[1]) if len(sys.argv) > 1 else 8000)
 print(f"{loaded.name} at {server.url}; Ctrl-C ends it", flush=True)
 server.wait()

@@ -3,7 +3,8 @@
     pip install 'eepass[ray]'
     MODEL=smollm2 REPLICAS=2 python examples/serve_ray.py
 
-Clients find it at http://localhost:8000/v1, as that of serve.py.
+Clients find it at http://localhost:8000/v1, as that of serve.py; other names than localhost are
+given to openai_app as allow_host=[...].
 """
 
 import os
@@ -11,14 +12,12 @@ import os
 from ray import serve
 
 import eepass
-from eepass.hf.serving import openai_app
+from eepass.server.running import openai_app
 
 
 def app():
     """Called in each replica: a model of its own, on the CPUs Ray gives it."""
-    loaded = eepass.load(os.environ.get("MODEL", "smollm2"))
-    eepass.prepare(loaded.model, loaded.artifact, max_length=4096)
-    return openai_app(loaded)
+    return openai_app(eepass.load(os.environ.get("MODEL", "smollm2")))
 
 
 @serve.deployment(
@@ -26,7 +25,9 @@ def app():
 )
 @serve.ingress(app)
 class Replica:
-    pass
+    async def check_health(self):
+        """Ray replaces a replica whose model does not decode."""
+        await self.app.check()
 
 
 if __name__ == "__main__":

@@ -57,9 +57,9 @@ def test_the_python_of_a_page_runs(page, folder, monkeypatch, capsys):
     if "import triton" in text:
         pytest.importorskip("triton")
     if "eepass.serve" in text:
-        for module in ("fastapi", "uvicorn", "openai"):
+        for module in ("starlette", "uvicorn", "prometheus_client"):
             pytest.importorskip(module, reason="the extra 'serve' is not installed")
-        from eepass.hf.serving import Server
+        from eepass.server.running import Server
 
         # who waits for a server ends it
         monkeypatch.setattr(Server, "wait", Server.kill_server)

@@ -42,6 +42,9 @@ MAY_IMPORT = {
     },
     "loading": {"bundle", "checkpoints"},
     "hf": {"checkpoints", "lengths", "model", "model_stamp", "runtime", "wrappers"},
+    "server": {
+        "checkpoints", "early_exit_model", "hf", "lengths", "model", "runtime", "wrappers",
+    },
     "torch_compile": {
         "checkpoints", "codegen", "model", "model_stamp", "passes", "planning", "runtime",
         "wrappers",
@@ -57,7 +60,7 @@ MAY_IMPORT = {
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
         "benchmark", "bundle", "checkpoints", "doctoring", "exactness", "files", "inspecting",
-        "lengths", "model", "onnx", "pictures", "runtime", "training",
+        "lengths", "model", "onnx", "pictures", "runtime", "server", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

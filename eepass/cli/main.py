@@ -14,6 +14,7 @@ from eepass.cli.bench import bench, probe
 from eepass.cli.console import errors
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
+from eepass.cli.serve import serve
 from eepass.cli.signals import stopping_cleanly
 from eepass.cli.train import calibrate, train
 from eepass.cli.transform import codegen, export_onnx, transform
@@ -49,8 +50,8 @@ app = typer.Typer(
     help="Speculative early exit for any decoder PyTorch can trace.",
 )
 for command in (
-    probe, train, calibrate, transform, generate, bench, verify, inspect, codegen, export_onnx,
-    doctor,
+    probe, train, calibrate, transform, generate, serve, bench, verify, inspect, codegen,
+    export_onnx, doctor,
 ):  # fmt: skip
     app.command()(command)
 

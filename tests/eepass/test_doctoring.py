@@ -83,14 +83,14 @@ def test_an_extra_that_is_not_there(monkeypatch):
     real = doctoring.metadata.version
 
     def version(name):
-        if name == "fastapi":
+        if name == "starlette":
             raise doctoring.metadata.PackageNotFoundError(name)
         return "0.1" if name == "uvicorn" else real(name)
 
     monkeypatch.setattr(doctoring.metadata, "version", version)
     found = doctoring.doctor()
     why = found["extras"]["serve"]["why_not"]
-    assert "fastapi: not installed" in why and "uvicorn 0.1, and >=0.30 is needed" in why
+    assert "starlette: not installed" in why and "uvicorn 0.1, and >=0.34 is needed" in why
     assert missing(found)["serve"]["command"] == "pip install 'eepass[serve]'"
     assert found["ready"]
 
@@ -100,7 +100,7 @@ def test_a_library_that_is_broken(monkeypatch, error):
     real = doctoring.importlib.import_module
 
     def import_module(name):
-        if name in ("openai", "networkx"):
+        if name in ("pydantic", "networkx"):
             raise error
         return real(name)
 

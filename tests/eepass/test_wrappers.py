@@ -10,9 +10,9 @@ import eepass
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
 from eepass.hf.prepared import is_prepared
-from eepass.hf.serving import openai_app, serve
 from eepass.model import EarlyExitModel
 from eepass.passes.report import PassReport
+from eepass.server.running import openai_app, serve
 from eepass.wrappers import compiled_inside
 
 
@@ -67,15 +67,13 @@ def test_transform_says_what_it_wants_instead(model):
 
 @pytest.mark.parametrize("door", (serve, openai_app))
 def test_serving_says_what_it_wants_instead(model, ready, door):
-    folder = LoadedModel("out/tiny", ready, None, None, transformed=True)
     for given, reason in (
-        (folder, "out/tiny is a transformed folder, and serving wants the original model: serve"),
         (LoadedModel("tiny", ready, None, None), "a transformed model, which decodes by itself"),
         (ready, r"serve: EarlyExitModel is not what eepass\.load returns"),
         (model, r"serve: LlamaForCausalLM is not what eepass\.load returns"),
     ):
         with pytest.raises(InputError, match=reason):
-            door(given)
+            door(given, port=0)
 
 
 def test_a_wrapped_model_is_served(tmp_path):
@@ -83,6 +81,6 @@ def test_a_wrapped_model_is_served(tmp_path):
     wrapped = torch.compile(loaded.model, backend="eager")
     server = serve(LoadedModel("tiny", wrapped, loaded.tokenizer, None), port=0, warm_up=False)
     try:
-        assert is_prepared(loaded.model)
+        assert server.model.loaded.model is loaded.model
     finally:
         server.kill_server()

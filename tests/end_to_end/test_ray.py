@@ -45,6 +45,7 @@ def test_two_replicas_answer(url):
     from ray import serve
 
     address, folder = url
+    name = Path(folder).name
     (application,) = serve.status().applications.values()
     assert application.deployments["Replica"].replica_states == {"RUNNING": 2}
     loaded = eepass.load(folder)
@@ -54,11 +55,11 @@ def test_two_replicas_answer(url):
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0, timeout=300)
     messages = [{"role": "user", "content": "hello"}]
     for _ in range(6):
-        reply = client.chat.completions.create(model=folder, messages=messages, max_tokens=12)
+        reply = client.chat.completions.create(model=name, messages=messages, max_tokens=12)
         assert reply.choices[0].message.content == expected
     chunks = client.chat.completions.create(
-        model=folder, messages=messages, max_tokens=12, stream=True
+        model=name, messages=messages, max_tokens=12, stream=True
     )
     assert "".join(c.choices[0].delta.content or "" for c in chunks) == expected
     with pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model=folder, messages=[])
+        client.chat.completions.create(model=name, messages=[])

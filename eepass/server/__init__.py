@@ -1,0 +1,1 @@
+"""A server that speaks the OpenAI protocol to many clients at once, over one engine loop."""
