@@ -6,10 +6,10 @@ from typer.testing import CliRunner
 from eepass.cli.main import app
 
 
-def run(*arguments):
-    """Exit code, output and errors of one command."""
+def run(*arguments, typed=None):
+    """Exit code, output and errors of one command, which reads what is ``typed``."""
     torch.use_deterministic_algorithms(False)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    result = CliRunner().invoke(app, [str(a) for a in arguments], input=typed)
     return result.exit_code, result.stdout, result.stderr
 
 

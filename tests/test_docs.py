@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import eager_compile, random_artifact, tiny_model, tiny_tokenizer
+from models import AsTraced, random_artifact, tiny_model, tiny_tokenizer
 
 import eepass
 
@@ -21,15 +21,6 @@ PAGES = [
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     if PYTHON.search(path.read_text(encoding="utf-8"))
 ]
-
-
-class AsTraced:
-    """In place of a compiler: a tiny model runs as it was traced."""
-
-    kernels_missing = ""
-
-    def __call__(self, graph, structure, examples, *, logits=False):
-        return eager_compile(graph, structure, examples, logits=logits)
 
 
 @pytest.fixture(scope="module")

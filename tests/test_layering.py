@@ -35,6 +35,7 @@ MAY_IMPORT = {
         "checkpoints", "codegen", "early_exit_model", "executors", "kept", "lengths", "passes",
         "planning", "runtime", "wrappers",
     },
+    "conversation": {"checkpoints", "model", "runtime"},
     "inspecting": {"model", "passes", "planning"},
     "bundle": {
         "checkpoints", "codegen", "files", "folders", "inspecting", "model", "passes", "pictures",
@@ -59,8 +60,8 @@ MAY_IMPORT = {
     "exactness": {"checkpoints", "codegen", "model", "runtime"},
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
-        "benchmark", "bundle", "checkpoints", "doctoring", "exactness", "files", "inspecting",
-        "lengths", "model", "onnx", "pictures", "runtime", "server", "training",
+        "benchmark", "bundle", "checkpoints", "conversation", "doctoring", "exactness", "files",
+        "inspecting", "lengths", "model", "onnx", "pictures", "runtime", "server", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

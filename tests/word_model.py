@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerFast
 WORDS = {**{f"w{n}": n for n in range(VOCABULARY - 1)}, "<unk>": VOCABULARY - 1}
 
 
-def save_word_model(path, artifact=True):
-    model = tiny_model("llama")
+def save_word_model(path, artifact=True, **changes):
+    model = tiny_model("llama", **changes)
     # an end token that is never the likeliest: answers have the length that was asked for
     model.lm_head.weight.data[2] = 0.0
     model.save_pretrained(path)

@@ -102,10 +102,14 @@ LOOK_UP_TOKENS = 2
 class LlamaCpp:
     """Greedy decoding of a GGUF file with llama.cpp, in the file's own quantisation.
 
-    ``look_up``: with prompt look-up decoding, as its Python package has it.
+    ``look_up``: with prompt look-up decoding, as its Python package has it. ``all_logits``: compute
+    the logits of every token, as the look-up does, and not of the last one alone.
     """
 
-    def __init__(self, gguf_path: Path, threads: int, context: int, look_up: bool = False) -> None:
+    def __init__(
+        self, gguf_path: Path, threads: int, context: int, look_up: bool = False,
+        all_logits: bool = False,
+    ) -> None:  # fmt: skip
         try:
             llama_cpp = importlib.import_module("llama_cpp")
             speculative = importlib.import_module("llama_cpp.llama_speculative")
@@ -127,7 +131,7 @@ class LlamaCpp:
                 n_threads_batch=threads,
                 draft_model=draft,
                 # the look-up keeps the logits of every token, and has room for a batch without
-                logits_all=look_up,
+                logits_all=look_up or all_logits,
                 verbose=False,
             )
         except ValueError as error:

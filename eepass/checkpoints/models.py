@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from eepass.checkpoints.read_gguf import load_gguf
 from eepass.checkpoints.read_pretrained import load_pretrained
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
 from eepass.checkpoints.read_torchao import quantize as quantize_model
-from eepass.checkpoints.tokenizer import encode
+from eepass.checkpoints.tokenizer import encode, encode_messages
 from eepass.codegen.cpu.native import cache_dir, kernel_isa
 from eepass.errors import InputError, explained
 
@@ -57,6 +58,14 @@ class LoadedModel:
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """Token ids of a prompt, in the model's chat template unless ``raw`` or it has none."""
         return encode(self.tokenizer, prompt, raw)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation, up to where the next answer begins.
+
+        ``messages``: each with its ``role`` and ``content``. Raises ``InputError`` for what the
+        model's chat template does not take.
+        """
+        return encode_messages(self.tokenizer, messages)
 
     def turn(self) -> tuple[list[int], list[int]]:
         """Tokens of the chat template before and after a user's message.

@@ -74,18 +74,28 @@ def encode(tokenizer: Any, prompt: str, raw: bool = False) -> list[int]:
     """Token ids of a prompt, in the chat template unless ``raw`` or there is none."""
     if not prompt.strip():
         raise InputError("the prompt is empty: give some text")
-    try:
-        prompt.encode()
-    except UnicodeEncodeError:
-        # what the command line was given is not UTF-8, or a JSON escape is half a character
-        raise InputError("the prompt is no text: some of its bytes are not UTF-8") from None
-    if raw or not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer(prompt)["input_ids"])
-    messages = [{"role": "user", "content": prompt}]
+    if not raw and getattr(tokenizer, "chat_template", None):
+        return encode_messages(tokenizer, [{"role": "user", "content": prompt}])
+    _refuse_bytes(prompt)
+    return list(tokenizer(prompt)["input_ids"])
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """Token ids of a conversation in the chat template, up to where the next answer begins."""
+    for message in messages:
+        _refuse_bytes(message["content"])
     with explained("the model's chat template fails; give the prompt raw (--raw)"):
         return list(
             tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         )
+
+
+def _refuse_bytes(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # what the command line was given is not UTF-8, or a JSON escape is half a character
+        raise InputError("the prompt is no text: some of its bytes are not UTF-8") from None
 
 
 def write_tokenizer(loaded: Any, folder: Path) -> None:

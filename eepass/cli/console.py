@@ -15,6 +15,8 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
+from eepass.checkpoints.text_stream import TextStream
+
 console = Console()
 errors = Console(stderr=True)
 # tokens of one pass come so soon after one another, in seconds
@@ -82,11 +84,8 @@ class LiveAnswer:
     """
 
     def __init__(self, decode: Any, depth: int, title: str) -> None:
-        self.decode, self.depth, self.title = decode, depth, title
-        self.ids: list[int] = []
-        self.text = Text()
-        # tokens whose text stands before what is decoded next, and tokens shown
-        self.context = self.shown = 0
+        self.depth, self.title = depth, title
+        self.stream, self.text = TextStream(decode), Text()
         self.began = self.last = 0.0
         self.layers = self.passes = 0
 
@@ -101,24 +100,18 @@ class LiveAnswer:
 
     def add(self, token: int, layer: int) -> None:
         now = perf_counter()
-        along = bool(self.ids) and now - self.last < SAME_PASS
+        along = bool(self.stream.ids) and now - self.last < SAME_PASS
         self.began, self.last = self.began or now, now
         self.passes += not along
-        self.ids.append(token)
         self.layers += layer
-        # a token may be part of a character, and its text depends on the tokens before it
-        before = self.decode(self.ids[self.context : self.shown])
-        whole = self.decode(self.ids[self.context :])
-        if not whole.endswith("�"):
-            style = "green" if along else colour(layer, self.depth)
-            self.text.append(whole[len(before) :], style=style)
-            self.context, self.shown = self.shown, len(self.ids)
+        style = "green" if along else colour(layer, self.depth)
+        self.text.append(self.stream.add(token), style=style)
         self.live.update(self._render())
         # drawing is not decoding
         self.last = perf_counter()
 
     def _render(self) -> Text:
-        shown, count = Text(f"{self.title}\n", style="bold") + self.text, len(self.ids)
+        shown, count = Text(f"{self.title}\n", style="bold") + self.text, len(self.stream.ids)
         if count > 1:
             rate = (count - 1) / max(perf_counter() - self.began, 1e-9)
             foot = f"\n{rate:.1f} tokens/s · {count / self.passes:.1f} tokens a pass · "

@@ -26,10 +26,8 @@ def generate(
     artifact: options.ArtifactDir = None,
     quantize: options.Quantize = "keep",
     activations: options.Activations = "int8",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
-    dense: Annotated[
-        bool, typer.Option("--dense", help="Run every layer for every token.")
-    ] = False,
+    max_new_tokens: options.NewTokens = 128,
+    dense: options.Dense = False,
     stats: Annotated[
         bool, typer.Option("--stats", help="Show where tokens exited, what was chosen and why.")
     ] = False,
@@ -37,17 +35,15 @@ def generate(
     guarantee: options.Guarantee = "exact",
     speculate: options.Speculate = "cascade",
     exits: options.Exits = True,
-    adaptive: Annotated[
-        bool, typer.Option(help="Use each mechanism only where it is measured to pay.")
-    ] = True,
+    adaptive: options.Adaptive = True,
     target_agreement: options.Target = 0.98,
-    kv: Annotated[str, typer.Option(help="defer, propagate or drop.")] = "defer",
-    temperature: Annotated[float, typer.Option(help="0 is greedy.", min=0)] = 0.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all tokens.", min=0)] = 0,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 1.0,
-    min_p: Annotated[float, typer.Option(min=0, max=1)] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
-    seed: Annotated[int | None, typer.Option(help="The same seed samples the same.")] = None,
+    kv: options.Kv = "defer",
+    temperature: options.Temperature = 0.0,
+    top_k: options.TopK = 0,
+    top_p: options.TopP = 1.0,
+    min_p: options.MinP = 0.0,
+    repetition_penalty: options.RepetitionPenalty = 1.0,
+    seed: options.Seed = None,
     dump: Annotated[Path | None, typer.Option(help="Write the graphs of each pass here.")] = None,
     raw: options.Raw = False,
     json_file: options.Json = None,

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli.bench import bench, probe
+from eepass.cli.chat import chat
 from eepass.cli.console import errors
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
@@ -50,7 +51,7 @@ app = typer.Typer(
     help="Speculative early exit for any decoder PyTorch can trace.",
 )
 for command in (
-    probe, train, calibrate, transform, generate, serve, bench, verify, inspect, codegen,
+    probe, train, calibrate, transform, generate, chat, serve, bench, verify, inspect, codegen,
     export_onnx, doctor,
 ):  # fmt: skip
     app.command()(command)

@@ -59,6 +59,18 @@ Activations = Annotated[
     ),
 ]
 Exits = Annotated[bool, typer.Option(help="Let tokens exit early.")]
+Adaptive = Annotated[
+    bool, typer.Option(help="Use each mechanism only where it is measured to pay.")
+]
+Kv = Annotated[str, typer.Option(help="defer, propagate or drop.")]
+Dense = Annotated[bool, typer.Option("--dense", help="Run every layer for every token.")]
+NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.", min=0)]
+TopK = Annotated[int, typer.Option(help="0 keeps all tokens.", min=0)]
+TopP = Annotated[float, typer.Option(min=0, max=1)]
+MinP = Annotated[float, typer.Option(min=0, max=1)]
+RepetitionPenalty = Annotated[float, typer.Option(help="1 is none.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed samples the same.")]
 
 
 def exit_config(preset: str, **options: Any) -> Any:

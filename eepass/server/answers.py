@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from eepass.checkpoints.text_stream import TextStream
 from eepass.runtime.engine.batch import Request
 from eepass.server.processing import Processing, Scored
-from eepass.server.text import StopStrings, TextStream
+from eepass.server.stop_strings import StopStrings
 
 Reason = Literal["stop", "length"]
 

@@ -344,6 +344,8 @@ def test_every_command_takes_a_folder_or_says_why_not(folder, tmp_path):
     assert "original" in refused("train", folder, "--out", tmp_path / "new")
     assert "transformed already" in refused("transform", folder, "--out", tmp_path / "new")
     common = ("generate", folder, "--prompt", PROMPT, "--max-new-tokens", 4)
+    code, said, error = run("chat", folder, "--max-new-tokens", 4, typed=PROMPT + "\n")
+    assert code == 0 and said == run(*common)[1], error
     assert "float32" in refused(*common, "--dtype", "bf16")
     assert "passes are done" in refused(*common, "--dump", tmp_path / "dump")
     assert "--rows" in refused("transform", folder, "--out", tmp_path / "new", "--rows", "one")

@@ -4,6 +4,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from eepass.checkpoints.text_stream import TextStream
 from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.errors import InputError
 
@@ -47,6 +48,20 @@ def test_tokens_and_text_are_the_same(folder):
             assert ours.apply_chat_template(messages, prompt) == theirs.apply_chat_template(
                 messages, add_generation_prompt=prompt, return_dict=False
             )
+
+
+def test_text_streams_in_whole_characters(folder):
+    text = "naïve «Ελλάδα» 你好"
+    tokenizer = FolderTokenizer(folder)
+    ids = tokenizer(text)["input_ids"]
+    # a token is a byte here
+    assert len(ids) > len(text)
+    stream = TextStream(lambda some: tokenizer.decode(some, skip_special_tokens=True))
+    pieces = [stream.add(token) for token in ids]
+    assert "".join(pieces) == text and set(map(len, pieces)) == {0, 1}
+    assert stream.rest() == ""
+    cut = TextStream(tokenizer.decode)
+    assert "".join(map(cut.add, ids[:-1])) == "<s>" + text[:-1] and cut.rest() == "\ufffd"
 
 
 def test_what_cannot_be_read_says_so(folder, tmp_path):

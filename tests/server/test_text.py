@@ -5,7 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from eepass.server.text import StopStrings, TextStream
+from eepass.checkpoints.text_stream import TextStream
+from eepass.server.stop_strings import StopStrings
 
 LETTERS = st.text("ab", max_size=30)
 

@@ -1,38 +1,8 @@
-"""Text of tokens as they come, up to the first of some stop strings."""
+"""Text up to the first of some stop strings."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
-# what stands for bytes that are no character
-INCOMPLETE = "�"
-
-
-class TextStream:
-    """Tokens to text; the bytes of a character that is not whole yet are kept back."""
-
-    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
-        self._decode = decode
-        # a token's text depends on the one before it: those whose text is out, and those after
-        self._before: list[int] = []
-        self._new: list[int] = []
-
-    def add(self, token: int) -> str:
-        """The text that ``token`` completes."""
-        self._new.append(token)
-        text = self._text()
-        if not text or text.endswith(INCOMPLETE):
-            return ""
-        self._before, self._new = self._new, []
-        return text
-
-    def rest(self) -> str:
-        """What was kept back, as it is."""
-        return self._text() if self._new else ""
-
-    def _text(self) -> str:
-        shown = len(self._decode(self._before)) if self._before else 0
-        return self._decode(self._before + self._new)[shown:]
+from collections.abc import Sequence
 
 
 class StopStrings:
