@@ -185,9 +185,6 @@ class _Forced:
     def begin(self, rows: int, drafts: Tensor | None = None) -> RowState:
         return self._exits.begin(rows, drafts)
 
-    def final(self, hidden: Tensor) -> Tensor:
-        return self._exits.final(hidden)
-
     def draft_from(self, hidden: Tensor, state: RowState, statistics: Any) -> RowState:
         return state
 
@@ -196,7 +193,8 @@ class _Forced:
         choose: Any = None,
     ) -> tuple[ExitDecision, RowState]:  # fmt: skip
         best = self._engine.exit_logits(layer, hidden[0], forced=True).argmax(-1).tolist()
-        z = self.final(hidden)[0]
+        # no draft is there that would take it for a feature
+        z = hidden[0]
         return ExitDecision({n: best[n] for n in asked}, {n: z[n] for n in asked}), state
 
 
