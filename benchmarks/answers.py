@@ -20,8 +20,8 @@ from eepass.runtime.sampling import GREEDY
 
 # requests at once, where it is several
 TOGETHER = 8
-# draft tokens of a look-up, as transformers' documentation has it
-LOOK_UP_TOKENS = 10
+# draft tokens of a look-up, as transformers' documentation has it, and of a model
+LOOK_UP_TOKENS, ASSISTANT_TOKENS = 10, 4
 
 
 class Answers(NamedTuple):
@@ -94,6 +94,7 @@ def transformers_answers(loaded: LoadedModel, prompts: Prompts, new_tokens: int)
             found += [_ended(row, loaded.stop) for row in said[:, width:].tolist()]
         return Answers(found, passes)
 
+    model.generation_config.num_assistant_tokens = ASSISTANT_TOKENS
     hook = model.register_forward_pre_hook(count)
     try:
         yield "greedy, alone", answers()

@@ -1,11 +1,12 @@
 """How many greedy answers change where they should not: in eepass, and in other engines.
 
     python benchmarks/exactness.py [--model smollm2] [--prompts FILE] [--limit 50]
-        [--new-tokens 64] [--vllm PYTHON] [--json FILE]
+        [--new-tokens 64] [--vllm PYTHON] [--only ENGINE] [--json FILE]
 
 Each engine is compared with itself: its answers alone, without speculation, are the reference; then
 the same prompts are answered with speculation, and several at a time. What is not installed is
-skipped. vLLM runs in an environment of its own, whose Python is given.
+skipped. vLLM runs in an environment of its own, whose Python is given. ``--only`` adds an engine to
+a file that has the others.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from eepass.files import write_text_atomically  # noqa: E402
 from eepass.training.corpus import read_prompts  # noqa: E402
 from eepass.training.train import DEFAULT_PROMPTS  # noqa: E402
 
+ENGINES = ("eepass", "transformers", "eepass-gguf", "llama.cpp", "vllm")
 PACKAGES = ("torch", "transformers", "llama-cpp-python")
 Ways = Iterator[tuple[str, Answers]]
 
@@ -98,6 +100,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=50)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--vllm", type=Path, help="Python of an environment that has vllm")
+    parser.add_argument("--only", action="append", choices=ENGINES)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     loaded = eepass.load(options.model)
@@ -105,24 +108,27 @@ def main() -> None:
     count, context = options.new_tokens, max(map(len, prompts)) + options.new_tokens
     versions = {"eepass": eepass.__version__, "python": platform.python_version()}
     versions |= {name: importlib.metadata.version(name) for name in PACKAGES if _installed(name)}
-    engines: dict[str, Callable[[], Ways]] = {
-        "eepass, bf16": lambda: eepass_answers(loaded, prompts, count),
-        "transformers, bf16": lambda: transformers_answers(loaded, prompts, count),
-        "eepass, GGUF": lambda: eepass_answers(_as_stored(options.model), prompts, count),
-        "llama.cpp, GGUF": lambda: llama_answers(
+    answers: dict[str, Callable[[], Ways]] = {
+        "eepass": lambda: eepass_answers(loaded, prompts, count),
+        "transformers": lambda: transformers_answers(loaded, prompts, count),
+        "eepass-gguf": lambda: eepass_answers(_as_stored(options.model), prompts, count),
+        "llama.cpp": lambda: llama_answers(
             gguf_of(options.model), prompts, count, loaded.stop, context
         ),
-        "vLLM, bf16": lambda: vllm_answers(options.vllm, loaded, prompts, count, versions),
+        "vllm": lambda: vllm_answers(options.vllm, loaded, prompts, count, versions),
     }
     found: dict[str, Any] = {
         "model": Path(options.model).name, "prompts": options.prompts.name, "count": len(prompts),
         "new_tokens": count, "processor": _processor(), "isa": native.kernel_isa() or "none",
         "threads": torch.get_num_threads(), "versions": versions, "skipped": {}, "engines": {},
     }  # fmt: skip
-    for engine, ways in engines.items():
+    if options.only and options.json and options.json.exists():
+        _add_to(found, json.loads(options.json.read_text()), options.json)
+    for engine in options.only or ENGINES:
+        found["skipped"].pop(engine, None)
         try:
             found["engines"][engine] = compared(
-                ways(), lambda said, of=engine: say(f"{of}: {said}")
+                answers[engine](), lambda said, of=engine: say(f"{of}: {said}")
             )
         except InputError as error:
             found["skipped"][engine] = str(error)
@@ -134,6 +140,14 @@ def main() -> None:
     # eepass promises it, the others do not
     promised = [ways for engine, ways in found["engines"].items() if engine.startswith("eepass")]
     sys.exit(any(way["different"] for ways in promised for way in ways))
+
+
+def _add_to(found: dict[str, Any], before: dict[str, Any], file: Path) -> None:
+    """Put what was ``found`` before, with the same work on the same machine, beside it."""
+    for name in ("versions", "skipped", "engines"):
+        found[name].update({**before.pop(name), **found[name]})
+    if before != {name: found[name] for name in before}:
+        raise InputError(f"{file}: of another model, machine or other prompts; choose a new file")
 
 
 def say(line: str) -> None:

@@ -1,12 +1,14 @@
 """Answers that change are counted, and where they do so first."""
 
 import sys
+from copy import deepcopy
+from pathlib import Path
 
 import pytest
 from models import random_artifact, tiny_model, tiny_tokenizer
 
 from benchmarks.answers import Answers, eepass_answers, transformers_answers
-from benchmarks.exactness import compared
+from benchmarks.exactness import _add_to, compared
 from benchmarks.vllm_answers import vllm_answers
 from eepass.checkpoints.models import LoadedModel
 from eepass.errors import InputError
@@ -28,6 +30,16 @@ def test_what_changes_is_counted():
     # one that ends earlier is another
     assert drafts["differences"] == [{"prompt": 0, "token": 2}]
     assert said[-1] == "drafts: 1 of 2 answers change"
+
+
+def test_an_engine_is_added_to_what_was_found_with_the_same_work():
+    about = {"model": "tiny", "count": 3}
+    before = {**about, "versions": {"a": "1"}, "skipped": {}, "engines": {"one": [1]}}
+    found = {**about, "versions": {"b": "2"}, "skipped": {}, "engines": {}}
+    _add_to(found, deepcopy(before), Path("a.json"))
+    assert found["engines"] == {"one": [1]} and found["versions"] == {"a": "1", "b": "2"}
+    with pytest.raises(InputError, match=r"a\.json: of another model"):
+        _add_to({**found, "count": 4}, before, Path("a.json"))
 
 
 @pytest.fixture(scope="module")

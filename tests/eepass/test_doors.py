@@ -116,6 +116,8 @@ def test_damaged_files(door, seed, tmp_path):
 COMMANDS = {
     "generate": ("--prompt", "--max-new-tokens", "--preset", "--kv", "--temperature", "--top-p",
                  "--seed", "--dtype", "--quantize", "--activations", "--artifact", "--speculate"),
+    "chat": ("--system", "--max-new-tokens", "--max-length", "--preset", "--temperature", "--dtype",
+             "--min-p", "--seed", "--quantize"),
     "train": ("--prompts", "--answers", "--tokens", "--samples", "--draft", "--steps", "--dtype"),
     "transform": ("--rows", "--max-length", "--gpu", "--quantize", "--artifact", "--dtype"),
     "inspect": ("--preset", "--target-agreement", "--artifact", "--dtype", "--activations"),
