@@ -90,15 +90,16 @@ class Decoder:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
         sequence end.
 
-        Contiguous rows of a sequence that begins at slot 0 are cheap, if the padding fits behind
-        them.
+        Contiguous rows of one sequence are cheap, if the padding fits behind them.
         """
         head = rows[0]
         if head.slot + size <= end and all(
-            row.first == 0 and row.slot == row.position == head.slot + index
+            row.first == head.first
+            and row.position == head.position + index
+            and row.slot == row.first + row.position
             for index, row in enumerate(rows)
         ):
-            return self.side_inputs.span(head.slot, size)
+            return self.side_inputs.span(head.position, size, head.first)
         return self.side_inputs.gather(rows, size)
 
     def embed(self, ids: Tensor, positions: Tensor, slots: Tensor) -> Tensor:

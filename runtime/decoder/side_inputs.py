@@ -2,8 +2,9 @@
 
 What depends on positions alone is computed once, as a table over the whole cache. A mask's row is
 as long as the cache, so masks are computed for a chunk of rows at a time, and the chunks in use are
-kept. Contiguous rows that attend to everything before them get slices of both. For other rows
-(draft tokens in a tree, several sequences in one pass) they are gathered, masks slot by slot.
+kept. Contiguous rows that attend to everything before them get slices of both, of masks turned to
+where their sequence begins. For other rows (draft tokens in a tree, several sequences in one pass)
+they are gathered, masks slot by slot.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ class SideInputs:
         self._all_slots = torch.arange(self.slots, device=self.device)
         last = (one.positions or self.slots) - 1
         self._positions = self._all_slots.clamp(max=last)
-        self._spans: dict[tuple[int, int], Place] = {}
+        self._spans: dict[tuple[int, int, int], Place] = {}
         for names, small, large in (
             (one.side_outputs, one.positional, many.positional),
             (one.embed_outputs, one.embed, many.embed),
@@ -75,18 +76,25 @@ class SideInputs:
         self._mask_chunks: dict[int, dict[str, Tensor]] = {}
         self._fill()
 
-    def span(self, slot: int, rows: int) -> Place:
-        """``rows`` contiguous rows from ``slot`` on, each attending to all before it."""
-        key = (slot, rows)
+    def span(self, position: int, rows: int, first: int = 0) -> Place:
+        """``rows`` contiguous rows from ``position`` on of the sequence that begins at slot
+        ``first``, each attending to all before it."""
+        key = (position, rows, first)
         if key not in self._spans:
             # one pass needs few of them, and the next pass needs others
             if len(self._spans) > 16:
                 self._spans.clear()
+            slot = first + position
             sides = {
-                name: table.narrow(self.row_dim[name], slot, rows)
+                name: table.narrow(
+                    self.row_dim[name], slot if name in self.by_token else position, rows
+                )
                 for name, table in self.tables.items()
             }
-            sides |= {name: self._mask_rows(name, slot, rows) for name in self.masks}
+            for name in self.masks:
+                # what comes round from the end is forbidden: no row is there yet
+                mask = self._mask_rows(name, position, rows)
+                sides[name] = mask.roll(first, -1) if first else mask
             self._spans[key] = Place(self._all_slots[slot : slot + rows], sides)
         return self._spans[key]
 

@@ -155,6 +155,13 @@ def test_masks_are_made_by_the_chunk(windowed, monkeypatch):
         place = sides.span(start, rows)
         for mask, name in names.items():
             assert torch.equal(place.sides[name], whole[mask][:, :, start : start + rows])
+    # a sequence elsewhere in the cache sees there what it would see at its beginning
+    for first, position, count in ((64, 20, 1), (100, 12, 8), (300, 127, 8)):
+        line = [Row(first, at, first + at) for at in range(position, position + count)]
+        place, gathered = sides.span(position, count, first), sides.gather(line, count)
+        assert torch.equal(place.slots, gathered.slots)
+        assert place.sides.keys() == gathered.sides.keys()
+        assert all(torch.equal(place.sides[n], gathered.sides[n]) for n in place.sides)
     # a path of drafts with gaps, after a line of its own
     over = (100, 103, 104)
     rows = [Row(64, 36 + i, slot, over[: i + 1]) for i, slot in enumerate(over)]
