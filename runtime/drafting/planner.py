@@ -33,6 +33,8 @@ TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
 # What larger passes would gain, of their draft tokens' worth, and smaller ones, in dense passes:
 # costs change rarely
 ROWS_HOPE, FEWER_HOPE = 0.25, 0.05
+# of the draft tokens of several sequences, the share that is right at most
+HOPE_OF_ALL = 0.7
 # passes with exits in a row, since one rolls back what others decided; what each would gain at a
 # time when exits pay, in dense passes
 TRIAL, EXITS_HOPE = 2, 0.03
@@ -181,6 +183,14 @@ class Planner:
             if self.due(("rows", smaller), loss, FEWER_HOPE * self._cost(1)):
                 return smaller - rows
         return count
+
+    def may_pay(self, sequences: int, most: int) -> bool:
+        """Whether ``most`` draft tokens for each of some sequences could pay, if as many were right
+        as ever are: if not, none need be looked for."""
+        if len(self.modes) == 1 or sequences == 1:
+            return True
+        more = self._cost(sequences + 1) - self._cost(sequences)
+        return more < HOPE_OF_ALL * most * self._cost(sequences)
 
     def worth_asking(self, without: float, drafted: bool) -> bool:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""

@@ -45,6 +45,7 @@ class BatchScheduler:
     ) -> list[ScheduledSequence]:
         """``max_rows``: how many rows of the pass each sequence may have."""
         batch = []
+        drafts = mode in ("speculation", "both") and planner.may_pay(len(sequences), max_rows - 1)
         for sequence in sequences:
             tree, pending = Tree([sequence.tokens[-1]]), sequence.num_pending
             proposed = tree
@@ -53,7 +54,7 @@ class BatchScheduler:
                 sequence.capacity - sequence.position - 1,
                 sequence.max_new_tokens - (len(sequence.tokens) - sequence.prompt_length) - 1,
             )
-            if mode in ("speculation", "both") and sequence.draft is not None and max_drafts > 0:
+            if drafts and sequence.draft is not None and max_drafts > 0:
                 began = perf_counter()
                 proposed = sequence.draft.propose(tree.tokens[0], Budget(planner, max_drafts))
                 tree = planner.choose(proposed, max_drafts, pending, len(sequences) - 1)

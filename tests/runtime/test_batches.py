@@ -8,6 +8,7 @@ from models import eager_compile, random_artifact
 from eepass.config import ExitConfig
 from eepass.model import EarlyExitModel
 from eepass.passes.report import PassReport
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.exits.exits import ROW_COUNTS
 from eepass.runtime.sampling import GREEDY, Sampling
@@ -126,3 +127,29 @@ def test_neighbours_change_nothing(model, name, sampling):
     alone = [answers(engine, [request])[0] for request in requests_of(5, 10, sampling)]
     assert engine.statistics.mean_exit_layer < engine.decoder.num_layers
     assert answers(engine, requests_of(5, 10, sampling)) == alone
+
+
+@pytest.mark.parametrize(("sixteen", "looks"), ((2.0, False), (1.3, True)))
+def test_nobody_looks_for_draft_tokens_that_cannot_pay(model, monkeypatch, sixteen, looks):
+    """Eight sequences leave one draft token for each, in a pass of twice the rows."""
+    engine = model.configure(replace(CONFIGS["exact"], exits=False, remember=False))
+    engine.measure()
+    proposed = []
+    propose = type(engine.draft).propose
+
+    def counted(self, root, budget):
+        proposed.append(root)
+        return propose(self, root, budget)
+
+    monkeypatch.setattr(type(engine.draft), "propose", counted)
+    engine.planner = Planner({1: 1.0, 8: 1.0, 16: sixteen}, modes=("dense", "speculation"))
+    engine._observes = False
+    monkeypatch.setattr(engine, "step_rows", 16)
+    sequences = in_small_slots(engine, PROMPTS[:8], 6)
+    for _ in range(3):
+        engine.step(sequences)
+    assert bool(proposed) == looks
+    # fewer of them leave rows that cost nothing
+    engine.step(sequences[:7])
+    assert proposed
+    engine.reset()
