@@ -75,6 +75,7 @@ class Server:
                 self.model = self._wait_until_ready(http)
                 self.extra = {**system.extra, **self._ignoring_ends(http, system.extra)}
         except BaseException:
+            # also on Ctrl-C: the process would go on alone
             self.stop()
             raise
 

@@ -105,7 +105,7 @@ def _suspend_one(batch: Batch, chance: Random) -> None:
     # one that is finished is compared where it lies
     going = [s for s in batch.running if s.capacity and not s.pending and not s.at_its_end]
     if going:
-        batch.suspend(chance.choice(going))
+        batch.engine.suspend(chance.choice(going))
 
 
 class _NotingVerifier(Verifier):

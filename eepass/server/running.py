@@ -66,6 +66,7 @@ def serve_with(loaded: LoadedModel, options: ServerOptions) -> Server:
             )  # fmt: skip
         return Server(model, options, listener)
     except BaseException:
+        # also on Ctrl-C: nobody else knows of the socket
         listener.close()
         raise
 

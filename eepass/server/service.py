@@ -178,6 +178,7 @@ class _Turn:
             if cut.done():
                 raise _end_of(cut.result())
         except BaseException:
+            # also where the request is cancelled: its turn is the next one's
             if turn.done() and not turn.cancelled():
                 self.line.release()
             turn.cancel()

@@ -117,10 +117,6 @@ class Batch:
         if going := [sequence for sequence in self.decoding if not sequence.at_its_end]:
             self.engine.step(going)
 
-    def suspend(self, sequence: Sequence) -> None:
-        """Take the slots of ``sequence``; it goes on as soon as there are enough again."""
-        self.engine.suspend(sequence)
-
     def end(self) -> None:
         """Take all requests out of the cache."""
         for sequence in self.running:
@@ -148,7 +144,7 @@ class Batch:
         slots = min(sequence.capacity + BLOCK, longest)
         while not self.engine.placement.grow(sequence, slots):
             last = next(one for one in reversed(self.running) if one.capacity)
-            self.suspend(last)
+            self.engine.suspend(last)
             if last is sequence:
                 return
 

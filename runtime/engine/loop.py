@@ -121,7 +121,7 @@ class EngineLoop:
             running = 0
             if decoding is not None:
                 running, waiting = len(decoding.running), waiting + len(decoding.waiting)
-            return LoopState(running, waiting, self.engine.placement.used, kept, regions.slots)
+            return LoopState(running, waiting, regions.used, kept, regions.slots)
 
     def submit(
         self, requests: SequenceOf[Request], put: Callable[[Given], object] | None = None

@@ -35,11 +35,6 @@ class Placement:
         # those that have slots
         self.sequences: list[Sequence] = []
 
-    @property
-    def used(self) -> int:
-        """Slots that sequences have."""
-        return self.decoder.kv.regions.used
-
     def fits(self, count: int, growing: int = 0) -> bool:
         """Whether another sequence may have ``count`` slots, while ``growing`` others may need a
         block more each."""
