@@ -26,9 +26,10 @@ struct Allowed {
   int64_t within(int64_t i) const { return i < count ? i : count - 1; }
 };
 
-// How many slots of `channels` numbers ahead a line is prefetched.
-inline int64_t ahead_of(int64_t channels, int64_t size) {
-  return AHEAD_BYTES / (channels * size) + 1;
+// Every line of `count` numbers.
+template <typename T>
+void prefetch_row(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / static_cast<int64_t>(sizeof(T))) prefetch(row + i);
 }
 
 template <typename T>
@@ -61,35 +62,57 @@ struct Part {
   float* values;
 };
 
-// Scores of slots `from` to `to` for H queries, whose packed vectors are at `query`. The first of the
+// Products of LANES keys, `stride` apart, with one query, a vector of which lies every `apart` bytes.
+// Their partial sums stay in registers: reading keys anew for each query is cheaper than memory for
+// those. They add in the order of `tile`.
+template <typename F>
+V in_turn(const typename F::T* keys, int64_t stride, const char* query, int64_t apart,
+          int64_t steps, int64_t rest) {
+  V dots[LANES];
+#pragma GCC unroll 16
+  for (int j = 0; j < LANES; j++) dots[j] = zero();
+  for (int64_t k = 0; k < steps; k++, keys += F::STEP, query += apart)
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+      dots[j] = F::dot(dots[j], F::load(keys + j * stride), query);
+  if (rest)
+#pragma GCC unroll 16
+    for (int j = 0; j < LANES; j++)
+      dots[j] = F::dot(dots[j], F::load(keys + j * stride, rest), query);
+  return sums(dots, 1);
+}
+
+// Scores of slots `from` to `to` for H queries, whose packed vectors are at `query`. With `fetch` the
 // values, which are read next, are prefetched.
 template <typename F, int H>
 void score(const AttendCall& a, const typename F::T* keys, const typename F::T* values,
-           const Allowed& slots, int64_t from, int64_t to, const char* query, float* scores,
-           float* tops) {
+           const Allowed& slots, int64_t from, int64_t to, const char* query, bool fetch,
+           float* scores, float* tops) {
   const int64_t steps = a.D / F::STEP, rest = a.D % F::STEP;
-  const int64_t ahead = ahead_of(a.D, sizeof *keys), early = ahead_of(a.E, sizeof *values);
-  constexpr int64_t line = 64 / sizeof(typename F::T);
   V top[H];
   for (auto& t : top) t = splat(-__builtin_inff());
   for (int64_t i = from; i < to; i += LANES) {
     V dots[LANES * H];
+    const bool in_a_row = i + LANES <= to && slots.slot[i + LANES - 1] == slots.slot[i] + LANES - 1;
     for (int64_t j = 0; j < LANES; j++) {
       if (i + j >= to) {
         for (int h = 0; h < H; h++) dots[j * H + h] = zero();
         continue;
       }
-      if (i + j < from + early)
-        for (int64_t e = 0; e < a.E; e += line)
-          prefetch(values + slots.slot[i + j] * a.v1 + e);
-      tile<F, 1, H, true>(keys + slots.slot[i + j] * a.k1, 0, query, steps, rest, true,
-                          dots + j * H,
-                          reinterpret_cast<const char*>(
-                              keys + slots.slot[slots.within(i + j + ahead)] * a.k1));
+      if (!in_a_row)
+        tile<F, 1, H, false>(keys + slots.slot[i + j] * a.k1, 0, query, steps, rest, true,
+                             dots + j * H, nullptr);
     }
     const V bias = load(slots.bias + i);
     for (int h = 0; h < H; h++) {
-      const V s = fma(sums(dots + h, H), splat(a.scale), bias);
+      // a few at a time: there are not many places to wait for memory
+      if (fetch)
+        for (int64_t j = LANES * h / H; j < LANES * (h + 1) / H && i + j < to; j++)
+          prefetch_row(values + slots.slot[i + j] * a.v1, a.E);
+      const V sum = in_a_row ? in_turn<F>(keys + slots.slot[i] * a.k1, a.k1,
+                                          query + h * F::PACKED, H * F::PACKED, steps, rest)
+                             : sums(dots + h, H);
+      const V s = fma(sum, splat(a.scale), bias);
       store(scores + h * SPLIT + (i - from), s);
       top[h] = largest(top[h], s);
     }
@@ -97,31 +120,37 @@ void score(const AttendCall& a, const typename F::T* keys, const typename F::T* 
   for (int h = 0; h < H; h++) tops[h] = largest_of(top[h]);
 }
 
-// Weighted sums of LOADS loads of the values' channels, from channel e on, for H heads.
+// Weighted sums of LOADS loads of the values' channels, from channel e on, for H heads. As many
+// channels of `next`, the keys, are prefetched for the next part, unless it is null.
 template <typename F, int H, int LOADS>
-void blend(const AttendCall& a, const typename F::T* values, const Allowed& slots, int64_t from,
-           int64_t to, const float* weights, int64_t e, Part* parts) {
+void blend(const AttendCall& a, const typename F::T* values, const typename F::T* next,
+           const Allowed& slots, int64_t from, int64_t to, const float* weights, int64_t e,
+           Part* parts) {
   constexpr int EACH = F::STEP / LANES;
   const int64_t left = a.E - e;
-  const int64_t ahead = ahead_of(a.E, sizeof *values);
   V acc[H][LOADS * EACH];
-  for (auto& head : acc)
-    for (auto& v : head) v = zero();
+#pragma GCC unroll 8
+  for (int h = 0; h < H; h++)
+#pragma GCC unroll 8
+    for (int c = 0; c < LOADS * EACH; c++) acc[h][c] = zero();
   for (int64_t i = from; i < to; i++) {
     const auto* value = values + slots.slot[i] * a.v1 + e;
-    const auto* later = values + slots.slot[slots.within(i + ahead)] * a.v1 + e;
+    if (next) prefetch_row(next + slots.slot[slots.within(i + SPLIT)] * a.k1 + e, LOADS * F::STEP);
     V v[LOADS * EACH];
     for (int c = 0; c < LOADS; c++) {
       if (left >= LOADS * F::STEP) load_vectors(value + c * F::STEP, v + c * EACH);
       else load_vectors(value + c * F::STEP, left - c * F::STEP, v + c * EACH);
-      if (c * F::STEP * sizeof *value % 64 == 0) prefetch(later + c * F::STEP);
     }
+#pragma GCC unroll 8
     for (int h = 0; h < H; h++) {
       const V weight = splat(weights[h * SPLIT + (i - from)]);
+#pragma GCC unroll 8
       for (int c = 0; c < LOADS * EACH; c++) acc[h][c] = fma(weight, v[c], acc[h][c]);
     }
   }
+#pragma GCC unroll 8
   for (int h = 0; h < H; h++)
+#pragma GCC unroll 8
     for (int c = 0; c < LOADS; c++)
       store_vectors<typename F::T>(parts[h].values + e + c * F::STEP, acc[h] + c * EACH);
 }
@@ -129,14 +158,16 @@ void blend(const AttendCall& a, const typename F::T* values, const Allowed& slot
 // Slots `from` to `to` for H heads from `head` on, of KV group `group`, and one row.
 template <typename F, int H>
 void attend_part(const AttendCall& a, int64_t row, int64_t group, int64_t head,
-                 const Allowed& slots, int64_t from, int64_t to, char* room, Part* parts) {
+                 const Allowed& slots, int64_t from, int64_t to, bool fetch, char* room,
+                 Part* parts) {
   using T = typename F::T;
   const T* keys = static_cast<const T*>(a.k) + group * a.k0;
   const T* values = static_cast<const T*>(a.v) + group * a.v0;
   alignas(64) float scores[H * SPLIT];
   float tops[H];
   pack<F>(static_cast<const T*>(a.q) + head * a.q0 + row * a.q1, a.q0, H, a.D, room);
-  score<F, H>(a, keys, values, slots, from, to, room, scores, tops);
+  score<F, H>(a, keys, values, slots, from, to, room, fetch, scores, tops);
+  const T* next = fetch && from + SPLIT < slots.count ? keys : nullptr;
   for (int h = 0; h < H; h++) {
     V sum = zero();
     for (int64_t i = 0; i < to - from; i += LANES) {
@@ -150,8 +181,9 @@ void attend_part(const AttendCall& a, int64_t row, int64_t group, int64_t head,
   constexpr int LOADS = (LANES == 16 ? 4 : 2) * LANES / F::STEP;
   int64_t e = 0;
   for (; e + LOADS * F::STEP <= a.E; e += LOADS * F::STEP)
-    blend<F, H, LOADS>(a, values, slots, from, to, scores, e, parts);
-  for (; e < a.E; e += F::STEP) blend<F, H, 1>(a, values, slots, from, to, scores, e, parts);
+    blend<F, H, LOADS>(a, values, e < a.D ? next : nullptr, slots, from, to, scores, e, parts);
+  for (; e < a.E; e += F::STEP)
+    blend<F, H, 1>(a, values, e < a.D ? next : nullptr, slots, from, to, scores, e, parts);
 }
 
 // Puts the parts of one row and head together.
@@ -212,8 +244,8 @@ void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
     for (int64_t task = 0; task < a.G * splits * shares; task++) {
       const int64_t share = task % shares, split = task / shares % splits;
       const int64_t group = task / shares / splits, from = split * SPLIT;
-      for (int64_t i = rows * batches * share / shares; i < rows * batches * (share + 1) / shares;
-           i++) {
+      const int64_t first_here = rows * batches * share / shares;
+      for (int64_t i = first_here; i < rows * batches * (share + 1) / shares; i++) {
         const int64_t r = i / batches, batch = i % batches;
         if (from >= allowed[r].count) continue;
         const int64_t to = from + SPLIT < allowed[r].count ? from + SPLIT : allowed[r].count;
@@ -228,7 +260,8 @@ void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
                          : end - begin == 4 ? attend_part<F, 4>
                          : end - begin == 5 ? attend_part<F, 5>
                                             : attend_part<F, 6>;
-        run(a, first + r, group, head, allowed[r], from, to, room, parts_here);
+        // later rows find the part in the cache
+        run(a, first + r, group, head, allowed[r], from, to, i == first_here, room, parts_here);
         for (int64_t h = 0; h < end - begin; h++)
           found[part_of(r, head + h, split)] = parts_here[h];
       }

@@ -7,6 +7,9 @@
 #include <cstdint>
 #include <cstring>
 
+// where what is in an array has to stay in registers
+#define EEPASS_INLINE inline __attribute__((always_inline))
+
 namespace eepass::EEPASS_ISA {
 
 #if defined(__AVX512F__)
@@ -85,11 +88,13 @@ inline void store_in_turn(float* p, V even, V odd) {
   _mm512_add_ps(_mm512_mask_blend_ps(keep, a, b), shuffle(a, b, swap))
 
 // The sums of 16 vectors, `stride` vectors apart.
-inline V sums(const V* v, int64_t stride) {
+EEPASS_INLINE V sums(const V* v, int64_t stride) {
   V a[8], b[4];
+#pragma GCC unroll 8
   for (int i = 0; i < 8; i++)
     a[i] = EEPASS_FOLD(_mm512_shuffle_f32x4, 0x4E, 0xFF00, v[i * stride], v[(i + 8) * stride]);
   // 128-bit lanes of a[i]: v[i] twice, then v[i + 8] twice
+#pragma GCC unroll 4
   for (int i = 0; i < 4; i++)
     b[i] = add(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xDD));
   // lanes of b[i]: v[i], v[i + 8], v[i + 4], v[i + 12]
@@ -192,8 +197,9 @@ inline void store_in_turn(float* p, V even, V odd) {
 }
 
 // The sums of 8 vectors, `stride` vectors apart; each adds its elements in the same order.
-inline V sums(const V* v, int64_t stride) {
+EEPASS_INLINE V sums(const V* v, int64_t stride) {
   V four[2];
+#pragma GCC unroll 2
   for (int i = 0; i < 2; i++) {
     const V* at = v + i * 4 * stride;
     four[i] = _mm256_hadd_ps(_mm256_hadd_ps(at[0], at[stride]), _mm256_hadd_ps(at[2 * stride], at[3 * stride]));
