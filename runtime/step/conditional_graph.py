@@ -129,7 +129,9 @@ class ConditionalGraph:
         params.conditional.ctx = self._context
         # the variant that takes edge data; from CUDA 13 on it has no suffix
         name = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
-        node = self.call(name, graph, after, None, len(after), params)
+        # all zero: the node waits for the whole of the one before; 12.9 takes no None for them
+        edges = [driver.CUgraphEdgeData() for _ in after]
+        node = self.call(name, graph, after, edges, len(after), params)
         return node, params.conditional.phGraph_out[0]
 
 

@@ -32,7 +32,7 @@ class Call:
 class FakeDriver:
     """Returns what the driver returns, and records nodes: (graph, kind, node before, detail)."""
 
-    CUgraph = CUstream = Call
+    CUgraph = CUstream = CUgraphEdgeData = Call
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
     CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_IF="if")
     CUDA_KERNEL_NODE_PARAMS = SimpleNamespace
@@ -87,7 +87,7 @@ class FakeDriver:
         return self._node(graph, "child", before, int(child))
 
     def cuGraphAddNode(self, graph, before, data, count, given):
-        assert data is None and count == len(before) and given.conditional.type == "if"
+        assert count == len(before) == len(data) and given.conditional.type == "if"
         given.conditional.phGraph_out[0] = f"body {len(self.nodes)}"
         return self._node(graph, "if", before, f"body {len(self.nodes)}")
 
