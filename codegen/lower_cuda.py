@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,9 +35,11 @@ aten, ours = torch.ops.aten, torch.ops.eepass
 SETTINGS: dict[str, Any] = {
     "triton.cudagraphs": False,
     "max_autotune": False,
-    # products of one row become kernels that read weights at full bandwidth
-    "coordinate_descent_tuning": True,
 }
+# Products of one row become kernels that read weights at full bandwidth, if they are tuned: dozens
+# of variants of each kernel of a graph are run. Graphs without such products are not tuned
+ONE_ROW = {"coordinate_descent_tuning": True}
+PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
     ours.draft_topk.default, ours.fill_kv.default,
@@ -63,6 +66,8 @@ class CudaCompiler(ByStructure):
         super().__init__()
         self._through = through or compile_through_inductor
         self.report: dict[str, list[str]] = {"fused": [], "inductor": [], "as traced": []}
+        # by update and by what its tensors are like
+        self._updates: dict[tuple[Any, ...], Compiled] = {}
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
         lowered = copy.deepcopy(graph)
@@ -84,26 +89,36 @@ class CudaCompiler(ByStructure):
 
     def fuse(self, update: Callable[..., None]) -> Callable[..., None]:
         """``update``, which only writes to tensors it is given, as one compiled function; it is
-        compiled on the first call."""
+        compiled on the first call, once for all steps with such tensors."""
+        what: tuple[Any, ...] = (update,)
+        if isinstance(update, partial):
+            what = (update.func, *update.args, *sorted(update.keywords.items()))
         found: list[Compiled] = []
 
         def run(*tensors: Tensor) -> None:
             if not found:
-                # copies: views of one tensor would be compiled as views
-                examples = [
-                    torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-                    for t in tensors
-                ]
-                graph = make_fx(update, tracing_mode="fake")(*examples)
-                found.append(self.compile(graph, examples, logits=False))
+                key = (*what, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+                if key not in self._updates:
+                    self._updates[key] = self._compile_update(update, tensors)
+                found.append(self._updates[key])
             found[0](list(tensors))
 
         return run
 
+    def _compile_update(self, update: Callable[..., None], tensors: Sequence[Tensor]) -> Compiled:
+        # copies: views of one tensor would be compiled as views
+        examples = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            for t in tensors
+        ]
+        graph = make_fx(update, tracing_mode="fake")(*examples)
+        return self.compile(graph, examples, logits=False)
+
 
 def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:
+    settings = {**SETTINGS, **(ONE_ROW if _has_one_row_product(lowered) else {})}
     with (
-        torch._inductor.config.patch(SETTINGS),
+        torch._inductor.config.patch(settings),
         for_inductor(copy.deepcopy(lowered), examples) as (ready, fakes),
     ):
         return through_inductor(ready, fakes)
@@ -139,6 +154,15 @@ def lower_logits(gm: GraphModule, all_linears: bool) -> list[str]:
             new = call(aten.reshape.default, (call(operator.getitem, (found, 2)), shape))
         replace(node, new)
     return left
+
+
+def _has_one_row_product(gm: GraphModule) -> bool:
+    products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    # what is added in ``addmm`` comes first
+    return any(
+        row_count(node.args[1 if node.target is aten.addmm.default else 0]) == 1
+        for node in products
+    )
 
 
 def is_fused(gm: GraphModule) -> bool:

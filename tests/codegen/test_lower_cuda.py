@@ -202,3 +202,59 @@ def test_a_segment_goes_through_inductor(splits):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert len(compiler.report["inductor"]) == 1
     assert not is_fused(head.graph)
+
+
+def tuned(monkeypatch, graph, inputs):
+    """Whether inductor tunes the kernels of ``graph``."""
+    from torch._inductor import config
+
+    from eepass.codegen import lower_cuda
+
+    seen = []
+
+    def inductor(ready, fakes):
+        seen.append(config.coordinate_descent_tuning)
+        return uncompiled(ready, fakes)
+
+    monkeypatch.setattr(lower_cuda, "through_inductor", inductor)
+    CudaCompiler()(graph, "", inputs)
+    return seen == [True]
+
+
+def test_only_products_of_one_row_are_tuned(splits, monkeypatch):
+    """Tuning runs each kernel of a graph dozens of times: minutes, for a prompt's rows."""
+
+    def layer(rows):
+        found = splits[rows].layers[0]
+        inputs = [
+            splits[rows].tensors[role.name].detach()
+            if role.kind == "parameter"
+            else torch.zeros(like.shape, dtype=like.dtype)
+            for role, like in found.examples.items()
+        ]
+        return found.graph, inputs
+
+    assert [tuned(monkeypatch, *layer(rows)) for rows in (1, 2, 16)] == [True, False, False]
+    row = torch.randn(1, 1, 64)
+    assert not tuned(monkeypatch, make_fx(lambda x: x / x.norm(), pre_dispatch=True)(row), [row])
+
+
+def test_an_update_is_compiled_once_for_all_steps_with_such_tensors():
+    from functools import partial
+
+    def add(target, other, *, times):
+        target.add_(other, alpha=times)
+
+    made = []
+
+    def counting(graph, examples):
+        made.append(len(examples))
+        return uncompiled(graph, examples)
+
+    compiler, sums = CudaCompiler(counting), []
+    for times, size in ((2, 3), (2, 3), (3, 3), (2, 4)):
+        target = torch.zeros(size)
+        compiler.fuse(partial(add, times=times))(target, torch.ones(size))
+        sums.append(target.tolist())
+    assert sums == [[2.0] * 3, [2.0] * 3, [3.0] * 3, [2.0] * 4]
+    assert len(made) == 3

@@ -334,5 +334,5 @@ def test_a_step_that_cannot_be_captured_is_launched_in_a_simpler_mode(
     assert str(error) in report().reason and "device cannot" in report().missing[0]
     assert len(list(engine.generate([5, 6, 7], 4))) == 4
     # whoever asked for a mode gets it or is told
-    with pytest.raises(EngineError, match="mode device cannot launch.*use launch='host'"):
+    with pytest.raises(EngineError, match=r"mode device cannot launch.*use launch='host'"):
         make_engine(decoder, None, StepOptions(), launching.Launching("device", "asked for"))

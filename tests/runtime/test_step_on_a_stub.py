@@ -1,5 +1,5 @@
-"""A whole step as one graph, through the real cuda-bindings and a stub of the driver in C: which
-nodes it is made of, in which order it is captured, what it decodes, and what becomes of failures."""
+"""A whole step as one graph, through the real cuda-bindings and a driver in C: its nodes and their
+order, how blocks are captured, what the graph decodes, and what becomes of failures."""
 
 import importlib.util
 import json

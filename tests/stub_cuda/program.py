@@ -13,7 +13,6 @@ import sys
 import torch
 from models import eager_compile, tiny_model
 from steps import BUCKETS, OrderedExits, engine_for
-from stub_cuda.fake_torch import FakeGraph, install
 
 from eepass.errors import EngineError
 from eepass.passes.pipeline import split_for_rows
@@ -22,6 +21,7 @@ from eepass.runtime.step import launching
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Conditional, blocks, walk
 from eepass.runtime.step.layout import StepOptions
+from stub_cuda.fake_torch import FakeGraph, install
 
 PROMPT, COUNT = [5, 9, 44, 7, 8], 24
 CALLS = (
