@@ -79,10 +79,14 @@ class EarlyExitModel:
         def compile(*args: Any, **options: Any) -> Any:
             return compiler_of()(*args, **options)
 
+        def captured(*args: Any) -> Any:
+            made = compiler_of()
+            return getattr(made, "captured", made)(*args)
+
         if splits[1].stepwise:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
-            self.decoder = Decoder(splits, compile)
+            self.decoder = Decoder(splits, compile, captured)
         self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None

@@ -134,7 +134,7 @@ class _Builder(StepLayout):
     def _layers(self, index: int, start: int, end: int, count: int) -> Launch:
         """Segment ``index``, layers ``start`` to ``end``, for ``count`` rows."""
         decoder, names = self.decoder, self.sides
-        decoder.prepare(count)
+        decoder.prepare(count, captured=True)
         part = f"{index}@{count}"
 
         def run(b: Buffers) -> None:
@@ -142,7 +142,7 @@ class _Builder(StepLayout):
             sides = {name: b[f"side {name}@{count}"] for name in names}
             place = Place(b[f"slots.{part}"], sides)
             for layer in range(start, end):
-                hidden = decoder.run_layer(layer, hidden, place)
+                hidden = decoder.run_layer(layer, hidden, place, captured=True)
             before.copy_(torch.where(b[f"live.{part}"][None, :, None], hidden, before))
 
         cache = self._cache_names(start, end)

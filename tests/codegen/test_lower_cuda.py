@@ -258,3 +258,60 @@ def test_an_update_is_compiled_once_for_all_steps_with_such_tensors():
         sums.append(target.tolist())
     assert sums == [[2.0] * 3, [2.0] * 3, [3.0] * 3, [2.0] * 4]
     assert len(made) == 3
+
+
+@pytest.fixture(scope="module")
+def in_bf16():
+    with torch.no_grad():
+        return split_for_rows(tiny_model("llama").bfloat16(), 64, (1, 2), 16)[0]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 16))
+def test_captured_layers_of_few_rows_go_through_our_own_kernel(in_bf16, kernels, rows, monkeypatch):
+    from eepass.codegen.kernels import register
+    from eepass.runtime.decoder.decoder import Decoder
+
+    run, seen = register.run, []
+
+    def noted(made, compiled=None):
+        seen.extend(launch.name for launch in made)
+        run(made, compiled)
+
+    monkeypatch.setattr(register, "run", noted)
+    compiler = CudaCompiler(uncompiled)
+    decoder = Decoder(in_bf16, compiler, compiler.captured)
+    hidden, place = torch.randn(1, rows, 64).bfloat16(), decoder.side_inputs.span(3, rows)
+    plain = decoder.run_layer(0, hidden, place)
+    assert seen == []
+    found = decoder.run_layer(0, hidden, place, captured=True)
+    # queries, keys, values; their output; gate and up; down
+    assert seen == ["_rows_kernel"] * 7
+    torch.testing.assert_close(found, plain, atol=0.02 * float(plain.abs().max()), rtol=0)
+
+
+def test_captured_layers_in_float32_are_left_to_inductor(splits, kernels, monkeypatch):
+    from eepass.codegen.kernels import register
+    from eepass.runtime.decoder.decoder import Decoder
+
+    monkeypatch.setattr(register, "run", lambda *_: pytest.fail("a kernel ran"))
+    compiler = CudaCompiler(uncompiled)
+    decoder = Decoder(splits, compiler, compiler.captured)
+    hidden, place = torch.randn(1, 2, 64), decoder.side_inputs.span(3, 2)
+    expected = decoder.run_layer(0, hidden, place)
+    assert torch.equal(decoder.run_layer(0, hidden, place, captured=True), expected)
+
+
+def test_a_step_uses_what_is_compiled_for_captures(in_bf16):
+    from steps import BUCKETS, engine_for
+
+    from eepass.runtime.decoder.decoder import Decoder
+
+    used = []
+
+    def captured(graph, structure, examples):
+        used.append(len(examples))
+        return eager_compile(graph, structure, examples)
+
+    decoder = Decoder(in_bf16, eager_compile, captured)
+    engine = engine_for(decoder, None, "host", buckets=BUCKETS[:2])
+    assert len(list(engine.generate(PROMPT, 4))) == 4 and used
