@@ -208,11 +208,11 @@ class CudaResultQueue(ResultQueue):
     def post(self) -> None:
         self._copies.post()
 
-    def take(self) -> tuple[int, int]:
+    def take(self) -> list[int]:
         self._taken += 1
         self._copies.wait(self._taken)
-        token, layer = self._copies[self._taken].tolist()
-        return token, layer
+        found: list[int] = self._copies[self._taken].tolist()
+        return found
 
     def clear(self) -> None:
         self._taken = self._copies.posted

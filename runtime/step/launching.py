@@ -14,6 +14,7 @@ from eepass.errors import EngineError, first_line
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import cuda
 from eepass.runtime.step.build import Fuse, build_step
+from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Step, StepError, check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
@@ -21,6 +22,7 @@ from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.speculative_engine import SpeculativeEngine
 
 Mode = Literal["device", "predicated", "host", "calls", "interpret"]
 MODES: tuple[str, ...] = ("auto", "device", "predicated", "host", "calls", "interpret")
@@ -155,7 +157,10 @@ def make_engine(
         # waiting for the flag takes longer than the verification it would save
         fitting = replace(options, verify="always")
     with torch.no_grad(), running_out("capturing a step"):
-        step = build_step(decoder, exits, fitting, fuse)
+        if options.chain:
+            step = build_speculative_step(decoder, options.chain, options.stop, options.draws, fuse)
+        else:
+            step = build_step(decoder, exits, fitting, fuse)
         check_step(step)
         try:
             engine = _engine(decoder, step, mode, debug)
@@ -179,7 +184,7 @@ def make_engine(
             launching.mode,
             launching.reason,
             launching.missing,
-            tuple(step["buckets"][1].tolist()),
+            (options.chain,) if options.chain else tuple(step["buckets"][1].tolist()),
             taken,
             engine.executor.synchronisations / max(engine.steps, 1),
             tuple(launch.name for launch in launches(step.items)),
@@ -190,17 +195,18 @@ def make_engine(
 
 def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine:
     executor: Executor
+    engine = SpeculativeEngine if "history" in step.buffers else StepEngine
     if decoder.device.type == "cpu":
         interprets = mode == "interpret"
         executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))
-        return StepEngine(decoder, step, executor, ResultQueue(step["out"]))
+        return engine(decoder, step, executor, ResultQueue(step["out"]))
     results = cuda.CudaResultQueue(step["out"])
     # prompts of all lengths use one row count, compiled before the first one comes
     rows = decoder.buckets[-1]
     decoder.prepare(rows)
     if mode == "calls":
         executor = HostDriven(step, cuda.CudaFlags(step.flags), called(step))
-        return StepEngine(decoder, step, executor, results, prompt_rows=rows)
+        return engine(decoder, step, executor, results, prompt_rows=rows)
     captures = cuda.Captures(step, debug)
     try:
         if mode == "device":
@@ -216,7 +222,7 @@ def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine
         raise
     # warm-up has counted too
     step["counters"].zero_()
-    return StepEngine(decoder, step, executor, results, prompt_rows=rows)
+    return engine(decoder, step, executor, results, prompt_rows=rows)
 
 
 def _reserved(device: torch.device) -> int:

@@ -29,7 +29,8 @@ class StepOptions:
     ranking all exit points are always active. ``force``: every token exits after so many layers
     with the LM head's token there. ``stop``: end tokens. ``verify``: at every active exit point, or
     only where the predictor wants to exit. ``one_size``: only the largest row count, masked.
-    ``draws``: tokens can be sampled.
+    ``draws``: tokens can be sampled. ``chain``: rows of a pass in which a chain of draft tokens is
+    verified, exactly and without exits; 0: one token a pass.
     """
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
@@ -42,6 +43,7 @@ class StepOptions:
     verify: Literal["wanted", "always"] = "wanted"
     one_size: bool = False
     draws: bool = False
+    chain: int = 0
 
 
 class StepLayout:

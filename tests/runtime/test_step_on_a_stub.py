@@ -76,6 +76,16 @@ def test_captures_are_undisturbed(seen):
     assert events[0][2], "it is on again outside"
 
 
+def test_a_speculative_pass_is_one_graph_of_one_block(seen):
+    """No conditionals, no waiting: a launch a pass, and up to as many more as are in flight when
+    the answer ends."""
+    found = seen["speculative"]
+    assert found["mode"] == "device" and found["tokens"]
+    assert found["nodes"] == 1 and found["synchronisations"] == 0
+    assert found["passes"] <= found["launches"] <= found["passes"] + 1
+    assert found["decoded"] == 99 and found["passes"] < 50
+
+
 def test_closing_frees_what_was_made(seen):
     assert seen["alive"] == 0
 

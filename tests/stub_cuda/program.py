@@ -17,6 +17,7 @@ from steps import BUCKETS, OrderedExits, engine_for
 from eepass.errors import EngineError
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.engine.engine import Engine
 from eepass.runtime.step import launching
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Conditional, blocks, walk
@@ -114,6 +115,21 @@ with torch.no_grad():
     }
     engine.close()
     seen["alive"] = library.stub_alive()
+    library.stub_clear()
+    engine, report = launching.make_engine(decoder, None, StepOptions(chain=8), BEST)
+    dense = [token.token for token in Engine(decoder).generate(PROMPT, 100)]
+    found = [token.token for token in engine.generate(PROMPT, 100)]
+    log = library.stub_log().decode()
+    seen["speculative"] = {
+        "mode": report().mode,
+        "tokens": found == dense,
+        "nodes": sum(line.startswith(("child", "set", "if")) for line in log.splitlines()),
+        "launches": log.count("launch stream=7"),
+        "synchronisations": report().host_synchronisations,
+        "passes": engine.statistics.passes,
+        "decoded": engine.statistics.tokens,
+    }
+    engine.close()
     seen["fallbacks"] = {}
     for name in CALLS:
         library.stub_fail(name.encode(), 1)
