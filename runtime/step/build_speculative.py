@@ -3,9 +3,9 @@
     draft, embed, sides, all layers, head, accept
 
 There are no conditionals: all rows always run. The number of rows is fixed, so that a token comes
-from the same kernels whatever was drafted: drafts change how many passes an answer takes, never the
-answer (Leviathan et al., 2023, for greedy decoding; a token that is sampled hangs on its position
-and the seed, and is compared with its draft token as the likeliest one is).
+from the same kernels whatever was drafted, and drafts change how many passes an answer takes, never
+the answer (greedy verification: Leviathan et al., 2023). A token that is sampled hangs on its
+position and the seed, and is compared with its draft token as the likeliest one is.
 """
 
 from __future__ import annotations

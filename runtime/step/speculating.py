@@ -42,7 +42,7 @@ def draft(
         token = history.gather(0, (position - back).clamp_min(0))
         same = same & (F.pad(history, (back, 0))[: history.numel()] == token) & (slots >= back)
         length = length + (same & (position >= back)).long()
-    likeness = torch.where(length > 0, length * history.numel() + slots, -1)
+    likeness = (length * history.numel() + slots).masked_fill(length == 0, -1)
     best, place = likeness.max(0)
     known.copy_(best[None] >= 0)
     following = torch.arange(ids.numel() - 1, device=history.device)
@@ -73,7 +73,7 @@ def accept(
     number = kept.sum()[None]
     target = position + 1 + row
     history.index_copy_(0, target, torch.where(kept, tokens, history.gather(0, target)))
-    shown = torch.where(kept, torch.where(finite, tokens, NOT_FINITE), NOTHING)
+    shown = tokens.masked_fill(~finite, NOT_FINITE).masked_fill(~kept, NOTHING)
     out.copy_(torch.cat([number, shown]))
     counters.add_(torch.cat([(~stopped).long(), number]))
     position.copy_(position + number)
