@@ -78,7 +78,7 @@ class ConditionalGraph:
             self._module = self.call("cuModuleLoadData", SETTER.encode() + b"\0")
             self._setter = self.call("cuModuleGetFunction", self._module, ENTRY)
             self.root = self.call("cuGraphCreate", 0)
-        except CudaError:
+        except RuntimeError:
             self.close()
             raise
         self.chain = Chain(self, self.root)
