@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.ops import fused
+from eepass.ops import fused, rows
 
 L2_BYTES = 160 * 2**20
 ROUNDS = 9
@@ -85,6 +85,11 @@ def fill_arguments(hidden: int, layers: int = 8) -> list[Any]:
     ]  # fmt: skip
 
 
+def rows_arguments(hidden: int, count: int) -> list[Any]:
+    """A projection as an MLP has it; eager, that is cuBLAS."""
+    return [random(count, hidden) * hidden**0.5, [random(3 * hidden, hidden)], [None]]
+
+
 def cases(
     hidden: int, vocabularies: Sequence[int]
 ) -> dict[str, tuple[str, Callable[[], list[Any]]]]:
@@ -99,6 +104,10 @@ def cases(
         f"draft_topk, {hot}": ("draft_topk", lambda: draft_arguments(hidden, hot)),
         f"draft_topk, {whole}": ("draft_topk", lambda: draft_arguments(hidden, whole)),
         "fill_kv, 8 layers": ("fill_kv", lambda: fill_arguments(hidden)),
+        **{
+            f"linear_rows, {count}": ("linear_rows", partial(rows_arguments, hidden, count))
+            for count in (1, 2, 4, 8, 16)
+        },
     }
 
 
@@ -162,7 +171,8 @@ def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator through its Triton kernels, and its reference implementation."""
     from eepass.codegen.kernels.register import run_kernels
 
-    return partial(run_kernels, operator), getattr(fused, operator)
+    eager = rows.linear_rows if operator == "linear_rows" else getattr(fused, operator)
+    return partial(run_kernels, operator), eager
 
 
 def bytes_of(operator: str, arguments: list[Any]) -> int:

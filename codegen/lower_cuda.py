@@ -4,7 +4,13 @@
              logits = eepass.logits_rows(z, head, bias)    an exit's
     after    logits = eepass.verify_head(z, head, bias, ..., want_logits=True)[2]
 
-in float32, with one reading of the head.
+in float32, with one reading of the head. In layers that are captured
+
+    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)      x of 1 to 16 rows, bf16
+    after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
+
+whose kernel gives a row the same bits among any number of rows, needs no workspace of a library,
+and is not tuned. Launched from Python, layer by layer, it would cost more than inductor's own code.
 
 A graph of fused operators and views alone runs as it is: inductor would add nothing. The rest goes
 through inductor, without its CUDA graphs (the runtime captures whole steps). A graph that inductor
@@ -16,6 +22,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,15 +35,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
-from eepass.codegen.lower_linear import as_rows, replace, row_count
+from eepass.codegen.lower_linear import as_rows, lower_linear, replace, row_count
+from eepass.segments import GraphToMake
 
 aten, ours = torch.ops.aten, torch.ops.eepass
 SETTINGS: dict[str, Any] = {
     "triton.cudagraphs": False,
     "max_autotune": False,
-    # products of one row become kernels that read weights at full bandwidth
-    "coordinate_descent_tuning": True,
 }
+# Products of one row become kernels that read weights at full bandwidth, if they are tuned: dozens
+# of variants of each kernel of a graph are run. Graphs without such products are not tuned
+ONE_ROW = {"coordinate_descent_tuning": True}
+PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
     ours.draft_topk.default, ours.fill_kv.default,
@@ -46,8 +56,8 @@ VIEWS = {
     operator.getitem, aten.new_zeros.default, aten.select.int, aten.unsqueeze.default,
     aten.squeeze.dim, aten.view.default, aten.slice.Tensor, aten.reshape.default,
 }  # fmt: skip
-# rows whose logits the kernel computes with one reading of the head
-MOST_ROWS = 32
+# rows whose logits the kernel computes with one reading of the head, and rows of ``linear_rows``
+MOST_ROWS, LINEAR_ROWS = 32, 16
 
 
 class CudaCompiler(ByStructure):
@@ -63,6 +73,19 @@ class CudaCompiler(ByStructure):
         super().__init__()
         self._through = through or compile_through_inductor
         self.report: dict[str, list[str]] = {"fused": [], "inductor": [], "as traced": []}
+        self._captured: dict[str, Compiled] = {}
+        # by update and by what its tensors are like
+        self._updates: dict[tuple[Any, ...], Compiled] = {}
+
+    def captured(
+        self, graph: GraphModule | GraphToMake, structure: str, examples: Sequence[Tensor]
+    ) -> Compiled:
+        """As a call, for a layer that is captured into a graph."""
+        if structure not in self._captured:
+            made = copy.deepcopy(GraphToMake.made(graph))
+            lower_linear(made, _fits_the_kernel)
+            self._captured[structure] = self.compile(made, examples, logits=False)
+        return self._captured[structure]
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
         lowered = copy.deepcopy(graph)
@@ -84,26 +107,36 @@ class CudaCompiler(ByStructure):
 
     def fuse(self, update: Callable[..., None]) -> Callable[..., None]:
         """``update``, which only writes to tensors it is given, as one compiled function; it is
-        compiled on the first call."""
+        compiled on the first call, once for all steps with such tensors."""
+        what: tuple[Any, ...] = (update,)
+        if isinstance(update, partial):
+            what = (update.func, *update.args, *sorted(update.keywords.items()))
         found: list[Compiled] = []
 
         def run(*tensors: Tensor) -> None:
             if not found:
-                # copies: views of one tensor would be compiled as views
-                examples = [
-                    torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-                    for t in tensors
-                ]
-                graph = make_fx(update, tracing_mode="fake")(*examples)
-                found.append(self.compile(graph, examples, logits=False))
+                key = (*what, *((t.shape, t.stride(), t.dtype, t.device) for t in tensors))
+                if key not in self._updates:
+                    self._updates[key] = self._compile_update(update, tensors)
+                found.append(self._updates[key])
             found[0](list(tensors))
 
         return run
 
+    def _compile_update(self, update: Callable[..., None], tensors: Sequence[Tensor]) -> Compiled:
+        # copies: views of one tensor would be compiled as views
+        examples = [
+            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+            for t in tensors
+        ]
+        graph = make_fx(update, tracing_mode="fake")(*examples)
+        return self.compile(graph, examples, logits=False)
+
 
 def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:
+    settings = {**SETTINGS, **(ONE_ROW if _has_one_row_product(lowered) else {})}
     with (
-        torch._inductor.config.patch(SETTINGS),
+        torch._inductor.config.patch(settings),
         for_inductor(copy.deepcopy(lowered), examples) as (ready, fakes),
     ):
         return through_inductor(ready, fakes)
@@ -139,6 +172,22 @@ def lower_logits(gm: GraphModule, all_linears: bool) -> list[str]:
             new = call(aten.reshape.default, (call(operator.getitem, (found, 2)), shape))
         replace(node, new)
     return left
+
+
+def _fits_the_kernel(linear: Node) -> bool:
+    if linear.target is not aten.linear.default:
+        return False
+    given: Any = linear.args
+    x, weight = (node.meta["val"] for node in given[:2])
+    few = x.numel() <= LINEAR_ROWS * x.shape[-1]
+    return few and x.dtype == weight.dtype and x.dtype in (torch.bfloat16, torch.float16)
+
+
+def _has_one_row_product(gm: GraphModule) -> bool:
+    products = [node for node in gm.graph.nodes if node.target in PRODUCTS]
+    # what is added in ``addmm`` comes first
+    first: list[Any] = [node.args[node.target is aten.addmm.default] for node in products]
+    return any(row_count(x) == 1 for x in first)
 
 
 def is_fused(gm: GraphModule) -> bool:

@@ -13,6 +13,7 @@ layers share it.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,19 @@ KINDS: dict[Any, tuple[int, Any, Any]] = {
 }
 
 
-def lower_linear(gm: GraphModule) -> int:
-    """Rewrite the linear layers of ``gm`` in place; returns how many."""
+def few_rows(linear: Node) -> bool:
+    """Whether the CPU's kernels are for as few rows as ``linear`` has."""
+    return linear.target is PACKED or row_count(_arguments(linear)[0]) <= MOST_ROWS
+
+
+def lower_linear(gm: GraphModule, fits: Callable[[Node], bool] = few_rows) -> int:
+    """Rewrite the linear layers of ``gm`` that fit in place; returns how many."""
     together: dict[tuple[Any, ...], list[Node]] = {}
-    for linear in _linears(gm):
+    for linear in filter(fits, _linears(gm)):
         x, own, options = _arguments(linear)
         tensors = [t for t in own if isinstance(t, Node)]
-        few = linear.target is PACKED or row_count(x) <= MOST_ROWS
         # weights that are inputs exist from the start, so that the layers can move together
-        if few and all(t.op == "placeholder" for t in tensors):
+        if all(t.op == "placeholder" for t in tensors):
             together.setdefault((linear.target, x, *options), []).append(linear)
     for linears in together.values():
         _make_one_call(gm, linears)

@@ -23,7 +23,13 @@ from eepass.kept.keys import environment, tensors_key
 from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
-from eepass.planning import exit_tensors, fits_captured_steps, is_dense, settle
+from eepass.planning import (
+    drafts_from_the_text,
+    exit_tensors,
+    fits_captured_steps,
+    is_dense,
+    settle,
+)
 from eepass.reading import number
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
@@ -79,10 +85,14 @@ class EarlyExitModel:
         def compile(*args: Any, **options: Any) -> Any:
             return compiler_of()(*args, **options)
 
+        def captured(*args: Any) -> Any:
+            made = compiler_of()
+            return getattr(made, "captured", made)(*args)
+
         if splits[1].stepwise:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
-            self.decoder = Decoder(splits, compile)
+            self.decoder = Decoder(splits, compile, captured)
         self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None
@@ -91,6 +101,8 @@ class EarlyExitModel:
         self.plan: ExitPlan | None = None
         self._is_dense = True
         self._force: int | None = None
+        # whether captured steps verify drafts from the text
+        self._chain = False
 
     def configure(
         self, config: ExitConfig | None = None, *, dense: bool = False, force: int | None = None
@@ -111,6 +123,8 @@ class EarlyExitModel:
     ) -> None:
         """As ``configure``; the engine is made when it is first asked for."""
         config, plan = ExitConfig() if config is None else config, None
+        # asked for by name: where there is no artefact it is what the default comes to as well
+        chain = drafts_from_the_text(config) and not dense and force is None
         layers = self.decoder.num_layers
         if force is not None:
             if dense or not 1 <= force <= layers:
@@ -128,13 +142,14 @@ class EarlyExitModel:
             self._engine.close()
         self._engine, self.config, self.plan = None, config, plan
         self._is_dense, self._force = dense, force
+        self._chain = chain and drafts_from_the_text(config)
 
     @property
     def engine(self) -> Engine | CapturedSteps:
         """What decodes as configured; dense where nothing was."""
         if self._engine is None:
             config = self.config or ExitConfig()
-            self._engine = self._make_engine(config, self._is_dense, self._force)
+            self._engine = self._make_engine(config, self._is_dense, self._force, self._chain)
         return self._engine
 
     @property
@@ -166,16 +181,16 @@ class EarlyExitModel:
         return engine
 
     def _make_engine(
-        self, config: ExitConfig, dense: bool, force: int | None
+        self, config: ExitConfig, dense: bool, force: int | None, chain: bool = False
     ) -> Engine | CapturedSteps:
         decoder, compiler = self.decoder, self._compiler
-        plain = dense or force is not None
+        plain = dense or chain or force is not None
         with torch.no_grad(), making_tensors_on(decoder.device):
             if self.launching is not None and (plain or fits_captured_steps(config)):
                 parts = None if plain or is_dense(config) else self.exit_parts(config)
                 return CapturedSteps(
                     decoder, config, parts, self.launching, self.stop, force,
-                    lambda: getattr(compiler(), "fuse", None), self.debug,
+                    lambda: getattr(compiler(), "fuse", None), self.debug, chain,
                 )  # fmt: skip
             if dense:
                 return Engine(decoder)
@@ -270,7 +285,7 @@ class EarlyExitModel:
         """How decode steps are launched, and what they cost besides; captures them if need be."""
         if isinstance(self.engine, CapturedSteps):
             return self.engine.launch_report
-        reason = "exact answers and several tokens a pass go layer by layer"
+        reason = "exact answers with exits or other drafts than the text's go layer by layer"
         if self.launching is None:
             reason = "neither device= nor launch= was given: layer by layer, from the host"
         return LaunchReport("engine", reason, (), self.decoder.buckets, 0, 0.0, ())

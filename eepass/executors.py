@@ -44,8 +44,8 @@ ALWAYS_ACTIVE = 2
 DRAFT_BITS = 4
 # rows of the largest pass that is measured, and so of the largest tree of draft tokens
 TREE_ROWS = 32
-# rows of the largest pass of a captured step
-MOST_STEP_ROWS = 32
+# rows of the largest pass of a captured step, and of one that verifies a chain of draft tokens
+MOST_STEP_ROWS, CHAIN_ROWS = 32, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,8 @@ def _embedding(decoder: Decoder) -> Tensor:
 class CapturedSteps:
     """Decodes with steps captured as a whole, at first use; answers to what an ``Engine`` does.
 
-    A token that exits early is final: steps are approximate, or dense where nothing exits early.
+    A token that exits early is final: steps are approximate, dense where nothing exits early, or
+    exact where they verify draft tokens instead.
     Sampling wants another step than greedy decoding, which need not sort logits; it is captured
     when it is first asked for.
     """
@@ -186,10 +187,11 @@ class CapturedSteps:
         force: int | None = None,
         fuse: Callable[[], Fuse | None] = lambda: None,
         debug: bool = False,
+        chain: bool = False,
     ) -> None:
         """``parts``: exits, None for a dense or forced step. ``fuse``: what compiles the updates of
         a step's state, if anything does. ``debug``: assert at each step that nothing has moved
-        since it was captured."""
+        since it was captured. ``chain``: a step verifies a chain of draft tokens, exactly."""
         self._options = StepOptions(
             kv=config.kv,
             pending=config.pending,
@@ -198,6 +200,7 @@ class CapturedSteps:
             always=ALWAYS_ACTIVE,
             force=force,
             stop=tuple(sorted(stop)),
+            chain=max(size for size in decoder.buckets if size <= CHAIN_ROWS) if chain else 0,
         )
         self.decoder, self._launching = decoder, launching
         self._parts, self._fuse, self._debug = parts, fuse, debug

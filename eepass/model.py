@@ -34,6 +34,9 @@ MAX_LENGTH = 1024
 # on a CPU two rows cost what four do, three more what eight do, and each count is compiled
 STEP_ROWS = (1, 4, 8, 16)
 CUDA_ROWS = (1, 2, 4, 8, 16, 32)
+# slots come in multiples of 64; cuDNN's attention under a mask reads keys in tiles of 128, and has
+# taken the empty half of a tile for keys (PyTorch issue 196678)
+SLOTS_STEP = {"cuda": 128}
 
 
 def transform(
@@ -67,7 +70,8 @@ def transform(
     ``device`` "cuda" moves the model there. With ``device`` or ``launch``, approximate early exit
     and dense decoding go by captured steps; exact answers go through the engine on the same
     device. ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without), "host"
-    (segment by segment), "interpret" (on a CPU, every launch checked), "auto" (the best there is).
+    (segment by segment), "calls" (launch by launch, nothing captured), "interpret" (on a CPU, every
+    launch checked), "auto" (the best there is; a simpler one where that one cannot be captured).
     ``debug``: assert at each step that nothing has moved since it was captured.
     Raises ``InputError`` for a model, artefact or config that does not fit, with the reason;
     ``EngineError`` for a device or launch mode that is not to be had.
@@ -153,7 +157,8 @@ def _slots(model: Any, max_length: int | None) -> int:
     """Slots of the cache for texts of ``max_length``; ``InputError`` for one too long."""
     length = max_length or usual_length(model, MAX_LENGTH)
     refuse_longer(model, length, f"max_length={length}")
-    return -(-(length + PREFILL_ROWS) // 64) * 64
+    step = SLOTS_STEP.get(next(model.parameters()).device.type, 64)
+    return -(-(length + PREFILL_ROWS) // step) * step
 
 
 def _sharing(
@@ -200,9 +205,10 @@ def _move(model: Any, target: torch.device, max_length: int | None) -> None:
         all_heads, weight = config.num_attention_heads, next(model.parameters())
         heads = getattr(config, "num_key_value_heads", None) or all_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
-        length = max_length or usual_length(model, MAX_LENGTH)
+        slots = (max_length or usual_length(model, MAX_LENGTH)) + PREFILL_ROWS
+        slots += -slots % SLOTS_STEP["cuda"]
         # twice: a trace needs a cache of its own for a while
-        needed = 2 * 2 * config.num_hidden_layers * heads * width * weight.itemsize * (length + 64)
+        needed = 2 * 2 * config.num_hidden_layers * heads * width * weight.itemsize * slots
         if weight.device.type != "cuda":
             needed += sum(p.nbytes for p in model.parameters())
         require_room(target, int(needed))

@@ -59,10 +59,16 @@ def is_dense(config: ExitConfig) -> bool:
 
 
 def fits_captured_steps(config: ExitConfig) -> bool:
-    """Whether a captured step, which is never rolled back, can decode so: dense, or approximate
-    with one token a pass and drafts from a hidden state."""
+    """Whether a captured step of one token a pass, which is never rolled back, can decode so:
+    dense, or approximate with drafts from a hidden state."""
     early = config.guarantee == "approximate" and config.draft != "eagle"
     return config.speculate in ("off", "lens") and (early or not config.exits)
+
+
+def drafts_from_the_text(config: ExitConfig) -> bool:
+    """Whether ``config`` asks for draft tokens from the text, verified exactly, and no exits: what
+    a captured step can do with several tokens a pass."""
+    return config.speculate == "suffix" and not config.exits
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:

@@ -62,9 +62,10 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0
 
-    def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
-        """The source of randomness for one sequence."""
-        generator = torch.Generator(device)
+    def generator(self) -> torch.Generator:
+        """The source of randomness for one sequence: on the CPU, so that a seed gives the same
+        numbers on every device."""
+        generator = torch.Generator("cpu")
         if self.seed is None:
             generator.seed()
         else:
@@ -163,7 +164,8 @@ def _most_probable(scores: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor |
 
 
 def _uniform(shape: tuple[int, ...], p: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(shape, dtype=torch.float64, device=p.device, generator=generator)
+    numbers = torch.rand(shape, dtype=torch.float64, device="cpu", generator=generator)
+    return numbers.to(p.device)
 
 
 def _invert(p: Tensor, chance: Tensor) -> Tensor:

@@ -40,8 +40,10 @@ class How:
 
 
 # never: predictors run and no token exits; real: the artefact's thresholds; exact: the dense
-# tokens, with wrong exits and drafts rolled back
+# tokens; in mode engine wrong exits and drafts are rolled back, captured steps verify a chain of
+# draft tokens from the text
 DENSE, NEVER, REAL, EXACT = How("dense"), How("never"), How("real"), How("exact")
+CHAIN = ExitConfig(exits=False, speculate="suffix")
 TARGET = 0.98
 # rows of a pass of the tiny model: of a prompt, or a token and the pending ones
 TINY_ROWS = 8
@@ -72,8 +74,6 @@ class Engine:
 
     def ready(self, how: How) -> Any:
         """What decodes so: an engine, or a model whose steps are captured."""
-        if how.name == "exact" and self._launching is not None:
-            raise Missing("exact answers go layer by layer, in mode engine")
         if how not in self._made:
             for other in [other for other in self._made if other.name == "forced"]:
                 # one for each layer would fill the device
@@ -87,8 +87,7 @@ class Engine:
     ) -> Answer:
         """``count`` tokens after ``ids``, whatever end tokens are among them. ``after_first`` is
         called after the prompt."""
-        made = self.ready(how)
-        engine = made if self._launching is None else made.engine
+        engine = self._decoding(how)
         tokens, layers, began = [], [], 0.0
         with self._on_device():
             for step in engine.generate(list(ids), count):
@@ -102,10 +101,17 @@ class Engine:
 
     def counting(self, how: How) -> Any:
         """What holds the statistics, its counts at zero."""
-        made = self.ready(how)
-        engine = made if self._launching is None else made.engine
+        engine = self._decoding(how)
         engine.statistics = type(engine.statistics)(engine.statistics.num_layers)
         return engine
+
+    def _decoding(self, how: How) -> Any:
+        made = self.ready(how)
+        return made if self._launching is None else made.engine
+
+    def tokens_a_pass(self, how: How) -> float:
+        """Confirmed tokens by passes, since the counts were at zero."""
+        return float(self._decoding(how).statistics.summary()["accepted_per_pass"])
 
     def launch_report(self, how: How = REAL) -> dict[str, Any]:
         if self._launching is None:
@@ -145,7 +151,7 @@ class Engine:
         elif how.name == "forced":
             made.configure(_config(how, self.bench), force=how.layer)
         else:
-            made.configure(_config(how, self.bench))
+            made.configure(CHAIN if how.name == "exact" else _config(how, self.bench))
         return made
 
     def _make_engine(self, how: How) -> Any:

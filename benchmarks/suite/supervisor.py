@@ -101,36 +101,43 @@ class Supervisor:
             why = f"it takes about {cost:.0f} s, {max(left, 0):.0f} s were left"
             self._record(part, "not begun", why)
             return
+        if part.alone:
+            self._end_worker()
         if self._worker is None:
             self._worker = Worker(self.command, self.results.path.with_name("log.txt"))
         self._record(part, "running")
         began = monotonic()
         limit = min(part.limit, left)
         self._worker.begin(part.name, limit, self.results.values["sections"])
-        state, why = self._follow(part, began + limit)
+        state, why, there = self._follow(part, began + limit)
         seconds = monotonic() - began
         self.after(self.results.values, self.results.path.parent, part.name)
         self._record(part, state, why, seconds)
-        if part.essential and state != "done":
+        if part.alone:
+            self._end_worker()
+        if part.essential and not there:
             self.ended_by = f"{part.name}: {why}"
 
-    def _follow(self, part: Part, until: float) -> tuple[State, str]:
+    def _follow(self, part: Part, until: float) -> tuple[State, str, bool]:
+        """How the part ended, why, and whether what others need of it is there."""
         assert self._worker is not None
         while True:
             try:
                 answer = self._worker.answer(until - monotonic())
             except queue.Empty:
                 self._end_worker()
-                return "cut off", "it ran past its time"
+                return "cut off", "it ran past its time", False
             if answer is None:
                 code = self._end_worker()
-                return "failed", f"its process ended with {code}; the end of log.txt says more"
+                why = f"its process ended with {code}; the end of log.txt says more"
+                return "failed", why, False
             if answer.get("found") is not None:
                 self.results.keep(part.name, answer["found"])
             if "state" in answer:
                 if answer.get("ends"):
                     self._end_worker()
-                return answer["state"], answer.get("why", "")
+                there = answer["state"] == "done" or answer.get("wrong", False)
+                return answer["state"], answer.get("why", ""), there
 
     def _record(
         self, part: Part, state: State, why: str = "", seconds: float | None = None

@@ -20,10 +20,12 @@ Answers = Callable[[list[int]], engines.Answer]
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """Something that answers prompts; ``exits``: the engine, where its tokens may exit early."""
+    """Something that answers prompts; ``exits``: the engine, where its tokens may exit early;
+    ``exact``: the engine, where a pass may confirm several."""
 
     answers: Answers
     exits: engines.Engine | None = None
+    exact: engines.Engine | None = None
 
 
 def bandwidth(bench: Bench, notify: Notify) -> dict[str, Any]:
@@ -82,6 +84,7 @@ def _systems(bench: Bench) -> dict[str, Callable[[], System]]:
             found[f"eepass {label}, {mode}"] = lambda mode=mode, how=how: System(
                 _eepass(bench, engines.engine(bench, mode), how),
                 engines.engine(bench, mode) if how is engines.REAL else None,
+                engines.engine(bench, mode) if how is engines.EXACT else None,
             )
     return found
 
@@ -114,6 +117,8 @@ def _quality(bench: Bench, system: System) -> dict[str, Any]:
     """Agreement of the answers with the eager argmax; raises ``Wrong`` for errors."""
     verdict, agreeing = reference.Verdict(), 0
     layers: list[int] = []
+    if system.exact is not None:
+        system.exact.counting(engines.EXACT)
     for ids in bench.prompts:
         answer = system.answers(ids)
         if len(answer.tokens) != bench.new_tokens:
@@ -123,8 +128,11 @@ def _quality(bench: Bench, system: System) -> dict[str, Any]:
         else:
             agreeing += _judge(bench, bench.twin, ids, answer, verdict)
         layers += answer.layers[1:]
-    return {"agreement": agreeing / verdict.tokens, "mean_exit_layer": sum(layers) / len(layers),
-            "near_ties": verdict.found()["near_ties"]}  # fmt: skip
+    found = {"agreement": agreeing / verdict.tokens, "mean_exit_layer": sum(layers) / len(layers),
+             "near_ties": verdict.found()["near_ties"]}  # fmt: skip
+    if system.exact is not None:
+        found["tokens_a_pass"] = system.exact.tokens_a_pass(engines.EXACT)
+    return found
 
 
 def _judge(

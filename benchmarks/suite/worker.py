@@ -51,7 +51,7 @@ def _run(bench: Bench, part: Any, answers: TextIO) -> None:
     except Missing as error:
         say(state="skipped", why=str(error))
     except Wrong as error:
-        say(state="failed", why=f"wrong: {error}")
+        say(state="failed", why=f"wrong: {error}", wrong=True)
     except Exception as error:
         # whatever a part meets, the parts after it are to run
         traceback.print_exc()

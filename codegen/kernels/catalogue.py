@@ -20,9 +20,9 @@ from eepass.codegen.kernels import (
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch
 from eepass.kernel_forms import Channels, HeadChain, KvForm
 
-# what a launch costs within a CUDA graph, measured on an H200
+# an assumption, not measured: what a launch costs within a CUDA graph
 LAUNCH_US = 1.3
-# bytes a second that one multiprocessor can load
+# another: bytes a second that one multiprocessor can load
 PROGRAM_BANDWIDTH = 80e9
 # compute capability -> memory bandwidth of a well-known card, of which kernels reach nine tenths
 BANDWIDTH = {80: 2.04e12, 86: 0.936e12, 89: 1.008e12, 90: 4.8e12}

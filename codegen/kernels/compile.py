@@ -51,7 +51,10 @@ def _registers(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "kernel.ptx"
         file.write_text(ptx)
-        ptxas = str(triton.knobs.nvidia.ptxas.path)
+        knobs = triton.knobs.nvidia
+        # Triton brings an assembler of its own for what its usual one does not know
+        later = int(re.findall(r"\d+", target[1])[0]) >= 100
+        ptxas = str((getattr(knobs, "ptxas_blackwell", knobs.ptxas) if later else knobs.ptxas).path)
         command = [ptxas, "-v", f"-arch={target[1]}", str(file), "-o", f"{file}.cubin"]
         output = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     used = re.search(r"Used (\d+) registers", output)

@@ -14,6 +14,7 @@ from eepass.codegen.kernels import (
     draft_topk,
     exit_predictor,
     fill_kv,
+    linear_rows,
     path_predictor,
     verify_head,
 )
@@ -26,7 +27,10 @@ LAUNCHES: Mapping[str, Callable[..., Any]] = {
     "path_predictor": path_predictor.launches,
     "draft_topk": draft_topk.launches,
     "fill_kv": fill_kv.launches,
+    "linear_rows": linear_rows.launches,
 }
+# those that write into buffers of their caller's
+INTO = ("exit_predictor", "verify_head", "path_predictor", "draft_topk")
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -44,7 +48,7 @@ def register_kernels(compiled: CompiledKernels | None = None, key: str = "CUDA")
     library = torch.library.Library("eepass", "IMPL", key)
     for name in LAUNCHES:
         library.impl(name, partial(run_kernels, name, compiled=compiled))
-        if name != "fill_kv":
+        if name in INTO:
             library.impl(f"{name}.into", partial(_run_into, name, compiled))
     library.impl("fill_kv.table", partial(_fill_from_table, compiled))
     _libraries[key] = library

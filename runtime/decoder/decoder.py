@@ -6,6 +6,7 @@ Segments exist for several row counts (buckets); rows that fill no bucket are pa
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,10 +24,13 @@ class Decoder:
     """Runs layers of a decoder over a few rows, of one sequence or several.
 
     ``splits`` maps a row count to the decoder split for it; ``compile`` turns a graph into a
-    function from the list of its inputs to its outputs.
+    function from the list of its inputs to its outputs; ``captured`` does so for the layers of
+    captured steps, ``compile`` unless given.
     """
 
-    def __init__(self, splits: Mapping[int, SplitDecoder], compile: Compile) -> None:
+    def __init__(
+        self, splits: Mapping[int, SplitDecoder], compile: Compile, captured: Compile | None = None
+    ) -> None:
         self.splits = dict(sorted(splits.items()))
         self.buckets = tuple(self.splits)
         first = self.splits[self.buckets[0]]
@@ -37,7 +41,7 @@ class Decoder:
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
-        self.compile = compile
+        self.compile, self._captured = compile, captured or compile
         # padding rows write behind the last token
         self.capacity = self.cache_length - self.buckets[-1]
         # positions the model has embeddings for, None where it has no table of them
@@ -46,7 +50,8 @@ class Decoder:
         self.max_sequence_length = min(self.capacity, self.num_positions)
         self.kv = self._new_cache(_kv_examples(first, self.device), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
-        self._layers: dict[int, list[_BoundSegment]] = {}
+        # by row count, and whether they are captured
+        self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
         self._fills: list[_BoundSegment] = []
         self._heads: dict[int, _BoundSegment] = {}
 
@@ -64,21 +69,23 @@ class Decoder:
         """The smallest row count compiled for at least ``rows``."""
         return next(size for size in self.buckets if size >= rows)
 
-    def prepare(self, rows: int) -> None:
-        """Compile the layers for ``rows``, if they are not yet."""
-        if rows not in self._layers:
-            split = self.splits[rows]
-            self._layers[rows] = [self._bind(layer, rows) for layer in split.layers]
+    def prepare(self, rows: int, captured: bool = False) -> None:
+        """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
+        if (rows, captured) not in self._layers:
+            compile = self._captured if captured else self.compile
+            layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
+            self._layers[rows, captured] = layers
 
     def prepare_head(self, rows: int) -> None:
         """Compile the LM head for ``rows``, if it is not yet."""
         if rows not in self._heads:
-            self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, logits=True)
+            compile = partial(self.compile, logits=True)
+            self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, compile)
 
     def prepare_fills(self) -> None:
         """Compile ``fill_kv``, if it is not yet."""
         if not self._fills:
-            self._fills = [self._bind(fill, 1) for fill in self.splits[1].kv_fills]
+            self._fills = [self._bind(fill, 1, self.compile) for fill in self.splits[1].kv_fills]
 
     def prepare_passes(self, rows: int) -> None:
         """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
@@ -146,16 +153,16 @@ class Decoder:
                 on_layer(layer, hidden[:, :count])
         return hidden[:, :count]
 
-    def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
+    def run_layer(self, layer: int, hidden: Tensor, place: Place, captured: bool = False) -> Tensor:
         """Hidden state [1, R, H] before layer number ``layer``, from 0 on, to the one after it; R a
-        bucket.
+        bucket. ``captured``: within a step.
 
         Writes keys and values of the rows to their slots; lengths are the caller's.
         """
-        rows = hidden.shape[1]
-        if rows not in self._layers:
-            self.prepare(rows)
-        return self._layers[rows][layer](hidden, place)
+        key = hidden.shape[1], captured
+        if key not in self._layers:
+            self.prepare(*key)
+        return self._layers[key][layer](hidden, place)
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
@@ -178,11 +185,11 @@ class Decoder:
         """``bind_parameters`` with the model's tensors and ``extra``."""
         return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
-    def _bind(self, segment: Segment, rows: int, logits: bool = False) -> _BoundSegment:
+    def _bind(self, segment: Segment, rows: int, compile: Compile) -> _BoundSegment:
         bound = _BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
         examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
-        bound.compiled = self.compile(segment.graph, segment.structure, examples, logits=logits)
+        bound.compiled = compile(segment.graph, segment.structure, examples)
         return bound
 
 

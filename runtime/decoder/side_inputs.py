@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eepass.masks import causal_mask
+from eepass.masks import causal_mask_at
 from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.segments import Input, Segment, SplitDecoder
 
@@ -71,7 +71,7 @@ class SideInputs:
         ):
             self.row_dim |= dict(zip(names, _row_dims(small, large), strict=True))
         # its positional segment computes them, for as many rows at a time as it was split for
-        self._split, self._tensors = many, tensors
+        self._splits, self._split, self._tensors = dict(splits), many, tensors
         # by number, the most recently used last
         self._mask_chunks: dict[int, dict[str, Tensor]] = {}
         self._fill()
@@ -127,12 +127,13 @@ class SideInputs:
         for name in self.by_token & self.tables.keys():
             copy_rows(self.tables[name], self.row_dim[name], source, target, count)
 
-    def whole_masks(self) -> dict[str, Tensor]:
-        """Every row of every mask, the square of the cache: for steps that look rows up by
-        positions the host does not know."""
-        whole = {name: self._mask_rows(name, 0, self.slots) for name in self.masks}
-        self._mask_chunks.clear()
-        return whole
+    def masks_at(self, positions: Tensor) -> dict[str, Tensor]:
+        """Rows of every mask for ``positions`` [R] on the device, each as if its sequence began at
+        slot 0: for steps, whose positions the host does not know. R: a row count of the splits."""
+        if not self.masks:
+            return {}
+        found = self._compute_at(self._splits[len(positions)], positions)
+        return {name: found[name] for name in sorted(self.masks)}
 
     def _mask_rows(self, name: str, first: int, count: int) -> Tensor:
         """Rows ``first`` onwards of a mask, each as if its sequence began at slot 0."""
@@ -202,16 +203,19 @@ class SideInputs:
 
     def _compute(self, start: int) -> dict[str, Tensor]:
         """Side inputs of the positions from ``start`` on, as many as the split has rows."""
-        split = self._split
+        rows = torch.arange(start, start + self._split.rows, device=self.device)
+        return self._compute_at(self._split, rows)
+
+    def _compute_at(self, split: SplitDecoder, rows: Tensor) -> dict[str, Tensor]:
+        """Side inputs of ``rows`` [R], positions; R the split's rows."""
 
         def value_of(role: Input) -> Tensor:
             if role.kind == "mask":
                 window, dtype = split.windows[role.name], split.hidden_example.dtype
-                return causal_mask(split.rows, self.slots, window, dtype, self.device, start)
+                return causal_mask_at(rows, self.slots, window, dtype)
             if role.kind == "positions":
                 # no row reads what is past the last slot, or past the model's last position
-                at = torch.arange(start, start + split.rows, device=self.device)
-                return self._positions[at.clamp(max=self.slots - 1)][None]
+                return self._positions[rows.clamp(max=self.slots - 1)][None]
             return self._tensors[role.name]
 
         return dict(zip(split.side_outputs, split.positional.run(value_of), strict=True))

@@ -34,9 +34,9 @@ class StepwiseDecoder(Decoder):
         ]
         return torch.cat(rows, 1)
 
-    def run_layer(self, layer: int, hidden: Tensor, place: Place) -> Tensor:
+    def run_layer(self, layer: int, hidden: Tensor, place: Place, captured: bool = False) -> Tensor:
         rows = [
-            super(StepwiseDecoder, self).run_layer(layer, row, self._one(place, index))
+            super(StepwiseDecoder, self).run_layer(layer, row, self._one(place, index), captured)
             for index, row in enumerate(hidden.split(1, 1))
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
@@ -44,8 +44,8 @@ class StepwiseDecoder(Decoder):
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.cat([super(StepwiseDecoder, self).logits(h) for h in hidden.split(1, 1)], 1)
 
-    def prepare(self, rows: int) -> None:
-        super().prepare(1)
+    def prepare(self, rows: int, captured: bool = False) -> None:
+        super().prepare(1, captured)
 
     def prepare_head(self, rows: int) -> None:
         super().prepare_head(1)

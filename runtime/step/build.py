@@ -101,13 +101,16 @@ class _Builder(StepLayout):
             hidden.copy_(torch.where(b["run"], embedded, hidden))
 
         def sides(b: Buffers) -> None:
-            for name, table in tables.items():
-                value = table.index_select(side_inputs.row_dim[name], b["rows"])
+            found = {
+                name: table.index_select(side_inputs.row_dim[name], b["rows"])
+                for name, table in tables.items()
+            }
+            for name, value in {**found, **side_inputs.masks_at(b["rows"])}.items():
                 b[f"side {name}"].copy_(value)
 
         stored = tuple(f"table {name}" for name in kept)
         reads = ("token", "rows@1", "run", "scratch", "hidden@1", *stored)
-        names = tuple(f"side {name}" for name in tables)
+        names = tuple(f"side {name}" for name in self.sides)
         return [
             Launch("embed", embed, reads, ("hidden@1", *stored)),
             Launch("sides", sides, ("rows", *stored), names),
@@ -130,8 +133,8 @@ class _Builder(StepLayout):
 
     def _layers(self, index: int, start: int, end: int, count: int) -> Launch:
         """Segment ``index``, layers ``start`` to ``end``, for ``count`` rows."""
-        decoder, names = self.decoder, list(self.tables)
-        decoder.prepare(count)
+        decoder, names = self.decoder, self.sides
+        decoder.prepare(count, captured=True)
         part = f"{index}@{count}"
 
         def run(b: Buffers) -> None:
@@ -139,7 +142,7 @@ class _Builder(StepLayout):
             sides = {name: b[f"side {name}@{count}"] for name in names}
             place = Place(b[f"slots.{part}"], sides)
             for layer in range(start, end):
-                hidden = decoder.run_layer(layer, hidden, place)
+                hidden = decoder.run_layer(layer, hidden, place, captured=True)
             before.copy_(torch.where(b[f"live.{part}"][None, :, None], hidden, before))
 
         cache = self._cache_names(start, end)
@@ -151,7 +154,7 @@ class _Builder(StepLayout):
 
     def _fill(self, index: int, start: int, end: int) -> Launch:
         """Keys and values of an exited token: projected from its hidden state, or blank."""
-        decoder, names = self.decoder, list(self.tables)
+        decoder, names = self.decoder, self.sides
         blank = self.options.kv == "drop"
 
         def run(b: Buffers) -> None:

@@ -37,8 +37,8 @@ SETTER = """.version 6.3
 }
 """
 ENTRY = b"eepass_set_condition"
-# the first driver with conditional nodes
-DRIVER = 12030
+# CUDA 12.4, the first driver that NVIDIA documents IF nodes for
+DRIVER = 12040
 
 
 class CudaError(RuntimeError):
@@ -60,7 +60,7 @@ def conditional_nodes_missing(capability: tuple[int, int]) -> str:
     if version < DRIVER:
         return (
             f"the driver is for CUDA {version // 1000}.{version % 1000 // 10}; conditional nodes "
-            "need 12.3"
+            "need 12.4"
         )
     if capability < (7, 5):
         return f"compute capability {capability[0]}.{capability[1]} is below 7.5"
@@ -72,12 +72,16 @@ class ConditionalGraph:
 
     def __init__(self, driver: Any = None) -> None:
         self.driver = driver or _driver()
-        self.root = self.call("cuGraphCreate", 0)
+        self.root = self._module = self._executable = None
+        try:
+            self._context = self.call("cuCtxGetCurrent")
+            self._module = self.call("cuModuleLoadData", SETTER.encode() + b"\0")
+            self._setter = self.call("cuModuleGetFunction", self._module, ENTRY)
+            self.root = self.call("cuGraphCreate", 0)
+        except RuntimeError:
+            self.close()
+            raise
         self.chain = Chain(self, self.root)
-        self._context = self.call("cuCtxGetCurrent")
-        self._module = self.call("cuModuleLoadData", SETTER.encode() + b"\0")
-        self._setter = self.call("cuModuleGetFunction", self._module, ENTRY)
-        self._executable: Any = None
 
     def call(self, name: str, *arguments: Any) -> Any:
         """``call`` with this graph's driver."""
@@ -99,8 +103,9 @@ class ConditionalGraph:
             driver.cuGraphExecDestroy(self._executable)
         if self.root is not None:
             driver.cuGraphDestroy(self.root)
+        if self._module is not None:
             driver.cuModuleUnload(self._module)
-        self._executable = self.root = None
+        self._executable = self.root = self._module = None
 
     def condition(self, graph: Any, after: list[Any], flag: int) -> tuple[Any, Any]:
         """A handle whose value is the byte at ``flag``, and the node that sets it."""
@@ -124,7 +129,9 @@ class ConditionalGraph:
         params.conditional.ctx = self._context
         # the variant that takes edge data; from CUDA 13 on it has no suffix
         name = "cuGraphAddNode_v2" if hasattr(driver, "cuGraphAddNode_v2") else "cuGraphAddNode"
-        node = self.call(name, graph, after, None, len(after), params)
+        # all zero: the node waits for the whole of the one before; 12.9 takes no None for them
+        edges = [driver.CUgraphEdgeData() for _ in after]
+        node = self.call(name, graph, after, edges, len(after), params)
         return node, params.conditional.phGraph_out[0]
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor
@@ -35,11 +36,16 @@ class Captures:
                     self._run(launches(step.items))
             current.wait_stream(self._stream)
             torch.cuda.synchronize()
+        # what nobody holds any more, older graphs among it, goes before anything is captured
+        gc.collect()
 
     def capture(self, block: Sequence[Launch]) -> torch.cuda.CUDAGraph:
         """``block`` as a graph, neither instantiated nor run."""
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad():
+        with (
+            torch.cuda.device(self.device), torch.cuda.stream(self._stream), torch.no_grad(),
+            _undisturbed(),
+        ):  # fmt: skip
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 self._run(block)
@@ -80,6 +86,26 @@ class Captures:
     def _run(self, block: Sequence[Launch]) -> None:
         for launch in block:
             launch.run(self.step_data.given(launch))
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Within, a capture can begin and end.
+
+    A captured product keeps the address of cuBLAS's workspace, which torch allocates once and frees
+    when it likes; cleared beforehand, it is allocated by the capture, in the graph's own pool, and
+    cleared afterwards nothing outside the graph uses it. The garbage collector waits: it could
+    destroy an older graph, which a capture does not survive.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    torch._C._cuda_clearCublasWorkspaces()
+    try:
+        yield
+    finally:
+        torch._C._cuda_clearCublasWorkspaces()
+        if collects:
+            gc.enable()
 
 
 class DeviceGraph:
@@ -182,11 +208,11 @@ class CudaResultQueue(ResultQueue):
     def post(self) -> None:
         self._copies.post()
 
-    def take(self) -> tuple[int, int]:
+    def take(self) -> list[int]:
         self._taken += 1
         self._copies.wait(self._taken)
-        token, layer = self._copies[self._taken].tolist()
-        return token, layer
+        found: list[int] = self._copies[self._taken].tolist()
+        return found
 
     def clear(self) -> None:
         self._taken = self._copies.posted

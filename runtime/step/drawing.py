@@ -22,11 +22,11 @@ def draw(
     logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, seed: Tensor,
     position: Tensor, salt: Tensor, drawn: Tensor,
 ) -> None:  # fmt: skip
-    """Sample an index [1] of ``logits`` [1, V] into ``drawn``; the argmax where ``temperature`` is
-    0."""
+    """Sample an index of each row of ``logits`` [R, V] into ``drawn`` [R]; the argmax where
+    ``temperature`` is 0. ``position`` [R]: of the rows' tokens; options are [1]."""
     heat = torch.where(temperature > 0, temperature, torch.ones_like(temperature))
     ordered, ids = (logits.double() / heat).sort(dim=-1, descending=True, stable=True)
-    last = ordered.gather(-1, (top_k - 1).clamp_min(0)[None])
+    last = ordered.gather(-1, (top_k - 1).clamp_min(0).expand(len(ordered), 1))
     p = ordered.masked_fill((ordered < last) & (top_k > 0), -torch.inf).softmax(-1)
     # the likeliest always stays
     first = torch.arange(p.shape[-1], device=p.device)[None] == 0
@@ -34,7 +34,7 @@ def draw(
     p = p.masked_fill(p < min_p * p[:, :1], 0)
     ends = p.cumsum(-1)
     number = uniform(seed, position * SALTS + salt)
-    passed = (ends <= number * ends[:, -1:]).sum(-1, keepdim=True)
+    passed = (ends <= number[:, None] * ends[:, -1:]).sum(-1, keepdim=True)
     # rounding must not lead past the last token with a probability above zero
     place = torch.minimum(passed, (p > 0).sum(-1, keepdim=True) - 1)
     token = ids.gather(-1, place)[:, 0]
@@ -42,7 +42,7 @@ def draw(
 
 
 def uniform(seed: Tensor, number: Tensor) -> Tensor:
-    """A float64 [1] from 0 to below 1 for each ``number`` [1] of a ``seed`` [1] (both int64)."""
+    """A float64 from 0 to below 1 for each ``number`` [R] of a ``seed`` [1] (both int64)."""
     # a counter through the finaliser of splitmix64 (Steele, Lea, Flood 2014), in wrapping int64
     x = seed + (number + 1) * -7046029254386353131
     x = (x ^ _right(x, 30)) * -4658895280553007687

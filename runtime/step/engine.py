@@ -128,7 +128,7 @@ class StepEngine:
     @property
     def draws(self) -> bool:
         """Whether the step can sample."""
-        return "drawn" in self.step.buffers
+        return "layer.head" in self.step.buffers
 
     def catch_up(self) -> None:
         """Run pending tokens through all layers: keys and values become the dense ones."""
@@ -182,16 +182,20 @@ class StepEngine:
             if not torch.isfinite(best):
                 raise EngineError(_NOT_FINITE)
             first = int(token)
-        layers = decoder.num_layers
-        step["token"].fill_(first)
         step["position"].fill_(len(ids))
         step["stopped"].fill_(bool(torch.isin(token, step["stop"])))
+        self._begin(ids, first)
+        return first
+
+    def _begin(self, ids: list[int], first: int) -> None:
+        """Set the step's own state to the end of a prompt that ``first`` follows."""
+        step, layers = self.step, self.decoder.num_layers
+        step["token"].fill_(first)
         step["depth"].fill_(layers)
         step["ring"].fill_(updates.NEVER)
         step["ring"][-1] = layers
         # layers compute rows of old tokens too, and their results are dropped
         step["hidden"].zero_()
-        return first
 
     def _prefill(self, ids: list[int]) -> Tensor:
         decoder, largest = self.decoder, self.decoder.buckets[-1]
@@ -209,11 +213,16 @@ class StepEngine:
         self.steps += 1
 
     def _take(self) -> DecodedToken:
-        with _failing():
-            token, layer = self.results.take()
-        if token == updates.NOT_FINITE:
-            raise EngineError(_NOT_FINITE)
+        token, layer = self._taken()
         return DecodedToken(token, layer)
+
+    def _taken(self) -> list[int]:
+        """The oldest result; ``EngineError`` where it came from logits that are not finite."""
+        with _failing():
+            found = self.results.take()
+        if updates.NOT_FINITE in found:
+            raise EngineError(_NOT_FINITE)
+        return found
 
 
 _NOT_FINITE = "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"

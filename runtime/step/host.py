@@ -49,10 +49,10 @@ class ResultQueue:
         """Enqueue the result of the step launched last."""
         self._sent.append(self._out.clone())
 
-    def take(self) -> tuple[int, int]:
-        """Wait for the oldest result and remove it: token and exit layer."""
-        token, layer = self._sent.popleft().tolist()
-        return token, layer
+    def take(self) -> list[int]:
+        """Wait for the oldest result and remove it."""
+        found: list[int] = self._sent.popleft().tolist()
+        return found
 
     def clear(self) -> None:
         """Drop all results."""

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
 import torch
 
-from eepass.errors import EngineError
+from eepass.errors import EngineError, first_line
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import cuda
 from eepass.runtime.step.build import Fuse, build_step
-from eepass.runtime.step.conditional_graph import CudaError, conditional_nodes_missing
-from eepass.runtime.step.data import Step, check_step, launches
+from eepass.runtime.step.build_speculative import build_speculative_step
+from eepass.runtime.step.conditional_graph import conditional_nodes_missing
+from eepass.runtime.step.data import Step, StepError, check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.speculative_engine import SpeculativeEngine
 
-Mode = Literal["device", "predicated", "host", "interpret"]
-MODES: tuple[str, ...] = ("auto", "device", "predicated", "host", "interpret")
+Mode = Literal["device", "predicated", "host", "calls", "interpret"]
+MODES: tuple[str, ...] = ("auto", "device", "predicated", "host", "calls", "interpret")
+# a mode that cannot capture -> the one to try then
+SIMPLER: Mapping[Mode, Mode] = {"device": "host", "predicated": "host", "host": "calls"}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -121,7 +125,7 @@ def choose(launch: str, device: torch.device) -> Launching:
     if device.type == "cpu":
         return Launching("host", "on a CPU flags are plain loads")
     if missing:
-        return Launching("host", f"no conditional graph nodes: {missing}", (missing,))
+        return Launching("host", f"no conditional graph nodes: {missing}", (missing,), auto=True)
     return Launching("device", "conditional graph nodes are there", auto=True)
 
 
@@ -141,26 +145,38 @@ def make_engine(
 ) -> tuple[StepEngine, Callable[[], LaunchReport]]:
     """An engine that launches its steps as ``launching`` says, and a function that reports on it.
 
-    Raises ``EngineError`` if memory runs out; the process can go on.
+    Where that cannot be, and nobody asked for it, steps are launched in the next simpler mode.
+    Raises ``EngineError`` where somebody did, and if memory runs out; the process can go on.
     """
-    before = _reserved(decoder.device)
-    if launching.mode == "predicated":
+    before, mode, why = _reserved(decoder.device), launching.mode, ""
+    fitting = options
+    if mode == "predicated":
         # all bodies run: several row counts would do the same work several times
-        options = replace(options, one_size=True)
-    if decoder.device.type == "cuda" and launching.mode == "host":
+        fitting = replace(options, one_size=True)
+    if decoder.device.type == "cuda" and mode in ("host", "calls"):
         # waiting for the flag takes longer than the verification it would save
-        options = replace(options, verify="always")
-    try:
-        with torch.no_grad(), running_out("capturing a step"):
-            step = build_step(decoder, exits, options, fuse)
-            check_step(step)
-            engine = _engine(decoder, step, launching.mode, debug)
-    except CudaError as error:
-        if launching.auto:
-            why = f"a graph with IF nodes could not be made: {error}"
-            launching = Launching("host", why, (why,))
-            return make_engine(decoder, exits, options, launching, fuse, debug)
-        raise EngineError(f"a step could not be captured ({error}): use launch='host'") from error
+        fitting = replace(options, verify="always")
+    with torch.no_grad(), running_out("capturing a step"):
+        if options.chain:
+            step = build_speculative_step(decoder, options.chain, options.stop, options.draws, fuse)
+        else:
+            step = build_step(decoder, exits, fitting, fuse)
+        check_step(step)
+        try:
+            engine = _engine(decoder, step, mode, debug)
+        except (torch.OutOfMemoryError, StepError):
+            raise
+        except RuntimeError as error:
+            # of the driver, or of torch, which names its own in several lines
+            why = f"mode {mode} cannot launch steps here: {first_line(error)}"
+            if not launching.auto or mode not in SIMPLER:
+                hint = f": use launch={SIMPLER[mode]!r}" if mode in SIMPLER else ""
+                raise EngineError(f"{why}{hint}") from error
+    if why:
+        # the step that could not be captured is freed before another is built
+        del step
+        simpler = Launching(SIMPLER[mode], why, (*launching.missing, why), auto=True)
+        return make_engine(decoder, exits, options, simpler, fuse, debug)
     taken = max(_reserved(decoder.device) - before, step.nbytes)
 
     def report() -> LaunchReport:
@@ -168,7 +184,7 @@ def make_engine(
             launching.mode,
             launching.reason,
             launching.missing,
-            tuple(step["buckets"][1].tolist()),
+            (options.chain,) if options.chain else tuple(step["buckets"][1].tolist()),
             taken,
             engine.executor.synchronisations / max(engine.steps, 1),
             tuple(launch.name for launch in launches(step.items)),
@@ -179,10 +195,18 @@ def make_engine(
 
 def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine:
     executor: Executor
+    engine = SpeculativeEngine if "history" in step.buffers else StepEngine
     if decoder.device.type == "cpu":
         interprets = mode == "interpret"
         executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))
-        return StepEngine(decoder, step, executor, ResultQueue(step["out"]))
+        return engine(decoder, step, executor, ResultQueue(step["out"]))
+    results = cuda.CudaResultQueue(step["out"])
+    # prompts of all lengths use one row count, compiled before the first one comes
+    rows = decoder.buckets[-1]
+    decoder.prepare(rows)
+    if mode == "calls":
+        executor = HostDriven(step, cuda.CudaFlags(step.flags), called(step))
+        return engine(decoder, step, executor, results, prompt_rows=rows)
     captures = cuda.Captures(step, debug)
     try:
         if mode == "device":
@@ -198,11 +222,7 @@ def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine
         raise
     # warm-up has counted too
     step["counters"].zero_()
-    # prompts of all lengths use one row count, compiled before the first one comes
-    rows = decoder.buckets[-1]
-    decoder.prepare(rows)
-    results = cuda.CudaResultQueue(step["out"])
-    return StepEngine(decoder, step, executor, results, prompt_rows=rows)
+    return engine(decoder, step, executor, results, prompt_rows=rows)
 
 
 def _reserved(device: torch.device) -> int:

@@ -29,7 +29,8 @@ class StepOptions:
     ranking all exit points are always active. ``force``: every token exits after so many layers
     with the LM head's token there. ``stop``: end tokens. ``verify``: at every active exit point, or
     only where the predictor wants to exit. ``one_size``: only the largest row count, masked.
-    ``draws``: tokens can be sampled.
+    ``draws``: tokens can be sampled. ``chain``: rows of a pass in which a chain of draft tokens is
+    verified, exactly and without exits; 0: one token a pass.
     """
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
@@ -42,6 +43,7 @@ class StepOptions:
     verify: Literal["wanted", "always"] = "wanted"
     one_size: bool = False
     draws: bool = False
+    chain: int = 0
 
 
 class StepLayout:
@@ -177,22 +179,25 @@ class StepLayout:
         decoder, side_inputs = self.decoder, self.decoder.side_inputs
         # creates the tables of what depends on tokens; the slot is scratch
         decoder.embed(self._zeros(1, 1), self._zeros(1, 1), self.buffers["scratch"].tensor)
-        # the device looks up the rows of masks too
-        self.tables = {**side_inputs.tables, **side_inputs.whole_masks()}
+        # rows of masks are computed, not looked up: a table of them is the square of the cache
+        self.tables = dict(side_inputs.tables)
+        masks = side_inputs.masks_at(self.buffers["rows"].tensor)
         for name, table in self.tables.items():
             if name in side_inputs.by_token:
                 self.add(f"table {name}", table, "kept", "cache")
+        for name, like in {**self.tables, **masks}.items():
             dim = side_inputs.row_dim[name]
-            shape = list(table.shape)
+            shape = list(like.shape)
             shape[dim] = self.rows
-            self.add(f"side {name}", table.new_zeros(shape))
+            self.add(f"side {name}", like.new_zeros(shape))
             for count in self.counts:
                 part = f"side {name}@{count}"
                 self.part(part, f"side {name}", *[slice(None)] * dim, slice(count))
                 # layers are compiled for slices of tables: those of the buffer have their strides
-                mine, like = self.buffers[part].tensor, table.narrow(dim, 0, count)
-                strides = zip(mine.shape, mine.stride(), like.stride(), strict=True)
+                mine, given = self.buffers[part].tensor, side_inputs.span(0, count).sides[name]
+                strides = zip(mine.shape, mine.stride(), given.stride(), strict=True)
                 if any(size > 1 and stride != other for size, stride, other in strides):
                     raise ValueError(
-                        f"{name} has strides {list(like.stride())}: its rows do not come first"
+                        f"{name} has strides {list(given.stride())}: its rows do not come first"
                     )
+        self.sides = [*self.tables, *masks]

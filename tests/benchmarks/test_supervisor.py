@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.suite.parts import Part
+from benchmarks.suite.parts import Part, all_parts
 from benchmarks.suite.results import Results, plain
 from benchmarks.suite.supervisor import Supervisor
 
@@ -29,13 +29,15 @@ for line in sys.stdin:
         time.sleep(600)
     if part == "skip":
         say(state="skipped", why="no such thing")
+    elif part == "wrong":
+        say(state="failed", why="wrong: off by 3", wrong=True)
     else:
         say(found={"pid": os.getpid()}, state="done")
 """
 
 
-def part(name, cost=0.0, limit=30.0, essential=False):
-    return Part(name, "", "", cost, limit, essential=essential)
+def part(name, cost=0.0, limit=30.0, essential=False, alone=False):
+    return Part(name, "", "", cost, limit, essential=essential, alone=alone)
 
 
 def run(tmp_path, parts, seconds=60.0):
@@ -79,6 +81,26 @@ def test_what_there_is_no_time_for_is_not_begun(tmp_path):
 def test_without_an_essential_part_nothing_is_begun(tmp_path):
     values, _ = run(tmp_path, [part("skip", essential=True), part("last")])
     assert values["parts"]["last"] == {"state": "not begun", "why": "skip: no such thing"}
+
+
+def test_a_result_that_is_wrong_stops_nothing_but_a_part_that_is_not_there_does(tmp_path):
+    values, _ = run(tmp_path, [part("wrong", essential=True), part("last")])
+    assert values["parts"]["wrong"]["state"] == "failed"
+    assert values["parts"]["last"]["state"] == "done"
+
+
+def test_a_part_alone_has_a_process_of_its_own(tmp_path):
+    parts = [part(name, alone=name in ("second", "third")) for name in ("first", "second", "third")]
+    values, _ = run(tmp_path, [*parts, part("last"), part("end")])
+    pids = [values["sections"][p]["pid"] for p in ("first", "second", "third", "last", "end")]
+    assert len(set(pids[:4])) == 4 and pids[3] == pids[4]
+
+
+def test_what_profiles_comes_last_and_alone():
+    for device in ("cuda", "cpu"):
+        parts = all_parts(device)
+        profiled = [p for p in parts if p.module == "step_time"]
+        assert profiled == parts[-len(profiled) :] and all(p.alone for p in profiled)
 
 
 def test_told_to_stop_it_leaves_whole_results_and_no_process(tmp_path):

@@ -202,3 +202,116 @@ def test_a_segment_goes_through_inductor(splits):
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
     assert len(compiler.report["inductor"]) == 1
     assert not is_fused(head.graph)
+
+
+def tuned(monkeypatch, graph, inputs):
+    """Whether inductor tunes the kernels of ``graph``."""
+    from torch._inductor import config
+
+    from eepass.codegen import lower_cuda
+
+    seen = []
+
+    def inductor(ready, fakes):
+        seen.append(config.coordinate_descent_tuning)
+        return uncompiled(ready, fakes)
+
+    monkeypatch.setattr(lower_cuda, "through_inductor", inductor)
+    CudaCompiler()(graph, "", inputs)
+    return seen == [True]
+
+
+def test_only_products_of_one_row_are_tuned(splits, monkeypatch):
+    """Tuning runs each kernel of a graph dozens of times: minutes, for a prompt's rows."""
+
+    def layer(rows):
+        found = splits[rows].layers[0]
+        inputs = [
+            splits[rows].tensors[role.name].detach()
+            if role.kind == "parameter"
+            else torch.zeros(like.shape, dtype=like.dtype)
+            for role, like in found.examples.items()
+        ]
+        return found.graph, inputs
+
+    assert [tuned(monkeypatch, *layer(rows)) for rows in (1, 2, 16)] == [True, False, False]
+    row = torch.randn(1, 1, 64)
+    assert not tuned(monkeypatch, make_fx(lambda x: x / x.norm(), pre_dispatch=True)(row), [row])
+
+
+def test_an_update_is_compiled_once_for_all_steps_with_such_tensors():
+    from functools import partial
+
+    def add(target, other, *, times):
+        target.add_(other, alpha=times)
+
+    made = []
+
+    def counting(graph, examples):
+        made.append(len(examples))
+        return uncompiled(graph, examples)
+
+    compiler, sums = CudaCompiler(counting), []
+    for times, size in ((2, 3), (2, 3), (3, 3), (2, 4)):
+        target = torch.zeros(size)
+        compiler.fuse(partial(add, times=times))(target, torch.ones(size))
+        sums.append(target.tolist())
+    assert sums == [[2.0] * 3, [2.0] * 3, [3.0] * 3, [2.0] * 4]
+    assert len(made) == 3
+
+
+@pytest.fixture(scope="module")
+def in_bf16():
+    with torch.no_grad():
+        return split_for_rows(tiny_model("llama").bfloat16(), 64, (1, 2), 16)[0]
+
+
+@pytest.mark.parametrize("rows", (1, 2, 16))
+def test_captured_layers_of_few_rows_go_through_our_own_kernel(in_bf16, kernels, rows, monkeypatch):
+    from eepass.codegen.kernels import register
+    from eepass.runtime.decoder.decoder import Decoder
+
+    run, seen = register.run, []
+
+    def noted(made, compiled=None):
+        seen.extend(launch.name for launch in made)
+        run(made, compiled)
+
+    monkeypatch.setattr(register, "run", noted)
+    compiler = CudaCompiler(uncompiled)
+    decoder = Decoder(in_bf16, compiler, compiler.captured)
+    hidden, place = torch.randn(1, rows, 64).bfloat16(), decoder.side_inputs.span(3, rows)
+    plain = decoder.run_layer(0, hidden, place)
+    assert seen == []
+    found = decoder.run_layer(0, hidden, place, captured=True)
+    # queries, keys, values; their output; gate and up; down
+    assert seen == ["_rows_kernel"] * 7
+    torch.testing.assert_close(found, plain, atol=0.02 * float(plain.abs().max()), rtol=0)
+
+
+def test_captured_layers_in_float32_are_left_to_inductor(splits, kernels, monkeypatch):
+    from eepass.codegen.kernels import register
+    from eepass.runtime.decoder.decoder import Decoder
+
+    monkeypatch.setattr(register, "run", lambda *_: pytest.fail("a kernel ran"))
+    compiler = CudaCompiler(uncompiled)
+    decoder = Decoder(splits, compiler, compiler.captured)
+    hidden, place = torch.randn(1, 2, 64), decoder.side_inputs.span(3, 2)
+    expected = decoder.run_layer(0, hidden, place)
+    assert torch.equal(decoder.run_layer(0, hidden, place, captured=True), expected)
+
+
+def test_a_step_uses_what_is_compiled_for_captures(in_bf16):
+    from steps import BUCKETS, engine_for
+
+    from eepass.runtime.decoder.decoder import Decoder
+
+    used = []
+
+    def captured(graph, structure, examples):
+        used.append(len(examples))
+        return eager_compile(graph, structure, examples)
+
+    decoder = Decoder(in_bf16, eager_compile, captured)
+    engine = engine_for(decoder, None, "host", buckets=BUCKETS[:2])
+    assert len(list(engine.generate(PROMPT, 4))) == 4 and used

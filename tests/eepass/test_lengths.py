@@ -89,3 +89,15 @@ def test_text_is_shown_as_it_comes_without_decoding_all_of_it_again():
         show.add(byte, 30)
     assert show.text.plain == said
     assert max(asked) < 8
+
+
+def test_slots_on_a_gpu_come_in_whole_tiles(llama, monkeypatch):
+    """cuDNN's attention under a mask takes keys in tiles of 128."""
+    from eepass import model
+
+    on = {"type": "cpu"}
+    device = type("Device", (), {"type": property(lambda self: on["type"])})()
+    monkeypatch.setattr(torch.Tensor, "device", device)
+    assert [model._slots(llama, length) for length in (60, 64, 128, 500)] == [128, 128, 192, 576]
+    on["type"] = "cuda"
+    assert [model._slots(llama, length) for length in (60, 64, 128, 500)] == [128, 128, 256, 640]

@@ -266,3 +266,37 @@ def test_steps_are_captured_when_they_are_needed(llama, monkeypatch):
     assert said(model, 10) == first and len(captured) == 2
     model.close()
     assert said(model, 10) == first and len(captured) == 3
+
+
+CHAIN = ExitConfig(exits=False, speculate="suffix")
+
+
+def test_drafts_from_the_text_are_verified_in_captured_steps(transformed, steps):
+    """The exact engine's tokens, several a pass, greedily and sampled."""
+    with torch.no_grad():
+        transformed.configure(dense=True)
+    steps.configure(CHAIN)
+    assert isinstance(steps.engine, CapturedSteps)
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = [token for token, _ in said(transformed, prompt=prompt)]
+        assert [token for token, _ in said(steps, prompt=prompt)] == expected
+    found = steps.statistics
+    assert found.tokens == 78 and found.passes < 78
+    assert steps.launch_report.rows == (8,)
+    assert steps.launch_report.launches[-1] == "accept"
+    sampling = Sampling(temperature=0.8, seed=3)
+    drawn = steps.generate(PROMPT, 30, sampling)
+    assert torch.equal(drawn, steps.generate(PROMPT, 30, sampling))
+    # the same token at each position as one row a pass draws
+    steps.configure(dense=True)
+    assert torch.equal(drawn, steps.generate(PROMPT, 30, sampling))
+
+
+def test_without_an_artefact_the_default_goes_through_the_engine(transformed):
+    """Which decides pass by pass what pays; captured steps verify drafts where they are to."""
+    plain = transformed.share(choose("host", CPU))
+    plain.artifact = None
+    assert isinstance(plain.configure(ExitConfig()), Engine)
+    assert isinstance(plain.configure(CHAIN), CapturedSteps)
+    assert isinstance(plain.configure(CHAIN, dense=True), CapturedSteps)
+    assert plain.launch_report.rows != (8,)

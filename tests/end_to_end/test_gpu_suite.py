@@ -60,17 +60,18 @@ def test_tokens_are_judged_and_exits_fire(results):
         counts = found["exits"]["exit_layers"]
         assert sum(counts) == 30 and sum(counts[1:4]) > 5
         assert found["launch_report"]["mode"] == mode
-    assert found["exact"]["equal"] == 32
-    assert "mode engine" in values["sections"]["equality host"]["exact"]["missing"]
+        assert found["exact"]["equal"] == 32
 
 
 def test_times_are_in_turns_and_others_named(results):
     values, out = results
     side = values["sections"]["side by side"]
-    expected = {f"eepass {how}, {mode}" for how in ("dense", "exits") for mode in TIMED}
-    expected |= {"hf eager", "hf compiled", "eepass exact, engine"}
+    expected = {f"eepass {how}, {mode}" for how in ("dense", "exits", "exact") for mode in TIMED}
+    expected |= {"hf eager", "hf compiled"}
     assert set(side["ms_per_token"]) == expected
     assert len({len(taken) for taken in side["rounds"].values()}) == 1
+    # several tokens a pass, where the tiny model repeats itself
+    assert side["quality"]["eepass exact, host"]["tokens_a_pass"] > 1.5
     assert set(values["sections"]["others"]["missing"]) == {"vLLM", "SGLang", "gpt-fast"}
     for mode in TIMED:
         assert values["sections"][f"never exit {mode}"]["ratio"] > 0

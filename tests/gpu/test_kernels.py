@@ -73,6 +73,18 @@ def test_draft_topk(rows):
     same((logits.gather(-1, ids).log_softmax(-1),), (scores.log_softmax(-1),))
 
 
+@pytest.mark.parametrize(("outputs", "inputs"), ((1536, 4608), (4608, 4608), (33, 200)))
+def test_linear_rows(outputs, inputs):
+    """Right, and with the same bits for any number of rows, launch after launch."""
+    case = Case("bf16", "cuda")
+    x, weight = case.random(16, inputs), case.random(outputs, inputs, scale=inputs**-0.5)
+    (whole,) = torch.ops.eepass.linear_rows(x, [weight], [None])
+    same((whole,), (x.float() @ weight.float().T,), torch.bfloat16)
+    for rows in (1, 2, 5, 16):
+        (part,) = torch.ops.eepass.linear_rows(x[-rows:], [weight], [None])
+        assert torch.equal(part, whole[-rows:])
+
+
 def test_path_predictor():
     arguments = exit_case(rows=4, rank=3, device="cuda")
     paths = torch.tensor([[0, -1], [0, 3], [-1, -1]], device="cuda")

@@ -69,6 +69,18 @@ def test_exits_are_those_of_the_cpu(on_cpu, on_gpu, kv):
         assert torch.allclose(keys[:, :, :count].cpu(), expected[:, :, :count], atol=1e-3)
 
 
+def test_a_speculative_step_gives_the_dense_tokens_in_fewer_passes(on_cpu, on_gpu):
+    config = ExitConfig(exits=False, speculate="suffix")
+    for model in (on_cpu, on_gpu):
+        model.configure(config)
+    for prompt in PROMPTS:
+        found = said(on_gpu, prompt, 100)
+        assert found == said(on_cpu, prompt, 100)
+    assert on_gpu.statistics.passes < on_gpu.statistics.tokens
+    if on_gpu.launch_report.mode == "device":
+        assert on_gpu.launch_report.host_synchronisations == 0
+
+
 @pytest.mark.parametrize("force", (1, 2, 3, 4))
 def test_forced_exits_and_dense(on_cpu, on_gpu, force):
     for model in (on_cpu, on_gpu):

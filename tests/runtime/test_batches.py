@@ -106,7 +106,7 @@ def test_one_dense_sequence_compiles_one_row_only(model, compiler):
     engine = model.configure(dense=True)
     sequence = engine.start([5])
     engine.step()
-    assert {rows for rows in engine.decoder._layers} == {1}
+    assert {rows for rows, _ in engine.decoder._layers} == {1}
     engine.end(sequence)
 
 

@@ -157,3 +157,14 @@ def test_refusals(options, message):
 def test_a_penalty_needs_the_tokens_of_every_row(context, given):
     with pytest.raises(ValueError, match=f"needs the tokens of 2 rows, {given} given"):
         probabilities(torch.zeros(2, 4), Sampling(1.0, repetition_penalty=1.2), context)
+
+
+def test_random_numbers_go_where_the_probabilities_are():
+    """A seed gives the same numbers on every device; a generator of one cannot fill another's."""
+    from eepass.runtime.sampling import _uniform
+
+    p = torch.empty(3, 7, device="meta")
+    with torch.device("meta"):
+        generator = Sampling(seed=4).generator()
+        assert _uniform((3,), p, generator).device == p.device
+        assert draw(p, generator).device == p.device

@@ -6,10 +6,13 @@ from models import eager_compile
 from steps import BUCKETS, LateResultQueue, OrderedExits, engine_for
 
 from eepass.runtime.decoder.decoder import Decoder
+from eepass.runtime.sampling import Sampling
 from eepass.runtime.step.build import build_step
+from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.speculative_engine import SpeculativeEngine
 
 PROMPT = [5, 9, 44, 7, 8]
 
@@ -35,3 +38,20 @@ def test_compiled_steps_are_the_eager_ones(llama_splits, kv):
     assert engine.step["counters"].tolist() == other.step["counters"].tolist()
     for ours, theirs in zip(decoder.kv.keys, other.decoder.kv.keys, strict=True):
         assert torch.allclose(ours[:, :, :29], theirs[:, :, :29], atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_compiled_speculative_step_is_the_eager_one(llama_splits):
+    from eepass.codegen.lower_cuda import CudaCompiler
+
+    compiler, found = CudaCompiler(), []
+    for decoder, fuse in (
+        (Decoder(llama_splits, compiler, compiler.captured), compiler.fuse),
+        (Decoder(llama_splits, eager_compile), None),
+    ):
+        step = build_speculative_step(decoder, 8, (), True, fuse)
+        engine = SpeculativeEngine(decoder, step, Interpreter(step), LateResultQueue(step["out"]))
+        greedy = [tuple(token) for token in engine.generate(PROMPT, 50)]
+        drawn = engine.generate(PROMPT, 50, Sampling(temperature=0.7, top_k=20, seed=5))
+        found.append((greedy, [tuple(token) for token in drawn], step["counters"].tolist()))
+    assert found[0] == found[1]

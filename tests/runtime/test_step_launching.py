@@ -32,7 +32,7 @@ class Call:
 class FakeDriver:
     """Returns what the driver returns, and records nodes: (graph, kind, node before, detail)."""
 
-    CUgraph = CUstream = Call
+    CUgraph = CUstream = CUgraphEdgeData = Call
     CUgraphNodeType = SimpleNamespace(CU_GRAPH_NODE_TYPE_CONDITIONAL="conditional")
     CUgraphConditionalNodeType = SimpleNamespace(CU_GRAPH_COND_TYPE_IF="if")
     CUDA_KERNEL_NODE_PARAMS = SimpleNamespace
@@ -87,7 +87,7 @@ class FakeDriver:
         return self._node(graph, "child", before, int(child))
 
     def cuGraphAddNode(self, graph, before, data, count, given):
-        assert data is None and count == len(before) and given.conditional.type == "if"
+        assert count == len(before) == len(data) and given.conditional.type == "if"
         given.conditional.phGraph_out[0] = f"body {len(self.nodes)}"
         return self._node(graph, "if", before, f"body {len(self.nodes)}")
 
@@ -211,7 +211,8 @@ def test_the_setter_assembles():
 @pytest.mark.parametrize(
     "version, capability, message",
     (
-        (12020, (9, 0), "CUDA 12.2; conditional nodes need"),
+        (12030, (9, 0), "CUDA 12.3; conditional nodes need 12.4"),
+        (12040, (9, 0), ""),
         (12040, (7, 0), "below 7.5"),
         (13000, (9, 0), ""),
     ),
@@ -294,7 +295,8 @@ def test_a_gpu_without_bfloat16_and_one_too_small(monkeypatch):
     "error, message",
     (
         (torch.OutOfMemoryError("CUDA out of memory"), "out of memory while capturing.*lower max_"),
-        (CudaError("cuGraphInstantiate: CUDA_ERROR"), "cuGraphInstantiate.*use launch='host'"),
+        (CudaError("cuGraphInstantiate: CUDA_ERROR"), "cuGraphInstantiate.*use launch='calls'"),
+        (RuntimeError("CUDA error: captured\nand more"), "host cannot.*error: captured: use"),
     ),
 )
 def test_capturing_that_fails_says_what_to_do_and_leaves_a_usable_process(
@@ -311,3 +313,26 @@ def test_capturing_that_fails_says_what_to_do_and_leaves_a_usable_process(
     engine, report = make_engine(decoder, None, StepOptions(), mode)
     assert len(list(engine.generate([5, 6, 7], 4))) == 4
     assert report().mode == "host" and report().bytes == engine.step.nbytes
+
+
+@pytest.mark.parametrize("failing, mode", (({"device"}, "host"), ({"device", "host"}, "calls")))
+@pytest.mark.parametrize("error", (CudaError("cuGraphCreate: FAILED"), RuntimeError("capturing")))
+def test_a_step_that_cannot_be_captured_is_launched_in_a_simpler_mode(
+    monkeypatch, decoder, failing, mode, error
+):
+    made = launching._engine
+
+    def engine(decoder, step, mode, debug):
+        if mode in failing:
+            raise error
+        return made(decoder, step, mode, debug)
+
+    monkeypatch.setattr(launching, "_engine", engine)
+    best = launching.Launching("device", "conditional graph nodes are there", auto=True)
+    engine, report = make_engine(decoder, None, StepOptions(), best)
+    assert report().mode == mode and len(report().missing) == len(failing)
+    assert str(error) in report().reason and "device cannot" in report().missing[0]
+    assert len(list(engine.generate([5, 6, 7], 4))) == 4
+    # whoever asked for a mode gets it or is told
+    with pytest.raises(EngineError, match=r"mode device cannot launch.*use launch='host'"):
+        make_engine(decoder, None, StepOptions(), launching.Launching("device", "asked for"))

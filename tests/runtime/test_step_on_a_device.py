@@ -18,6 +18,7 @@ from eepass.planning import exit_tensors, make_plan
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.step.build import build_step
+from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
 from eepass.runtime.step.layout import StepOptions
@@ -103,6 +104,15 @@ def test_no_launch_leaves_the_device_or_waits_for_the_host(decoder, exit_points,
         launch.run(step.given(launch))
         ran += 1
     assert ran > 10
+
+
+@pytest.mark.parametrize("draws", (False, True), ids=("greedy", "sampled"))
+def test_a_speculative_step_stays_on_the_device(decoder, draws):
+    step = build_speculative_step(decoder, 8, (2,), draws)
+    for buffer in step.buffers.values():
+        assert buffer.tensor.device == DEVICE, buffer.name
+    for launch in launches(step.items):
+        launch.run(step.given(launch))
 
 
 def test_a_prompt_runs_on_the_device(decoder):
