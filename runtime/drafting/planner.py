@@ -33,8 +33,9 @@ TREE_EDGES, ASK_HOPE = (0.05, 0.4, 1.0), 0.5
 # What larger passes would gain, of their draft tokens' worth, and smaller ones, in dense passes:
 # costs change rarely
 ROWS_HOPE, FEWER_HOPE = 0.25, 0.05
-# of the draft tokens of several sequences, the share that is right at most
-HOPE_OF_ALL = 0.7
+# of the draft tokens of several sequences, the share that is right at most; what looking for them
+# would gain at a time when they pay, in dense passes
+HOPE_OF_ALL, LOOK_HOPE = 0.7, 0.1
 # passes with exits in a row, since one rolls back what others decided; what each would gain at a
 # time when exits pay, in dense passes
 TRIAL, EXITS_HOPE = 2, 0.03
@@ -92,6 +93,9 @@ class Planner:
     _exits: dict[int, Average] = field(default_factory=dict)
     # in dense passes, what asking the draft's model takes beyond what it gains
     _asked: list[Average] = field(default_factory=list)
+    # by the number of sequences, in dense passes, what looking for draft tokens takes beyond what
+    # they gain
+    _looked: dict[int, Average] = field(default_factory=dict)
     # what passes without draft tokens and with them take, for what they should by the costs of
     # their parts: those are least times, and choosing draft tokens takes time too
     _slower: tuple[Average, Average] = field(default_factory=lambda: (Average(1.0), Average(1.0)))
@@ -186,11 +190,23 @@ class Planner:
 
     def may_pay(self, sequences: int, most: int) -> bool:
         """Whether ``most`` draft tokens for each of some sequences could pay, if as many were right
-        as ever are: if not, none need be looked for."""
+        as ever are, and looking for them did not cost more than it gained of late: if not, none
+        need be looked for."""
         if len(self.modes) == 1 or sequences == 1:
             return True
         more = self._cost(sequences + 1) - self._cost(sequences)
-        return more < HOPE_OF_ALL * most * self._cost(sequences)
+        if more >= HOPE_OF_ALL * most * self._cost(sequences):
+            return False
+        lost = self._looked[sequences].value if sequences in self._looked else 0.0
+        return lost <= 0 or self.due(("look", sequences), lost, LOOK_HOPE)
+
+    def looked(self, sequences: int, rows: int, seconds: float) -> None:
+        """Draft tokens were looked for, for all of ``sequences``, which took ``seconds``; the pass
+        has ``rows`` now."""
+        gained = (self._expected - sequences) * self.token_seconds
+        gained -= self._cost(rows) - self._cost(sequences)
+        average = self._looked.setdefault(sequences, Average(0.0))
+        average.add((seconds - gained) / self._cost(1), 1.0, self.passes)
 
     def worth_asking(self, without: float, drafted: bool) -> bool:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""

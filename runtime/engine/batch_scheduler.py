@@ -44,7 +44,7 @@ class BatchScheduler:
         statistics: Statistics,
     ) -> list[ScheduledSequence]:
         """``max_rows``: how many rows of the pass each sequence may have."""
-        batch = []
+        batch, spent = [], statistics.draft_seconds
         drafts = mode in ("speculation", "both") and planner.may_pay(len(sequences), max_rows - 1)
         for sequence in sequences:
             tree, pending = Tree([sequence.tokens[-1]]), sequence.num_pending
@@ -64,6 +64,9 @@ class BatchScheduler:
                 active = self._active_exits(sequence, pending + len(tree), max_rows)
             choose = self.verifier.exit_sampler(sequence)
             batch.append(ScheduledSequence(sequence, tree, proposed, active, choose))
+        if drafts:
+            rows = sum(len(one.tree or ()) for one in batch)
+            planner.looked(len(batch), rows, statistics.draft_seconds - spent)
         return batch
 
     def predictor_drafts(

@@ -305,3 +305,22 @@ def test_a_disturbance_is_over_after_a_few_passes(passes):
         assert not left
         more.append(with_it - without)
     assert mean(more) < 0.005 and max(more) < 0.04
+
+
+@pytest.mark.parametrize("right", (0.0, 0.9))
+def test_several_sequences_look_for_drafts_as_far_as_that_gains(right):
+    planner = Planner({1: 1.0, 4: 1.1, 8: 1.2, 16: 1.25}, modes=("dense", "speculation"))
+    looks = 0
+    for _ in range(300):
+        planner.mode(8)
+        if found := planner.may_pay(8, 1):
+            looks += 1
+            for _ in range(8):
+                tree = Tree([1])
+                if right:
+                    tree.add(2, 0, right, (0, 1))
+                planner.choose(tree, 1, others=7)
+            planner.looked(8, 16 if right else 8, 0.05)
+        rows = 16 if right and found else 8
+        planner.record("speculation", rows, planner.costs[rows], rows, rows, 8)
+    assert looks == 300 if right else looks < 30
