@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
-from eepass.checkpoints.draft_codes import ROTARY
+from eepass.checkpoints.draft_codes import DIGITS
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
@@ -54,6 +54,8 @@ def calibrate(
     progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
     trained = artifact_for(model, artifact, "the artefact", same_weights=False)
+    if not trained.presets:
+        raise InputError("the artefact has a draft head alone, and that needs no thresholds")
     texts = read_kinds(Path(prompts or DEFAULT_PROMPTS))
     encoded = [(loaded.encode(text, raw), kind) for text, kind in texts]
     held_out = [Prompt(ids, kind, split_of(ids)) for ids, kind in encoded]
@@ -135,7 +137,7 @@ def _exits(
     tensors = dict(artifact.tensors)
     for name, tensor in tensors.items():
         # the draft head runs in the model's dtype, as in the engine
-        if name.startswith("eagle.") and tensor.is_floating_point() and name != ROTARY:
+        if name.startswith("eagle.") and tensor.is_floating_point() and name not in DIGITS:
             tensors[name] = tensor.to(model.decoder.dtype)
     tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
     layers = {part.draft_layer for part in artifact.presets.values()}
