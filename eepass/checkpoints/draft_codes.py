@@ -67,6 +67,15 @@ def from_codes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return made
 
 
+def in_dtype(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """``tensors`` with those of the draft head in ``dtype``, but where digits count."""
+    made = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.startswith("eagle.") and tensor.is_floating_point() and name not in DIGITS:
+            made[name] = tensor.to(dtype)
+    return made
+
+
 def _is_matrix(name: str, tensor: Tensor) -> bool:
     return name.startswith("eagle.") and tensor.ndim == 2 and not tensor.shape[1] % INPUTS
 
