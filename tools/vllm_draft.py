@@ -2,11 +2,12 @@
 
     python tools/vllm_draft.py --vllm /path/to/vllm/bin/python --json benchmarks/results/FILE.json
 
-The head is exported (``--format``), and a process of vLLM's own Python answers with it and without
+The head is exported (``--format``), and processes of vLLM's own Python answer with it and without
 it, greedily and one prompt at a time. Reported: in how many answers the text differs with the head,
-and in how many from one run without it to the next, which is vLLM's own noise; draft tokens
-accepted by position; and the tokens a pass gives, beside what this engine gives with a chain of as
-many draft tokens from the same head. This file is also what runs in vLLM's environment.
+and how near the two likeliest tokens are where it does so first; in how many it differs with
+vLLM's own n-gram drafts, and from one run without drafts to the next, which is vLLM's own noise;
+draft tokens accepted by position; and the tokens a pass gives, beside what this engine gives with a
+chain of as many draft tokens from the same head. This file is also what runs in vLLM's environment.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ROOT / "benchmarks" / "questions.jsonl"
-# gigabytes of cache
-CACHE_GB = 2
+# gigabytes of cache; the longest n-gram looked for; room for draft tokens
+CACHE_GB, LONGEST, ROOM = 2, 4, 16
 # vLLM's counters, and what they are called here
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "passes",
@@ -59,14 +60,15 @@ def compare(
             "model": str(folder / "model"), "prompts": prompts, "new_tokens": new_tokens,
             "stop": sorted(loaded.stop), "out": str(folder / "answers.json"),
         }  # fmt: skip
-        plain = _answers(python, {**task, "head": None, "rounds": 2})
-        drafted = _answers(
-            python,
-            {**task, "head": str(folder / "head"), "rounds": 1, "draft_tokens": draft_tokens},
-        )
+        plain = _answers(python, {**task, "rounds": 2})
+        drafts = {"num_speculative_tokens": draft_tokens}
+        look_up = {**drafts, "method": "ngram", "prompt_lookup_max": LONGEST}
+        with_text = _answers(python, {**task, "drafts": look_up})["answers"][0]
+        head = {**drafts, "method": "eagle3", "model": str(folder / "head")}
+        drafted = _answers(python, {**task, "drafts": head})
     first, again = plain["answers"]
     (with_head,) = drafted["answers"]
-    theirs = drafted["counters"]
+    theirs, gaps = drafted["counters"], plain["gaps"]
     ours = _own_chain(loaded, source, prompts, new_tokens, draft_tokens)
     a_pass = 1 + theirs["accepted"] / theirs["passes"]
     return {
@@ -76,7 +78,11 @@ def compare(
         "answers": len(prompts),
         "tokens": sum(map(len, with_head)),
         "differ_with_head": _differing(first, with_head),
-        "differ_without_head": _differing(first, again),
+        "gaps_where_they_differ": [
+            gaps[prompt][place] for prompt, place in _first_differences(first, with_head)
+        ],
+        "differ_with_ngram_drafts": _differing(first, with_text),
+        "differ_once_more": _differing(first, again),
         "differ_from_eepass": _differing(first, ours.pop("answers")),
         "draft_tokens": draft_tokens,
         "vllm": {**theirs, "tokens_a_pass": a_pass},
@@ -87,6 +93,17 @@ def compare(
 
 def _differing(one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]) -> int:
     return sum(list(a) != list(b) for a, b in zip(one, other, strict=True))
+
+
+def _first_differences(
+    one: Sequence[Sequence[int]], other: Sequence[Sequence[int]]
+) -> list[tuple[int, int]]:
+    """Prompt and place of the first token of each answer that is another."""
+    found = []
+    for prompt, pair in enumerate(zip(one, other, strict=True)):
+        places = [place for place, (a, b) in enumerate(zip(*pair, strict=False)) if a != b]
+        found += [(prompt, place) for place in places[:1]]
+    return found
 
 
 def _answers(python: Path, task: dict[str, Any]) -> dict[str, Any]:
@@ -178,33 +195,40 @@ def run(task: dict[str, Any]) -> dict[str, Any]:
     import vllm
 
     options: dict[str, Any] = {}
-    if task["head"] is not None:
-        options["speculative_config"] = {
-            "method": "eagle3", "model": task["head"],
-            "num_speculative_tokens": task["draft_tokens"],
-        }  # fmt: skip
-    length = max(map(len, task["prompts"])) + task["new_tokens"] + task.get("draft_tokens", 0) + 1
+    if "drafts" in task:
+        options["speculative_config"] = task["drafts"]
+    length = max(map(len, task["prompts"])) + task["new_tokens"] + ROOM
     engine = vllm.LLM(
         model=task["model"], dtype="bfloat16", max_model_len=length, max_num_seqs=1,
         enable_prefix_caching=False, seed=0, disable_log_stats=False, **options,
     )  # fmt: skip
-    sampling = vllm.SamplingParams(
-        temperature=0.0, max_tokens=task["new_tokens"], stop_token_ids=task["stop"]
-    )
-    answers = []
-    for _ in range(task["rounds"]):
+    answers, gaps = [], []
+    for number in range(task.get("rounds", 1)):
+        # the likeliest two once more, where nothing else differs
+        sampling = vllm.SamplingParams(
+            temperature=0.0, max_tokens=task["new_tokens"], stop_token_ids=task["stop"],
+            logprobs=2 if number else None,
+        )  # fmt: skip
         found = [
             engine.generate([{"prompt_token_ids": ids}], sampling, use_tqdm=False)[0]
             for ids in task["prompts"]
         ]
         answers.append([list(one.outputs[0].token_ids) for one in found])
+        if number:
+            gaps = [[_gap(step) for step in one.outputs[0].logprobs] for one in found]
     counters = {
         COUNTERS[metric.name]: getattr(metric, "value", None) or list(getattr(metric, "values", ()))
         for metric in engine.get_metrics()
         if metric.name in COUNTERS
     }
     versions = {"vllm": vllm.__version__, "vllm's torch": torch.__version__}
-    return {"versions": versions, "answers": answers, "counters": counters}
+    return {"versions": versions, "answers": answers, "gaps": gaps, "counters": counters}
+
+
+def _gap(step: Any) -> float:
+    """Between the log-probabilities of the two likeliest tokens."""
+    best, second = sorted((token.logprob for token in step.values()), reverse=True)[:2]
+    return float(best - second)
 
 
 def main() -> None:

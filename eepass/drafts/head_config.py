@@ -12,7 +12,7 @@ from typing import Any
 
 from eepass.errors import InputError
 from eepass.reading import is_whole_number
-from eepass.runtime.drafting.eagle_form import WINDOW, HeadForm
+from eepass.runtime.drafting.eagle_form import WINDOW
 
 ARCHITECTURE, SPECULATOR = "LlamaForCausalLMEagle3", "Eagle3DraftModel"
 LAYER_IDS = "eagle_aux_hidden_state_layer_ids"
@@ -47,15 +47,6 @@ class HeadConfig:
     norm_before_fc: bool
     fc_norm: bool
     window: int
-
-    @property
-    def form(self) -> HeadForm:
-        """Its form as it is in the checkpoint: without z."""
-        norm = "together" if self.norm_before_fc else "each" if self.fc_norm else "none"
-        return HeadForm(
-            len(self.layers), self.epsilon, False, norm, self.norm_before_residual,  # type: ignore[arg-type]
-            self.norm_output, self.window,
-        )  # fmt: skip
 
     def flat(self, dtype: str) -> dict[str, Any]:
         """``config.json`` in the flat form."""
@@ -178,11 +169,11 @@ class _Fields:
     values: Mapping[str, Any]
 
     def size(self, name: str, default: int | None = None) -> int:
-        value = self.values.get(name)
+        value: Any = self.values.get(name)
         value = default if value is None else value
-        if not is_whole_number(value) or value < 1:  # type: ignore[operator]
+        if not is_whole_number(value) or value < 1:
             raise InputError(f"{name} is {value!r}, not a size")
-        return int(value)  # type: ignore[arg-type]
+        return int(value)
 
     def flag(self, name: str, default: bool = False) -> bool:
         value = self.values.get(name)

@@ -53,9 +53,9 @@ def import_draft(
         refuse_bad_draft_head(eagle, target.hidden, target.depth, target.vocabulary)
         exits, presets = _kept_exits(kept)
         report = measure_draft(loaded, dense, eagle, prompts, tokens, raw, progress or NoProgress())
-    report["draft_head"]["rope_parameters"] = dict(config.rope)
-    report["draft_head"]["config"] = {**asdict(config), "rope": dict(config.rope)}
-    made = Artifact(fingerprint(model), presets, exits | eagle, report)
+    report["draft_head"]["config"] = asdict(config)
+    known = {} if kept is None else kept.report
+    made = Artifact(fingerprint(model), presets, exits | eagle, {**known, **report})
     if out is not None:
         try:
             made.save(Path(out))

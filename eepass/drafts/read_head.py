@@ -13,10 +13,10 @@ from torch import Tensor
 from eepass.checkpoints.formats.stored import FLOATS, StoredTensors
 from eepass.drafts.head_config import HeadConfig, read_config, refuse_layers
 from eepass.drafts.head_tensors import LAYER, MIDLAYER, NAMES, with_z
+from eepass.drafts.rope import rope_frequencies
 from eepass.errors import InputError
 from eepass.reading import parse_json
 from eepass.runtime.drafting.eagle_form import EPSILON, WINDOW
-from eepass.runtime.drafting.eagle_layer import frequencies
 
 CONFIG = "config.json"
 
@@ -52,13 +52,14 @@ def read_head(
     try:
         config = read_config(values, target.depth, layers)
         _refuse_other_target(config, target)
-        rotary = _frequencies(config)
     except InputError as error:
         raise InputError(f"{folder / CONFIG}: {error}") from error
     if not any(folder.glob("*.safetensors")) and any(folder.glob("*.bin")):
         raise InputError(f"{folder}: its weights are a pickle; save them as safetensors")
     try:
         head = _tensors(StoredTensors(folder), config, target)
+        # of widths that the tensors have
+        rotary = rope_frequencies(config.rope, config.head_width)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
     head = {**head, **_fields(config), "rotary": rotary}
@@ -74,27 +75,6 @@ def _refuse_other_target(config: HeadConfig, target: Target) -> None:
     ):
         if found != wanted:
             raise InputError(f"{name} is {found}, and the model's is {wanted}")
-
-
-def _frequencies(config: HeadConfig) -> Tensor:
-    """Inverse frequencies of rotary positions, as the config scales them."""
-    kind = config.rope.get("rope_type", "default")
-    if kind == "default":
-        return frequencies(config.rope["rope_theta"], config.head_width)
-    if kind not in ("linear", "llama3"):
-        raise InputError(f"rope_type is {kind!r}: heads with default, linear or llama3 are read")
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    try:
-        described = LlamaConfig(
-            head_dim=config.head_width, rope_parameters=dict(config.rope),
-            max_position_embeddings=config.positions,
-        )  # fmt: skip
-        found, _ = ROPE_INIT_FUNCTIONS[kind](described, torch.device("cpu"))
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise InputError(f"rope_parameters of the kind {kind!r} lack {error}") from error
-    return found.float()
 
 
 def _tensors(stored: StoredTensors, config: HeadConfig, target: Target) -> dict[str, Tensor]:
@@ -146,7 +126,8 @@ def _hot_ids(stored: StoredTensors, config: HeadConfig, target: Target) -> Tenso
             raise InputError(f"d2t is missing, and the head has {count} tokens of {vocabulary}")
         return torch.arange(count, dtype=torch.int32)
     whole = (torch.int64, torch.int32)
-    ids = torch.arange(count) + stored.take("d2t", (count,), *whole).long()
+    ids = stored.take("d2t", (count,), *whole).long()
+    ids = ids + torch.arange(count)
     if ids.min() < 0 or ids.max() >= vocabulary or len(ids.unique()) < count:
         raise InputError(f"d2t leads to tokens outside 0 to {vocabulary - 1}, or to one twice")
     if "t2d" in stored:

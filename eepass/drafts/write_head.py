@@ -16,14 +16,14 @@ from eepass.drafts.head_config import HeadConfig
 from eepass.drafts.head_tensors import in_speculators_form, to_checkpoint
 from eepass.drafts.read_head import CONFIG, Target
 from eepass.drafts.readme import readme
+from eepass.drafts.rope import rope_of
 from eepass.drafts.target import target_of
 from eepass.errors import InputError
 from eepass.files import save_tensors
 from eepass.folders import refuse_other_folder, replacing_folder
 from eepass.model import split_model
-from eepass.reading import parse_json
+from eepass.reading import is_whole_number, parse_json
 from eepass.runtime.drafting.eagle_form import HeadForm, form_of
-from eepass.runtime.drafting.eagle_layer import frequencies
 
 FORMATS = ("eagle3", "speculators", "gguf")
 # tokens of a model that is only looked at
@@ -109,6 +109,8 @@ def _checkpoint(
     tensors, layers = to_checkpoint(head, target.final_norm, target.depth, target.vocabulary)
     width = 2 * len(head["rotary"])
     known = model.config.get_text_config(decoder=True)
+    # where it was imported
+    said = _draft_report(artifact).get("config")
     return tensors, HeadConfig(
         hidden=len(head["norm"]),
         target_hidden=target.hidden,
@@ -120,7 +122,7 @@ def _checkpoint(
         draft_vocabulary=len(head["hot.ids"]),
         positions=int(getattr(known, "max_position_embeddings", 0) or 2048),
         layers=layers,
-        rope=_rope(head["rotary"], artifact),
+        rope=rope_of(head["rotary"], said.get("rope") if isinstance(said, Mapping) else None),
         epsilon=form.epsilon,
         norm_before_residual=form.norm_before_residual,
         norm_output=form.norm_output,
@@ -130,31 +132,19 @@ def _checkpoint(
     )
 
 
-def _rope(rotary: Tensor, artifact: Artifact) -> dict[str, Any]:
-    """``rope_parameters`` that give these inverse frequencies [R]."""
-    width = 2 * len(rotary)
-    report = artifact.report.get("draft_head")
-    said = report.get("rope_parameters") if isinstance(report, Mapping) else None
-    if isinstance(said, Mapping) and said.get("rope_type") != "default":
-        return dict(said)
-    # of a model's config, so with few digits
-    theta = float(rotary[1]) ** (-width / 2) if width > 2 else 10000.0
-    for digits in range(1, 9):
-        base = float(f"{theta:.{digits}g}")
-        if torch.equal(frequencies(base, width), rotary):
-            return {"rope_type": "default", "rope_theta": base}
-    raise InputError(f"the draft head's rotary frequencies are of no base near {theta:.0f}")
-
-
 def _dtype(tensors: Mapping[str, Tensor]) -> str:
     return str(tensors["midlayer.self_attn.q_proj.weight"].dtype).removeprefix("torch.")
 
 
 def _steps(artifact: Artifact) -> int:
     """Draft tokens in a row that the head was trained for."""
+    steps: Any = _draft_report(artifact).get("steps")
+    return int(steps) if is_whole_number(steps) and steps > 0 else 3
+
+
+def _draft_report(artifact: Artifact) -> Mapping[str, Any]:
     report = artifact.report.get("draft_head")
-    steps = report.get("steps") if isinstance(report, Mapping) else None
-    return steps if isinstance(steps, int) and not isinstance(steps, bool) and steps > 0 else 3
+    return report if isinstance(report, Mapping) else {}
 
 
 def _no_gguf(form: HeadForm) -> str:
