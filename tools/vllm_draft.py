@@ -7,7 +7,8 @@ it, greedily and one prompt at a time. Reported: in how many answers the text di
 and how near the two likeliest tokens are where it does so first; in how many it differs with
 vLLM's own n-gram drafts, and from one run without drafts to the next, which is vLLM's own noise;
 draft tokens accepted by position; and the tokens a pass gives, beside what this engine gives with a
-chain of as many draft tokens from the same head. This file is also what runs in vLLM's environment.
+chain of as many draft tokens from the same head: with its own answers, and along vLLM's. This file
+is also what runs in vLLM's environment.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def compare(
     (with_head,) = drafted["answers"]
     theirs, gaps = drafted["counters"], plain["gaps"]
     ours = _own_chain(loaded, source, prompts, new_tokens, draft_tokens)
+    along = _chain_along(loaded, source, prompts, with_head, draft_tokens)
     a_pass = 1 + theirs["accepted"] / theirs["passes"]
     return {
         "model": spec,
@@ -87,7 +89,9 @@ def compare(
         "draft_tokens": draft_tokens,
         "vllm": {**theirs, "tokens_a_pass": a_pass},
         "eepass": ours,
+        "eepass_along_vllm": along,
         "vllm_to_eepass": a_pass / ours["tokens_a_pass"],
+        "vllm_to_eepass_along": a_pass / along["tokens_a_pass"],
     }
 
 
@@ -186,6 +190,50 @@ def _own_chain(
         "passes": passes,
         "tokens_a_pass": (sum(map(len, answers)) - len(answers)) / passes,
         "chains_cut_short": Chain.short,
+    }
+
+
+def _chain_along(
+    loaded: Any, artifact: Path, prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[int]], draft_tokens: int,
+) -> dict[str, Any]:  # fmt: skip
+    """What a chain from the head would give if the text were ``answers``: no other decides."""
+    import torch
+
+    from eepass.checkpoints.artifact import load_artifact, without_prefix
+    from eepass.checkpoints.draft_codes import in_dtype
+    from eepass.training.unrolling import unroll
+
+    model = loaded.model
+    embedding = model.get_input_embeddings().weight.detach()
+    tensors = in_dtype(load_artifact(artifact).tensors, embedding.dtype)
+    head = without_prefix(tensors, "eagle.")
+    hot = head.get("hot.ids", tensors["hot.ids"]).long()
+    hot_head = head.get("hot.head", model.get_output_embeddings().weight.detach()[hot])
+    passes, accepted = 0, [0] * draft_tokens
+    for prompt, answer in zip(prompts, answers, strict=True):
+        text = torch.tensor([[*prompt, *answer]])
+        with torch.no_grad():
+            hidden = model(text, output_hidden_states=True).hidden_states
+            # the last one is normed
+            features = torch.cat([hidden[-1], *(hidden[n] for n in head["features"])], -1)
+            states = unroll(text[:, 1:], features[:, :-1], embedding, head, draft_tokens)
+            named = [hot[(state[0] @ hot_head.T).argmax(-1)].tolist() for state in states]
+        ids, last = text[0].tolist(), len(prompt)
+        while last + 1 < len(ids):
+            right = 0
+            while right < min(draft_tokens, len(ids) - last - 1):
+                # its row is the one of the token before, and each has one less before it
+                if named[right][last - 1 + right] != ids[last + 1 + right]:
+                    break
+                accepted[right] += 1
+                right += 1
+            passes += 1
+            last += 1 + right
+    return {
+        "passes": passes,
+        "accepted_by_position": accepted,
+        "tokens_a_pass": 1 + sum(accepted) / passes,
     }
 
 

@@ -51,6 +51,9 @@ def test_answers_are_compared_with_and_without_the_head(tmp_path, fake, monkeypa
     assert found["vllm"]["tokens_a_pass"] == 1.5
     ours = found["eepass"]
     assert 1 <= ours["tokens_a_pass"] <= 3 and ours["passes"] <= 14
+    along = found["eepass_along_vllm"]
+    # the fake's answers have three tokens
+    assert 1 <= along["passes"] <= 4 and len(along["accepted_by_position"]) == 2
     assert found["vllm_to_eepass"] == 1.5 / ours["tokens_a_pass"]
     with pytest.raises(InputError, match=r"no vLLM at .*none"):
         vllm_draft.compare(tmp_path / "none", str(folder), None, "eagle3", 1, 8, 2)
@@ -74,6 +77,7 @@ def test_smollm2_drafts_in_vllm_as_it_does_here(tmp_path, form):
     )
     found = json.loads(out.read_text())
     assert 0.9 < found["vllm_to_eepass"] < 1.1
+    assert 0.95 < found["vllm_to_eepass_along"] < 1.05
     assert found["differ_once_more"] == 0
     # a bfloat16 logit of SmolLM2's size has steps of an eighth
     assert max(found["gaps_where_they_differ"], default=0) <= 0.25
