@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ PLAIN, SCALED = "default", ("linear", "llama3")
 def rope_frequencies(rope: Mapping[str, Any], width: int) -> Tensor:
     """Inverse frequencies [width / 2] of ``rope_parameters``; ``InputError`` for a scaling that
     changes with the text, or more than the frequencies."""
-    kind = rope.get("rope_type", PLAIN)
+    kind = rope["rope_type"]
     if kind == PLAIN:
         return frequencies(rope["rope_theta"], width)
     if kind not in SCALED:
@@ -37,8 +38,10 @@ def rope_of(rotary: Tensor, said: Any) -> dict[str, Any]:
     """``rope_parameters`` that give the inverse frequencies ``rotary`` [R]: those ``said``, if they
     do, or plain ones of a base with few digits. Raises ``InputError`` where neither does."""
     width = 2 * len(rotary)
-    if isinstance(said, Mapping) and torch.equal(rope_frequencies(said, width), rotary):
-        return dict(said)
+    # a report is for people: one of another form says nothing here
+    with suppress(InputError, KeyError, TypeError, ValueError):
+        if torch.equal(rope_frequencies(said, width), rotary):
+            return dict(said)
     theta = float(rotary[1]) ** (-width / 2) if width > 2 else 10000.0
     for digits in range(1, 9):
         base = float(f"{theta:.{digits}g}")

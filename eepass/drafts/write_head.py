@@ -42,7 +42,7 @@ def export_draft(
     not at all; returns what was written.
 
     ``format``: "eagle3", as vLLM reads it, or "speculators", the form of vLLM's library.
-    ``verifier``: what the checkpoint names as its model; that of ``loaded`` unless given. An
+    ``verifier``: what the server calls the model, as ``loaded`` is called unless given. An
     exported folder is replaced. Nothing is rounded. Raises ``InputError`` for another folder, an
     artefact without a head, and a head that the format cannot hold, with the reason.
     """
@@ -57,21 +57,20 @@ def export_draft(
     head = without_prefix(found.tensors, "eagle.")
     if format == "gguf":
         raise InputError(_no_gguf(form_of(head)))
+    name = verifier or loaded.name
+    if name == "smollm2" or name.endswith(".gguf"):
+        raise InputError(f"give --verifier: the folder or id of {name} as the server reads it")
     splits, _ = split_model(model, ROOM, (1,))
     trained_for = target_of(model, splits[1])
     head.setdefault("hot.ids", found.tensors.get("hot.ids", torch.zeros(0)))
     head.setdefault("hot.head", trained_for.lm_head[head["hot.ids"].long()])
     tensors, config = _checkpoint(head, model, trained_for, found)
-    name = verifier or loaded.name
-    values = config.flat(_dtype(tensors))
+    values, steps = config.flat(_dtype(tensors)), _steps(found)
     if format == "speculators":
-        if verifier is None and loaded.name == "smollm2":
-            raise InputError("give --verifier: the folder or id of smollm2 as the server reads it")
         architectures = [type(model).__name__]
-        steps = _steps(found)
         values = config.speculators(_dtype(tensors), name, architectures, steps)
         tensors = in_speculators_form(tensors)
-    text = readme(name, format, config, found.report, _steps(found))
+    text = readme(name, format, config, found.report, steps)
     try:
         with replacing_folder(target, is_exported) as folder:
             save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
@@ -82,7 +81,7 @@ def export_draft(
         raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
     return {
         "format": format, "out": str(target), "bytes": size, "layers": list(config.layers),
-        "draft_vocabulary": config.draft_vocabulary, "steps": _steps(found),
+        "draft_vocabulary": config.draft_vocabulary, "steps": steps,
     }  # fmt: skip
 
 

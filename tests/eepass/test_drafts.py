@@ -216,6 +216,23 @@ def test_an_imported_head_drafts_for_the_engine(tmp_path, monkeypatch):
         import_draft(loaded, tmp_path / "head", layers=(2, 1, 3))
 
 
+def test_scaled_positions_are_written_as_they_were_read(loaded, target, tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0, "original_max_position_embeddings": 64}  # fmt: skip
+    config = foreign_config(rope_parameters=rope)
+    eagle, read = read_head(write_head(tmp_path, config, foreign_tensors(config)), target)
+    plain, _ = read_head(write_head(tmp_path, foreign_config(), foreign_tensors(config)), target)
+    assert not torch.equal(eagle["eagle.rotary"], plain["eagle.rotary"])
+    report = {"draft_head": {"config": dataclasses.asdict(read)}}
+    made = Artifact(fingerprint(loaded.model), {}, eagle, report)
+    export_draft(loaded, made, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written["rope_parameters"] == rope
+    # without the report there is no telling
+    with pytest.raises(InputError, match="of no base near"):
+        export_draft(loaded, dataclasses.replace(made, report={"draft_head": 1}), tmp_path / "out")
+
+
 WRONG = {
     "num_hidden_layers": ({"num_hidden_layers": 2}, "num_hidden_layers is 2: heads with 1"),
     "kind": ({"speculators_model_type": "peagle"}, "is 'peagle': eagle3 heads are read"),
@@ -279,6 +296,8 @@ def test_what_cannot_be_exported_is_named(loaded, artifact, tmp_path):
         export_draft(loaded, artifact, tmp_path / "out", "gguf")
     with pytest.raises(InputError, match="format 'onnx': expected eagle3"):
         export_draft(loaded, artifact, tmp_path / "out", "onnx")
+    with pytest.raises(InputError, match=r"give --verifier: the folder or id of a/b\.gguf"):
+        export_draft(dataclasses.replace(loaded, name="a/b.gguf"), artifact, tmp_path / "out")
     headless = {n: t for n, t in artifact.tensors.items() if not n.startswith("eagle.")}
     with pytest.raises(InputError, match="has no draft head"):
         export_draft(loaded, dataclasses.replace(artifact, tensors=headless), tmp_path / "out")
