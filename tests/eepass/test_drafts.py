@@ -233,6 +233,25 @@ def test_scaled_positions_are_written_as_they_were_read(loaded, target, tmp_path
         export_draft(loaded, dataclasses.replace(made, report={"draft_head": 1}), tmp_path / "out")
 
 
+@pytest.mark.slow
+def test_a_head_alone_is_compiled_into_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    torch.use_deterministic_algorithms(False)
+    loaded = eepass.load(str(save_word_model(tmp_path / "model", artifact=False)), "fp32")
+    split = split_model(loaded.model, 64, (1,))[0][1]
+    config = foreign_config()
+    head = write_head(tmp_path / "head", config, foreign_tensors(config))
+    eagle, _ = read_head(head, target_of(loaded.model, split))
+    alone = Artifact(fingerprint(loaded.model), {}, eagle)
+    with torch.no_grad():
+        report = eepass.write_folder(loaded, tmp_path / "out", alone, rows=(1, 4), max_length=64)
+    assert "none: without an artefact that has exits" in report["exit_graph"]
+    ready = eepass.load(str(tmp_path / "out")).model
+    ready.configure(ExitConfig(exits=False, speculate="eagle", adaptive=False))
+    dense = [step.token for step in ready.dense.generate(PROMPT, 16)]
+    assert [step.token for step in ready.engine.generate(PROMPT, 16)] == dense
+
+
 WRONG = {
     "num_hidden_layers": ({"num_hidden_layers": 2}, "num_hidden_layers is 2: heads with 1"),
     "kind": ({"speculators_model_type": "peagle"}, "is 'peagle': eagle3 heads are read"),

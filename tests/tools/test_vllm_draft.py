@@ -24,7 +24,7 @@ answers = [ids[:3] for ids in task["prompts"]]
 if drafts and drafts["method"] == "eagle3":
     config = json.load(open(drafts["model"] + "/config.json"))
     assert config["draft_vocab_size"] and drafts["num_speculative_tokens"] == 2
-    answers[0][1] = -1
+    answers[0][1] = 1
 counters = {{"passes": 10, "drafted": 20, "accepted": 5, "accepted_by_position": [4, 1]}}
 json.dump({{"versions": {{"vllm": "0"}}, "counters": counters,
            "answers": [answers] * task.get("rounds", 1),
