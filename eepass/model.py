@@ -117,8 +117,8 @@ def split_model(
     model: Any, max_length: int | None, rows: Sequence[int], dump: Path | None = None
 ) -> tuple[dict[int, SplitDecoder], PassReport]:
     """``model`` split for passes of ``rows`` and for prompts, its weights laid out to be read."""
+    from eepass.checkpoints.weight_memory import settle_weights
     from eepass.passes.pipeline import split_for_rows
-    from eepass.runtime.cache.weight_memory import settle_weights
 
     slots = _slots(model, max_length)
     settle_weights(weights_to_read(model))
@@ -141,7 +141,7 @@ def _splits(
     where it is not kept."""
     if dump is not None or next(model.parameters()).device.type != "cpu":
         return *split_model(model, max_length, rows, dump), ""
-    from eepass.runtime.cache.weight_memory import settle_weights
+    from eepass.checkpoints.weight_memory import settle_weights
 
     slots = _slots(model, max_length)
     settle_weights(weights_to_read(model))

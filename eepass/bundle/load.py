@@ -15,6 +15,7 @@ from eepass.bundle.manifest import AGAIN, GRAPHS, read_manifest
 from eepass.checkpoints.artifact import load_artifact
 from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import FolderTokenizer
+from eepass.checkpoints.weight_memory import settle_weights
 from eepass.codegen.compiled_code import CompiledCode
 from eepass.codegen.cpu.native import KernelsMissing, open_kernels
 from eepass.config import ExitConfig
@@ -23,7 +24,6 @@ from eepass.model import ARTIFACT, EarlyExitModel
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.reading import parse_json
-from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.stored_graphs import GraphReader
 
 CODE = "code"

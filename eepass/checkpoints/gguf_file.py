@@ -63,9 +63,19 @@ class GgufFile:
     tensor_span: tuple[int, int]
     digest: str
 
-    def read(self, tensor: GgufTensor) -> np.ndarray:
-        """The bytes of a tensor, uint8 [rows, bytes of a row]."""
-        data = np.fromfile(self.path, np.uint8, tensor.size, offset=tensor.offset)
+    def read(self, tensor: GgufTensor, into: np.ndarray | None = None) -> np.ndarray:
+        """The bytes of a tensor, uint8 [rows, bytes of a row]; ``into``: uint8 of any size, used
+        for them if it is large enough. Raises ``InputError`` where the file has become shorter."""
+        if into is None or len(into) < tensor.size:
+            into = np.empty(tensor.size, np.uint8)
+        data = into[: tensor.size]
+        rest = data.data
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(tensor.offset)
+            while rest and (count := file.readinto(rest)):
+                rest = rest[count:]
+        if rest:
+            raise InputError(f"{self.path}: it has become shorter while it was read")
         rows = int(np.prod(tensor.shape[:-1])) if len(tensor.shape) > 1 else 1
         return data.reshape(rows, -1)
 
@@ -164,6 +174,17 @@ class _Reader:
         self.at += size
         return self.data[self.at - size : self.at].decode()
 
+    def strings(self, count: int) -> None:
+        """Pass over strings: hundreds of thousands in a vocabulary."""
+        data, at, end = self.data, self.at, len(self.data)
+        for _ in range(count):
+            begin = at + 8
+            at = begin + int.from_bytes(data[at:begin], "little")
+            if at > end:
+                raise struct.error(f"a string of {at - begin} bytes at byte {begin}")
+            data[begin:at].decode()
+        self.at = at
+
     def value(self, kind: int, depth: int = 0) -> Any:
         if kind == STRING:
             return self.string()
@@ -176,6 +197,8 @@ class _Reader:
             raise struct.error(f"a list of {count} values")
         if inner in SCALARS:
             self.at += count * struct.calcsize(f"<{SCALARS[inner]}")
+        elif inner == STRING:
+            self.strings(count)
         else:
             for _ in range(count):
                 self.value(inner, depth + 1)

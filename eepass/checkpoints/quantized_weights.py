@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from eepass.ops.packed import INT8, ROW, UNROUNDED
-from eepass.ops.packing import GROUP, KINDS, form_number, inputs_of
+from eepass.ops.packing import GROUP, KINDS, OUTPUTS, form_number, inputs_of
 
+# values
+UNPACKED_AT_ONCE = 1 << 21
 # how rows are rounded before they are multiplied with quantised weights
 ACTIVATIONS = {"int8": INT8, "bf16": UNROUNDED}
 
@@ -29,8 +31,18 @@ class QuantizedWeight:
 
     def values(self, dtype: torch.dtype, rows: Tensor | None = None) -> Tensor:
         """Its values [outputs, K], or those of some rows."""
-        values: Tensor = torch.ops.eepass.unpack(self.packed, self.form, self.outputs, rows)
-        return values.to(dtype)
+        if rows is not None:
+            chosen: Tensor = torch.ops.eepass.unpack(self.packed, self.form, self.outputs, rows)
+            return chosen.to(dtype)
+        inputs = inputs_of(self.form, self.packed.shape[1])
+        values = torch.empty(self.outputs, inputs, dtype=dtype)
+        # not whole in float32, which is twice what is asked for
+        blocks = max(1, UNPACKED_AT_ONCE // (OUTPUTS * inputs))
+        for packed, part in zip(
+            self.packed.split(blocks), values.split(blocks * OUTPUTS), strict=True
+        ):
+            part.copy_(torch.ops.eepass.unpack(packed, self.form, len(part), None))
+        return values
 
 
 def grouped(

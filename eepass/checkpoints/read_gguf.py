@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from eepass.checkpoints.gguf_described import described, holdings_of_gguf
 from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
 from eepass.checkpoints.gguf_rotary import FACTORS, divide_frequencies
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
+from eepass.checkpoints.weight_memory import ALIGNMENT, WeightBlock
 from eepass.codegen.cpu.native import load_kernels
 from eepass.errors import InputError
 from eepass.files import write_text_atomically
@@ -131,9 +133,14 @@ class _Weights:
         self.like = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = {name for name, _ in model.named_buffers()}
         self.linears = {n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+        self.position = {name: i for i, name in enumerate(self._in_reading_order())}
+        self.block = WeightBlock(sum(map(self._room, header.tensors)))
         self.packed: dict[str, QuantizedWeight] = {}
         self.values: dict[str, Tensor] = {}
         self.left: Counter[str] = Counter()
+        # reading into new memory costs as much again: one piece, large enough for all but a few
+        sizes = sorted(tensor.size for tensor in header.tensors)
+        self._scratch = np.empty(sizes[-1 - len(sizes) // 32], np.uint8)
 
     def read(self) -> None:
         has_head = any(tensor.name == HEAD for tensor in self.header.tensors)
@@ -141,7 +148,12 @@ class _Weights:
             (n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()),
             "",
         )
-        for tensor in self.header.tensors:
+        tied, last = None, len(self.position)
+        # each lies where a pass will read it, behind those of the modules before it
+        for tensor in sorted(
+            self.header.tensors,
+            key=lambda t: self.position.get(self.names.get(t.name, ""), last),
+        ):
             if tensor.name == FACTORS:
                 # no parameter; see gguf_rotary.py
                 continue
@@ -154,11 +166,31 @@ class _Weights:
             weight = self._pack(tensor, order)
             module = name.removesuffix(".weight")
             if self.keep and module in self.linears:
-                self.packed[module] = weight
+                self.packed[module] = self._placed(weight)
                 continue
-            self.values[name] = weight.values(self.like[name].dtype)
+            self.values[name] = self.block.placed(weight.values(self.like[name].dtype))
             if self.keep and tensor.name == EMBEDDING and not has_head and head in self.linears:
-                self.packed[head] = weight
+                tied = weight
+        if tied is not None:
+            self.packed[head] = self._placed(tied)
+
+    def _in_reading_order(self) -> Iterator[str]:
+        """The parameters as ``weights_to_read`` will have them, so that none moves again."""
+        for name, module in self.model.named_modules():
+            own = [f"{name}.{parameter}" if name else parameter for parameter in module._parameters]
+            # a quantised layer has its bias before its weight
+            yield from reversed(own) if self.keep and name in self.linears else own
+
+    def _room(self, tensor: GgufTensor) -> int:
+        """Bytes that a tensor may take up, at most."""
+        name = self.names.get(tensor.name, "")
+        packed = tensor.size * 5 // 4 if self.keep and tensor.kind in self.kinds else 0
+        if name not in self.like or (packed and name.removesuffix(".weight") in self.linears):
+            return packed
+        return packed + self.like[name].nbytes + ALIGNMENT
+
+    def _placed(self, weight: QuantizedWeight) -> QuantizedWeight:
+        return replace(weight, packed=self.block.placed(weight.packed))
 
     def _order(self, tensor: GgufTensor) -> Tensor | None:
         """The row of the file that each row of the model is; None where that is not all that
@@ -186,7 +218,7 @@ class _Weights:
 
     def _pack(self, tensor: GgufTensor, order: Tensor) -> QuantizedWeight:
         form = form_number(PACKED[tensor.kind])
-        blocks = torch.from_numpy(self.header.read(tensor))
+        blocks = torch.from_numpy(self.header.read(tensor, self._scratch))
         in_order = torch.equal(order, torch.arange(len(order)))
         packed = torch.ops.eepass.pack_gguf(blocks, form, None if in_order else order)
         return QuantizedWeight(packed, form, tensor.shape[0])
@@ -204,7 +236,8 @@ class _Weights:
             if name in self.like:
                 self._refuse_other_shape(tensor, name, values.shape)
                 values = values.to(self.like[name].dtype)
-            self.values[name] = values
+            # more may still be put into experts
+            self.values[name] = values if values.ndim > 2 else self.block.placed(values)
         if tensor.kind not in (F32, F16, BF16) and self.keep:
             from gguf.constants import GGMLQuantizationType
 
@@ -220,10 +253,10 @@ class _Weights:
 
     def _floats(self, tensor: GgufTensor) -> np.ndarray:
         """The values of a tensor, float32 in its shape."""
-        data = self.header.read(tensor)
         if tensor.kind in self.kinds and len(tensor.shape) == 2:
             weight = self._pack(tensor, torch.arange(tensor.shape[0]))
             return weight.values(torch.float32).numpy()
+        data = self.header.read(tensor)
         if tensor.kind == BF16:
             return (
                 (data.view(np.uint16).astype(np.uint32) << 16)

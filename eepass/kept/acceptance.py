@@ -52,9 +52,7 @@ class KeptAcceptance:
             "bins": {",".join(map(str, bin)): observed[bin] for bin in fullest},
             "learned": list(learned),
         }
-        self._entries.drop(self._key)
-        # another process may have been faster; then its file stays
-        self._entries.write(self._key, {ACCEPTANCE: json.dumps(found).encode()})
+        self._entries.replace(self._key, {ACCEPTANCE: json.dumps(found).encode()})
 
 
 def _bins(found: Mapping[str, Sequence[Any]]) -> Bins:

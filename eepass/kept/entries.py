@@ -56,7 +56,19 @@ class Entries:
         return entry if names else None
 
     def write(self, key: str, files: Mapping[str, bytes]) -> None:
-        """Add an entry, unless it is there."""
+        """Add an entry, unless it is there, and remove others until all fit."""
+        self._add(key, files)
+        with contextlib.suppress(OSError):
+            self._make_room(key)
+
+    def replace(self, key: str, files: Mapping[str, bytes]) -> None:
+        """Write a small entry anew. Nothing is removed for it: looking at all entries takes longer
+        than some answers."""
+        self.drop(key)
+        # another process may have been faster; then its files stay
+        self._add(key, files)
+
+    def _add(self, key: str, files: Mapping[str, bytes]) -> None:
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             _refuse_foreign(self.folder)
@@ -73,7 +85,6 @@ class Entries:
             finally:
                 # the rename fails where another process was first
                 shutil.rmtree(scratch, ignore_errors=True)
-            self._make_room(key)
 
     def drop(self, key: str) -> None:
         """Remove an entry."""

@@ -18,9 +18,9 @@ from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
 from eepass.checkpoints.quantized_weights import weights_to_read
+from eepass.checkpoints.weight_memory import settle_weights
 from eepass.errors import PassError
 from eepass.passes.caller.caller_graph import CallerGraph
-from eepass.runtime.cache.weight_memory import settle_weights
 from eepass.torch_compile.early_exit_step import EarlyExitStep
 from eepass.torch_compile.model_lookup import (
     expressions_of,

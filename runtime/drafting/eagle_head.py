@@ -25,8 +25,9 @@ from eepass.runtime.drafting.eagle_weights import HeadWeights, Layout
 from eepass.segments import GraphToMake
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
-# levels of a tree's first call and of each further one
-LEVELS, FURTHER = 4, 3
+# Levels of a tree's first call and of each further one. Another call costs little beside a level,
+# and the third level rarely gets a row of a small pass
+LEVELS, FURTHER = 2, 2
 # draft tokens named below each that is expanded
 WIDTH = 6
 # rows of confirmed tokens that begin a tree, and of others that go before

@@ -37,10 +37,13 @@ class Features:
 
     def value(self, hidden_size: int, norm: Norm) -> Tensor:
         """[n, F * H] with all of z normed; H is ``hidden_size``."""
-        raw = [index for index, normed in enumerate(self.normed) if not normed]
-        if not raw:
+        if all(self.normed):
             return self.rows
         rows = self.rows.clone()
+        if not any(self.normed):
+            rows[:, :hidden_size] = norm(rows[None, :, :hidden_size])[0]
+            return rows
+        raw = [index for index, normed in enumerate(self.normed) if not normed]
         z = norm(rows[None, raw, :hidden_size])[0]
         rows[raw, :hidden_size] = z
         return rows

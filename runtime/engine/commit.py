@@ -55,10 +55,15 @@ def _features(scheduled: ScheduledSequence) -> Features | None:
     if not path:
         return None
     z, last = scheduled.z, scheduled.last_hidden
-    rows = [torch.stack([z[node] if node in z else last[node] for node in path])]
-    for layer in draft.feature_layers:
-        rows.append(torch.stack([_hidden_after(scheduled, layer, node) for node in path]))
-    return Features(torch.cat(rows, -1), [node in z for node in path])
+    states = [
+        state
+        for node in path
+        for state in (
+            z[node] if node in z else last[node],
+            *(_hidden_after(scheduled, layer, node) for layer in draft.feature_layers),
+        )
+    ]
+    return Features(torch.stack(states).view(len(path), -1), [node in z for node in path])
 
 
 def _hidden_after(scheduled: ScheduledSequence, layer: int, node: int) -> Tensor:

@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 from queue import SimpleQueue
-from threading import Event, Lock, Thread
+from threading import Event, Lock, Thread, current_thread
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from eepass.errors import EngineError
 from eepass.runtime.engine.batch import Batch, Request
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import Process
@@ -133,8 +134,14 @@ class EngineLoop:
         ``enough`` is set leaves before the next pass. With ``put`` there is nothing to iterate
         over: it is called with what comes, in the loop's own thread, and must neither wait nor
         fail; what ends all requests it is given once for each. Raises ``EngineError`` as
-        ``decode_batch`` does, and whatever a ``process`` of their own raises.
+        ``decode_batch`` does, or where a ``process`` that it calls submits and would wait for it,
+        and whatever a ``process`` of their own raises.
         """
+        if put is None and current_thread() is self._thread:
+            raise EngineError(
+                "a process of a request asks the model that waits for it: it would wait for ever; "
+                "give it a model of its own"
+            )
         given: SimpleQueue[Given] = SimpleQueue()
         submission = _Submission(requests, put or given.put)
         if not requests:

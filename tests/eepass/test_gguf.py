@@ -1,6 +1,7 @@
 """GGUF files: kept as they are quantised, or dequantised, as transformers dequantises them."""
 
 import json
+import mmap
 import os
 import struct
 
@@ -13,7 +14,8 @@ from gguf_files import write
 import eepass
 from eepass.checkpoints.artifact import fingerprint
 from eepass.checkpoints.gguf_file import read_header
-from eepass.checkpoints.quantized_weights import quantization_of, quantized_layers
+from eepass.checkpoints.quantized_weights import quantization_of, quantized_layers, weights_to_read
+from eepass.checkpoints.weight_memory import settle_weights
 from eepass.errors import InputError
 
 PROMPT = torch.tensor([[5, 9, 44, 7, 8]])
@@ -66,6 +68,26 @@ def test_every_type_has_the_values_transformers_gives_it(tmp_path, architecture,
     assert 0 < apart < 0.1 * expected.abs().max()
     # an artefact of the one fits the other: they have the same weights
     assert fingerprint(kept.model) == fingerprint(plain.model)
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")
+@pytest.mark.parametrize("quantize", (None, "keep"))
+@pytest.mark.parametrize("tied", (True, False), ids=("tied", "own head"))
+def test_weights_are_read_to_where_a_pass_reads_them(tmp_path, quantize, tied):
+    path = write(tmp_path / "tiny.gguf", "qwen3", (*MIXED, ("output.weight", "Q5_0")), tied)
+    weights = weights_to_read(eepass.load(str(path), quantize=quantize).model)
+    addresses = [weight.data_ptr() for weight in weights]
+    assert settle_weights(weights)
+    assert [weight.data_ptr() for weight in weights] == addresses
+
+
+def test_a_file_that_is_cut_while_it_is_read(tmp_path):
+    path = write(tmp_path / "tiny.gguf")
+    header = read_header(path)
+    os.truncate(path, path.stat().st_size - 64)
+    with pytest.raises(InputError, match="become shorter"):
+        for tensor in header.tensors:
+            header.read(tensor, np.empty(100, np.uint8))
 
 
 def test_training_on_the_weights_as_they_are_kept(tmp_path):

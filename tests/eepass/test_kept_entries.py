@@ -74,6 +74,17 @@ def test_what_was_used_longest_ago_makes_room(tmp_path):
     assert size_of(entries.folder) <= entries.limit
 
 
+def test_what_is_written_after_answers_looks_at_no_other_entry(entries, monkeypatch):
+    looked = []
+    monkeypatch.setattr("eepass.kept.entries.size_of", lambda folder: looked.append(folder) or 0)
+    for text in (b"first", b"second"):
+        entries.replace("key", {"file": text})
+        assert (entries.find("key") / "file").read_bytes() == text
+    assert not looked
+    entries.write("other", {"file": b"third"})
+    assert looked
+
+
 def test_a_folder_that_cannot_be_written_is_an_empty_cache(tmp_path):
     (tmp_path / "file").write_text("")
     entries = Entries(tmp_path / "file" / "kept")

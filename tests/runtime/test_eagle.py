@@ -116,8 +116,8 @@ def test_old_tokens_drop_out_of_a_sequence_longer_than_the_cache(draft, weights,
 def test_a_tree_in_one_call_is_what_training_unrolls(draft, weights, embedding, confirmed):
     """Of every path by itself, and each level has the likeliest tokens after its paths."""
     tokens, features = sequence(confirmed)
-    levels = [*draft.begin(tokens, features), *draft.further()]
-    assert len(levels) == draft.levels > 6
+    levels = [*draft.begin(tokens, features), *draft.further(), *draft.further()]
+    assert len(levels) == draft.levels == 6
     head, paths = embedding[draft.hot_ids], [([], 0.0)]
     for level in levels:
         width = len(level.tokens) // len(level.above)

@@ -125,6 +125,16 @@ def test_errors_are_their_own_callers(engine, loop):
     assert len(list(patient)) == 59
 
 
+def test_a_process_that_asks_its_own_model_is_told_so(engine, loop):
+    def asks(context, logits):
+        next(loop.submit([request(7)]))
+        return logits
+
+    with pytest.raises(EngineError, match="wait for ever"):
+        tokens(loop, request(6, process=asks))
+    assert tokens(loop, request(5)) == [alone(engine, 5)]
+
+
 def test_an_error_of_a_pass_reaches_everyone_and_the_loop_goes_on(engine, loop, monkeypatch):
     first = loop.submit([request(1, 100)])
     next(first)

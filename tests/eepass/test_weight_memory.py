@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from eepass.runtime.cache.weight_memory import settle_weights
+from eepass.checkpoints.weight_memory import settle_weights
 
 
 @pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="no large pages here")
@@ -53,7 +53,7 @@ def test_weights_shared_with_other_processes_stay():
 def test_what_weights_took_up_before_is_given_back():
     script = """
 import resource, torch
-from eepass.runtime.cache.weight_memory import settle_weights
+from eepass.checkpoints.weight_memory import settle_weights
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 # large blocks are freed at once, and raise what the C library keeps from then on

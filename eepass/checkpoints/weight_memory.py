@@ -18,6 +18,31 @@ ALIGNMENT = 64
 BETWEEN_TRIMS = 64 << 20
 
 
+class WeightBlock:
+    """Room for ``size`` bytes of weights, one after another; what is not used is never touched."""
+
+    def __init__(self, size: int) -> None:
+        self._size, self._used = size, 0
+        self._memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        # a kernel without large pages refuses; small pages do as well
+        with contextlib.suppress(OSError):
+            self._memory.madvise(mmap.MADV_HUGEPAGE)
+
+    def placed(self, weight: Tensor) -> Tensor:
+        """A copy of a CPU tensor behind the last one, contiguous, with a storage of its own; the
+        tensor itself where there is no more room."""
+        at = self._used
+        if not weight.numel() or at + weight.nbytes > self._size:
+            return weight
+        self._used += _aligned(weight.nbytes)
+        copy = torch.frombuffer(self._memory, dtype=weight.dtype, count=weight.numel(), offset=at)
+        return copy.view(weight.shape).copy_(weight)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
+
+
 def settle_weights(weights: Iterable[Tensor]) -> int:
     """Move contiguous CPU ``weights`` in place into one block, in order; returns its bytes.
 
@@ -30,27 +55,19 @@ def settle_weights(weights: Iterable[Tensor]) -> int:
         movable = weight.device.type == "cpu" and not weight.is_shared()
         if movable and weight.is_contiguous() and weight.numel():
             groups.setdefault((weight.data_ptr(), weight.shape, weight.dtype), []).append(weight)
-    sizes = [-(-same[0].nbytes // ALIGNMENT) * ALIGNMENT for same in groups.values()]
+    sizes = [_aligned(same[0].nbytes) for same in groups.values()]
     if not sizes or not hasattr(mmap, "MADV_HUGEPAGE"):
         return 0
     addresses = accumulate(sizes, initial=next(iter(groups))[0])
     if len(groups) > 1 and all(key[0] == at for key, at in zip(groups, addresses, strict=False)):
         # they are laid out so already
         return sum(sizes)
-    block = mmap.mmap(-1, sum(sizes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # a kernel without large pages refuses; small pages do as well
-    with contextlib.suppress(OSError):
-        block.madvise(mmap.MADV_HUGEPAGE)
-    offset = freed = 0
+    block = WeightBlock(sum(sizes))
+    freed = 0
     for same, size in zip(groups.values(), sizes, strict=True):
-        old = same[0].data
-        moved = torch.frombuffer(block, dtype=old.dtype, count=old.numel(), offset=offset)
-        moved = moved.view(old.shape)
-        moved.copy_(old)
+        moved = block.placed(same[0].data)
         for weight in same:
             weight.data = moved
-        del old
-        offset += size
         freed += size
         if freed > BETWEEN_TRIMS:
             _give_back_freed()
