@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from eepass.checkpoints.artifact import load_artifact
     from eepass.config import ExitConfig
     from eepass.doctoring import doctor
+    from eepass.drafts.import_head import import_draft
+    from eepass.drafts.write_head import export_draft
     from eepass.errors import InputError
     from eepass.exactness.certificate import verify
     from eepass.hf.generation import generate, prepare
@@ -27,8 +29,10 @@ _HOMES = {
     "bench": "eepass.benchmark.bench",
     "calibrate": "eepass.training.recalibrate",
     "doctor": "eepass.doctoring",
+    "export_draft": "eepass.drafts.write_head",
     "export_onnx": "eepass.onnx.export",
     "generate": "eepass.hf.generation",
+    "import_draft": "eepass.drafts.import_head",
     "load": "eepass.loading",
     "load_artifact": "eepass.checkpoints.artifact",
     "prepare": "eepass.hf.generation",
@@ -46,8 +50,10 @@ __all__ = [
     "bench",
     "calibrate",
     "doctor",
+    "export_draft",
     "export_onnx",
     "generate",
+    "import_draft",
     "load",
     "load_artifact",
     "prepare",

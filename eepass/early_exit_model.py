@@ -24,6 +24,7 @@ from eepass.kept.splits import kept_entries, kept_exits
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import (
+    draft_tensors,
     drafts_from_the_text,
     exit_tensors,
     fits_captured_steps,
@@ -145,6 +146,11 @@ class EarlyExitModel:
         self._chain = chain and drafts_from_the_text(config)
 
     @property
+    def has_exits(self) -> bool:
+        """Whether there is an artefact with exits, and not with a draft head alone."""
+        return self.artifact is not None and bool(self.artifact.presets)
+
+    @property
     def engine(self) -> Engine | CapturedSteps:
         """What decodes as configured; dense where nothing was."""
         if self._engine is None:
@@ -202,8 +208,17 @@ class EarlyExitModel:
                 return decoder.device.type == "cpu" and not missing
 
             return engine_for(
-                self._measured, config, parts, small, trace, packs, *self._expected_drafts()
-            )
+                self._measured, config, parts, self._draft_head(parts), small, trace, packs,
+                *self._expected_drafts(),
+            )  # fmt: skip
+
+    def _draft_head(self, parts: ExitParts | None) -> Mapping[str, Tensor]:
+        """The trained draft head's tensors, which exits have among theirs."""
+        if parts is not None:
+            return parts.tensors
+        if self.artifact is None:
+            return {}
+        return draft_tensors(self.artifact, self.decoder.tensors, self.splits[1])
 
     def _expected_drafts(self) -> tuple[KeptAcceptance, list[float]]:
         """What is known of draft tokens beforehand: as learned by earlier processes, and how often

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from math import prod
@@ -83,6 +83,7 @@ def engine_for(
     measured: Measured,
     config: ExitConfig,
     parts: ExitParts | None,
+    head: Mapping[str, Tensor],
     draft_decoder: Decoder | None,
     trace: bool,
     packs: Callable[[], bool],
@@ -91,13 +92,15 @@ def engine_for(
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
-    ``trace``: whether a trained head has still to be traced, or was compiled ahead of time.
-    ``packs``: whether there are kernels for packed weights, asked when a head is first run.
-    ``hits``: how often it was right at each further draft token, when it was trained.
+    ``head``: the tensors of a trained draft head, none without one. ``trace``: whether that has
+    still to be traced, or was compiled ahead of time. ``packs``: whether there are kernels for
+    packed weights, asked when a head is first run. ``hits``: how often it was right at each further
+    draft token, when it was trained.
     """
     decoder = measured.decoder
     earlier = measured.earlier if config.remember else None
-    draft = _draft_for(decoder, config, parts, draft_decoder, trace, earlier, packs)
+    named = parts.plan.draft_tokens if parts is not None else 0
+    draft = _draft_for(decoder, config, head, named, draft_decoder, trace, earlier, packs)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -135,7 +138,8 @@ def engine_for(
 def _draft_for(
     decoder: Decoder,
     config: ExitConfig,
-    parts: ExitParts | None,
+    head: Mapping[str, Tensor],
+    named: int,
     draft_decoder: Decoder | None,
     trace: bool,
     earlier: EarlierTexts | None,
@@ -145,19 +149,18 @@ def _draft_for(
     if source == "model":
         assert draft_decoder is not None
         return Cascade(ModelDraft(draft_decoder), text)
-    tensors = parts.tensors if parts is not None else {}
-    if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in tensors):
+    if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in head):
         return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        head = EagleHead(
-            tensors, _embedding(decoder), decoder.compile, trace,
+        eagle = EagleHead(
+            head, _embedding(decoder), decoder.compile, trace,
             lambda: DRAFT_BITS if packs() else None,
         )  # fmt: skip
         norm = partial(decoder.splits[1].head.normed, tensors=decoder.tensors)
         if source in ("eagle", "cascade"):
-            return Cascade(EagleTree(head, norm), text if source == "cascade" else None)
+            return Cascade(EagleTree(eagle, norm), text if source == "cascade" else None)
         # candidates of early exits
-        return EagleTree(head, norm, parts.plan.draft_tokens if parts is not None else 0)
+        return EagleTree(eagle, norm, named)
     return None
 
 

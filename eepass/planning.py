@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact
-from eepass.checkpoints.draft_codes import ROTARY
+from eepass.checkpoints.draft_codes import DIGITS
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.plan import ExitPlan, ExitPoint
@@ -37,11 +37,15 @@ def settle(
         config = replace(config, speculate="off")
     if config.speculate == "model" and not draft_model:
         raise InputError("speculate='model': give transform a draft_model")
-    if artifact is None:
+    if artifact is None or not artifact.presets:
         if config.guarantee == "approximate" and not is_dense(config):
-            raise InputError("early exit needs an artefact: run eepass train, or ask for exact")
-        untrained = "suffix" if config.speculate in ("cascade", "eagle") else config.speculate
-        return replace(config, exits=False, draft="lens", speculate=untrained), None
+            raise InputError(
+                "early exit needs an artefact with exits: run eepass train, or ask for exact"
+            )
+        source = config.speculate
+        if artifact is None and source in ("cascade", "eagle"):
+            source = "suffix"
+        return replace(config, exits=False, draft="lens", speculate=source), None
     plan = make_plan(config, artifact, len(split.layers))
     source = config.speculate
     trained_head = source == "eagle" or (source in ("lens", "off") and config.draft == "eagle")
@@ -104,20 +108,40 @@ def exit_tensors(
     """The artefact's tensors under the names the passes use, and the hot rows of the LM
     head: as they are, and for the draft head the values they stand for."""
     prefix = f"predictor.{preset}."
-    tensors: dict[str, Tensor] = {}
-    dtype = split.hidden_example.dtype
+    tensors = draft_tensors(artifact, model_tensors, split)
     head = model_tensors[split.head.weight].detach()
     for name, tensor in artifact.tensors.items():
-        if name.startswith("predictor."):
-            if name.startswith(prefix):
-                tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
-        else:
-            kind = dtype if tensor.is_floating_point() else torch.long
-            # rotary positions need their digits
-            kind = torch.float32 if name == ROTARY else kind
-            tensors[name] = tensor.to(head.device, kind)
+        if name.startswith(prefix):
+            tensors["predictor." + name[len(prefix) :]] = tensor.to(head.device)
+        elif not name.startswith(("predictor.", "eagle.")):
+            tensors[name] = _placed(name, tensor, split, head.device)
     tensors["hot.head"] = split.head.rows(head, tensors["hot.ids"]).contiguous()
-    if DRAFT_HEAD in tensors:
-        hot = tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
+    return tensors
+
+
+def draft_tensors(
+    artifact: Artifact, model_tensors: Mapping[str, Tensor], split: SplitDecoder
+) -> dict[str, Tensor]:
+    """The artefact's draft head, ``eagle.*``, with the rows of the LM head it reads; empty where
+    there is none."""
+    if DRAFT_HEAD not in artifact.tensors:
+        return {}
+    head = model_tensors[split.head.weight].detach()
+    tensors = {
+        name: _placed(name, tensor, split, head.device)
+        for name, tensor in artifact.tensors.items()
+        if name.startswith("eagle.")
+    }
+    if "eagle.hot.ids" not in tensors:
+        hot = artifact.tensors["hot.ids"]
+        tensors["eagle.hot.ids"] = _placed("hot.ids", hot, split, head.device)
+    if "eagle.hot.head" not in tensors:
+        hot, dtype = tensors["eagle.hot.ids"], split.hidden_example.dtype
         tensors["eagle.hot.head"] = split.head.row_values(head, hot, dtype)
     return tensors
+
+
+def _placed(name: str, tensor: Tensor, split: SplitDecoder, device: torch.device) -> Tensor:
+    """``tensor`` in the model's dtype on its device; digits that count stay."""
+    kind = split.hidden_example.dtype if tensor.is_floating_point() else torch.long
+    return tensor.to(device, torch.float32 if name in DIGITS else kind)

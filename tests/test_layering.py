@@ -57,10 +57,12 @@ MAY_IMPORT = {
     "benchmark": {
         "checkpoints", "codegen", "lengths", "model", "passes", "runtime", "training",
     },
+    "drafts": {"checkpoints", "files", "folders", "model", "runtime", "training"},
     "exactness": {"checkpoints", "codegen", "model", "runtime"},
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
-        "benchmark", "bundle", "checkpoints", "conversation", "doctoring", "exactness", "files",
+        "benchmark", "bundle", "checkpoints", "conversation", "doctoring", "drafts", "exactness",
+        "files",
         "inspecting", "lengths", "model", "onnx", "pictures", "runtime", "server", "training",
     },
     "__main__": {"cli"},

@@ -25,8 +25,11 @@ from torch import Tensor, nn
 
 from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.errors import InputError
-from eepass.runtime.drafting.eagle_layer import MATRICES, NORMS
+from eepass.runtime.drafting.eagle_form import HeadForm
+from eepass.runtime.drafting.eagle_layer import MATRICES
 
+# of a draft head trained here
+NORMS = HeadForm(features=3).norms
 # families whose modules are linear layers, embeddings and norms over whole hidden states or heads
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 WIDENED = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")

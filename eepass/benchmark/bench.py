@@ -135,7 +135,7 @@ def bench(
         },
     }
     result |= {"frontier": [], "by_position": []}
-    if model.artifact is None:
+    if not model.has_exits:
         return result
     result |= speed_up(
         systems["eepass-speculative"].answers, systems["eepass-speculative-t3"].answers
@@ -170,7 +170,8 @@ def _systems(
 ) -> dict[str, _System]:
     exact = replace(config, guarantee="exact", adaptive=True, kv="defer")
     engines = {"eepass-dense": model.host_engine()}
-    if model.artifact is not None:
+    if model.has_exits:
+        assert model.artifact is not None
         target = min(T3_TARGET, model.artifact.presets[config.name].most)
         engines |= {
             "eepass-approximate": model.host_engine(config.approximate()),

@@ -87,7 +87,7 @@ def measure_task(
         "dense": model.host_engine(),
         "exact": model.host_engine(replace(config, guarantee="exact", kv="defer")),
     }
-    if model.artifact is not None:
+    if model.has_exits:
         engines["approximate"] = model.host_engine(config.approximate())
     right: dict[str, list[bool]] = {name: [] for name in engines}
     equal: dict[str, list[bool]] = {name: [] for name in engines}

@@ -140,6 +140,8 @@ def _specialisation(
     except PassError as error:
         raise InputError(f"no kernels for this model: {error}") from error
     lm_head = split.tensors[chain.lm_head]
+    if artifact is not None and not artifact.presets:
+        artifact = None
     shape = UNTRAINED if artifact is None else _trained(artifact)
     exits = [] if artifact is None else artifact.exits("default")
     kv, reason = _kv(split, min(exits, default=max(len(split.layers) - SKIPPED, 0)))

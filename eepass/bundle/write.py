@@ -102,6 +102,10 @@ class _Writer:
         for preset in self.artifact.presets if self.artifact else ():
             segments = self._compile_exits(ready, preset)
             graphs["exits"][preset] = {str(n): writer.parts(p) for n, p in segments.items()}
+        if self.artifact is not None and not ready.has_exits:
+            self.notify("compiling drafts")
+            drafting: Any = ready.configure(ExitConfig())
+            drafting.draft.call_seconds()
         (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
         kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
         self.notify("writing weights, exit graph and report")
@@ -163,11 +167,11 @@ class _Writer:
         return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
 
     def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
-        ready.configure(ExitConfig().approximate() if self.artifact else ExitConfig())
+        ready.configure(ExitConfig().approximate() if ready.has_exits else ExitConfig())
         found = inspecting.describe(ready)
         pictures.exit_graph(ready.splits[1], ready.plan, self.folder / PICTURE, self.loaded.name)
-        if self.artifact is None:
-            found["exit_graph"] = "none: without an artefact no token exits early"
+        if not ready.has_exits:
+            found["exit_graph"] = "none: without an artefact that has exits no token exits early"
         else:
             segment = inspecting.exit_graph_of(ready)
             assert segment is not None

@@ -93,7 +93,7 @@ class PresetPart:
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """Tensors, ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*`` and
-    ``hot.ids``, and what they were trained for."""
+    ``hot.ids``, and what they were trained for. Without presets there is a draft head alone."""
 
     fingerprint: Mapping[str, Any]
     presets: Mapping[str, PresetPart]

@@ -9,22 +9,16 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from eepass.checkpoints.draft_checks import refuse_bad_draft_head
+from eepass.checkpoints.tensor_checks import ids_of, match
 from eepass.errors import InputError
 from eepass.reading import is_whole_number
 
-# shapes by letter: H is the model's width, B a translator's, W a predictor's, D its features, F the
-# draft head's features side by side, A and G its queries and keys, I its width inside, R half the
-# width of a head
+# shapes by letter: H is the model's width, B a translator's, W a predictor's, D its features
 PREDICTOR = {"w1": "WD", "b1": "W", "w2": "W", "b2": "1"}
 TRANSLATOR = {"scale": "H", "down": "BH", "up": "HB"}
-DRAFT_HEAD = {
-    "fc": "HF", "q": "A2", "k": "G2", "v": "G2", "o": "HA", "gate": "IH", "up": "IH", "down": "HI",
-    "fc_norm": "F", "token_norm": "H", "hidden_norm": "H", "mlp_norm": "H", "norm": "H",
-    "rotary": "R",
-}  # fmt: skip
 # the features of a predictor for each draft token
 FEATURES = 3
 
@@ -71,24 +65,16 @@ def refuse_bad_tensors(
         for layer in sorted(numbered | wanted):
             _refuse_other_layer(prefix + layer, layer, layers)
             own = {**sizes, "D": FEATURES * part.draft_tokens}
-            _match(tensors, f"{prefix}{layer}.", PREDICTOR, own)
+            match(tensors, f"{prefix}{layer}.", PREDICTOR, own)
     for layer in sorted({n.split(".")[1] for n in tensors if n.startswith("translator.")}):
         _refuse_other_layer(f"translator.{layer}", layer, layers)
-        _match(tensors, f"translator.{layer}.", TRANSLATOR, dict(sizes))
+        match(tensors, f"translator.{layer}.", TRANSLATOR, dict(sizes))
     if any(name.startswith("eagle.") for name in tensors):
-        if "eagle.mix" in tensors:
-            raise InputError("its draft head is of a kind that is no longer read")
-        features = _ids(tensors, "eagle.features", layers + 1)
-        own = {**sizes, "F": (len(features) + 1) * sizes["H"], "2": 2 * sizes["H"]}
-        _match(tensors, "eagle.", DRAFT_HEAD, own)
-        width = 2 * own["R"]
-        if own["A"] % width or own["G"] % width or own["A"] % own["G"]:
-            raise InputError(
-                f"eagle.q, eagle.k: {own['A']} and {own['G']} rows are no heads of {width}"
-            )
-        if "eagle.hot.ids" in tensors:
-            _ids(tensors, "eagle.hot.ids", vocabulary)
-    hot = _ids(tensors, "hot.ids", vocabulary)
+        refuse_bad_draft_head(tensors, sizes["H"], layers, vocabulary)
+    if not presets and "eagle.fc" in tensors:
+        # a head from elsewhere comes without exits
+        return
+    hot = ids_of(tensors, "hot.ids", vocabulary)
     most = max((part.draft_tokens for part in presets.values()), default=0)
     if len(hot) < most:
         raise InputError(f"hot.ids: {len(hot)} tokens to draft {most} from")
@@ -97,32 +83,3 @@ def refuse_bad_tensors(
 def _refuse_other_layer(name: str, layer: str, layers: int) -> None:
     if not (layer.isascii() and layer.isdecimal() and 1 <= int(layer) <= layers):
         raise InputError(f"{name}: the model has layers 1 to {layers}")
-
-
-def _match(
-    tensors: Mapping[str, Tensor], prefix: str, shapes: Mapping[str, str], sizes: dict[str, int]
-) -> None:
-    """Refuse tensors that do not have ``shapes``; letters that are new are put into ``sizes``."""
-    for name, letters in shapes.items():
-        tensor = tensors.get(prefix + name)
-        if tensor is None:
-            raise InputError(f"{prefix}{name} is missing")
-        if tensor.ndim == len(letters):
-            for letter, size in zip(letters, tensor.shape, strict=True):
-                sizes.setdefault(letter, size)
-        wanted = [sizes.get(letter, 0) for letter in letters]
-        if not tensor.is_floating_point() or list(tensor.shape) != wanted or 0 in wanted:
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise InputError(f"{prefix}{name} is {kind} {list(tensor.shape)}, not {wanted}")
-
-
-def _ids(tensors: Mapping[str, Tensor], name: str, end: int) -> Tensor:
-    """Whole numbers from 0 to ``end``, none of them twice."""
-    ids = tensors.get(name)
-    if ids is None:
-        raise InputError(f"{name} is missing")
-    if ids.ndim != 1 or ids.dtype not in (torch.int32, torch.int64) or not len(ids):
-        raise InputError(f"{name} is {ids.dtype} {list(ids.shape)}, not a list of ids")
-    if ids.min() < 0 or ids.max() >= end or len(ids.unique()) < len(ids):
-        raise InputError(f"{name} holds ids outside 0 to {end - 1}, or one twice")
-    return ids

@@ -141,9 +141,12 @@ def transform_model(
     dump: Path | None = None,
     exits_optional: bool = False,
 ) -> Any:
+    from eepass.checkpoints.artifact import load_artifact
     from eepass.model import transform
 
     folder = None if dense else artifact or loaded.artifact
+    if folder is not None and exits_optional and not load_artifact(folder).presets:
+        config = None
     if folder is None:
         # what needs no training: exact decoding, drafts from the prompt
         if config.guarantee == "approximate" and (dense or exits_optional):

@@ -13,6 +13,7 @@ import typer
 from eepass.cli.bench import bench, probe
 from eepass.cli.chat import chat
 from eepass.cli.console import errors
+from eepass.cli.drafts import export_draft, import_draft
 from eepass.cli.generate import generate
 from eepass.cli.inspect import inspect
 from eepass.cli.serve import serve
@@ -52,7 +53,7 @@ app = typer.Typer(
 )
 for command in (
     probe, train, calibrate, transform, generate, chat, serve, bench, verify, inspect, codegen,
-    export_onnx, doctor,
+    export_onnx, export_draft, import_draft, doctor,
 ):  # fmt: skip
     app.command()(command)
 

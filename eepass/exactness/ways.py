@@ -61,6 +61,8 @@ def _configs(model: EarlyExitModel) -> dict[str, ExitConfig]:
     if any(name.startswith("eagle.") for name in artifact.tensors):
         found["drafts of the head"] = replace(drafts, speculate="eagle")
         found["drafts of both"] = replace(drafts, speculate="cascade")
+    if not model.has_exits:
+        return found
     found["exits"] = ExitConfig(speculate="off", adaptive=False)
     found["drafts and exits"] = ExitConfig(adaptive=False, remember=False)
     return found

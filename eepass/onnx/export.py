@@ -125,8 +125,8 @@ def _transformed(
     own = model.artifact_folder
     if isinstance(artifact, Artifact) or (artifact is not None and Path(artifact).resolve() != own):
         raise InputError("a transformed folder has its own artefact, compiled in")
-    if model.artifact is None:
-        raise InputError(f"{model.folder}: transformed without an artefact; transform with one")
+    if not model.has_exits:
+        raise InputError(f"{model.folder}: transformed without exits; transform with an artefact")
     if max_length is not None and max_length > model.decoder.capacity:
         raise InputError(
             f"max_length={max_length}: {model.folder} was transformed for "

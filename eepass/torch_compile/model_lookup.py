@@ -68,7 +68,8 @@ def expressions_of(graph: GraphModule) -> list[str]:
 
 
 def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
-    """The artefact asked for, or one of this model beside its checkpoint or shipped with eepass.
+    """The artefact asked for, or one of this model beside its checkpoint or shipped with eepass;
+    None where it has no exits.
 
     Raises ``InputError`` where the one asked for is damaged or of another model.
     """
@@ -84,7 +85,8 @@ def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
             raise
         say_once(f"torch.compile(backend='specee'): {error}")
         return None
-    return artifact
+    # a draft head alone drafts for the engine
+    return artifact if artifact.presets else None
 
 
 def _scopes() -> Iterator[dict[str, Any]]:

@@ -31,7 +31,7 @@ def report_by_kind(
     held_out = len(store.labels(HELD_OUT)) > 0
     head = without_prefix(tensors, "eagle.")
     hot = head["hot.ids"].long()
-    hot_head = model.lm_head[hot]
+    hot_head = head.get("hot.head", model.lm_head[hot])
     kinds = {}
     split = HELD_OUT if held_out else "calibrate"
     for kind, (lines, label) in store.lines_by_kind(split).items():

@@ -77,17 +77,27 @@ def report_draft(
     tensors: Mapping[str, Tensor], store: HiddenStateStore, model: DenseModel, steps: int
 ) -> dict[str, Any]:
     """What the draft head is trained on, and its hits on held-out answers, step by step."""
-    head, lines = without_prefix(tensors, "eagle."), store.lines("calibrate")
-    hot, dense = head["hot.ids"].long(), store.labels("calibrate")
-    label = torch.full((len(lines.token),), -1)
-    label[store.read("calibrate", "line.answer")] = dense
+    head = without_prefix(tensors, "eagle.")
     return {
         "features": list(store.features),
-        "hot_tokens": len(hot),
-        "hot_coverage": float(torch.isin(dense, hot).float().mean()),
+        "hot_tokens": len(head["hot.ids"]),
         "tokens": len(store.read("fit", "line.token")),
         "steps": steps,
-        "hits": draft_hits(head, lines, label, model.embedding, hot, model.lm_head[hot], steps),
+        **hits_of(head, store, model, steps),
+    }
+
+
+def hits_of(
+    head: Mapping[str, Tensor], store: HiddenStateStore, model: DenseModel, steps: int
+) -> dict[str, Any]:
+    """On held-out answers, the share of dense tokens that ``head`` can name, and its hits."""
+    lines, dense, hot = store.lines("calibrate"), store.labels("calibrate"), head["hot.ids"].long()
+    label = torch.full((len(lines.token),), -1)
+    label[store.read("calibrate", "line.answer")] = dense
+    hot_head = head.get("hot.head", model.lm_head[hot])
+    return {
+        "hot_coverage": float(torch.isin(dense, hot).float().mean()),
+        "hits": draft_hits(head, lines, label, model.embedding, hot, hot_head, steps),
     }
 
 

@@ -13,7 +13,7 @@ from time import perf_counter
 import torch
 
 from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
-from eepass.checkpoints.draft_codes import ROTARY
+from eepass.checkpoints.draft_codes import in_dtype
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.runtime.sampling import Sampling
@@ -54,20 +54,13 @@ def calibrate(
     progress = progress or NoProgress()
     model = original_of(loaded, "calibrate the original one, then transform that")
     trained = artifact_for(model, artifact, "the artefact", same_weights=False)
-    texts = read_kinds(Path(prompts or DEFAULT_PROMPTS))
-    encoded = [(loaded.encode(text, raw), kind) for text, kind in texts]
-    held_out = [Prompt(ids, kind, split_of(ids)) for ids, kind in encoded]
-    held_out = [prompt for prompt in held_out if prompt.split == "calibrate"]
-    if not held_out:
-        raise InputError("none of the prompts was held out of training: give more --prompts")
+    if not trained.presets:
+        raise InputError("the artefact has a draft head alone, and that needs no thresholds")
+    held_out = held_out_prompts(loaded, prompts, raw)
     with tempfile.TemporaryDirectory() as scratch, torch.no_grad():
         dense = DenseModel(model, max_length)
-        examples = _answered(dense, held_out, loaded.stop, tokens, longest, progress)
+        examples = answer(dense, held_out, loaded.stop, tokens, longest, progress)
         answered = sum(len(example.answer) for example in examples)
-        if answered < FEWEST:
-            raise InputError(
-                f"{answered} answer tokens are too few: give more --prompts or --tokens"
-            )
         exits = _exits(dense, trained, examples, Path(scratch), progress)
         costs = dense.costs(HOT_TOKENS)
         found = {
@@ -95,7 +88,18 @@ def calibrate(
     return made
 
 
-def _answered(
+def held_out_prompts(loaded: LoadedModel, prompts: str | Path | None, raw: bool) -> list[Prompt]:
+    """Those of ``prompts`` that ``eepass.train`` leaves out; ``InputError`` if it leaves none."""
+    texts = read_kinds(Path(prompts or DEFAULT_PROMPTS))
+    encoded = [(loaded.encode(text, raw), kind) for text, kind in texts]
+    every = [Prompt(ids, kind, split_of(ids)) for ids, kind in encoded]
+    held_out = [prompt for prompt in every if prompt.split == "calibrate"]
+    if not held_out:
+        raise InputError("none of the prompts was held out of training: give more --prompts")
+    return held_out
+
+
+def answer(
     model: DenseModel,
     prompts: Sequence[Prompt],
     stop: frozenset[int],
@@ -103,7 +107,7 @@ def _answered(
     longest: int,
     progress: Progress,
 ) -> list[Example]:
-    """Dense answers, greedy and then sampled."""
+    """Dense answers, greedy and then sampled; ``InputError`` where they are too few."""
     progress.begin("answering densely", tokens)
     # so that all kinds are there wherever it ends
     fitting = [p for p in mixed(prompts) if len(p.ids) + longest <= model.max_length]
@@ -121,6 +125,8 @@ def _answered(
             progress.advance(len(answer))
             if answered >= tokens:
                 break
+    if answered < FEWEST:
+        raise InputError(f"{answered} answer tokens are too few: give more --prompts or --tokens")
     return examples
 
 
@@ -132,11 +138,8 @@ def _exits(
     progress: Progress,
 ) -> dict[str, PresetExits]:
     """The exits of each preset of ``artifact`` on the hidden states of ``examples``."""
-    tensors = dict(artifact.tensors)
-    for name, tensor in tensors.items():
-        # the draft head runs in the model's dtype, as in the engine
-        if name.startswith("eagle.") and tensor.is_floating_point() and name != ROTARY:
-            tensors[name] = tensor.to(model.decoder.dtype)
+    # the draft head runs in the model's dtype, as in the engine
+    tensors = in_dtype(artifact.tensors, model.decoder.dtype)
     tensors.setdefault("eagle.hot.ids", tensors["hot.ids"])
     layers = {part.draft_layer for part in artifact.presets.values()}
     layers = layers.union(*map(artifact.exits, artifact.presets))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint
+from eepass.checkpoints.draft_codes import rounded
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.config import ExitConfig
@@ -231,7 +232,7 @@ class Trainer:
             "seconds": {name: round(value, 1) for name, value in self.seconds.items()},
             "layers_per": {n: c for n, c in asdict(costs).items() if "layer" not in n},
         }
-        return Artifact(fingerprint(self.original), presets, tensors | trained, report)
+        return Artifact(fingerprint(self.original), presets, rounded(tensors | trained), report)
 
     def _hot(self) -> dict[str, Tensor]:
         vocabulary = len(self.model.lm_head)

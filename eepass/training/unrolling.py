@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.runtime.drafting.eagle_layer import WINDOW, eagle_layer, mixed, plain, rotary
+from eepass.runtime.drafting.eagle_form import WINDOW, form_of
+from eepass.runtime.drafting.eagle_layer import eagle_layer, for_head, mixed, plain, rotary
 
 
 class Lines(NamedTuple):
@@ -35,15 +36,16 @@ class Lines(NamedTuple):
 def unroll(
     tokens: Tensor, before: Tensor, embedding: Tensor, weights: Mapping[str, Tensor], steps: int
 ) -> list[Tensor]:
-    """States [B, T, H] of each step; tokens [B, T], before [B, T, F * H].
+    """What the LM head reads of the states of each step [B, T, H]; tokens [B, T], before
+    [B, T, F * H], embedding [V, H] the model's.
 
     At step s a row follows s - 1 draft tokens: it sees the accepted rows before those, and of each
     draft token the row that its own step made.
     """
-    length = tokens.shape[1]
-    embedded, linear = embedding[tokens], plain(weights)
+    length, form = tokens.shape[1], form_of(weights)
+    embedded, linear = weights.get("embedding", embedding)[tokens], plain(weights)
     cos, sin = rotary(torch.arange(length), weights["rotary"], embedded.dtype)
-    feature = mixed(before, weights, linear)
+    feature = mixed(before, weights, linear, form)
     keys: list[Tensor] = []
     values: list[Tensor] = []
     states: list[Tensor] = []
@@ -58,8 +60,8 @@ def unroll(
         )
 
     for _ in range(steps):
-        state = eagle_layer(embedded, feature, cos, sin, attend, weights, linear)
-        states.append(state)
+        state = eagle_layer(embedded, feature, cos, sin, attend, weights, linear, form)
+        states.append(for_head(state, weights, form))
         feature = F.pad(state[:, :-1], (0, 0, 1, 0))
     return states
 
@@ -67,7 +69,8 @@ def unroll(
 @torch.no_grad()
 def draft_states(weights: Mapping[str, Tensor], lines: Lines, embedding: Tensor) -> Tensor:
     """The draft head's states [n, H], zero at the first token of each line."""
-    states = torch.zeros(len(lines.token), embedding.shape[1], dtype=embedding.dtype)
+    width = len(weights["norm"])
+    states = torch.zeros(len(lines.token), width, dtype=embedding.dtype)
     for where, tokens, before in lines.rows():
         states[where] = unroll(tokens, before, embedding, weights, 1)[0][0]
     return states

@@ -58,9 +58,9 @@ class EagleHead:
     """The draft head of one sequence: its confirmed tokens in a line, a tree of drafts after them.
 
     ``tensors``: ``eagle.*``, with ``eagle.hot.ids`` and ``eagle.hot.head``, those rows of the LM
-    head. ``compile`` turns a graph into a function from the list of its inputs to its outputs, when
-    that is first needed; a compiler that only loads what is compiled needs no graph (``trace``
-    false).
+    head. ``embedding``: the model's [V, H]. ``compile`` turns a graph into a function from the list
+    of its inputs to its outputs, when that is first needed; a compiler that only loads what is
+    compiled needs no graph (``trace`` false).
     ``bits`` says, when it is first run, of how many bits its weights are; None: as they are.
     ``frontier``: which draft tokens of the tree's last level go on to be expanded.
     """
@@ -76,8 +76,8 @@ class EagleHead:
         self._weights = HeadWeights(tensors, embedding, bits)
         self.hot_ids, self.dtype = self._weights.hot_ids, embedding.dtype
         self.feature_layers: tuple[int, ...] = tuple(tensors["eagle.features"].tolist())
-        # the width of the features of one token: F * H
-        self.feature_size = int(tensors["eagle.fc"].shape[1])
+        # the width of the features of one token, read or not: F * H
+        self.feature_size = (1 + len(self.feature_layers)) * embedding.shape[1]
         self._compile, self._traces = compile, trace
         self.length = 0
         width = 2 * len(self._weights.frequencies)
@@ -194,7 +194,7 @@ class EagleHead:
             # a trace takes one tensor given twice for one input
             examples = [x.clone() for x in inputs] + fixed
             shapes = [tuple(x.shape) for x in examples]
-            structure = f"eagle.{key}.{shapes}.{self.dtype}.{layout}"
+            structure = f"eagle.{key}.{shapes}.{self.dtype}.{layout.structure}"
             graph = GraphToMake(partial(make, layout, examples)) if self._traces else None
             self._steps[key] = self._compile(graph, structure, examples, logits=False)
         return self._steps[key](arguments)

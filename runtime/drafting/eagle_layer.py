@@ -9,7 +9,8 @@ The features of a confirmed token are the model's normed last hidden state z and
 after a few earlier layers. A draft token has none: the state of the token before it takes the place
 of ``feature`` (EAGLE-3.1's ``norm_output``). Heads, their size and their rotary base are the
 model's; draft tokens come from the hot vocabulary alone. So the head travels: z is the hidden state
-after the last layer under a ``fc_norm`` that has the final norm's weight.
+after the last layer under a ``fc_norm`` that has the final norm's weight. Where other heads differ
+is in ``HeadForm``.
 """
 
 from __future__ import annotations
@@ -22,17 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from eepass.runtime.drafting.eagle_form import HeadForm
+
 # names of the matrices; those that multiply the same rows may be joined to one
 JOINED = {
     "fc": ("fc",), "qkv": ("q", "k", "v"), "o": ("o",), "gate_up": ("gate", "up"),
     "down": ("down",),
 }  # fmt: skip
 MATRICES = tuple(name for parts in JOINED.values() for name in parts)
-# ``rotary`` are the angles' inverse frequencies
-NORMS = ("fc_norm", "token_norm", "hidden_norm", "mlp_norm", "norm")
-# how many confirmed tokens a row attends to; answers in training are no longer
-WINDOW = 512
-EPSILON = 1e-5
 # width of the MLP, in widths of the model, and at most
 INNER, MOST_INNER = 8 / 3, 2560
 
@@ -82,9 +80,14 @@ def style_of(config: Any, features: int = 3) -> HeadStyle:
     found = getattr(config, "rope_parameters", None) or {}
     found = found.get("full_attention", found)
     base = float(found.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
-    rotary = base ** -(torch.arange(0, width, 2).float() / width)
+    rotary = frequencies(base, width)
     inner = 64 * max(1, round(min(INNER * hidden, MOST_INNER) / 64))
     return HeadStyle(hidden, heads, groups, rotary, inner, features)
+
+
+def frequencies(base: float, width: int) -> Tensor:
+    """Inverse frequencies of rotary positions, float32 [width / 2]."""
+    return base ** -(torch.arange(0, width, 2).float() / width)
 
 
 def rotary(positions: Tensor, frequencies: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -103,13 +106,23 @@ def plain(weights: Mapping[str, Tensor]) -> Linear:
     return lambda x, name: [F.linear(x, weights[part]) for part in JOINED[name]]
 
 
-def mixed(features: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
-    """The one feature [..., H] that the features [..., F * H] of a confirmed token make."""
-    count = len(weights["fc_norm"]) // len(weights["norm"])
-    z, *others = features.chunk(count, -1)
-    # z is normed already
-    normed = torch.cat([z, *(_rms_norm(x) for x in others)], -1)
-    (made,) = linear(normed * weights["fc_norm"], "fc")
+def mixed(
+    features: Tensor, weights: Mapping[str, Tensor], linear: Linear, form: HeadForm
+) -> Tensor:
+    """The one feature [..., H] that the features [..., F * H] of a confirmed token make; z is the
+    first of them."""
+    width = features.shape[-1] // (form.features + (not form.reads_z))
+    if not form.reads_z:
+        features = features[..., width:]
+    if form.fc_norm == "together":
+        features = _rms_norm(features, form, weights["input_norm"])
+    elif form.fc_norm == "each":
+        z, *others = features.split(width, -1)
+        # z is normed already
+        first = z if form.reads_z else _rms_norm(z, form)
+        normed = torch.cat([first, *(_rms_norm(x, form) for x in others)], -1)
+        features = normed * weights["fc_norm"]
+    (made,) = linear(features, "fc")
     return made
 
 
@@ -121,23 +134,25 @@ def eagle_layer(
     attend: Callable[[Tensor, Tensor, Tensor], Tensor],
     weights: Mapping[str, Tensor],
     linear: Linear,
+    form: HeadForm,
 ) -> Tensor:
     """embedded [B, T, H], feature [B, T, H] (mixed, or the state before) -> state [B, T, H].
 
     ``attend`` takes q [B, heads, T, D], k and v [B, groups, T, D], rotary positions applied, and
     returns q's shape.
     """
-    x, hidden = entered(embedded, feature, weights)
+    x, hidden = entered(embedded, feature, weights, form)
     seen = attend(*projected(x, cos, sin, linear))
-    return finished(hidden, seen, weights, linear)
+    return finished(hidden, seen, weights, linear, form)
 
 
 def entered(
-    embedded: Tensor, feature: Tensor, weights: Mapping[str, Tensor]
+    embedded: Tensor, feature: Tensor, weights: Mapping[str, Tensor], form: HeadForm
 ) -> tuple[Tensor, Tensor]:
     """What attention is computed from [..., 2H], and the hidden state [..., H] it is added to."""
-    hidden = _rms_norm(feature, weights["hidden_norm"])
-    return torch.cat([_rms_norm(embedded, weights["token_norm"]), hidden], -1), hidden
+    hidden = _rms_norm(feature, form, weights["hidden_norm"])
+    x = torch.cat([_rms_norm(embedded, form, weights["token_norm"]), hidden], -1)
+    return x, hidden if form.norm_before_residual else feature
 
 
 def projected(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,21 +161,29 @@ def projected(x: Tensor, cos: Tensor, sin: Tensor, linear: Linear) -> tuple[Tens
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
 
-def finished(hidden: Tensor, seen: Tensor, weights: Mapping[str, Tensor], linear: Linear) -> Tensor:
+def finished(
+    hidden: Tensor, seen: Tensor, weights: Mapping[str, Tensor], linear: Linear, form: HeadForm
+) -> Tensor:
     """The state [B, T, H] after attention's result [B, heads, T, D]."""
     (out,) = linear(seen.transpose(1, 2).flatten(2), "o")
     hidden = hidden + out
-    gate, up = linear(_rms_norm(hidden, weights["mlp_norm"]), "gate_up")
+    gate, up = linear(_rms_norm(hidden, form, weights["mlp_norm"]), "gate_up")
     (out,) = linear(F.silu(gate) * up, "down")
-    return _rms_norm(hidden + out, weights["norm"])
+    hidden = hidden + out
+    return _rms_norm(hidden, form, weights["norm"]) if form.norm_output else hidden
+
+
+def for_head(state: Tensor, weights: Mapping[str, Tensor], form: HeadForm) -> Tensor:
+    """What the LM head reads [..., H] of a state [..., H]."""
+    return state if form.norm_output else _rms_norm(state, form, weights["norm"])
 
 
 def _in_heads(x: Tensor, cos: Tensor) -> Tensor:
     return x.unflatten(-1, (-1, cos.shape[-1])).transpose(1, 2)
 
 
-def _rms_norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), weight, EPSILON)
+def _rms_norm(x: Tensor, form: HeadForm, weight: Tensor | None = None) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), weight, form.epsilon)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -16,12 +16,12 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.ops.packed import INT8
+from eepass.runtime.drafting.eagle_form import WINDOW
 from eepass.runtime.drafting.eagle_layer import (
     JOINED,
-    NORMS,
-    WINDOW,
     entered,
     finished,
+    for_head,
     mixed,
     projected,
     rotary,
@@ -43,9 +43,9 @@ class Step:
     in the order ``HeadWeights`` gives them."""
 
     def __init__(self, layout: Layout, given: Sequence[Tensor]) -> None:
-        self.layout = layout
+        self.layout, self.form = layout, layout.form
         self.positions, self.keys, self.values, *fixed = given
-        names = (*JOINED, "head", *NORMS, "rotary", "embedding", "hot_ids")
+        names = (*JOINED, "head", *self.form.norms, "rotary", "embedding", "hot_ids")
         self.weights = dict(zip(names, fixed, strict=True))
 
     def linear(self, x: Tensor, name: str) -> Sequence[Tensor]:
@@ -59,7 +59,7 @@ class Step:
     def logits(self, states: Tensor) -> Tensor:
         """Of the hot vocabulary, float32 [R, N]."""
         weight, (outputs, form) = self.weights["head"], self.layout.matrices["head"]
-        ops = torch.ops.eepass
+        states, ops = for_head(states, self.weights, self.form), torch.ops.eepass
         if form is None:
             return ops.logits_rows(states, weight, None)
         return ops.packed_logits(states, weight, form, sum(outputs), None, INT8)
@@ -69,14 +69,16 @@ class Step:
     ) -> tuple[Tensor, Tensor]:
         """As ``keep``, of confirmed tokens [R] with ``features`` [R, F * H]."""
         self.positions.index_copy_(0, slots, place)
-        return self.keep(tokens, mixed(features, self.weights, self.linear), place, slots)
+        feature = mixed(features, self.weights, self.linear, self.form)
+        return self.keep(tokens, feature, place, slots)
 
     def keep(
         self, tokens: Tensor, feature: Tensor, place: Tensor, slots: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Keep keys and values of ``tokens`` [R] at positions ``place`` [R] in their slots; their
         queries [heads, R, D], and the hidden state [R, H] that attention is added to."""
-        x, hidden = entered(self.weights["embedding"][tokens], feature, self.weights)
+        embedded = self.weights["embedding"][tokens]
+        x, hidden = entered(embedded, feature, self.weights, self.form)
         angles = rotary(place, self.weights["rotary"], self.keys.dtype)
         q, k, v = (part[0] for part in projected(x[None], *angles, self.linear))
         self.keys.index_copy_(1, slots, k)
@@ -89,7 +91,7 @@ class Step:
         mask = torch.where(attended, 0.0, torch.finfo(q.dtype).min).to(q.dtype)
         scale = self.layout.head_width**-0.5
         seen = torch.ops.eepass.attend_rows(q, self.keys, self.values, mask, scale)
-        return finished(hidden[None], seen[None], self.weights, self.linear)[0]
+        return finished(hidden[None], seen[None], self.weights, self.linear, self.form)[0]
 
     def line(self, last: Tensor) -> Tensor:
         """Slots [RING] of confirmed tokens that drafts after position ``last`` [1] attend to."""

@@ -11,8 +11,8 @@ from torch import Tensor
 from eepass.runtime.decoder.costs import seconds_of
 from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.budget import Budget
+from eepass.runtime.drafting.eagle_form import WINDOW
 from eepass.runtime.drafting.eagle_head import ROWS, WIDTH, EagleHead, Level
-from eepass.runtime.drafting.eagle_layer import WINDOW
 from eepass.runtime.drafting.features import Features, Norm, joined
 from eepass.runtime.drafting.tree import Tree
 

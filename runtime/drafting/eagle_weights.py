@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from eepass.ops.packing import GROUP, form_number
-from eepass.runtime.drafting.eagle_layer import JOINED, NORMS
+from eepass.runtime.drafting.eagle_form import HeadForm, form_of
+from eepass.runtime.drafting.eagle_layer import JOINED
 
 # inputs that share a scale
 INPUTS = 64
@@ -27,28 +28,37 @@ class Matrix(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The width of a head, and how each matrix is stored."""
+    """The width of a head, how each matrix is stored, and the form of the draft head."""
 
     head_width: int
     matrices: Mapping[str, Matrix]
+    form: HeadForm = field(repr=False)
+
+    @property
+    def structure(self) -> str:
+        """What compiled code is for; of heads trained here, as it was before there were others."""
+        return repr(self) + ("" if self.form.trained_here else repr(self.form))
 
 
 class HeadWeights:
     """What all sequences share of a draft head, packed when it is first run.
 
-    ``bits`` says of how many bits weights are, 4 or 8; None: as they are.
+    ``embedding``: the model's; a head may have its own. ``bits`` says of how many bits weights are,
+    4 or 8; None: as they are.
     """
 
     def __init__(
         self, tensors: Mapping[str, Tensor], embedding: Tensor, bits: Callable[[], int | None]
     ) -> None:
-        self.dtype, self.embedding = embedding.dtype, embedding
+        self.dtype = embedding.dtype
+        self.embedding = tensors.get("eagle.embedding", embedding).to(self.dtype)
+        self.form = form_of({n.removeprefix("eagle."): t for n, t in tensors.items()})
         self.matrices = {
             name: [tensors[f"eagle.{part}"].to(self.dtype) for part in parts]
             for name, parts in JOINED.items()
         }
         self.matrices["head"] = [tensors["eagle.hot.head"].to(self.dtype)]
-        self.norms = [tensors[f"eagle.{name}"].to(self.dtype) for name in NORMS]
+        self.norms = [tensors[f"eagle.{name}"].to(self.dtype) for name in self.form.norms]
         self.frequencies = tensors["eagle.rotary"].float()
         self.hot_ids = tensors["eagle.hot.ids"]
         self.bits = bits
@@ -58,7 +68,8 @@ class HeadWeights:
         """The inputs of every step, in the order ``eagle_steps.Step`` takes them."""
         bits = self.bits()
         made = {name: packed_matrices(parts, bits) for name, parts in self.matrices.items()}
-        layout = Layout(2 * len(self.frequencies), {name: m for name, (_, m) in made.items()})
+        matrices = {name: matrix for name, (_, matrix) in made.items()}
+        layout = Layout(2 * len(self.frequencies), matrices, self.form)
         weights = [weight for weight, _ in made.values()]
         return [*weights, *self.norms, self.frequencies, self.embedding, self.hot_ids], layout
 

@@ -9,7 +9,7 @@ from models import random_artifact, tiny_model
 
 from eepass.checkpoints import artifact
 from eepass.checkpoints.artifact import fingerprint, load_artifact, refuse_other_model
-from eepass.checkpoints.draft_codes import as_codes, from_codes
+from eepass.checkpoints.draft_codes import as_codes, from_codes, rounded
 from eepass.errors import InputError
 from eepass.model import transform
 
@@ -21,16 +21,10 @@ def saved(llama, tmp_path):
 
 
 def same(found, wanted):
-    """A draft head's matrices are stored in a byte a weight; the rest comes back bit for bit."""
-    for name, tensor in wanted.items():
-        if name.startswith("eagle.") and tensor.ndim == 2:
-            groups = tensor.float().unflatten(1, (-1, 32))
-            # half a step, and what scale and result are rounded by
-            bound = groups.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2**-8)
-            assert ((found[name].float().view_as(groups) - groups).abs() <= bound).all()
-        else:
-            assert torch.equal(found[name], tensor)
-    return found.keys() == wanted.keys()
+    return found.keys() == wanted.keys() and all(
+        torch.equal(found[name], tensor) and found[name].dtype == tensor.dtype
+        for name, tensor in wanted.items()
+    )
 
 
 def test_it_comes_back_as_it_was(llama, saved):
@@ -63,8 +57,23 @@ def test_one_artefact_replaces_another_in_one_step(llama, saved, monkeypatch):
     assert len(list(saved.iterdir())) == 3
 
 
+def test_a_trained_head_takes_a_byte_a_weight_and_any_other_comes_back_too(llama, tmp_path):
+    one = random_artifact(llama)
+    for tensors, coded in ((one.tensors, 0), (rounded(one.tensors), 8)):
+        dataclasses.replace(one, tensors=tensors).save(tmp_path)
+        assert same(load_artifact(tmp_path).tensors, tensors)
+        assert sum(name.endswith(".codes") for name in as_codes(tensors)) == coded
+    # whatever it was rounded from
+    for scale in (1e-6, 1e-3, 30):
+        for dtype in (torch.float32, torch.bfloat16):
+            made = rounded({"eagle.q": (torch.randn(40, 64) * scale).to(dtype)})
+            codes = as_codes(made)
+            assert codes["eagle.q.codes"].dtype == torch.int8
+            assert torch.equal(from_codes(codes)["eagle.q"], made["eagle.q"])
+
+
 def test_codes_without_their_scales_are_named():
-    codes = as_codes({"eagle.q": torch.randn(8, 64)})
+    codes = as_codes(rounded({"eagle.q": torch.randn(8, 64)}))
     with pytest.raises(InputError, match=r"eagle\.q: codes without scales"):
         from_codes({"eagle.q.codes": codes["eagle.q.codes"]})
 

@@ -6,15 +6,19 @@ import random
 import shutil
 
 import pytest
+import torch
 from command_line import run
+from foreign_heads import HIDDEN, foreign_config, foreign_tensors, write_head
 from fuzzing import OTHER, bounded, damage_file, digests
 from gguf_files import write
-from models import random_artifact, tiny_model, tiny_tokenizer
+from models import VOCABULARY, random_artifact, tiny_model, tiny_tokenizer
 
 import eepass
 from eepass.bundle.listed_files import ListedFiles
 from eepass.bundle.manifest import read_manifest, write_manifest
 from eepass.checkpoints.artifact import load_artifact
+from eepass.checkpoints.draft_checks import refuse_bad_draft_head
+from eepass.drafts.read_head import Target, read_head
 from eepass.errors import InputError
 from eepass.training.corpus import GIVEN, Prompt, read_answers, read_prompts
 
@@ -60,6 +64,19 @@ def answers(folder):
     (folder / "answers.jsonl").write_text("\n".join(lines))
 
 
+def draft_head(folder):
+    config = foreign_config(fc_norm=True)
+    write_head(folder, config, foreign_tensors(config))
+
+
+def read_draft_head(folder):
+    weight = torch.ones(VOCABULARY, HIDDEN)
+    refuse_bad_draft_head(
+        read_head(folder, Target(4, HIDDEN, VOCABULARY, weight, weight, None))[0],
+        HIDDEN, 4, VOCABULARY,
+    )  # fmt: skip
+
+
 def transformed(folder):
     folder.mkdir()
     (folder / "graphs.json").write_text('{"graphs": {}, "splits": [], "exits": {}}')
@@ -83,6 +100,7 @@ DOORS = {
     "prompts": (prompts, lambda folder: read_prompts(folder / "prompts.jsonl")),
     "answers": (answers, lambda f: read_answers(f / "answers.jsonl", PROMPTS, 99)),
     "folder": (transformed, check_listed),
+    "draft head": (draft_head, read_draft_head),
 }
 
 
@@ -120,8 +138,12 @@ COMMANDS = {
              "--min-p", "--seed", "--quantize"),
     "train": ("--prompts", "--answers", "--tokens", "--samples", "--draft", "--steps", "--dtype"),
     "transform": ("--rows", "--max-length", "--gpu", "--quantize", "--artifact", "--dtype"),
+    "export-draft": ("--format", "--artifact", "--verifier", "--dtype"),
     "inspect": ("--preset", "--target-agreement", "--artifact", "--dtype", "--activations"),
 }  # fmt: skip
+
+
+WRITING = ("train", "transform", "export-draft")
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -136,7 +158,7 @@ def test_command_lines(seed, tmp_path, monkeypatch):
         # no model, so what is not refused by its value is refused by this
         arguments = [name, chance.choice(("empty", "nothing", "a/b/c", "x.gguf", "\udcff"))]
         arguments += ["--prompt", "w5"] if name == "generate" else []
-        arguments += ["--out", "out"] if name in ("train", "transform") else []
+        arguments += ["--out", "out"] if name in WRITING else []
         for option in chance.sample(COMMANDS[name], chance.randint(1, 3)):
             arguments += [option, chance.choice(values)]
         with bounded():

@@ -4,9 +4,10 @@ from itertools import count
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import VOCABULARY, eager_compile
 
-from eepass.runtime.drafting import eagle_head, eagle_layer, eagle_steps
+from eepass.runtime.drafting import eagle_form, eagle_head, eagle_layer, eagle_steps
 from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.cascade import Cascade
@@ -107,7 +108,7 @@ def test_old_tokens_drop_out_of_a_sequence_longer_than_the_cache(draft, weights,
     found = begun(draft, tokens[-1:], features[-1:])
     # keys hold no more than one layer saw of the token itself, so the window is all there is
     other = made_draft(weights, embedding)
-    other.length = begin = count - eagle_layer.WINDOW
+    other.length = begin = count - eagle_form.WINDOW
     close(found, other.begin(tokens[begin:], features[begin:]))
 
 
@@ -142,6 +143,118 @@ def test_a_tree_in_one_call_is_what_training_unrolls(draft, weights, embedding, 
         picked = levels[following].above if following < len(levels) else draft.frontier
         assert sorted(picked) == sorted(order[: eagle_steps.BEAM])
         paths = named
+
+
+def plain_head(tokens, features, embedding, weights, form):
+    """Logits [N] after a text, from EAGLE-3's equations one position after another; the features of
+    draft tokens are None."""
+
+    def norm(x, name=None):
+        made = x * (x.pow(2).mean() + form.epsilon).rsqrt()
+        return made if name is None else made * weights[name]
+
+    def rotated(x, position):
+        angle = (position * ROTARY).repeat(2)
+        first, second = x.chunk(2, -1)
+        return x * angle.cos() + torch.cat([-second, first], -1) * angle.sin()
+
+    keys, values, state = [], [], None
+    for position, (token, given) in enumerate(zip(tokens, features, strict=True)):
+        feature = state
+        if given is not None:
+            parts = list(given.split(HIDDEN))[0 if form.reads_z else 1 :]
+            if form.fc_norm == "each":
+                raw = range(len(parts))[1 if form.reads_z else 0 :]
+                parts = [norm(x) if place in raw else x for place, x in enumerate(parts)]
+            joined = torch.cat(parts)
+            if form.fc_norm == "each":
+                joined = joined * weights["fc_norm"]
+            if form.fc_norm == "together":
+                joined = norm(joined, "input_norm")
+            feature = weights["fc"] @ joined
+        hidden = norm(feature, "hidden_norm")
+        own = weights.get("embedding", embedding)[token]
+        x = torch.cat([norm(own, "token_norm"), hidden])
+        q = rotated((weights["q"] @ x).view(4, -1), position)
+        keys.append(rotated((weights["k"] @ x).view(2, -1), position))
+        values.append((weights["v"] @ x).view(2, -1))
+        seen = []
+        for head, query in enumerate(q):
+            scores = torch.stack([key[head // 2] @ query for key in keys]) * 16**-0.5
+            shares = scores.softmax(0)
+            seen.append(sum(s * v[head // 2] for s, v in zip(shares, values, strict=True)))
+        residual = hidden if form.norm_before_residual else feature
+        middle = residual + weights["o"] @ torch.cat(seen)
+        x = norm(middle, "mlp_norm")
+        state = middle + weights["down"] @ (F.silu(weights["gate"] @ x) * (weights["up"] @ x))
+        normed = norm(state, "norm")
+        state = normed if form.norm_output else state
+    return weights["hot.head"] @ normed
+
+
+FORMS = {
+    "trained here": {},
+    "EAGLE-3": {"reads_z": False, "norm_before_residual": False, "norm_output": False,
+                "fc_norm": None, "epsilon": 1e-2},
+    "speculators": {"reads_z": False, "norm_output": False, "fc_norm": None},
+    "EAGLE-3.1": {"reads_z": False, "norm_before_residual": False},
+    "normed together": {"reads_z": False, "norm_output": False, "fc_norm": "together"},
+    "an embedding and a head of its own": {"embedding": True, "norm_before_residual": False},
+}  # fmt: skip
+
+
+def formed(weights, embedding, changes):
+    """A head of another form with weights like ``weights``."""
+    made = {**weights, "features": torch.tensor(LAYERS), "hot.ids": torch.arange(0, VOCABULARY, 2)}
+    made["hot.head"] = embedding[made["hot.ids"]]
+    for name, value in changes.items():
+        if name == "embedding":
+            torch.manual_seed(5)
+            made["embedding"] = torch.randn(embedding.shape)
+            made["hot.head"] = torch.randn(made["hot.head"].shape) / 4
+        elif name != "fc_norm":
+            made[name] = torch.tensor([value])
+    if not changes.get("reads_z", True):
+        made["fc"], made["fc_norm"] = made["fc"][:, HIDDEN:], made["fc_norm"][HIDDEN:]
+    if "fc_norm" in changes:
+        own = made.pop("fc_norm")
+        if changes["fc_norm"] == "together":
+            made["input_norm"] = own
+    return made
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_heads_of_every_form_are_run_as_their_equations_say(weights, embedding, name):
+    made = formed(weights, embedding, FORMS[name])
+    form = eagle_form.form_of(made)
+    assert form.trained_here == (not FORMS[name])
+    tensors = {f"eagle.{n}": t for n, t in made.items()}
+    head = eagle_head.EagleHead(tensors, embedding, compile_once)
+    tokens, features = sequence(6)
+    # as training runs it
+    (state,) = unroll(torch.tensor([tokens]), features[None], embedding, made, 1)
+    logits = plain_head(tokens, features, embedding, made, form)
+    torch.testing.assert_close(made["hot.head"] @ state[0, -1], logits, atol=1e-4, rtol=1e-4)
+    levels = head.begin(tokens, features)
+    path, text, given = [], list(tokens), list(features)
+    for level in levels:
+        # the likeliest token after the path so far, whose row is the first that was expanded
+        logits = plain_head(text, given, embedding, made, form)
+        scores = logits.log_softmax(-1)
+        best = scores.topk(len(level.tokens) // len(level.above))
+        rows = [place for place, above in enumerate(level.above) if above == (path or [0])[-1]]
+        width = len(best.values)
+        own = slice(rows[0] * width, (rows[0] + 1) * width)
+        assert level.tokens[own] == made["hot.ids"][best.indices].tolist()
+        torch.testing.assert_close(
+            torch.tensor(level.scores[own]), best.values, atol=1e-4, rtol=1e-4
+        )
+        following = levels[levels.index(level) + 1 :]
+        picked = following[0].above if following else head.frontier
+        # any of those that go on
+        path.append(next(place for place in picked if own.start <= place < own.stop))
+        text.append(level.tokens[path[-1]])
+        given.append(None)
 
 
 def test_a_tree_has_room_for_so_many_levels(draft):

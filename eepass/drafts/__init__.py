@@ -1,0 +1,1 @@
+"""Draft heads that travel: trained here for other servers, trained elsewhere for this engine."""
