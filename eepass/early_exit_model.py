@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import Artifact
+from eepass.codegen.cpu.native import release_threads
 from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError
@@ -166,7 +167,9 @@ class EarlyExitModel:
         if isinstance(engine, CapturedSteps):
             raise InputError("requests go pass by pass: transform without device= and launch=")
         if self._loop is None or self._loop.engine is not engine:
-            self._loop = EngineLoop(engine)
+            # of whoever loaded the model
+            release_threads()
+            self._loop = EngineLoop(engine, release_threads)
         return self._loop
 
     @property

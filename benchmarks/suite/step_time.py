@@ -14,6 +14,7 @@ from benchmarks.suite.parts import Missing, Notify
 KINDS = {
     "predictors": ("_exit_kernel", "_path_kernel", "_gate_kernel", "_state_kernel"),
     "verify": ("_verify_kernel",),
+    "linear": ("_rows_kernel",),
     "draft": ("_score_kernel", "_merge_kernel", "topk", "TopK"),
     "kv": ("_fill_kernel",),
     "conditions": ("eepass_set_condition",),

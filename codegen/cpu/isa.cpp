@@ -1,5 +1,7 @@
 #include "isa.h"
 
+#include <omp.h>
+
 #include <atomic>
 #include <cstring>
 
@@ -89,3 +91,8 @@ extern "C" const char* eepass_kernel_isa(const char* name) {
   }
   return chosen().load()->name;
 }
+
+// Ends the threads that wait for the caller's next parallel region. OpenMP lets threads wait in vain
+// only as long as there are processors for all of them: if another thread is to decode, these would
+// have its own sleep at every barrier.
+extern "C" void eepass_release_threads() { omp_pause_resource_all(omp_pause_soft); }

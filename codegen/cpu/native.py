@@ -96,6 +96,16 @@ def kernel_isa(name: str | None = None) -> str:
     return str(found.decode())
 
 
+def release_threads() -> None:
+    """End the OpenMP threads that wait for what the calling thread computes next, so that another
+    thread can decode at full speed: libgomp lets threads wait without sleeping only while there are
+    no more of them than processors. They come back when they are needed. Does nothing where the
+    kernels were not loaded.
+    """
+    if _opened:
+        ctypes.CDLL(None).eepass_release_threads()
+
+
 def find_compiler() -> str:
     """The C++ compiler that kernels are built with; raises ``KernelsMissing`` if there is none."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -106,8 +106,10 @@ class Tokens(Iterator[tuple[Request, int]]):
 class EngineLoop:
     """Decodes with ``engine`` what is submitted, as many requests at once as it has rows for."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, release: Callable[[], None] = lambda: None) -> None:
+        """``release`` is called by a thread that submits, before the loop's own thread begins: that
+        computes, and the other one should leave it the processors."""
+        self.engine, self._release = engine, release
         self._lock = Lock()
         self._new: deque[tuple[Request, _Submission]] = deque()
         self._thread: Thread | None = None
@@ -153,6 +155,7 @@ class EngineLoop:
         with self._lock:
             self._new += [(request, submission) for request in requests]
             if self._thread is None and requests:
+                self._release()
                 thread = Thread(target=self._run, name="eepass")
                 thread.start()
                 self._thread = thread

@@ -135,6 +135,13 @@ def test_a_process_that_asks_its_own_model_is_told_so(engine, loop):
     assert tokens(loop, request(5)) == [alone(engine, 5)]
 
 
+def test_who_submits_leaves_the_processors_to_the_loop(engine):
+    released = []
+    made = EngineLoop(engine, lambda: released.append(threading.current_thread()))
+    tokens(made, request(1))
+    assert released == [threading.current_thread()]
+
+
 def test_an_error_of_a_pass_reaches_everyone_and_the_loop_goes_on(engine, loop, monkeypatch):
     first = loop.submit([request(1, 100)])
     next(first)
