@@ -13,14 +13,20 @@ from pathlib import Path
 from eepass.codegen.cpu.native import find_compiler
 
 ROOT = Path(__file__).parent.parent
+# loaded first, since python is built without the sanitiser; it looks for the C++ library's way to
+# throw when it is loaded itself
+PRELOADED = ("libasan.so", "libstdc++.so.6")
 FLAGS = "-fsanitize=address -g1 -fno-omit-frame-pointer"
+
+
+def _library(compiler: str, name: str) -> str:
+    command = [compiler, f"-print-file-name={name}"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def main() -> int:
     compiler = find_compiler()
-    found = subprocess.run(
-        [compiler, "-print-file-name=libasan.so"], capture_output=True, text=True, check=True
-    )
+    preloaded = " ".join(_library(compiler, name) for name in PRELOADED)
     tests = sorted(map(str, (ROOT / "tests" / "codegen").glob("test_*rows.py")))
     with tempfile.TemporaryDirectory() as folder:
         wrapper = Path(folder) / "compiler"
@@ -31,9 +37,9 @@ def main() -> int:
         subprocess.run(
             [sys.executable, "-c", build], env={**os.environ, **own}, check=True, cwd=ROOT
         )
-        # loaded first, since python is built without it; python frees little at its end
-        own |= {"LD_PRELOAD": found.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0"}
-        run = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *tests]
+        # python frees little at its end
+        own |= {"LD_PRELOAD": preloaded, "ASAN_OPTIONS": "detect_leaks=0"}
+        run = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", *tests]
         return subprocess.run(run, env={**os.environ, **own}, check=False, cwd=ROOT).returncode
 
 
