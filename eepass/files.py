@@ -14,8 +14,19 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from eepass.errors import InputError
+
 # symbolic links that are followed before they are taken for a loop, as in Linux
 MOST_LINKS = 40
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """``InputError`` where the system refuses to write ``target``."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
 
 
 def save_tensors(

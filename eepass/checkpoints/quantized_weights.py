@@ -13,7 +13,7 @@ from torch import Tensor
 from eepass.ops.packed import INT8, ROW, UNROUNDED
 from eepass.ops.packing import GROUP, KINDS, OUTPUTS, form_number, inputs_of
 
-# values
+# values of a weight that are unpacked at a time
 UNPACKED_AT_ONCE = 1 << 21
 # how rows are rounded before they are multiplied with quantised weights
 ACTIVATIONS = {"int8": INT8, "bf16": UNROUNDED}
@@ -35,7 +35,7 @@ class QuantizedWeight:
             chosen: Tensor = torch.ops.eepass.unpack(self.packed, self.form, self.outputs, rows)
             return chosen.to(dtype)
         inputs = inputs_of(self.form, self.packed.shape[1])
-        values = torch.empty(self.outputs, inputs, dtype=dtype)
+        values = self.packed.new_empty(self.outputs, inputs, dtype=dtype)
         # not whole in float32, which is twice what is asked for
         blocks = max(1, UNPACKED_AT_ONCE // (OUTPUTS * inputs))
         for packed, part in zip(

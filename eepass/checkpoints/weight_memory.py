@@ -19,11 +19,14 @@ BETWEEN_TRIMS = 64 << 20
 
 
 class WeightBlock:
-    """Room for ``size`` bytes of weights, one after another; what is not used is never touched."""
+    """Room for ``size`` bytes of weights, one after another; what is not used is never touched.
+    None where the system knows no large pages (other than Linux)."""
 
     def __init__(self, size: int) -> None:
-        self._size, self._used = size, 0
-        self._memory = mmap.mmap(-1, max(1, size), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        self._size, self._used = size if hasattr(mmap, "MADV_HUGEPAGE") else 0, 0
+        if not self._size:
+            return
+        self._memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         # a kernel without large pages refuses; small pages do as well
         with contextlib.suppress(OSError):
             self._memory.madvise(mmap.MADV_HUGEPAGE)

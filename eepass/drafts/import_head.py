@@ -15,6 +15,7 @@ from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.drafts.read_head import read_head
 from eepass.drafts.target import target_of
 from eepass.errors import InputError
+from eepass.files import writing
 from eepass.training.dense_model import DenseModel
 from eepass.training.measured_draft import measure_draft
 from eepass.training.progress import NoProgress, Progress
@@ -57,10 +58,8 @@ def import_draft(
     known = {} if kept is None else kept.report
     made = Artifact(fingerprint(model), presets, exits | eagle, {**known, **report})
     if out is not None:
-        try:
+        with writing(Path(out)):
             made.save(Path(out))
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     return made
 
 

@@ -19,7 +19,7 @@ from eepass.drafts.readme import readme
 from eepass.drafts.rope import rope_of
 from eepass.drafts.target import target_of
 from eepass.errors import InputError
-from eepass.files import save_tensors
+from eepass.files import save_tensors, writing
 from eepass.folders import refuse_other_folder, replacing_folder
 from eepass.model import split_model
 from eepass.reading import is_whole_number, parse_json
@@ -71,14 +71,11 @@ def export_draft(
         values = config.speculators(_dtype(tensors), name, architectures, steps)
         tensors = in_speculators_form(tensors)
     text = readme(name, format, config, found.report, steps)
-    try:
-        with replacing_folder(target, is_exported) as folder:
-            save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
-            (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-            (folder / README).write_text(text, encoding="utf-8")
-            size = (folder / WEIGHTS).stat().st_size
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written ({error.strerror or error})") from error
+    with writing(target), replacing_folder(target, is_exported) as folder:
+        save_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
+        (folder / CONFIG).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        (folder / README).write_text(text, encoding="utf-8")
+        size = (folder / WEIGHTS).stat().st_size
     return {
         "format": format, "out": str(target), "bytes": size, "layers": list(config.layers),
         "draft_vocabulary": config.draft_vocabulary, "steps": steps,

@@ -16,6 +16,7 @@ from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
 from eepass.checkpoints.draft_codes import in_dtype
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
+from eepass.files import writing
 from eepass.runtime.sampling import Sampling
 from eepass.training.corpus import Example, Prompt, mixed, read_kinds, split_of
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
@@ -81,10 +82,8 @@ def calibrate(
         report={**trained.report, "recalibrated": recalibrated},
     )
     if out is not None:
-        try:
+        with writing(Path(out)):
             made.save(Path(out))
-        except OSError as error:
-            raise InputError(f"{out}: cannot be written ({error.strerror or error})") from error
     return made
 
 
