@@ -44,8 +44,9 @@ SETTINGS: dict[str, Any] = {
     "max_autotune": False,
 }
 # Products of one row become kernels that read weights at full bandwidth, if they are tuned: dozens
-# of variants of each kernel of a graph are run. Graphs without such products are not tuned
-ONE_ROW = {"coordinate_descent_tuning": True}
+# of variants of each kernel of a graph are run. Graphs without such products are not tuned, whatever
+# the process set before (torchao turns it on for everything)
+TUNING = "coordinate_descent_tuning"
 PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
     ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
@@ -134,7 +135,7 @@ class CudaCompiler(ByStructure):
 
 
 def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:
-    settings = {**SETTINGS, **(ONE_ROW if _has_one_row_product(lowered) else {})}
+    settings = {**SETTINGS, TUNING: _has_one_row_product(lowered)}
     with (
         torch._inductor.config.patch(settings),
         for_inductor(copy.deepcopy(lowered), examples) as (ready, fakes),

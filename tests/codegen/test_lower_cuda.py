@@ -204,8 +204,8 @@ def test_a_segment_goes_through_inductor(splits):
     assert not is_fused(head.graph)
 
 
-def tuned(monkeypatch, graph, inputs):
-    """Whether inductor tunes the kernels of ``graph``."""
+def tuned(monkeypatch, graph, inputs, process_tunes):
+    """Whether inductor tunes the kernels of ``graph`` in a process that tunes all or none."""
     from torch._inductor import config
 
     from eepass.codegen import lower_cuda
@@ -217,11 +217,13 @@ def tuned(monkeypatch, graph, inputs):
         return uncompiled(ready, fakes)
 
     monkeypatch.setattr(lower_cuda, "through_inductor", inductor)
-    CudaCompiler()(graph, "", inputs)
+    with config.patch(coordinate_descent_tuning=process_tunes):
+        CudaCompiler()(graph, "", inputs)
     return seen == [True]
 
 
-def test_only_products_of_one_row_are_tuned(splits, monkeypatch):
+@pytest.mark.parametrize("process_tunes", [False, True])
+def test_only_products_of_one_row_are_tuned(splits, monkeypatch, process_tunes):
     """Tuning runs each kernel of a graph dozens of times: minutes, for a prompt's rows."""
 
     def layer(rows):
@@ -234,9 +236,14 @@ def test_only_products_of_one_row_are_tuned(splits, monkeypatch):
         ]
         return found.graph, inputs
 
-    assert [tuned(monkeypatch, *layer(rows)) for rows in (1, 2, 16)] == [True, False, False]
+    assert [tuned(monkeypatch, *layer(rows), process_tunes) for rows in (1, 2, 16)] == [
+        True,
+        False,
+        False,
+    ]
     row = torch.randn(1, 1, 64)
-    assert not tuned(monkeypatch, make_fx(lambda x: x / x.norm(), pre_dispatch=True)(row), [row])
+    no_product = make_fx(lambda x: x / x.norm(), pre_dispatch=True)(row)
+    assert not tuned(monkeypatch, no_product, [row], process_tunes)
 
 
 def test_an_update_is_compiled_once_for_all_steps_with_such_tensors():
