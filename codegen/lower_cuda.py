@@ -44,7 +44,7 @@ SETTINGS: dict[str, Any] = {
     "max_autotune": False,
 }
 # Products of one row become kernels that read weights at full bandwidth, if they are tuned: dozens
-# of variants of each kernel of a graph are run. Graphs without such products are not tuned, whatever
+# of variants of each kernel of a graph are run. Other graphs are not tuned, whatever
 # the process set before (torchao turns it on for everything)
 TUNING = "coordinate_descent_tuning"
 PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
