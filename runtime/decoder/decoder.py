@@ -41,7 +41,7 @@ class Decoder:
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
-        self.compile, self._captured = compile, captured or compile
+        self.compile, self.compile_captured = compile, captured or compile
         # padding rows write behind the last token
         self.capacity = self.cache_length - self.buckets[-1]
         # positions the model has embeddings for, None where it has no table of them
@@ -72,7 +72,7 @@ class Decoder:
     def prepare(self, rows: int, captured: bool = False) -> None:
         """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
         if (rows, captured) not in self._layers:
-            compile = self._captured if captured else self.compile
+            compile = self.compile_captured if captured else self.compile
             layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 

@@ -292,6 +292,20 @@ def test_drafts_from_the_text_are_verified_in_captured_steps(transformed, steps)
     assert torch.equal(drawn, steps.generate(PROMPT, 30, sampling))
 
 
+@pytest.mark.parametrize("source", ("cascade", "eagle"))
+def test_drafts_of_a_trained_head_are_verified_in_captured_steps(transformed, steps, source):
+    """Beside those from the text, or alone; its levels are part of the step."""
+    with torch.no_grad():
+        transformed.configure(dense=True)
+    steps.configure(ExitConfig(exits=False, speculate=source))
+    launches = steps.launch_report.launches
+    assert "draft from head" in launches and launches[-1] == "compact"
+    assert ("draft from text" in launches) == (source == "cascade")
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = [token for token, _ in said(transformed, prompt=prompt)]
+        assert [token for token, _ in said(steps, prompt=prompt)] == expected
+
+
 def test_without_an_artefact_the_default_goes_through_the_engine(transformed):
     """Which decides pass by pass what pays; captured steps verify drafts where they are to."""
     plain = transformed.share(choose("host", CPU))
