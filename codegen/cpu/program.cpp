@@ -4,7 +4,6 @@
 // operator. In Python each costs microseconds, and a layer has thirty of them; `native_program.py`
 // reads the lines and writes them down here once.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/inductor/inductor_ops.h>
@@ -17,6 +16,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "results.h"
 
 namespace eepass {
 namespace {
@@ -148,8 +149,7 @@ struct Program : torch::CustomClassHolder {
   static void execute(const Step& step, Registers& values) {
     switch (step.kind) {
       case Kind::empty:
-        values[step.to] = at::Tensor(
-            at::detail::empty_strided_cpu(step.sizes, step.strides, step.dtype));
+        values[step.to] = result(step.sizes, step.strides, step.dtype);
         return;
       case Kind::view:
         values[step.to] = torch::inductor::_reinterpret_tensor(
