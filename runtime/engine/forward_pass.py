@@ -86,7 +86,7 @@ class ForwardPass:
             assert self._place is not None
             self.hidden = self.decoder.run_layer(index, self.hidden, self._place)
             layer = index + 1
-            if self.features is not None:
+            if self.features is not None and layer in self.features.layers:
                 self.features.after(layer, *self._nodes())
             if self.recorder is not None and layer in self.recorder.layers:
                 for number, row in enumerate(self.rows):

@@ -15,20 +15,18 @@ class RowFeatures:
     hidden states after ``layers``."""
 
     def __init__(self, layers: Sequence[int]) -> None:
-        # the last layer's hidden state has the place of z, which it is before the norm
-        self._layers = (0, *layers)
+        self.layers = tuple(layers)
         self._rows = torch.empty(0)
         self._normed: list[bool] = []
 
     def begin(self, count: int, hidden: Tensor) -> None:
         """The pass starts with ``count`` nodes, whose states are like ``hidden`` [..., H]."""
-        self._rows = hidden.new_empty(count, len(self._layers), hidden.shape[-1])
+        self._rows = hidden.new_empty(count, 1 + len(self.layers), hidden.shape[-1])
         self._normed = [False] * count
 
     def after(self, layer: int, nodes: Sequence[int], hidden: Tensor) -> None:
-        """States [n, H] of ``nodes`` after ``layer``."""
-        if layer in self._layers:
-            self._put(self._layers.index(layer), nodes, hidden)
+        """States [n, H] of ``nodes`` after ``layer``, one of ``layers``."""
+        self._put(1 + self.layers.index(layer), nodes, hidden)
 
     def at_the_end(self, nodes: Sequence[int], hidden: Tensor) -> None:
         """States [n, H] of ``nodes`` after the last layer; those that exited have their z."""
@@ -47,11 +45,12 @@ class RowFeatures:
     def exited(self, nodes: Sequence[int], layer: int) -> None:
         """``nodes``, all decided, do not go beyond ``layer``: the state after the last layer they
         reached stands for later ones, or z."""
-        last = max(reached for reached in self._layers if reached <= layer)
+        reached = [place for place, own in enumerate(self.layers, 1) if own <= layer]
+        last = max(reached, key=lambda place: self.layers[place - 1], default=0)
         index = torch.tensor(nodes)
-        for place, later in enumerate(self._layers):
-            if later > layer:
-                self._rows[index, place] = self._rows[index, self._layers.index(last)]
+        for place, own in enumerate(self.layers, 1):
+            if own > layer:
+                self._rows[index, place] = self._rows[index, last]
 
     def of(self, nodes: Sequence[int]) -> Features:
         """Those of ``nodes``; a copy that does not keep others' alive."""
