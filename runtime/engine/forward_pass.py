@@ -77,15 +77,16 @@ class ForwardPass:
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
         exits = self.exits is not None and any(one.active_exits for one in batch)
-        for index in range(first, self.decoder.num_layers):
-            self._insert_pending(batch, index)
+        layer = first
+        while layer < self.decoder.num_layers:
+            self._insert_pending(batch, layer)
             if self.hidden is None:
                 return
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
-            self.hidden = self.decoder.run_layer(index, self.hidden, self._place)
-            layer = index + 1
+            begin, layer = layer, self._next_stop(batch, layer, exits)
+            self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
             if self.features is not None and layer in self.features.layers:
                 self.features.after(layer, *self._nodes())
             if self.recorder is not None and layer in self.recorder.layers:
@@ -97,6 +98,14 @@ class ForwardPass:
             if not self.rows:
                 return
         self._end()
+
+    def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
+        """The layer after which there is something to do, of those after ``layer``."""
+        if exits or any(one.sequence.pending for one in batch):
+            return layer + 1
+        taken = [*(self.features.layers if self.features is not None else ())]
+        taken += self.recorder.layers if self.recorder is not None else ()
+        return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:
         """LM head logits of the rows that went through all layers: of ``every_row``, or of those
