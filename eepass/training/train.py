@@ -16,18 +16,26 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint
+from eepass.checkpoints.artifact import (
+    MANIFEST,
+    Artifact,
+    PresetPart,
+    artifact_for,
+    fingerprint,
+    without_prefix,
+)
 from eepass.checkpoints.draft_codes import rounded
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.config import ExitConfig
 from eepass.errors import InputError
+from eepass.runtime.drafting.eagle_layer import style_of
 from eepass.training import corpus
 from eepass.training.by_kind import report_by_kind
 from eepass.training.calibration import Costs
 from eepass.training.corpus import HELD_OUT, Example, Prompt
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
-from eepass.training.draft_head import STEPS, report_draft, train_draft
+from eepass.training.draft_head import STEPS, refuse_other_head, report_draft, train_draft
 from eepass.training.exits import (
     PREDICTOR_PASSES,
     TRANSLATOR_PASSES,
@@ -60,6 +68,7 @@ def train(
     steps: int = STEPS,
     own_prompts: int | None = None,
     progress: Progress | None = None,
+    start: str | Path | None = None,
 ) -> Artifact:
     """Train translators, draft head, predictors and thresholds for ``loaded``; write ``out``.
 
@@ -70,7 +79,8 @@ def train(
     the last third of the tokens. ``draft``: whether to train a draft head and the preset ``paper``,
     which needs it; ``steps``: how far it is unrolled. ``own_prompts``: prompts that the model
     writes itself, of many kinds, beside those given, answered too; by default as many as the tokens
-    need, none beside ``prompts`` or ``answers``. A run that was stopped is resumed from
+    need, none beside ``prompts`` or ``answers``. ``start``: an artefact for a model of this form,
+    whose draft head is trained further instead of a new one. A run that was stopped is resumed from
     ``out/checkpoint``. Raises ``InputError`` for bad input.
     """
     progress = progress or NoProgress()
@@ -98,11 +108,19 @@ def train(
         "steps": steps,
         "own_prompts": own_prompts,
     }
+    first = None
+    if start is not None:
+        if draft == "none":
+            raise InputError("start is for training a draft head, and draft='none' trains none")
+        first = artifact_for(loaded.model, start, str(start), same_weights=False)
+        request["start"] = _hash((Path(start) / MANIFEST).read_bytes())
     held = ExitStack()
     try:
         held.enter_context(claimed(checkpoint, folder))
         check_request(checkpoint, request)
         trainer = Trainer(loaded.model, checkpoint, progress, max_length, draft=draft, steps=steps)
+        if first is not None:
+            trainer.start_from(first, str(start))
         progress.say(forecast(trainer.model, 0 if answers is not None else tokens, own_prompts))
         data = OwnData(loaded, checkpoint, trainer.collector, progress)
         if answers is not None:
@@ -163,6 +181,7 @@ class Trainer:
         self.original, self.checkpoint, self.progress = model, checkpoint, progress
         self.hot_tokens, self.draft, self.steps = hot_tokens, draft, steps
         self.seconds: dict[str, float] = {}
+        self.start: dict[str, Tensor] | None = None
         self.model = DenseModel(model, max_length)
         depth = self.model.decoder.num_layers
 
@@ -183,6 +202,17 @@ class Trainer:
         stored = sorted({*self.translated, *self.exits[0]})
         self.store = HiddenStateStore(checkpoint / "shards", stored, features, self.translated)
         self.collector = Collector(self.model, self.store, progress)
+
+    def start_from(self, artifact: Artifact, where: str) -> None:
+        """Train the draft head of ``artifact`` further; ``InputError``, calling it ``where``, for
+        one of another form."""
+        head = without_prefix(artifact.tensors, "eagle.")
+        style = style_of(self.model.config, len(self.store.features) + 1)
+        try:
+            refuse_other_head(head, style, self.store.features)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        self.start = head
 
     @torch.no_grad()
     def run(self, examples: Sequence[Example]) -> Artifact:
@@ -266,7 +296,7 @@ class Trainer:
         unfinished = path.with_suffix(".part")  # each finished pass
         made = made_once(
             path, train_draft, self.store, self.model, self.hot_tokens, self.steps, unfinished,
-            self.progress,
+            self.progress, self.start,
         )  # fmt: skip
         unfinished.unlink(missing_ok=True)
         return {f"eagle.{name}": tensor for name, tensor in made.items()}
