@@ -49,6 +49,9 @@ def train(
             help="An artefact for a model of this form, whose draft head is trained further."
         ),
     ] = None,
+    keep_exits: Annotated[
+        bool, typer.Option("--keep-exits", help="Keep the exits of --start as they are.")
+    ] = False,
     raw: options.Raw = False,
     max_length: Annotated[
         int, typer.Option(help="Longer texts are cut here, in tokens.", min=64)
@@ -74,6 +77,7 @@ def train(
         artifact = training.train(
             loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
             "eagle" if draft == "eagle" else "none", steps, own_prompts, progress=bars, start=start,
+            keep_exits=keep_exits,
         )  # fmt: skip
     show(artifact)
     show_kinds(artifact.report.get("by_kind"))

@@ -30,7 +30,8 @@ from eepass.training.draft_head import fit_draft_head, refuse_other_head
 from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
 from eepass.training.muon import Muon, orthogonal
-from eepass.training.train import Trainer, _refuse_too_few
+from eepass.training.train import _refuse_too_few, train
+from eepass.training.trainer import Trainer
 from eepass.training.unrolling import Lines, draft_hits
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
@@ -401,9 +402,28 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
     further = Trainer(model, tmp_path / "further", Watch(), 64, hot_tokens=64)
     further.start_from(artifact, "first")
     assert torch.equal(further.start["fc"], artifact.tensors["eagle.fc"])
+    further.start_from(artifact, "first", keep_exits=True)
+    made = further.run(examples)
+    changed = {n for n, t in made.tensors.items() if not torch.equal(t, artifact.tensors[n])}
+    assert changed and all(name.startswith(("eagle.", "predictor.paper.")) for name in changed)
+    assert made.presets["default"] == artifact.presets["default"]
+    assert set(made.tensors) == set(artifact.tensors)
     other = Trainer(tiny_model("llama", hidden_size=32), tmp_path / "other", Watch(), 64)
     with pytest.raises(InputError, match="first: its draft head has no tensor"):
         other.start_from(artifact, "first")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_exits": True}, "give it as start"),
+        ({"start": "DIR", "draft": "none"}, "draft='none' trains none"),
+    ],
+)
+def test_options_that_contradict_one_another(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        train(None, tmp_path, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
