@@ -26,11 +26,12 @@ from eepass.training.corpus import (
     split_of,
 )
 from eepass.training.dense_model import best_token
-from eepass.training.draft_head import fit_draft_head
+from eepass.training.draft_head import fit_draft_head, refuse_other_head
 from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
 from eepass.training.muon import Muon, orthogonal
-from eepass.training.train import Trainer, _refuse_too_few
+from eepass.training.train import _refuse_too_few, train
+from eepass.training.trainer import Trainer
 from eepass.training.unrolling import Lines, draft_hits
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
@@ -209,6 +210,47 @@ def test_a_draft_head_learns_to_follow_its_own_drafts(monkeypatch):
     assert all(hit["top4"] >= hit["top1"] for hit in hits)
 
 
+def test_a_head_is_trained_further(monkeypatch):
+    """A pass over other lines leaves it better than a new head."""
+    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
+    torch.manual_seed(0)
+    embedding = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1) * 3
+    hot = torch.arange(40)
+
+    def hits_after(passes, start=None):
+        lines, label = made_lines(embedding)
+        head = fit_draft_head(
+            lines, embedding, embedding, STYLE, lambda n: None, 2, passes, start=start
+        )
+        return head, draft_hits(head, lines, label, embedding, hot, embedding, 1)[0]["top1"]
+
+    first, _ = hits_after(8)
+    before = {name: tensor.clone() for name, tensor in first.items()}
+    assert hits_after(1, first)[1] > 0.9 > hits_after(1)[1]
+    assert all(torch.equal(first[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda head: head.clear(), "no draft head"),
+        (
+            lambda head: head.update(features=torch.tensor([1, 3])),
+            "after layers 1, 3, and",
+        ),
+        (lambda head: head.update(o=torch.zeros(2, 2)), r"no tensor o of \(64, 64\)"),
+        (lambda head: head.update(epsilon=torch.tensor(1e-6)), "another form"),
+    ],
+)
+def test_a_head_of_another_form_is_not_trained_further(change, message):
+    head = {name: torch.zeros(shape) for name, shape in STYLE.shapes().items()}
+    head["features"] = torch.tensor([2])
+    refuse_other_head(head, STYLE, [2])
+    change(head)
+    with pytest.raises(InputError, match=message):
+        refuse_other_head(head, STYLE, [2])
+
+
 @pytest.mark.parametrize("shape", ((24, 40), (40, 24)))
 def test_muon_does_what_torchs_does(shape):
     """In float32, where torch's own rounds to bfloat16."""
@@ -357,6 +399,31 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
     assert [set(hit) for hit in artifact.report["draft_head"]["hits"]] == [{"top1", "top4"}] * 4
     again = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64).run(examples)
     assert all(torch.equal(again.tensors[n], t) for n, t in artifact.tensors.items())
+    further = Trainer(model, tmp_path / "further", Watch(), 64, hot_tokens=64)
+    further.start_from(artifact, "first")
+    assert torch.equal(further.start["fc"], artifact.tensors["eagle.fc"])
+    further.start_from(artifact, "first", keep_exits=True)
+    made = further.run(examples)
+    changed = {n for n, t in made.tensors.items() if not torch.equal(t, artifact.tensors[n])}
+    assert changed and all(name.startswith(("eagle.", "predictor.paper.")) for name in changed)
+    assert made.presets["default"] == artifact.presets["default"]
+    assert set(made.tensors) == set(artifact.tensors)
+    other = Trainer(tiny_model("llama", hidden_size=32), tmp_path / "other", Watch(), 64)
+    with pytest.raises(InputError, match="first: its draft head has no tensor"):
+        other.start_from(artifact, "first")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_exits": True}, "give it as start"),
+        ({"start": "DIR", "draft": "none"}, "draft='none' trains none"),
+    ],
+)
+def test_options_that_contradict_one_another(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        train(None, tmp_path, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):
