@@ -25,6 +25,7 @@ from eepass.errors import InputError
 from eepass.training import corpus
 from eepass.training.by_kind import report_by_kind
 from eepass.training.calibration import Costs
+from eepass.training.card import write_card
 from eepass.training.corpus import HELD_OUT, Example, Prompt
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 from eepass.training.draft_head import STEPS, report_draft, train_draft
@@ -112,6 +113,7 @@ def train(
         _refuse_too_few(examples, [*unanswered, *data.own], tokens)
         artifact = trainer.run(examples)
         artifact.save(folder)
+        write_card(folder, loaded, artifact)
     except OSError as error:
         if error.filename and not Path(error.filename).is_relative_to(folder):
             # compiled code, say, that has no room in a cache
