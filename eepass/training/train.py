@@ -9,11 +9,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
-from eepass.checkpoints.artifact import MANIFEST, Artifact, artifact_for, fingerprint
+import torch
+from torch import Tensor
+
+from eepass.checkpoints.artifact import Artifact, fingerprint
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.checkpoints.quantized_weights import quantization_of
 from eepass.errors import InputError
 from eepass.training import corpus
+from eepass.training.card import write_card
 from eepass.training.corpus import HELD_OUT, Example, Prompt
 from eepass.training.draft_head import STEPS
 from eepass.training.forecast import forecast
@@ -89,7 +94,8 @@ def train(
     first = None
     if start is not None:
         first = artifact_for(loaded.model, start, str(start), same_weights=keep_exits)
-        request["start"] = _hash((Path(start) / MANIFEST).read_bytes())
+        parts = [f"{n} {_hash(_bytes(t))}" for n, t in sorted(first.tensors.items())]
+        request["start"] = _hash("\n".join(parts).encode())
         request["keep_exits"] = keep_exits
     held = ExitStack()
     try:
@@ -107,6 +113,7 @@ def train(
         _refuse_too_few(examples, [*unanswered, *data.own], tokens)
         artifact = trainer.run(examples)
         artifact.save(folder)
+        write_card(folder, loaded, artifact)
     except OSError as error:
         if error.filename and not Path(error.filename).is_relative_to(folder):
             # compiled code, say, that has no room in a cache
@@ -136,6 +143,10 @@ def _refuse_too_few(examples: Sequence[Example], prompts: Sequence[Prompt], toke
         f"{len(examples)} answers of {made} tokens are too few: "
         + (f"raise --tokens above {max(made, tokens)}" if left else "give more prompts")
     )
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _hash(data: bytes) -> str:
