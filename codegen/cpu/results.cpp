@@ -3,6 +3,7 @@
 #include <ATen/EmptyTensor.h>
 #include <c10/core/Allocator.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstdlib>
@@ -12,9 +13,16 @@
 namespace eepass {
 namespace {
 
-// A block's size is a power of two, from 256 bytes to 512 KB; before its data stands which.
+// A block that may be kept has a power of two as its size, from 256 bytes to 512 KB. Before its data
+// stands which, or SIZES.
 constexpr size_t HEADER = 64, LEAST = 8, SIZES = 12;
+// The address sanitizer sees what is written past a block, or to one that was freed, where each has
+// its own size and is given back.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr size_t MOST_KEPT = 0;
+#else
 constexpr size_t MOST_KEPT = 4 << 20;
+#endif
 
 struct Block {
   size_t size;
@@ -39,8 +47,9 @@ Kept& kept() {
 
 void give_back(void* data) {
   auto* block = reinterpret_cast<Block*>(static_cast<char*>(data) - HEADER);
+  if (block->size == SIZES) return std::free(block);
   const size_t bytes = size_t{1} << (LEAST + block->size);
-  if (block->size >= SIZES || ended || kept().bytes + bytes > MOST_KEPT) return std::free(block);
+  if (ended || kept().bytes + bytes > MOST_KEPT) return std::free(block);
   Kept& own = kept();
   block->next = std::exchange(own.first[block->size], block);
   own.bytes += bytes;
@@ -48,15 +57,17 @@ void give_back(void* data) {
 
 struct Results : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
-    const size_t size = bytes <= (1 << LEAST) ? 0 : std::bit_width(bytes - 1) - LEAST;
+    const size_t own = bytes <= (1 << LEAST) ? 0 : std::bit_width(bytes - 1) - LEAST;
+    const size_t size = MOST_KEPT ? std::min(own, SIZES) : SIZES;
     Block* block = size < SIZES && !ended ? kept().first[size] : nullptr;
     if (block != nullptr) {
       kept().first[size] = block->next;
       kept().bytes -= size_t{1} << (LEAST + size);
     } else {
-      const size_t room = size < SIZES ? size_t{1} << (LEAST + size) : (bytes + 63) / 64 * 64;
-      block = static_cast<Block*>(std::aligned_alloc(64, HEADER + room));
-      if (block == nullptr) throw std::bad_alloc();
+      const size_t room = size < SIZES ? size_t{1} << (LEAST + size) : bytes;
+      void* memory = nullptr;
+      if (posix_memalign(&memory, 64, HEADER + room) != 0) throw std::bad_alloc();
+      block = static_cast<Block*>(memory);
       block->size = size;
     }
     void* data = reinterpret_cast<char*>(block) + HEADER;
