@@ -213,6 +213,9 @@ struct Chain : torch::CustomClassHolder {
            int64_t hidden, Numbers places, Numbers which) {
     program->check_inputs(inputs.size());
     TORCH_CHECK(places.size() == which.size(), "each place needs an input");
+    const int64_t count = inputs.size();
+    for (const int64_t place : places) TORCH_CHECK(0 <= place && place < count, "place ", place);
+    TORCH_CHECK(0 <= hidden && hidden < count, "hidden state at ", hidden, " of ", count, " inputs");
     links.push_back({std::move(program), std::move(inputs), hidden, std::move(places),
                      std::move(which)});
   }

@@ -170,6 +170,10 @@ def test_a_chain_is_of_native_programs_that_get_their_inputs():
     assert NativeProgram.chain([(lambda inputs: inputs, (template, 0, [], []))]) is None
     with pytest.raises(RuntimeError, match="a program of 7 inputs was given 6"):
         NativeProgram.chain([(made, (template[:6], 0, [], []))])
+    with pytest.raises(RuntimeError, match="hidden state at -1 of 7 inputs"):
+        NativeProgram.chain([(made, (template, -1, [], []))])
+    with pytest.raises(RuntimeError, match="place 7"):
+        NativeProgram.chain([(made, (template, 0, [7], [0]))])
     run = NativeProgram.chain([(made, (template, 0, [], []))] * 2)
     with pytest.raises(RuntimeError, match="links 1 to 3 of 2"):
         run(1, 3, given()[0], [])
