@@ -63,10 +63,9 @@ struct PackedKernels {
   // one block times `rows` rows -> out [rows, OUTPUTS]; `fetch`: ask for the next weights ahead
   void (*multiply)(const PackedLayer& layer, int64_t block, const int32_t* x, int rows,
                    Rounding rounding, bool fetch, float* out);
-  // SPAN inputs, from `span` * SPAN on, of one row of x [K], float32 or (`bf16`) bfloat16, as row r
-  // of a tile of R rows
-  void (*prepare)(const void* x, bool bf16, int64_t K, int64_t span, Rounding rounding, int64_t R,
-                  int64_t r, int32_t* tile);
+  // one row of x [K], float32 or (`bf16`) bfloat16, as row r of a tile of R rows
+  void (*prepare)(const void* x, bool bf16, int64_t K, Rounding rounding, int64_t R, int64_t r,
+                  int32_t* tile);
 };
 
 const PackedKernels* packed_kernels_avx512();

@@ -317,44 +317,45 @@ float row_step(const T* x, int64_t K, T* room) {
 }
 
 template <typename T>
-void prepare_span(const T* x, int64_t K, int64_t index, Rounding rounding, int64_t R, int64_t r,
-                  int32_t* tile) {
+void prepare_row(const T* x, int64_t K, Rounding rounding, int64_t R, int64_t r, int32_t* tile) {
   T room[SPAN];
   const float step = rounding == Rounding::row ? row_step(x, K, room) : 1;
   const bool integers = rounding != Rounding::none;
   const int64_t words = words_of(integers);
-  tile += index * span_words(integers) * R;
-  const T* from = span_of(x, K, index * SPAN, room);
-  auto* sums = reinterpret_cast<float*>(tile) + words * R;
-  const float span = rounding == Rounding::spans ? largest_of(from, SPAN) / 127 : step;
-  for (int g = 0; g < SPAN / GROUP; g++) {
-    const T* group = from + GROUP * g;
-    const float scale = rounding == Rounding::groups ? largest_of(group, GROUP) / 127 : span;
-    sums[(24 + g) * R + r] = scale;
-    float halves[2];
-    for (int h = 0; h < 2; h++) {
-      const Floats v = values(group + 16 * h);
-      if (integers) {
-        int8_t bytes[16];
-        halves[h] = static_cast<float>(round_bytes(mul(v, splat(scale == 0 ? 0 : 1 / scale)), bytes));
-        for (int j = 0; j < 4; j++) std::memcpy(tile + (8 * g + 4 * h + j) * R + r, bytes + 4 * j, 4);
-      } else {
-        float lanes[16];
-        store(lanes, v);
-        halves[h] = total(v);
-        for (int j = 0; j < 16; j++)
-          std::memcpy(tile + (32 * g + 16 * h + j) * R + r, lanes + j, 4);
+  for (int64_t k = 0; k < K; k += SPAN, tile += span_words(integers) * R) {
+    const T* from = span_of(x, K, k, room);
+    auto* sums = reinterpret_cast<float*>(tile) + words * R;
+    const float span = rounding == Rounding::spans ? largest_of(from, SPAN) / 127 : step;
+    for (int g = 0; g < SPAN / GROUP; g++) {
+      const T* group = from + GROUP * g;
+      const float scale = rounding == Rounding::groups ? largest_of(group, GROUP) / 127 : span;
+      sums[(24 + g) * R + r] = scale;
+      float halves[2];
+      for (int h = 0; h < 2; h++) {
+        const Floats v = values(group + 16 * h);
+        if (integers) {
+          int8_t bytes[16];
+          halves[h] = static_cast<float>(round_bytes(mul(v, splat(scale == 0 ? 0 : 1 / scale)), bytes));
+          for (int j = 0; j < 4; j++)
+            std::memcpy(tile + (8 * g + 4 * h + j) * R + r, bytes + 4 * j, 4);
+        } else {
+          float lanes[16];
+          store(lanes, v);
+          halves[h] = total(v);
+          for (int j = 0; j < 16; j++)
+            std::memcpy(tile + (32 * g + 16 * h + j) * R + r, lanes + j, 4);
+        }
+        sums[(8 + 2 * g + h) * R + r] = halves[h];
       }
-      sums[(8 + 2 * g + h) * R + r] = halves[h];
+      sums[g * R + r] = halves[0] + halves[1];
     }
-    sums[g * R + r] = halves[0] + halves[1];
   }
 }
 
-void prepare(const void* x, bool bf16, int64_t K, int64_t span, Rounding rounding, int64_t R,
-             int64_t r, int32_t* tile) {
-  if (bf16) return prepare_span(static_cast<const uint16_t*>(x), K, span, rounding, R, r, tile);
-  prepare_span(static_cast<const float*>(x), K, span, rounding, R, r, tile);
+void prepare(const void* x, bool bf16, int64_t K, Rounding rounding, int64_t R, int64_t r,
+             int32_t* tile) {
+  if (bf16) return prepare_row(static_cast<const uint16_t*>(x), K, rounding, R, r, tile);
+  prepare_row(static_cast<const float*>(x), K, rounding, R, r, tile);
 }
 
 }  // namespace eepass::EEPASS_ISA

@@ -125,12 +125,12 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
   const int64_t bytes = needed * static_cast<int64_t>(ways.size() * sizeof(int32_t));
   const auto room = [&] { return reinterpret_cast<int32_t*>(scratch(bytes, 0)); };
   const T* rows = x.const_data_ptr<T>();
-  const auto prepare = [&](const Tile& tile, int64_t span, int32_t* to) {
+  const auto prepare = [&](const Tile& tile, int32_t* to) {
     for (int64_t r = 0; r < tile.taken; r++) {
       // rows of padding repeat the last one
       const int64_t from = tile.first + std::min(r, tile.rows - 1);
       for (size_t way = 0; way < ways.size(); way++)
-        use.prepare(rows + from * K, sizeof(T) == 2, K, span, ways[way], tile.taken, r,
+        use.prepare(rows + from * K, sizeof(T) == 2, K, ways[way], tile.taken, r,
                     to + way * needed + tile.at);
     }
   };
@@ -141,13 +141,12 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
 #pragma omp parallel
   {
     int32_t* const prepared = shared ? common : room();
-    const int64_t parts = static_cast<int64_t>(tiles.size()) * spans;
     if (shared) {
+      // tiles share no cache line
 #pragma omp for schedule(static)
-      for (int64_t part = 0; part < parts; part++)
-        prepare(tiles[part / spans], part % spans, prepared);
+      for (size_t i = 0; i < tiles.size(); i++) prepare(tiles[i], prepared);
     } else {
-      for (int64_t span = 0; span < spans; span++) prepare(tiles[0], span, prepared);
+      prepare(tiles[0], prepared);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < total; task++) {
