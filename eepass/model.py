@@ -14,7 +14,8 @@ from eepass.checkpoints.artifact import Artifact
 from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
-from eepass.codegen.cpu.native import build_kernels, load_kernels
+from eepass.codegen.cpu.building import build_kernels
+from eepass.codegen.cpu.native import load_kernels
 from eepass.config import ExitConfig
 from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
 from eepass.errors import EngineError, InputError, PassError

@@ -9,6 +9,7 @@ from models import tiny_model
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import program_of, run_program
+from eepass.codegen.loops import build, unbuilt
 from eepass.codegen.lower_cpu import CpuCompiler, ready_to_compile, through_inductor
 from eepass.codegen.native_program import NativeProgram, NotNative, native_program, natively
 from eepass.passes.pipeline import split_for_rows
@@ -29,12 +30,13 @@ def _as_in_use():
 
 
 def programs(function, *examples):
-    """The program of a function's code, and its kernels."""
+    """The program of a function's code, and the library of its loops."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*examples)
-    with torch.no_grad(), ready_to_compile(graph, examples, False) as (lowered, fakes):
-        return program_of(through_inductor(lowered, fakes))
+    with torch.no_grad(), ready_to_compile(graph, examples, False) as (lowered, fakes), unbuilt():
+        program, sources = program_of(through_inductor(lowered, fakes))
+    return program, build(sources)
 
 
 def layer(x, norm, gate, up, down, keys, slots):
@@ -53,8 +55,9 @@ def given(rows=3):
 
 
 def test_the_same_bits_as_in_python():
-    program, kernels = programs(layer, *given())
-    python, native = run_program(program, kernels), native_program(program, kernels)
+    program, library = programs(layer, *given())
+    python = run_program(program, library.result())
+    native = native_program(program, library)
     for seed in range(3):
         inputs = given()
         inputs[0] = inputs[0] * (seed + 1)
@@ -101,10 +104,10 @@ return (buf5, buf2)
 """
     inputs = [torch.randn(3, 8), torch.randn(5, 8)]
     with pytest.raises(NotNative, match=r"torch\.float32"):
-        native_program(program, {})
+        native_program(program, None)
     program = program.replace(", dtype=torch.float32", "")
-    expected = run_program(program, {})(list(inputs))
-    for one, other in zip(expected, native_program(program, {})(inputs), strict=True):
+    expected = run_program(program, None)(list(inputs))
+    for one, other in zip(expected, native_program(program, None)(inputs), strict=True):
         same_bits(one, other)
 
 
