@@ -2,7 +2,7 @@
 
 Inductor builds a library of each loop and waits for all of them. Reading the headers takes most of
 the time, so here a segment's loops are one library, and it is built while the next segment is
-lowered.
+lowered. Inductor is imported when there is something to build: a second start does without.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
-
-from eepass.private_names import AsyncCompile, CppPythonBindingsCodeCache, inductor_config
 
 # what inductor calls the function of a loop, and what it is called in a library of several
 ENTRY = re.compile(r'(extern\s+"C"\s+void\s+)kernel(?=\()')
@@ -47,6 +45,8 @@ class Loop:
 @contextmanager
 def unbuilt() -> Iterator[None]:
     """Within, the code that inductor makes or reads again has ``Loop`` objects for its loops."""
+    from eepass.private_names import AsyncCompile
+
     built = AsyncCompile.cpp_pybinding
     AsyncCompile.cpp_pybinding = lambda _self, _types, source: Loop(source)
     try:
@@ -111,6 +111,8 @@ def _builders() -> ThreadPoolExecutor:
 
 
 def _library(text: str) -> Path:
+    from eepass.private_names import inductor_config
+
     # what is patched elsewhere holds for one thread
     with inductor_config.patch(KNOWN_PROCESSOR):
         return Path(_libraries().load_async(text, "cpu")()._name)
@@ -119,6 +121,7 @@ def _library(text: str) -> Path:
 @cache
 def _libraries() -> Any:
     """Inductor's cache of libraries, in which these are no modules of Python."""
+    from eepass.private_names import CppPythonBindingsCodeCache
 
     class Libraries(CppPythonBindingsCodeCache):
         cache: ClassVar[dict[str, Any]] = {}
