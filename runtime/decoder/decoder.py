@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -170,9 +171,11 @@ class Decoder:
             self.prepare(*key)
         return self._layers[key][layer](hidden, place)
 
-    def run_layers(self, begin: int, end: int, hidden: Tensor, place: Place) -> Tensor:
-        """As ``run_layer``, of those from number ``begin`` to before ``end``: where the compiled
-        layers allow it, in one call."""
+    def run_layers(
+        self, begin: int, stops: Sequence[int], hidden: Tensor, place: Place
+    ) -> list[Tensor]:
+        """As ``run_layer``, of those from number ``begin`` on: the hidden state before each of
+        ``stops``, ascending. Where the compiled layers allow it, in one call."""
         rows = hidden.shape[1]
         if rows not in self._chains:
             self.prepare(rows)
@@ -180,10 +183,13 @@ class Decoder:
         chain = self._chains[rows]
         if chain is not None:
             changing = [place.slots, *(place.sides[name] for name in self._sides)]
-            return chain(begin, end, hidden, changing)
-        for layer in range(begin, end):
-            hidden = self.run_layer(layer, hidden, place)
-        return hidden
+            return chain(begin, list(stops), hidden, changing)
+        found = []
+        for first, end in pairwise((begin, *stops)):
+            for layer in range(first, end):
+                hidden = self.run_layer(layer, hidden, place)
+            found.append(hidden)
+        return found
 
     def _chain(self, rows: int) -> ChainedLayers | None:
         layers = self._layers[rows, False]

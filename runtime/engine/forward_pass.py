@@ -86,9 +86,12 @@ class ForwardPass:
                 self._place_rows()
             assert self._place is not None
             begin, layer = layer, self._next_stop(batch, layer, exits)
-            self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
-            if self.features is not None and layer in self.features.layers:
-                self.features.after(layer, *self._nodes())
+            taken = self.features.between(begin, layer) if self.features is not None else []
+            stops = [*taken, layer]
+            *states, self.hidden = self.decoder.run_layers(begin, stops, self.hidden, self._place)
+            if self.features is not None:
+                for after, state in zip(taken, states, strict=True):
+                    self.features.after(after, *self._nodes(state))
             if self.recorder is not None and layer in self.recorder.layers:
                 for number, row in enumerate(self.rows):
                     own = self.hidden[0, number : number + 1]
@@ -103,8 +106,7 @@ class ForwardPass:
         """The layer after which there is something to do, of those after ``layer``."""
         if exits or any(one.sequence.pending for one in batch):
             return layer + 1
-        taken = [*(self.features.layers if self.features is not None else ())]
-        taken += self.recorder.layers if self.recorder is not None else ()
+        taken = self.recorder.layers if self.recorder is not None else ()
         return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:
@@ -155,7 +157,7 @@ class ForwardPass:
             torch.tensor([ids + [ids[-1]] * padding]), torch.tensor([positions]), self._place.slots
         )
         if self.features is not None:
-            self.features.begin(len(self.rows), self.hidden)
+            self.features.begin(len(self.rows))
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
@@ -219,12 +221,11 @@ class ForwardPass:
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _nodes(self) -> tuple[list[int], Tensor]:
-        """The numbers of the nodes that are rows, and their hidden states [n, H]."""
-        assert self.hidden is not None
+    def _nodes(self, hidden: Tensor) -> tuple[list[int], Tensor]:
+        """The numbers of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
         # pending tokens come first
         nodes = [row.number for row in self.rows if row.node != PENDING]
-        return nodes, self.hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
+        return nodes, hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
 
     def _run_predictors(self, layer: int) -> None:
         """Evaluate the exits active after ``layer`` for the nodes without a next token."""
@@ -319,4 +320,5 @@ class ForwardPass:
             if row.node == PENDING:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
-            self.features.at_the_end(*self._nodes())
+            assert self.hidden is not None
+            self.features.at_the_end(*self._nodes(self.hidden))

@@ -160,7 +160,7 @@ def test_layers_in_one_call_are_the_layers_one_by_one(decoder, rows, monkeypatch
 
         def chained(state, place, stops=stops):
             for begin, end in pairwise(stops):
-                state = decoder.run_layers(begin, end, state, place)
+                (state,) = decoder.run_layers(begin, [end], state, place)
             return state
 
         for one, other in zip(expected, states(chained), strict=True):
@@ -179,4 +179,8 @@ def test_a_chain_is_of_native_programs_that_get_their_inputs():
         NativeProgram.chain([(made, (template, 0, [7], [0]))])
     run = NativeProgram.chain([(made, (template, 0, [], []))] * 2)
     with pytest.raises(RuntimeError, match="links 1 to 3 of 2"):
-        run(1, 3, given()[0], [])
+        run(1, [3], given()[0], [])
+    first, second = run(0, [1, 2], given()[0], [])
+    same_bits(run(1, [2], first, [])[0], second)
+    # the state that was given, where nothing runs before it
+    same_bits(run(0, [0, 1], given()[0], [])[0], given()[0])
