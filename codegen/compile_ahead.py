@@ -85,7 +85,7 @@ class AheadCompiler(CompiledCode):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, {})
         folder.mkdir(parents=True, exist_ok=True)
-        library = build_kernels()
+        library = build_kernels(every=True)
         open_kernels(library)
         shutil.copyfile(library, folder / KERNELS)
         # besides the graph, the code depends on torch, CPU and kernels (the library's name), on

@@ -55,6 +55,11 @@ def unbuilt() -> Iterator[None]:
         AsyncCompile.cpp_pybinding = built
 
 
+def read_headers() -> None:
+    """Let the compiler read what all loops include, where it has not done so before."""
+    _library(together([]))
+
+
 def build(sources: Sequence[str]) -> Future[Path]:
     """The library of loops ``sources``, of which number i is called ``kernel_i``.
 

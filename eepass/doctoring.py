@@ -196,7 +196,7 @@ def _compiler() -> dict[str, Any]:
     return {
         "path": path,
         "version": output.stdout.strip().splitlines()[0],
-        "kernels_built": library_of(path).is_file(),
+        "kernels_built": any(library_of(path, every).is_file() for every in (True, False)),
     }
 
 

@@ -33,7 +33,7 @@ def main() -> int:
         wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} {FLAGS} "$@"\n')
         wrapper.chmod(0o755)
         own = {"CXX": str(wrapper), "XDG_CACHE_HOME": folder}
-        build = "from eepass.codegen.cpu.building import build_kernels; print(build_kernels())"
+        build = "from eepass.codegen.cpu.building import build_kernels; print(build_kernels(True))"
         subprocess.run(
             [sys.executable, "-c", build], env={**os.environ, **own}, check=True, cwd=ROOT
         )

@@ -53,9 +53,10 @@ def find_compiler() -> str:
     return compiler
 
 
-def library_of(compiler: str) -> Path:
-    """The path of the kernels that ``compiler`` builds for this machine, built or not."""
-    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
+def library_of(compiler: str, every: bool = False) -> Path:
+    """The path of the kernels that ``compiler`` builds for this machine, built or not; ``every``:
+    for all instruction sets, not for the best of this processor alone."""
+    texts = [path.read_text() for path in (*HEADERS, *sources(every))]
     flags = [*FLAGS, str(TARGETS), *cpu_flags()]
     fingerprint = hashlib.sha256(
         "\0".join([*texts, version("torch"), compiler, *flags]).encode()
@@ -75,23 +76,29 @@ def begin_to_build() -> None:
     Thread(target=work, name="kernels", daemon=True).start()
 
 
-def build_kernels() -> Path:
-    """The library of kernels for this machine; raises ``KernelsMissing`` if it does not build."""
+def build_kernels(every: bool = False) -> Path:
+    """The library of kernels for this machine: for ``every`` instruction set where that is asked
+    for or built already, else for the best of this processor, in half the time.
+
+    Raises ``KernelsMissing`` if it does not build.
+    """
     compiler = find_compiler()
-    library = library_of(compiler)
     with _building:
-        _build(compiler, library)
+        library = library_of(compiler, True)
+        if not every and not library.exists():
+            library = library_of(compiler)
+        _build(compiler, library, every)
     refuse_foreign(library)
     return library
 
 
-def _build(compiler: str, library: Path) -> None:
+def _build(compiler: str, library: Path, every: bool) -> None:
     if not library.exists():
         try:
             library.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
                 built = Path(scratch) / library.name
-                compile_kernels(compiler, built)
+                compile_kernels(compiler, built, every)
                 os.replace(built, library)
         except OSError as error:
             raise KernelsMissing(
@@ -111,31 +118,46 @@ def refuse_foreign(*files: Path) -> None:
             )
 
 
-def compile_kernels(compiler: str, library: Path, extra: tuple[str, ...] = ()) -> None:
-    """Compile and link ``library``, with ``extra`` flags; raises ``KernelsMissing``."""
+def compile_kernels(compiler: str, library: Path, every: bool) -> None:
+    """Compile and link ``library``, as ``library_of`` has it; raises ``KernelsMissing``."""
     torch_root = _torch_root()
-    found = sources()
+    found = sources(every)
     # reading torch's headers takes most of the time: once for all that are for any processor
     joined = library.parent / "any_processor.cpp"
     joined.write_text("".join(f'#include "{s}"\n' for s in found if not flags_of(s)))
     objects = {s: library.parent / f"{s.stem}.o" for s in (joined, *filter(flags_of, found))}
     commands = [
-        [compiler, *FLAGS, *extra, *flags_of(source), f"-I{torch_root / 'include'}",
+        [compiler, *FLAGS, *flags_of(source), f"-I{torch_root / 'include'}",
          "-c", str(source), "-o", str(made)]
         for source, made in objects.items()
     ]  # fmt: skip
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         list(pool.map(_run, commands))
     _run([
-        compiler, "-shared", "-fopenmp", *extra, *map(str, objects.values()), "-o", str(library),
+        compiler, "-shared", "-fopenmp", *map(str, objects.values()), "-o", str(library),
         f"-L{torch_root / 'lib'}", "-lc10", "-ltorch_cpu",
     ])  # fmt: skip
 
 
-def sources() -> list[Path]:
-    """What is compiled here: sources for an instruction set of x86 only where that is known."""
-    x86 = platform.machine() in ("x86_64", "AMD64")
-    return [source for source in SOURCES if x86 or _target(source) not in TARGETS]
+def sources(every: bool) -> list[Path]:
+    """What is compiled here: of sources for one instruction set of x86 those that this processor
+    uses, or ``every`` one where they are known."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        used: set[str] = set()
+    elif every:
+        used = {source.stem for source in SOURCES}
+    else:
+        used = _used(cpu_flags())
+    return [s for s in SOURCES if _target(s) not in TARGETS or s.stem in used]
+
+
+def _used(flags: list[str]) -> set[str]:
+    """The sources for one instruction set that a processor of these ``flags`` uses, as `isa.cpp`
+    chooses among them."""
+    isa = best_isa(flags)
+    if isa == "avx512":
+        return {"packed_avx512", f"rows_avx512{'bf16' if 'avx512_bf16' in flags else ''}"}
+    return {f"packed_{isa}", "rows_avx2"} if isa else set()
 
 
 def flags_of(source: Path) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ import ctypes
 import functools
 import hashlib
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 # the operators must be defined before kernels are added to them
@@ -52,15 +53,22 @@ def kernel_isa(name: str | None = None) -> str:
 
     ``name`` chooses another from now on, for tests and measurements: one of these, "avx512-widened"
     (AVX-512 without its bf16 products), or "best". Raises ``KernelsMissing`` for one that this
-    processor does not have.
+    processor or the library does not have.
     """
+    if name not in (None, "best") and not _opened:
+        with suppress(KernelsMissing):
+            # it is what is loaded then
+            build_kernels(every=True)
     if load_kernels():
         return ""
     choose = ctypes.CDLL(None).eepass_kernel_isa
     choose.restype, choose.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
     found = choose(None if name is None else name.encode())
     if found is None:
-        raise KernelsMissing(f"this processor has no kernels for {name!r}")
+        raise KernelsMissing(
+            f"there are no kernels for {name!r} here: the processor does not have it, or those of "
+            "its best instruction set alone were loaded before another was asked for"
+        )
     return str(found.decode())
 
 
