@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Lock, Thread
@@ -37,6 +37,8 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "eepass"
 
 
+# what follows it in a library names what that was built from
+MARK = "eepass kernels "
 # held while the library is built
 _building = Lock()
 
@@ -56,12 +58,25 @@ def find_compiler() -> str:
 def library_of(compiler: str, every: bool = False) -> Path:
     """The path of the kernels that ``compiler`` builds for this machine, built or not; ``every``:
     for all instruction sets, not for the best of this processor alone."""
-    texts = [path.read_text() for path in (*HEADERS, *sources(every))]
-    flags = [*FLAGS, str(TARGETS), *cpu_flags()]
-    fingerprint = hashlib.sha256(
-        "\0".join([*texts, version("torch"), compiler, *flags]).encode()
-    ).hexdigest()[:16]
-    return cache_dir() / f"rows-{fingerprint}.so"
+    return cache_dir() / f"rows-{_hash(built_from(compiler), str(every), *cpu_flags())}.so"
+
+
+def built_from(compiler: str) -> str:
+    """Names what kernels are built from: the same for all instruction sets, and on any machine."""
+    texts = [path.read_text() for path in (*HEADERS, *SOURCES)]
+    return _hash(*texts, _torch_version(), compiler, *FLAGS, str(TARGETS))
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
+def _torch_version() -> str:
+    try:
+        return version("torch")
+    except PackageNotFoundError:
+        # built from source, without metadata
+        return (_torch_root() / "version.py").read_text()
 
 
 def begin_to_build() -> None:
@@ -126,8 +141,9 @@ def compile_kernels(compiler: str, library: Path, every: bool) -> None:
     joined = library.parent / "any_processor.cpp"
     joined.write_text("".join(f'#include "{s}"\n' for s in found if not flags_of(s)))
     objects = {s: library.parent / f"{s.stem}.o" for s in (joined, *filter(flags_of, found))}
+    mark = f'-DEEPASS_KERNELS="{MARK}{built_from(compiler)}"'
     commands = [
-        [compiler, *FLAGS, *flags_of(source), f"-I{torch_root / 'include'}",
+        [compiler, *FLAGS, mark, *flags_of(source), f"-I{torch_root / 'include'}",
          "-c", str(source), "-o", str(made)]
         for source, made in objects.items()
     ]  # fmt: skip

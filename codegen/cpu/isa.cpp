@@ -94,6 +94,13 @@ bool has_bf16_products() {
 
 }  // namespace eepass
 
+#ifndef EEPASS_KERNELS
+#define EEPASS_KERNELS "eepass kernels"
+#endif
+
+// What this library was built from, for who reads it as a file.
+extern "C" const char eepass_kernels[] __attribute__((used)) = EEPASS_KERNELS;
+
 // The name of the instruction set in use, after choosing the one called `name` ("best": the best
 // there is) unless it is null; null where the processor or this library has not what was asked for.
 extern "C" const char* eepass_kernel_isa(const char* name) {

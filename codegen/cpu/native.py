@@ -9,11 +9,12 @@ from pathlib import Path
 
 # the operators must be defined before kernels are added to them
 import eepass.ops  # noqa: F401
-from eepass.codegen.cpu.building import KernelsMissing, build_kernels
+from eepass.codegen.cpu.building import MARK, KernelsMissing, build_kernels
 from eepass.codegen.libraries import path_of
 from eepass.errors import RunsSlower
 
-_opened: list[str] = []
+# what the kernels in use were built from
+_opened: list[bytes] = []
 
 
 @functools.cache
@@ -34,18 +35,20 @@ def load_kernels() -> str:
 def open_kernels(library: Path, contents: bytes | None = None) -> None:
     """Load a library that ``build_kernels`` made, on this or another machine.
 
-    ``contents``: of the file, where it was read already. A process has one set of kernels: raises
-    ``KernelsMissing`` if others are loaded.
+    ``contents``: of the file, where it was read already. A process has one set of kernels: nothing
+    is loaded where it has those of the same sources, for whatever instruction sets. Raises
+    ``KernelsMissing`` if it has others.
     """
     data = library.read_bytes() if contents is None else contents
-    digest = hashlib.sha256(data).hexdigest()
-    if _opened and _opened[0] != digest:
+    at = data.find(MARK.encode())
+    source = data[at : data.find(b"\0", at)] if at >= 0 else hashlib.sha256(data).digest()
+    if _opened and _opened[0] != source:
         raise KernelsMissing("this process runs other kernels already: use a process of its own")
     if not _opened:
         # global, since compiled code finds the kernels' C functions by name
         file = str(library) if contents is None else path_of(contents, str(library))
         ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
-        _opened.append(digest)
+        _opened.append(source)
 
 
 def kernel_isa(name: str | None = None) -> str:
