@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eepass.masks import causal_mask_at
 from eepass.ops import fused, rows
 
 L2_BYTES = 160 * 2**20
@@ -45,13 +46,6 @@ def exit_arguments(hidden: int, rank: int, vocabulary: int, rows: int = 1) -> li
         random(512, dtype=floats), random(1, dtype=floats), torch.tensor([0.5]), "rms", 1e-5, 0.0,
         1.0, 0.0,
     ]  # fmt: skip
-
-
-def path_arguments(hidden: int, vocabulary: int) -> list[Any]:
-    """A tree of eight nodes, four paths from its root."""
-    arguments = exit_arguments(hidden, 0, vocabulary, rows=8)
-    paths = [[0, 1, 4, -1], [0, 1, 5, 7], [0, 2, 6, -1], [0, 3, -1, -1]]
-    return [*arguments[:16], torch.tensor(paths), *arguments[16:]]
 
 
 def verify_arguments(hidden: int, vocabulary: int) -> list[Any]:
@@ -90,15 +84,26 @@ def rows_arguments(hidden: int, count: int) -> list[Any]:
     return [random(count, hidden) * hidden**0.5, [random(3 * hidden, hidden)], [None]]
 
 
+def attention_arguments(hidden: int, length: int, count: int) -> list[Any]:
+    """``count`` rows at the end of a text that fills the cache; four query heads a group."""
+    channels = min(128, hidden)
+    heads = max(hidden // channels, 4)
+    positions = torch.arange(length - count, length)
+    mask = causal_mask_at(positions, length, None, torch.bfloat16)[0, 0]
+    q, caches = torch.randn(heads, count, channels), (heads // 4, length, channels)
+    keys, values = (torch.randn(caches).to(torch.bfloat16) for _ in range(2))
+    return [q.to(torch.bfloat16), keys, values, mask, channels**-0.5]
+
+
 def cases(
-    hidden: int, vocabularies: Sequence[int]
+    hidden: int, vocabularies: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, tuple[str, Callable[[], list[Any]]]]:
-    """Name -> operator, arguments; ``vocabularies``: hot, whole, large."""
+    """Name -> operator, arguments; ``vocabularies``: hot, whole, large; ``lengths``:
+    of the texts that are attended to."""
     hot, whole, large = vocabularies
     return {
         "exit_predictor": ("exit_predictor", lambda: exit_arguments(hidden, 0, whole)),
         "exit_predictor, rank 128": ("exit_predictor", lambda: exit_arguments(hidden, 128, whole)),
-        "path_predictor, 8 nodes": ("path_predictor", lambda: path_arguments(hidden, whole)),
         f"verify_head, {whole}": ("verify_head", lambda: verify_arguments(hidden, whole)),
         f"verify_head, {large}": ("verify_head", lambda: verify_arguments(hidden, large)),
         f"draft_topk, {hot}": ("draft_topk", lambda: draft_arguments(hidden, hot)),
@@ -106,7 +111,15 @@ def cases(
         "fill_kv, 8 layers": ("fill_kv", lambda: fill_arguments(hidden)),
         **{
             f"linear_rows, {count}": ("linear_rows", partial(rows_arguments, hidden, count))
-            for count in (1, 2, 4, 8, 16)
+            for count in (1, 2, 4, 8, 16, 32)
+        },
+        **{
+            f"attend_rows, {length}, {count}": (
+                "attend_rows",
+                partial(attention_arguments, hidden, length, count),
+            )
+            for length in lengths
+            for count in (1, 16)
         },
     }
 
@@ -150,7 +163,7 @@ def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
     result = function(*arguments)
     if result is None:
         return [cache.clone() for cache in (*arguments[9], *arguments[10])]
-    return list(result)
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> str:
@@ -171,7 +184,7 @@ def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator through its Triton kernels, and its reference implementation."""
     from eepass.codegen.kernels.register import run_kernels
 
-    eager = rows.linear_rows if operator == "linear_rows" else getattr(fused, operator)
+    eager = getattr(rows if operator.endswith("_rows") else fused, operator)
     return partial(run_kernels, operator), eager
 
 
@@ -243,7 +256,8 @@ def main() -> None:
     torch.set_default_device(options.device)
     # small where the interpreter runs program after program
     vocabularies = (40, 100, 200) if interpreted else (8192, 32_000, 128_256)
-    todo = cases(options.hidden, vocabularies)
+    lengths = (100, 300) if interpreted else (1024, 8192, 32_768)
+    todo = cases(options.hidden, vocabularies, lengths)
     result: dict[str, Any] = {
         "torch": torch.__version__, "triton": triton.__version__, "hidden": options.hidden,
     }  # fmt: skip

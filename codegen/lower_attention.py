@@ -17,16 +17,17 @@ from eepass.codegen.lower_linear import replace
 
 aten = torch.ops.aten
 MOST_ROWS = 64
+DTYPES = (torch.float32, torch.bfloat16)
 VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
 
-def lower_attention(gm: GraphModule) -> int:
+def lower_attention(gm: GraphModule, dtypes: tuple[torch.dtype, ...] = DTYPES) -> int:
     """Rewrite the attention calls of ``gm`` in place; returns how many."""
     rewritten = 0
     for node in gm.graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
-        if _refusal(node):
+        if _refusal(node, dtypes):
             continue
         args: tuple[Any, ...] = node.args
         q, k, v, mask = args[:4]
@@ -45,14 +46,14 @@ def lower_attention(gm: GraphModule) -> int:
     return rewritten
 
 
-def _refusal(node: Node) -> str | None:
+def _refusal(node: Node, dtypes: tuple[torch.dtype, ...]) -> str | None:
     args: tuple[Any, ...] = node.args
     if len(args) < 4 or args[3] is None or any(args[4:]):
         return "no explicit mask, or dropout"
     q, k, v, mask = (arg.meta["val"] for arg in args[:4])
     if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or q.shape[2] > MOST_ROWS:
         return "several sequences, a mask per head, or many rows"
-    if q.dtype not in (torch.float32, torch.bfloat16) or mask.dtype != q.dtype:
+    if q.dtype not in dtypes or mask.dtype != q.dtype:
         return f"dtype {q.dtype} with a mask of {mask.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "a cache of another dtype"

@@ -6,11 +6,13 @@
 
 in float32, with one reading of the head. In layers that are captured
 
-    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)      x of 1 to 16 rows, bf16
+    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)      x of 1 to 32 rows, bf16
     after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
 
-whose kernel gives a row the same bits among any number of rows, needs no workspace of a library,
-and is not tuned. Launched from Python, layer by layer, it would cost more than inductor's own code.
+whose kernel gives a row the same bits among 1 to 16 rows, needs no workspace of a library, and is
+not tuned; attention becomes ``eepass.attend_rows`` (``lower_attention``), whose kernel reads no
+more of the cache than the masks allow. Launched from Python, layer by layer, they would cost more
+than inductor's own code.
 
 A graph of fused operators and views alone runs as it is: inductor would add nothing. The rest goes
 through inductor, without its CUDA graphs (the runtime captures whole steps). A graph that inductor
@@ -34,6 +36,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
+from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
 from eepass.codegen.lower_linear import as_rows, lower_linear, replace, row_count
 from eepass.segments import GraphToMake
@@ -49,8 +52,8 @@ SETTINGS: dict[str, Any] = {
 TUNING = "coordinate_descent_tuning"
 PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
-    ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
-    ours.draft_topk.default, ours.fill_kv.default,
+    ours.exit_predictor.default, ours.verify_head.default, ours.draft_topk.default,
+    ours.fill_kv.default,
 }  # fmt: skip
 # what a fused graph may hold besides, at next to no cost
 VIEWS = {
@@ -58,7 +61,9 @@ VIEWS = {
     aten.squeeze.dim, aten.view.default, aten.slice.Tensor, aten.reshape.default,
 }  # fmt: skip
 # rows whose logits the kernel computes with one reading of the head, and rows of ``linear_rows``
-MOST_ROWS, LINEAR_ROWS = 32, 16
+MOST_ROWS, LINEAR_ROWS = 32, 32
+# dtypes that the kernel of ``attend_rows`` multiplies
+ATTENTION = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class CudaCompiler(ByStructure):
@@ -85,6 +90,7 @@ class CudaCompiler(ByStructure):
         if structure not in self._captured:
             made = copy.deepcopy(GraphToMake.made(graph))
             lower_linear(made, _fits_the_kernel)
+            lower_attention(made, ATTENTION)
             self._captured[structure] = self.compile(made, examples, logits=False)
         return self._captured[structure]
 

@@ -14,7 +14,6 @@ from eepass.codegen.kernels import (
     draft_topk,
     exit_predictor,
     fill_kv,
-    path_predictor,
     verify_head,
 )
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch
@@ -117,8 +116,6 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Kerne
     for name, tensors in translators.items():
         arguments = (*point(tensors), *norm_form, *logit_form)
         yield f"exit_predictor.{name}", exit_predictor.launches(*arguments, scratch=scratch)[0]
-    arguments = (*point(no_translator), ids(rows, 8), *norm_form, *logit_form)
-    yield "path_predictor", path_predictor.launches(*arguments, scratch=scratch)[0][-1:]
 
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
     # from a hidden state, and from the state that a predictor has normed

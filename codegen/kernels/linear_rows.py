@@ -1,9 +1,9 @@
-"""Triton kernel for ``eepass::linear_rows``: a linear layer over 1 to 16 rows, read once.
+"""Triton kernel for ``eepass::linear_rows``: a linear layer over 1 to 32 rows, read once.
 
 Each program multiplies some outputs of the weight, over one part of the inputs, with 16 rows, of
-which those that are not there are zero. So a row is added up in the same order, and has the same
-bits, however many rows there are. Where the inputs are divided, the last program to finish adds the
-parts, always from the first to the last.
+which those that are not there are zero; with 32 where there are more. So a row is added up in the
+same order, and has the same bits, among 1 to 16 rows, and among 17 to 32. Where the inputs are
+divided, the last program to finish adds the parts, always from the first to the last.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
-# rows of a tile, whatever their number
-ROWS = 16
+# rows of a tile, and of one for more rows than that
+ROWS, MOST_ROWS = 16, 32
 # outputs of a program, and the inputs it loads at a time: 256 contiguous bytes of bf16
 OUTPUTS, INPUTS = 32, 128
 # programs that keep a large GPU's memory busy; with fewer the inputs are divided, into parts of at
@@ -81,9 +81,9 @@ def _rows_kernel(
 def launches(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, scratch: Scratch
 ) -> tuple[list[KernelLaunch], list[Tensor]]:
-    """What ``linear_rows`` launches, and its outputs; ``ValueError`` for more than 16 rows."""
-    if len(x) > ROWS:
-        raise ValueError(f"x: {len(x)} rows, the kernel takes {ROWS} at most")
+    """What ``linear_rows`` launches, and its outputs; ``ValueError`` for more than 32 rows."""
+    if len(x) > MOST_ROWS:
+        raise ValueError(f"x: {len(x)} rows, the kernel takes {MOST_ROWS} at most")
     x = x if x.is_contiguous() else scratch.copy(x)
     made, outputs = [], []
     for weight, bias in zip(weights, biases, strict=True):
@@ -115,7 +115,8 @@ def _launch(
         "rows": rows, "outputs": outputs, "inputs": inputs, "span": span,
     }  # fmt: skip
     constants = {
-        "BLOCK_N": OUTPUTS, "BLOCK_R": ROWS, "BLOCK_K": power_of_two(inputs, 16, INPUTS),
+        "BLOCK_N": OUTPUTS, "BLOCK_R": ROWS if rows <= ROWS else MOST_ROWS,
+        "BLOCK_K": power_of_two(inputs, 16, INPUTS),
         # the interpreter cannot multiply bf16 matrices; in float32 the products are the same
         "PARTS": parts, "WIDEN": bool(triton.knobs.runtime.interpret),
     }  # fmt: skip

@@ -11,11 +11,11 @@ from torch import Tensor
 
 import eepass.ops.into  # noqa: F401  the operators must be defined before kernels are added to them
 from eepass.codegen.kernels import (
+    attend_rows,
     draft_topk,
     exit_predictor,
     fill_kv,
     linear_rows,
-    path_predictor,
     verify_head,
 )
 from eepass.codegen.kernels.launch import CompiledKernels, Scratch, run
@@ -24,13 +24,13 @@ from eepass.codegen.kernels.launch import CompiledKernels, Scratch, run
 LAUNCHES: Mapping[str, Callable[..., Any]] = {
     "exit_predictor": exit_predictor.launches,
     "verify_head": verify_head.launches,
-    "path_predictor": path_predictor.launches,
     "draft_topk": draft_topk.launches,
     "fill_kv": fill_kv.launches,
     "linear_rows": linear_rows.launches,
+    "attend_rows": attend_rows.launches,
 }
 # those that write into buffers of their caller's
-INTO = ("exit_predictor", "verify_head", "path_predictor", "draft_topk")
+INTO = ("exit_predictor", "verify_head", "draft_topk")
 _libraries: dict[str, torch.library.Library] = {}
 
 
@@ -71,7 +71,7 @@ def run_kernels(name: str, *arguments: Any, compiled: CompiledKernels | None = N
     """``eepass::<name>`` through its kernels, on the device of its arguments."""
     launches, outputs = LAUNCHES[name](*arguments, scratch=Scratch(arguments[0]))
     run(launches, compiled)
-    return outputs or None
+    return outputs if len(outputs) else None
 
 
 def _run_into(

@@ -1,8 +1,8 @@
 """The ``eepass::`` operators that compute a whole exit point.
 
 Each is a chain of the operators in ``eepass.ops.exits`` and ``eepass.ops.rows`` written as one, so
-that it can be one kernel. Shapes as there; P paths of at most D nodes, G groups of keys and values,
-C slots, D channels of a head.
+that it can be one kernel. Shapes as there; G groups of keys and values, C slots, D channels
+of a head.
 """
 
 from collections.abc import Sequence
@@ -72,41 +72,6 @@ def exit_predictor(
     logits = _scaled_and_capped(logits, logit_scale, logit_cap)
     probability, probabilities = predict_exit(logits, previous, w1, b1, w2, b2)
     return probability, probabilities, z.to(hidden.dtype), probability > threshold.float()
-
-
-@define(
-    f"path_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, Tensor paths, "
-    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda hidden, draft_ids, paths: (
-        _floats(hidden, len(paths)), _floats(hidden, len(hidden)),
-        _floats(hidden, *draft_ids.shape), hidden.new_empty(hidden.shape),
-        _flags(hidden, len(paths)),
-    ),
-)  # fmt: skip
-def path_predictor(
-    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None,
-    lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
-    draft_ids: Tensor, previous: Tensor,
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor, paths: Tensor,
-    norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``exit_predictor`` on the R nodes of a tree whose paths [P, D] exit as a whole: probability
-    float32 [P], then the nodes' probability, draft probabilities and z, and exits bool [P].
-
-    A path, node numbers padded with -1, is a hyper-token: it exits where the last of its nodes
-    does, so its probability is its nodes' smallest (NaN if one is). SpecEE, T3 (arXiv 2504.08850,
-    6). A path without nodes never exits: its probability is 0.
-    """
-    node, probabilities, z, _ = exit_predictor(
-        hidden, scale, down, up, norm_weight, norm_bias, lm_head, head_scales, head_bias,
-        draft_ids, previous, w1, b1, w2, b2, threshold,
-        norm, eps, weight_offset, logit_scale, logit_cap,
-    )  # fmt: skip
-    # a probability is at most 1, so padding is never the smallest
-    each = torch.where(paths >= 0, node[paths.clamp_min(0)], 1.0)
-    path = torch.where((paths >= 0).any(-1), each.amin(-1), 0.0)
-    return path, node, probabilities, z, path > threshold.float()
 
 
 @define(

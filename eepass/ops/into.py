@@ -6,7 +6,6 @@ workspace, so that nothing is allocated. ``codegen.kernels.register.workspace_by
 it has to be; the reference implementations need none.
 
     exit_predictor.into(..., *, probability, probabilities, z, exits, workspace)
-    path_predictor.into(..., *, path, node, probabilities, z, exits, workspace)
     verify_head.into(..., *, token, known, logits, workspace)
     draft_topk.into(..., *, scores, ids, workspace)
     fill_kv.table(..., table): its outputs are the caches; the table of pointers to them is made
@@ -26,7 +25,6 @@ from eepass.ops.registry import define
 
 OUTPUTS = {
     "exit_predictor": ("probability", "probabilities", "z", "exits"),
-    "path_predictor": ("path", "node", "probabilities", "z", "exits"),
     "verify_head": ("token", "known", "logits"),
     "draft_topk": ("scores", "ids"),
 }

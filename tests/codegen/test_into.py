@@ -13,14 +13,8 @@ def draft_case(rows=2):
     return [case.random(rows, 16), *case.head(90, 16, bias=True), None, 6, 1.0, 0.0]
 
 
-def path_case():
-    arguments = exit_case(rows=4, hidden=40, rank=3)
-    return [*arguments[:16], torch.tensor([[0, -1], [2, 3], [-1, -1]]), *arguments[16:]]
-
-
 CASES = {
     "exit_predictor": lambda: exit_case(rows=2, hidden=70, rank=3),
-    "path_predictor": path_case,
     "verify_head": lambda: verify_case(rows=2, hidden=40, vocabulary=100, rank=3),
     "draft_topk": draft_case,
 }

@@ -17,7 +17,7 @@ COMPILE = """
 import json, re, sys, torch, triton
 from dataclasses import replace
 from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
-from eepass.codegen.kernels import linear_rows
+from eepass.codegen.kernels import attend_rows, linear_rows
 from eepass.codegen.kernels.compile import compile_launch
 from eepass.codegen.kernels.launch import Scratch
 from eepass.kernel_forms import Channels, HeadChain, KvForm
@@ -38,9 +38,15 @@ for target in map(int, sys.argv[1:]):
         state = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
         # one weight whose inputs are divided among programs, and one whose inputs are not
         weights = [state.new_empty(outputs, 4096) for outputs in (1024, 4096)]
-        both = linear_rows.launches(state, weights, [None, None], scratch=Scratch(state))[0]
-        names = ("linear_rows.divided", "linear_rows.whole")
-        for name, launch in {**kernels(chain, sizes), **dict(zip(names, both))}.items():
+        scratch = Scratch(state)
+        launches = linear_rows.launches(state, weights, [None, None], scratch=scratch)[0]
+        # 32 query heads, 8 groups, a cache of 32k slots
+        q, cache = state.new_empty(32, rows, 128), state.new_empty(8, 32768, 128)
+        mask = state.new_empty(rows, 32768)
+        launches += attend_rows.launches(q, cache, cache, mask, 0.1, scratch=scratch)[0]
+        names = ("linear_rows.divided", "linear_rows.whole", "attend_rows.attend",
+                 "attend_rows.combine")
+        for name, launch in {**kernels(chain, sizes), **dict(zip(names, launches))}.items():
             made = compile_launch(launch, target)
             copies = sorted(set(re.findall(r"cp\\.async\\.(c.)", compiled[-1].asm["ptx"])))
             used = [made.registers, made.spills, made.shared_bytes, copies]

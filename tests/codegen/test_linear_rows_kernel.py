@@ -25,7 +25,7 @@ def rows_case(rows, outputs, inputs, dtype="fp32", biased=True):
 
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16", "fp16"))
-@pytest.mark.parametrize("rows", (1, 5, 16))
+@pytest.mark.parametrize("rows", (1, 5, 16, 32))
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES)
 def test_as_defined(kernel, rows, outputs, inputs, dtype):
     arguments = rows_case(rows, outputs, inputs, dtype, biased=rows > 1)
@@ -50,8 +50,12 @@ def test_inputs_are_divided_by_the_weight_alone(interpreter):
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 @pytest.mark.parametrize(("outputs", "inputs"), SIZES[2:])
 def test_a_row_has_the_same_bits_among_any_number_of_rows(kernel, outputs, inputs, dtype):
-    x, weights, biases = rows_case(16, outputs, inputs, dtype)
+    """Of those that are multiplied as one tile."""
+    x, weights, biases = rows_case(32, outputs, inputs, dtype)
+    both, x = kernel(x, weights, biases), x[:16]
     whole = kernel(x, weights, biases)
+    for part, every in zip(kernel(x.repeat(2, 1)[:25], weights, biases), both, strict=True):
+        assert torch.equal(part[:16], every[:16])
     for begin, end in ((0, 1), (3, 4), (15, 16), (0, 2), (5, 9), (2, 15)):
         for part, every in zip(kernel(x[begin:end], weights, biases), whole, strict=True):
             assert torch.equal(part, every[begin:end])
@@ -81,5 +85,5 @@ def test_the_order_in_which_programs_run_does_not_show(kernel, monkeypatch):
 
 
 def test_more_rows_are_refused(kernel):
-    with pytest.raises(ValueError, match="17 rows, the kernel takes 16 at most"):
-        kernel(*rows_case(17, 4, 64))
+    with pytest.raises(ValueError, match="33 rows, the kernel takes 32 at most"):
+        kernel(*rows_case(33, 4, 64))

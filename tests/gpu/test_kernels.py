@@ -85,13 +85,6 @@ def test_linear_rows(outputs, inputs):
         assert torch.equal(part, whole[-rows:])
 
 
-def test_path_predictor():
-    arguments = exit_case(rows=4, rank=3, device="cuda")
-    paths = torch.tensor([[0, -1], [0, 3], [-1, -1]], device="cuda")
-    arguments.insert(16, paths)
-    same(torch.ops.eepass.path_predictor(*arguments), fused.path_predictor(*arguments))
-
-
 @pytest.mark.parametrize("rank", (0, 128), ids=("lens", "translated"))
 def test_every_replay_of_a_graph_says_the_same(rank):
     """Counters must be ready each time, and the last program to arrive see all others' work."""
