@@ -14,10 +14,12 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import ChainedLayers, Input, Link, Segment, SplitDecoder
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
+# some compiled code has it: layers that it is called for as one
+Chainer = Callable[[Sequence[tuple[Compiled, Link]]], ChainedLayers | None]
 
 
 class Decoder:
@@ -54,6 +56,10 @@ class Decoder:
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
         self._fills: list[_BoundSegment] = []
         self._heads: dict[int, _BoundSegment] = {}
+        # by row count; None where layers are called one by one
+        self._chains: dict[int, ChainedLayers | None] = {}
+        # what changes with each pass, after the slots
+        self._sides = [*self.side_inputs.tables, *sorted(self.side_inputs.masks)]
 
     @property
     def length_hint(self) -> str:
@@ -164,6 +170,28 @@ class Decoder:
             self.prepare(*key)
         return self._layers[key][layer](hidden, place)
 
+    def run_layers(self, begin: int, end: int, hidden: Tensor, place: Place) -> Tensor:
+        """As ``run_layer``, of those from number ``begin`` to before ``end``: where the compiled
+        layers allow it, in one call."""
+        rows = hidden.shape[1]
+        if rows not in self._chains:
+            self.prepare(rows)
+            self._chains[rows] = self._chain(rows)
+        chain = self._chains[rows]
+        if chain is not None:
+            changing = [place.slots, *(place.sides[name] for name in self._sides)]
+            return chain(begin, end, hidden, changing)
+        for layer in range(begin, end):
+            hidden = self.run_layer(layer, hidden, place)
+        return hidden
+
+    def _chain(self, rows: int) -> ChainedLayers | None:
+        layers = self._layers[rows, False]
+        make: Chainer | None = getattr(layers[0].compiled, "chain", None)
+        if make is None:
+            return None
+        return make([(layer.compiled, layer.link(self._sides)) for layer in layers])
+
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
         of any layer."""
@@ -235,6 +263,12 @@ class _BoundSegment:
             for index, name in self.side_at:
                 arguments[index] = place.sides[name]
         return arguments
+
+    def link(self, sides: Sequence[str]) -> Link:
+        """What a chain needs to call it, where slots and then ``sides`` change."""
+        places = [(index, 0) for index in self.slots_at]
+        places += [(index, 1 + sides.index(name)) for index, name in self.side_at]
+        return self.template, self.hidden_at, [p for p, _ in places], [w for _, w in places]
 
     def __call__(self, hidden: Tensor, place: Place | None) -> Tensor:
         return self.compiled(self.arguments(hidden, place))[0]

@@ -11,12 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are called
 from eepass.ops.packed import INT8
+from eepass.private_names import FakeTensorMode
 from eepass.runtime.drafting.eagle_form import WINDOW
 from eepass.runtime.drafting.eagle_layer import (
     JOINED,

@@ -1,6 +1,7 @@
 """The trained draft head's levels within a speculative step: the trees that the host would grow,
 and answers that are the exact engine's, whatever the head says."""
 
+from collections import Counter, defaultdict
 from functools import partial
 from itertools import pairwise
 
@@ -64,9 +65,13 @@ def made_head(decoder, follows=(), seed=0):
 
 
 def bigrams(answers):
-    """For each token what is named after it: first another token, then what does follow."""
-    found = {a: b for answer in answers for a, b in pairwise(answer)}
-    return tuple((token, (right + 1) % VOCABULARY, right) for token, right in found.items())
+    """For each token what is named after it: first another token, then what mostly follows."""
+    found = defaultdict(Counter)
+    for answer in answers:
+        for token, following in pairwise(answer):
+            found[token][following] += 1
+    named = {token: counts.most_common(1)[0][0] for token, counts in found.items()}
+    return tuple((token, (right + 1) % VOCABULARY, right) for token, right in named.items())
 
 
 def drafts_of(decoder, follows=()):
@@ -75,7 +80,7 @@ def drafts_of(decoder, follows=()):
 
 
 def engine_over(decoder, shape, how="host", draws=False, stop=(), follows=()):
-    head = drafts_of(decoder, follows)
+    head = drafts_of(decoder, follows) if shape.named else None
     step = build_speculative_step(decoder, shape, stop, draws, head=head)
     check_step(step)
     if how == "interpret":
