@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.masks import causal_mask_at
+from eepass.masks import spans_at
 from eepass.ops import fused, rows
 
 L2_BYTES = 160 * 2**20
@@ -88,11 +89,17 @@ def attention_arguments(hidden: int, length: int, count: int) -> list[Any]:
     """``count`` rows at the end of a text that fills the cache; four query heads a group."""
     channels = min(128, hidden)
     heads = max(hidden // channels, 4)
-    positions = torch.arange(length - count, length)
-    mask = causal_mask_at(positions, length, None, torch.bfloat16)[0, 0]
+    spans = spans_at(torch.arange(length - count, length), None)
     q, caches = torch.randn(heads, count, channels), (heads // 4, length, channels)
     keys, values = (torch.randn(caches).to(torch.bfloat16) for _ in range(2))
-    return [q.to(torch.bfloat16), keys, values, mask, channels**-0.5]
+    return [q.to(torch.bfloat16), keys, values, spans, channels**-0.5]
+
+
+def library_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> list[Tensor]:
+    """``attend_spans`` by torch's attention, with a mask."""
+    mask = rows.spans_mask(spans, k.shape[1], q.dtype)
+    given = (q[None], k[None], v[None], mask)
+    return [F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=True)[0]]
 
 
 def cases(
@@ -114,8 +121,8 @@ def cases(
             for count in (1, 2, 4, 8, 16, 32)
         },
         **{
-            f"attend_rows, {length}, {count}": (
-                "attend_rows",
+            f"attend_spans, {length}, {count}": (
+                "attend_spans",
                 partial(attention_arguments, hidden, length, count),
             )
             for length in lengths
@@ -181,10 +188,11 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator through its Triton kernels, and its reference implementation."""
+    """The operator through its Triton kernels, and through torch's operators."""
     from eepass.codegen.kernels.register import run_kernels
 
-    eager = getattr(rows if operator.endswith("_rows") else fused, operator)
+    others = {"linear_rows": rows.linear_rows, "attend_spans": library_attention}
+    eager = others.get(operator) or getattr(fused, operator)
     return partial(run_kernels, operator), eager
 
 

@@ -16,16 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
+from eepass.codegen.kernels.split_inputs import add_parts, counters, divided
 
 # rows of a tile, and of one for more rows than that
 ROWS, MOST_ROWS = 16, 32
 # outputs of a program, and the inputs it loads at a time: 256 contiguous bytes of bf16
 OUTPUTS, INPUTS = 32, 128
-# programs that keep a large GPU's memory busy; with fewer the inputs are divided, into parts of at
-# least so many
-PROGRAMS, LEAST_INPUTS = 128, 512
-# by device and stream, how often programs have finished a tile; never reset
-_finished: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
@@ -55,27 +51,14 @@ def _rows_kernel(
             weight, x = weight.to(tl.float32), x.to(tl.float32)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
     known = there[:, None] & real[None, :]
-    last = True
-    if PARTS > 1:
-        place = parts_ptr + row[None, :] * outputs + output[:, None]
-        tl.store(place + part * rows * outputs, sums, mask=known)
-        # all threads' stores come before the one thread's count
-        tl.debug_barrier()
-        before = tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        # PARTS is a power of two, and each launch counts so many
-        last = (before & (PARTS - 1)) == PARTS - 1
-        if last:
-            sums = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-            for index in range(0, PARTS):
-                # other programs wrote them, so this one's L1 cache is bypassed
-                sums += tl.load(
-                    place + index * rows * outputs, mask=known, other=0.0, cache_modifier=".cg"
-                )
+    place = row[None, :] * outputs + output[:, None]
+    sums, last = add_parts(
+        sums, parts_ptr, place, known, rows * outputs, finished_ptr, tile, part, PARTS
+    )
     if last:
         if bias_ptr is not None:
             sums += tl.load(bias_ptr + output, mask=there, other=0.0).to(tl.float32)[:, None]
-        target = out_ptr + row[None, :] * outputs + output[:, None]
-        tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=known)
+        tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=known)
 
 
 def launches(
@@ -92,26 +75,16 @@ def launches(
     return made, outputs
 
 
-def divided(outputs: int, inputs: int) -> tuple[int, int]:
-    """How many parts the inputs are divided into, a power of two, and the inputs of each: by the
-    weight alone, never by the number of rows."""
-    parts, tiles = 1, -(-outputs // OUTPUTS)
-    while tiles * parts < PROGRAMS and inputs >= 2 * parts * LEAST_INPUTS:
-        parts *= 2
-    blocks = -(-inputs // INPUTS)
-    return parts, -(-blocks // parts) * INPUTS
-
-
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch
 ) -> KernelLaunch:
     (rows, inputs), outputs = x.shape, len(weight)
-    parts, span = divided(outputs, inputs)
+    parts, span = divided(outputs, inputs, OUTPUTS, INPUTS)
     tiles = -(-outputs // OUTPUTS)
     arguments = {
         "x_ptr": x, "weight_ptr": weight, "weight_stride": weight.stride(0), "bias_ptr": bias,
         "parts_ptr": scratch.empty(parts, rows, outputs) if parts > 1 else None,
-        "finished_ptr": _counters(x.device) if parts > 1 else None, "out_ptr": out,
+        "finished_ptr": counters(x.device) if parts > 1 else None, "out_ptr": out,
         "rows": rows, "outputs": outputs, "inputs": inputs, "span": span,
     }  # fmt: skip
     constants = {
@@ -123,16 +96,3 @@ def _launch(
     return KernelLaunch(
         _rows_kernel, (tiles, parts), arguments, constants, size(x, weight, bias, out)
     )
-
-
-def _counters(device: torch.device) -> Tensor:
-    """A counter a tile, of which there are fewer than ``PROGRAMS`` where inputs are divided.
-
-    Launches in one stream come one after the other, and each adds its parts to a counter, a power
-    of two: all of them share the counters, and none has to set them to 0.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = device, stream
-    if key not in _finished:
-        _finished[key] = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-    return _finished[key]

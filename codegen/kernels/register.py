@@ -16,9 +16,11 @@ from eepass.codegen.kernels import (
     exit_predictor,
     fill_kv,
     linear_rows,
+    packed_rows,
     verify_head,
 )
 from eepass.codegen.kernels.launch import CompiledKernels, Scratch, run
+from eepass.ops import packed
 
 # by operator, the function that makes its launches and outputs
 LAUNCHES: Mapping[str, Callable[..., Any]] = {
@@ -27,7 +29,10 @@ LAUNCHES: Mapping[str, Callable[..., Any]] = {
     "draft_topk": draft_topk.launches,
     "fill_kv": fill_kv.launches,
     "linear_rows": linear_rows.launches,
+    "packed_rows": packed_rows.launches,
+    "packed_logits": packed_rows.logit_launches,
     "attend_rows": attend_rows.launches,
+    "attend_spans": attend_rows.span_launches,
 }
 # those that write into buffers of their caller's
 INTO = ("exit_predictor", "verify_head", "draft_topk")
@@ -47,7 +52,8 @@ def register_kernels(compiled: CompiledKernels | None = None, key: str = "CUDA")
     unregister_kernels(key)
     library = torch.library.Library("eepass", "IMPL", key)
     for name in LAUNCHES:
-        library.impl(name, partial(run_kernels, name, compiled=compiled))
+        run_one = _run_packed if name.startswith("packed_") else run_kernels
+        library.impl(name, partial(run_one, name, compiled=compiled))
         if name in INTO:
             library.impl(f"{name}.into", partial(_run_into, name, compiled))
     library.impl("fill_kv.table", partial(_fill_from_table, compiled))
@@ -72,6 +78,15 @@ def run_kernels(name: str, *arguments: Any, compiled: CompiledKernels | None = N
     launches, outputs = LAUNCHES[name](*arguments, scratch=Scratch(arguments[0]))
     run(launches, compiled)
     return outputs if len(outputs) else None
+
+
+def _run_packed(name: str, *arguments: Any, compiled: CompiledKernels | None = None) -> Any:
+    """As ``run_kernels``; the reference implementation for weights of other kinds."""
+    x, _, forms = arguments[:3]
+    forms = [forms] if isinstance(forms, int) else forms
+    if all(packed_rows.fits(form, len(x)) for form in forms):
+        return run_kernels(name, *arguments, compiled=compiled)
+    return getattr(packed, name)(*arguments)
 
 
 def _run_into(

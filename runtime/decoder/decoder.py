@@ -27,11 +27,16 @@ class Decoder:
 
     ``splits`` maps a row count to the decoder split for it; ``compile`` turns a graph into a
     function from the list of its inputs to its outputs; ``captured`` does so for the layers of
-    captured steps, ``compile`` unless given.
+    captured steps, ``compile`` unless given. With ``spans`` those layers get masks that only say
+    where rows attend as spans int64 [R, 3] (``eepass.masks``), which ``captured`` then handles.
     """
 
     def __init__(
-        self, splits: Mapping[int, SplitDecoder], compile: Compile, captured: Compile | None = None
+        self,
+        splits: Mapping[int, SplitDecoder],
+        compile: Compile,
+        captured: Compile | None = None,
+        spans: bool = False,
     ) -> None:
         self.splits = dict(sorted(splits.items()))
         self.buckets = tuple(self.splits)
@@ -52,6 +57,8 @@ class Decoder:
         self.max_sequence_length = min(self.capacity, self.num_positions)
         self.kv = self._new_cache(_kv_examples(first, self.device), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
+        # the side inputs that captured layers take as spans
+        self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
         self._fills: list[_BoundSegment] = []
@@ -79,7 +86,8 @@ class Decoder:
         """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
         if (rows, captured) not in self._layers:
             compile = self.compile_captured if captured else self.compile
-            layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
+            place = self.captured_span(rows) if captured else None
+            layers = [self._bind(layer, rows, compile, place) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
     def prepare_head(self, rows: int) -> None:
@@ -98,6 +106,15 @@ class Decoder:
         for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
             self.prepare(size)
             self.prepare_head(size)
+
+    def captured_span(self, rows: int, position: int = 0) -> Place:
+        """``rows`` contiguous rows from ``position`` on, as captured layers take them."""
+        place = self.side_inputs.span(position, rows)
+        if not self.spans:
+            return place
+        positions = torch.arange(position, position + rows, device=self.device)
+        masks = self.side_inputs.masks_at(positions, self.spans)
+        return Place(place.slots, {**place.sides, **{name: masks[name] for name in self.spans}})
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
@@ -213,10 +230,12 @@ class Decoder:
         """``bind_parameters`` with the model's tensors and ``extra``."""
         return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
-    def _bind(self, segment: Segment, rows: int, compile: Compile) -> _BoundSegment:
+    def _bind(
+        self, segment: Segment, rows: int, compile: Compile, place: Place | None = None
+    ) -> _BoundSegment:
         bound = _BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
+        examples = bound.arguments(hidden, place or self.side_inputs.span(0, rows))
         bound.compiled = compile(segment.graph, segment.structure, examples)
         return bound
 

@@ -17,10 +17,12 @@ COMPILE = """
 import json, re, sys, torch, triton
 from dataclasses import replace
 from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
-from eepass.codegen.kernels import attend_rows, linear_rows
+from eepass.codegen.kernels import attend_rows, linear_rows, packed_rows
 from eepass.codegen.kernels.compile import compile_launch
 from eepass.codegen.kernels.launch import Scratch
 from eepass.kernel_forms import Channels, HeadChain, KvForm
+from eepass.ops.packed import INT8, ROW, UNROUNDED
+from eepass.ops.packing import block_size, form_number
 
 chain = HeadChain("rms", 1e-5, "norm", "", 0.0, "head", "")
 own = Channels(0, 128, 1)
@@ -40,12 +42,22 @@ for target in map(int, sys.argv[1:]):
         weights = [state.new_empty(outputs, 4096) for outputs in (1024, 4096)]
         scratch = Scratch(state)
         launches = linear_rows.launches(state, weights, [None, None], scratch=scratch)[0]
+        names = ["linear_rows.divided", "linear_rows.whole"]
+        for kind, group, activations in (("q4_0", 0, INT8), ("u4", 128, UNROUNDED),
+                                         ("q8_0", 0, INT8), ("u8", 0, ROW)):
+            form = form_number(kind, group)
+            bits = state.new_empty(256, block_size(form, 4096), dtype=torch.uint8)
+            launches += packed_rows.launches(state, [bits], [form], [4096], [None], activations,
+                                             scratch=scratch)[0]
+            names.append(f"packed_rows.{kind}")
         # 32 query heads, 8 groups, a cache of 32k slots
-        q, cache = state.new_empty(32, rows, 128), state.new_empty(8, 32768, 128)
-        mask = state.new_empty(rows, 32768)
-        launches += attend_rows.launches(q, cache, cache, mask, 0.1, scratch=scratch)[0]
-        names = ("linear_rows.divided", "linear_rows.whole", "attend_rows.attend",
-                 "attend_rows.combine")
+        mask, spans = state.new_empty(rows, 32768), state.new_empty(rows, 3, dtype=torch.long)
+        for kind, channels, seen in (("rows", 128, mask), ("spans", 128, spans),
+                                     ("spans.wide", 256, spans)):
+            q, cache = state.new_empty(32, rows, channels), state.new_empty(8, 32768, channels)
+            made = attend_rows.launches if seen is mask else attend_rows.span_launches
+            launches += made(q, cache, cache, seen, 0.1, scratch=scratch)[0]
+            names += [f"attend_{kind}.attend", f"attend_{kind}.combine"]
         for name, launch in {**kernels(chain, sizes), **dict(zip(names, launches))}.items():
             made = compile_launch(launch, target)
             copies = sorted(set(re.findall(r"cp\\.async\\.(c.)", compiled[-1].asm["ptx"])))
@@ -78,9 +90,14 @@ def test_registers_spills_and_shared_memory_of_a_7b_model(targets):
             most, most_shared = BUDGET[name][target]
             assert registers <= most, f"{what} takes {registers} registers, not {most}"
             assert shared <= most_shared, f"{what} takes {shared} bytes of shared memory"
-            if name.startswith("linear_rows"):
-                # whole cache lines, 16 bytes a thread, past the registers; .ca is for fewer bytes
-                assert "cg" in copies and "ca" not in copies, f"{what} loads weights bit by bit"
+            if (
+                name.startswith(("linear_rows", "packed_rows", "attend_spans"))
+                and ".combine" not in name
+            ):
+                # whole cache lines, 16 bytes a thread, past the registers; .ca is for fewer bytes,
+                # as a few rows of x have beside codes
+                fewer = "ca" in copies and not name.startswith("packed_rows")
+                assert "cg" in copies and not fewer, f"{what} loads bit by bit"
 
 
 WRITE = """
