@@ -25,7 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.masks import spans_at
-from eepass.ops import fused, rows
+from eepass.ops import fused, packed, rows
+from eepass.ops.packed import INT8
+from eepass.ops.packing import GROUP, form_number
 
 L2_BYTES = 160 * 2**20
 ROUNDS = 9
@@ -85,6 +87,15 @@ def rows_arguments(hidden: int, count: int) -> list[Any]:
     return [random(count, hidden) * hidden**0.5, [random(3 * hidden, hidden)], [None]]
 
 
+def packed_arguments(hidden: int, count: int, kind: str) -> list[Any]:
+    """``rows_arguments`` with a weight of 4 or 8 bits, a scale for each 32 inputs."""
+    inputs, form = -(-hidden // GROUP) * GROUP, form_number(kind, GROUP)
+    codes = torch.randint(16 if kind == "u4" else 256, (3 * hidden, inputs), dtype=torch.uint8)
+    scales = torch.rand(3 * hidden, inputs // GROUP) * inputs**-0.5 / 8
+    packed = torch.ops.eepass.pack_groups(codes, scales, -8 * scales, form)
+    return [random(count, inputs) * inputs**0.5, [packed], [form], [3 * hidden], [None], INT8]
+
+
 def attention_arguments(hidden: int, length: int, count: int) -> list[Any]:
     """``count`` rows at the end of a text that fills the cache; four query heads a group."""
     channels = min(128, hidden)
@@ -119,6 +130,14 @@ def cases(
         **{
             f"linear_rows, {count}": ("linear_rows", partial(rows_arguments, hidden, count))
             for count in (1, 2, 4, 8, 16, 32)
+        },
+        **{
+            f"packed_rows, {kind}, {count}": (
+                "packed_rows",
+                partial(packed_arguments, hidden, count, kind),
+            )
+            for kind in ("u4", "u8")
+            for count in (1, 16)
         },
         **{
             f"attend_spans, {length}, {count}": (
@@ -191,7 +210,11 @@ def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
     """The operator through its Triton kernels, and through torch's operators."""
     from eepass.codegen.kernels.register import run_kernels
 
-    others = {"linear_rows": rows.linear_rows, "attend_spans": library_attention}
+    others = {
+        "linear_rows": rows.linear_rows,
+        "packed_rows": packed.packed_rows,
+        "attend_spans": library_attention,
+    }
     eager = others.get(operator) or getattr(fused, operator)
     return partial(run_kernels, operator), eager
 
