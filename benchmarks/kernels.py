@@ -64,24 +64,6 @@ def draft_arguments(hidden: int, vocabulary: int) -> list[Any]:
     return [z, random(vocabulary, hidden), None, None, None, 32, 1.0, 0.0]
 
 
-def fill_arguments(hidden: int, layers: int = 8) -> list[Any]:
-    channels = min(128, hidden)
-    groups = hidden // channels
-
-    def each(*shape: int) -> list[Tensor]:
-        return [random(*shape) for _ in range(layers)]
-
-    def caches() -> list[Tensor]:
-        return [torch.zeros_like(random(groups, 256, channels)) for _ in range(layers)]
-
-    return [
-        random(1, hidden) * hidden**0.5, each(hidden), [], each(hidden, hidden), [],
-        each(hidden, hidden), [], [], [], caches(), caches(),
-        random(1, channels), random(1, channels), torch.tensor([17]), "rms", 1e-5, 0.0, False,
-        "none",
-    ]  # fmt: skip
-
-
 def rows_arguments(hidden: int, count: int) -> list[Any]:
     """A projection as an MLP has it; eager, that is cuBLAS."""
     return [random(count, hidden) * hidden**0.5, [random(3 * hidden, hidden)], [None]]
@@ -126,7 +108,6 @@ def cases(
         f"verify_head, {large}": ("verify_head", lambda: verify_arguments(hidden, large)),
         f"draft_topk, {hot}": ("draft_topk", lambda: draft_arguments(hidden, hot)),
         f"draft_topk, {whole}": ("draft_topk", lambda: draft_arguments(hidden, whole)),
-        "fill_kv, 8 layers": ("fill_kv", lambda: fill_arguments(hidden)),
         **{
             f"linear_rows, {count}": ("linear_rows", partial(rows_arguments, hidden, count))
             for count in (1, 2, 4, 8, 16, 32)
@@ -185,10 +166,7 @@ def copy_bandwidth() -> float:
 
 
 def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
-    """The outputs of a form, including caches it wrote."""
     result = function(*arguments)
-    if result is None:
-        return [cache.clone() for cache in (*arguments[9], *arguments[10])]
     return [result] if isinstance(result, Tensor) else list(result)
 
 

@@ -55,7 +55,6 @@ TUNING = "coordinate_descent_tuning"
 PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
     ours.exit_predictor.default, ours.verify_head.default, ours.draft_topk.default,
-    ours.fill_kv.default,
 }  # fmt: skip
 # what a fused graph may hold besides, at next to no cost
 VIEWS = {

@@ -17,7 +17,6 @@ KINDS = {
     "linear": ("_rows_kernel", "_packed_kernel"),
     "attention": ("_attend_kernel", "_combine_kernel"),
     "draft": ("_score_kernel", "_merge_kernel", "topk", "TopK"),
-    "kv": ("_fill_kernel",),
     "conditions": ("eepass_set_condition",),
 }
 TOKENS = 33

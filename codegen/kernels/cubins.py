@@ -9,14 +9,14 @@ import torch
 
 from eepass.codegen.cuda.driver import Function, load
 from eepass.codegen.cuda.stored_kernels import StoredKernel, read_kernels
-from eepass.codegen.kernels import draft_topk, exit_predictor, fill_kv, final_state
+from eepass.codegen.kernels import draft_topk, exit_predictor, final_state
 from eepass.codegen.kernels.launch import KernelLaunch
 from eepass.codegen.kernels.specialise import key_of, parameters_of
 from eepass.codegen.kernels.verify_head import _verify_kernel
 
 KERNELS: tuple[Any, ...] = (
     exit_predictor._exit_kernel, final_state._gate_kernel, final_state._state_kernel,
-    _verify_kernel, draft_topk._score_kernel, draft_topk._merge_kernel, fill_kv._fill_kernel,
+    _verify_kernel, draft_topk._score_kernel, draft_topk._merge_kernel,
 )  # fmt: skip
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.codegen.kernels.launch import ALIGNMENT, KernelLaunch
+from eepass.codegen.kernels.launch import KernelLaunch
 
+# what Triton takes tensors to be aligned to, in bytes
+ALIGNMENT = 16
 POINTERS = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int8: "*i8",
     torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64", torch.bool: "*i1",

@@ -17,20 +17,17 @@ from eepass.codegen.cuda.stored_kernels import KernelsUnfit, best_folder, write_
 from eepass.errors import InputError, PassError
 from eepass.kernel_forms import HeadChain
 from eepass.passes.exits.read_head_chain import read_head_chain
-from eepass.passes.exits.read_kv_fill import read_kv_fill
 from eepass.passes.pipeline import split_decoder
 from eepass.segments import SplitDecoder
 
 if TYPE_CHECKING:
-    from eepass.codegen.kernels.catalogue import KvSizes, Sizes
+    from eepass.codegen.kernels.catalogue import Sizes
     from eepass.codegen.kernels.cubins import Cubins
 
 # shapes of the exits where there is no artefact: what eepass train makes by default
 UNTRAINED = {
     "drafts": 4, "width": 512, "rank": 128, "hot": 0, "predictor": torch.float32
 }  # fmt: skip
-# layers that an exit skips, assumed where there is no artefact
-SKIPPED = 8
 MOST_ROWS = 32
 # the folder of kernels, by target, in a transformed folder
 HOME = "kernels"
@@ -85,7 +82,7 @@ def compile_split(
     made: dict[str, Any] = {}
     report: dict[str, dict[str, float]] = {}
     for count in rows:
-        chain, sizes, refused = _specialisation(split, artifact, count)
+        chain, sizes = _specialisation(split, artifact, count)
         for name, launch in kernels(chain, sizes).items():
             key = key_of(launch, capability)
             if key not in made:
@@ -100,7 +97,7 @@ def compile_split(
             }
     result = {
         "target": target, "rows": rows[0] if len(rows) == 1 else list(rows),
-        "head": asdict(chain), "kernels": report, "not_generated": refused,
+        "head": asdict(chain), "kernels": report,
     }  # fmt: skip
     if out is not None:
         write_kernels(out, capability, made.values(), sources(), result)
@@ -132,8 +129,8 @@ def ready_kernels(folder: str | Path, capability: int | None = None) -> Cubins:
 
 def _specialisation(
     split: SplitDecoder, artifact: Artifact | None, rows: int
-) -> tuple[HeadChain, Sizes, dict[str, str]]:
-    """The LM head's form, all sizes, and by operator why no kernel is generated."""
+) -> tuple[HeadChain, Sizes]:
+    """The LM head's form, and all sizes."""
     from eepass.codegen.kernels.catalogue import Sizes
 
     try:
@@ -144,13 +141,11 @@ def _specialisation(
     if artifact is not None and not artifact.presets:
         artifact = None
     shape = UNTRAINED if artifact is None else _trained(artifact)
-    exits = [] if artifact is None else artifact.exits("default")
-    kv, reason = _kv(split, min(exits, default=max(len(split.layers) - SKIPPED, 0)))
     sizes = Sizes(
         rows=rows, hidden=split.hidden_size, vocabulary=lm_head.shape[0], dtype=lm_head.dtype,
-        kv=kv, **shape,
+        **shape,
     )  # fmt: skip
-    return chain, sizes, {"fill_kv": reason} if reason else {}
+    return chain, sizes
 
 
 def _trained(artifact: Artifact) -> dict[str, Any]:
@@ -162,25 +157,6 @@ def _trained(artifact: Artifact) -> dict[str, Any]:
         "drafts": w1.shape[1] // 3, "width": w1.shape[0], "predictor": w1.dtype,
         "rank": max(ranks, default=0), "hot": len(tensors["hot.ids"]),
     }  # fmt: skip
-
-
-def _kv(split: SplitDecoder, first_exit: int) -> tuple[KvSizes | None, str]:
-    """The sizes of ``fill_kv`` for the exit that skips the most layers, or why it is not made."""
-    from eepass.codegen.kernels.catalogue import KvSizes
-
-    fill = split.kv_fills[-1]
-    try:
-        form = read_kv_fill(fill, split.tensors)
-    except PassError as error:
-        return None, str(error)
-    keys, values = (
-        split.tensors[name].shape[1 if form.transposed else 0]
-        for name in (form.key_weight, form.value_weight)
-    )
-    layers = max(len(split.layers) - first_exit, 1)
-    dtypes = {role.name: value.dtype for role, value in fill.examples.items()}
-    rotary = dtypes.get(form.cos, torch.float32)
-    return KvSizes(layers, split.cache_length, form, keys, values, rotary), ""
 
 
 def _refuse_without_triton() -> None:

@@ -165,7 +165,7 @@ class _Writer:
         rows = [count for count in ready.decoder.buckets if count <= MOST_ROWS]
         home = self.folder / HOME / gpu
         made = compile_split(ready.splits[1], self.artifact, gpu, rows, home)
-        return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
+        return {"kernels": len(made["kernels"])}
 
     def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
         ready.configure(ExitConfig().approximate() if ready.has_exits else ExitConfig())

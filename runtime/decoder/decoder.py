@@ -61,7 +61,8 @@ class Decoder:
         self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
-        self._fills: list[_BoundSegment] = []
+        # by whether they are captured
+        self._fills: dict[bool, list[_BoundSegment]] = {}
         self._heads: dict[int, _BoundSegment] = {}
         # by row count; None where layers are called one by one
         self._chains: dict[int, ChainedLayers | None] = {}
@@ -96,10 +97,11 @@ class Decoder:
             compile = partial(self.compile, logits=True)
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, compile)
 
-    def prepare_fills(self) -> None:
-        """Compile ``fill_kv``, if it is not yet."""
-        if not self._fills:
-            self._fills = [self._bind(fill, 1, self.compile) for fill in self.splits[1].kv_fills]
+    def prepare_fills(self, captured: bool = False) -> None:
+        """Compile ``fill_kv``, if it is not yet; ``captured``: that of steps."""
+        if captured not in self._fills:
+            compile = self.compile_captured if captured else self.compile
+            self._fills[captured] = [self._bind(f, 1, compile) for f in self.splits[1].kv_fills]
 
     def prepare_passes(self, rows: int) -> None:
         """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
@@ -209,11 +211,11 @@ class Decoder:
             return None
         return make([(layer.compiled, layer.link(self._sides)) for layer in layers])
 
-    def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
+    def fill_kv(self, layer: int, hidden: Tensor, place: Place, captured: bool = False) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
-        of any layer."""
-        self.prepare_fills()
-        self._fills[layer](hidden, place)
+        of any layer; ``captured``: within a step."""
+        self.prepare_fills(captured)
+        self._fills[captured][layer](hidden, place)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [1, n, V] of hidden states after the last layer [1, n, H]."""

@@ -164,7 +164,7 @@ class _Builder(StepLayout):
                 if blank:
                     decoder.kv.blank(layer, slots)
                 else:
-                    decoder.fill_kv(layer, b["hidden@1"], place)
+                    decoder.fill_kv(layer, b["hidden@1"], place, captured=True)
 
         sides = tuple(f"side {name}@1" for name in names)
         cache = self._cache_names(start, end)

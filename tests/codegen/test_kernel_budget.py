@@ -15,28 +15,21 @@ ROOT = Path(__file__).parents[2]
 BUDGET = json.loads((Path(__file__).parent / "kernel_budget.json").read_text())
 COMPILE = """
 import json, re, sys, torch, triton
-from dataclasses import replace
-from eepass.codegen.kernels.catalogue import KvSizes, Sizes, kernels
+from eepass.codegen.kernels.catalogue import Sizes, kernels
 from eepass.codegen.kernels import attend_rows, linear_rows, packed_rows
 from eepass.codegen.kernels.compile import compile_launch
 from eepass.codegen.kernels.launch import Scratch
-from eepass.kernel_forms import Channels, HeadChain, KvForm
+from eepass.kernel_forms import HeadChain
 from eepass.ops.packed import INT8, ROW, UNROUNDED
 from eepass.ops.packing import block_size, form_number
 
 chain = HeadChain("rms", 1e-5, "norm", "", 0.0, "head", "")
-own = Channels(0, 128, 1)
-form = KvForm("rms", 1e-5, 0.0, "norm", "", "k", "", "v", "", "", "", "none", "cos", "sin", 128,
-              False, 32, 128, own, own, False)
-plain = KvSizes(8, 4096, form, 4096, 4096, torch.bfloat16)
-normed = replace(plain, form=replace(form, head_norm="q", head_form="rms"))
 compiled, triton.compile = [], (lambda make: lambda *a, **o: (compiled.append(make(*a, **o)),
                                                               compiled[-1])[1])(triton.compile)
 found = {}
 for target in map(int, sys.argv[1:]):
     for rows in (1, 8):
-        sizes = Sizes(rows, 4096, 32000, 8192, 4, 512, 128, torch.float32, torch.bfloat16,
-                      plain if rows == 1 else normed)
+        sizes = Sizes(rows, 4096, 32000, 8192, 4, 512, 128, torch.float32, torch.bfloat16)
         state = torch.empty(rows, 4096, dtype=torch.bfloat16, device="meta")
         # one weight whose inputs are divided among programs, and one whose inputs are not
         weights = [state.new_empty(outputs, 4096) for outputs in (1024, 4096)]
@@ -111,7 +104,6 @@ from eepass.codegen.kernels.specialise import parameters_of
 from eepass.config import ExitConfig
 from eepass.passes.exits.fuse_exit_predictor import fuse_exit_predictor
 from eepass.passes.pipeline import split_decoder
-from eepass.passes.exits.read_kv_fill import read_kv_fill
 from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors, make_plan
 
@@ -152,16 +144,6 @@ with torch.no_grad():
         for segment in (fused.verify, fused.final):
             call(segment, hidden, draft)
         call(fused.draft, hidden)
-        form = read_kv_fill(split.kv_fills[1], split.tensors)
-        get = split.tensors.__getitem__
-        caches = [[torch.zeros(form.groups, 128, form.channels)] for _ in range(2)]
-        sides = [torch.zeros(rows, form.rotary)] * 2
-        torch.ops.eepass.fill_kv(
-            hidden[0], [get(form.norm_weight)], [],
-            [form.projection(get(form.key_weight), form.key_channels)], [],
-            [form.projection(get(form.value_weight), form.value_channels)], [],
-            [get(form.head_norm)], [], *caches, *sides, torch.zeros(rows, dtype=torch.long),
-            form.norm, form.eps, form.weight_offset, form.interleaved, form.head_form)
 json.dump({**found, "called": ready.names}, sys.stdout)
 """
 
@@ -192,7 +174,7 @@ def test_a_model_is_compiled_and_written(written):
 def test_what_a_runtime_calls_is_there_with_the_parameters_it_packs(written):
     _, found = written
     called = {name for name, _ in found["called"]}
-    kernels = {"exit", "gate", "state", "verify", "score", "merge", "fill"}
+    kernels = {"exit", "gate", "state", "verify", "score", "merge"}
     assert called == {f"_{name}_kernel" for name in kernels}
     assert [name for name, fits in found["called"] if not fits] == []
 

@@ -355,6 +355,22 @@ def test_quantised_layers_go_through_a_kernel_of_their_own(in_int4, launched):
     torch.testing.assert_close(found, logits.float(), atol=0.02, rtol=0.01)
 
 
+def test_captured_fills_go_through_the_row_kernel(in_bf16, launched):
+    """Keys and values that policy ``propagate`` projects for the layers an exit skipped."""
+    from eepass.runtime.decoder.decoder import Decoder
+
+    compiler, hidden = CudaCompiler(uncompiled), torch.randn(1, 1, 64).bfloat16()
+    decoder = Decoder(in_bf16, compiler, compiler.captured, spans=True)
+    place, cache = decoder.captured_span(1, 5), decoder.kv.keys[1]
+    decoder.fill_kv(1, hidden, place)
+    expected = cache.clone()
+    assert launched == [] and expected.any()
+    cache.zero_()
+    decoder.fill_kv(1, hidden, place, captured=True)
+    assert [launch.name for launch in launched] == ["_rows_kernel"] * 2
+    torch.testing.assert_close(cache, expected, atol=0.02, rtol=0.02)
+
+
 @pytest.fixture(scope="module")
 def windows():
     """With full and sliding attention."""

@@ -59,7 +59,7 @@ def kernels_of_nothing(split, artifact, target, rows, out):
         key="k", name="_exit_kernel", code=b"code", parameters=("u64",), shared_bytes=0, warps=4
     )
     write_kernels(out, 90, [kernel], {"_exit_kernel": "hash"}, {"rows": list(rows)})
-    return {"kernels": {"exit_predictor": {}}, "not_generated": {}}
+    return {"kernels": {"exit_predictor": {}}}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +124,7 @@ def test_kernels_for_a_gpu_lie_in_it_under_the_signature(folder, copied):
     # for the passes a step makes, not for prompts
     assert json.loads((home / "kernels.json").read_text())["rows"] == [1]
     assert json.loads((folder / "report.json").read_text())["gpu_kernels"] == {
-        "sm_90": {"kernels": 1, "not_generated": {}}
+        "sm_90": {"kernels": 1}
     }
     cubin = copied / "kernels" / "sm_90" / "k.cubin"
     cubin.write_bytes(b"c0de")

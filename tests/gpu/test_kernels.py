@@ -4,11 +4,9 @@ import pytest
 import torch
 from kernel_cases import (
     EXITS,
-    FILLS,
     VERIFIES,
     Case,
     exit_case,
-    fill_case,
     same,
     verify_case,
 )
@@ -51,15 +49,6 @@ def test_verify_head_of_large_models(rows, vocabulary):
     assert torch.equal(token, logits.argmax(-1))
     same((logits,), expected[2:], torch.bfloat16)
     assert torch.equal(known, (token[:, None] == arguments[10]).any(-1))
-
-
-@pytest.mark.parametrize("case", FILLS.values(), ids=FILLS.keys())
-def test_fill_kv(case):
-    found, expected = fill_case(**case, device="cuda"), fill_case(**case, device="cuda")
-    torch.ops.eepass.fill_kv(*found)
-    fused.fill_kv(*expected)
-    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
-        same(caches, wanted)
 
 
 @pytest.mark.parametrize("rows", (1, 9))
@@ -115,47 +104,6 @@ def test_the_flag_follows_the_threshold_without_a_new_graph():
         arguments[15].fill_(threshold)
         graph.replay()
         assert exits.item() == leaves
-
-
-def written_where_told(arguments, flag):
-    """``exit_predictor`` into buffers of the caller; a function that launches it, and those."""
-    from eepass.codegen.kernels.register import workspace_bytes
-
-    probability, probabilities, z, _ = fused.exit_predictor(*arguments)
-    buffers = {
-        "probability": torch.full_like(probability, float("nan")),
-        "probabilities": torch.full_like(probabilities, float("nan")),
-        "z": torch.full_like(z, float("nan")),
-        "exits": flag,
-    }
-    length = workspace_bytes("exit_predictor", *arguments)
-    workspace = torch.empty(length, dtype=torch.uint8, device="cuda")
-
-    def step():
-        torch.ops.eepass.exit_predictor.into(*arguments, **buffers, workspace=workspace)
-
-    return step, buffers
-
-
-@pytest.mark.parametrize("pinned", (False, True), ids=("device", "pinned"))
-def test_a_captured_step_writes_where_it_is_told_and_allocates_nothing(pinned):
-    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
-    flag = torch.zeros(1, dtype=torch.bool, device="cpu" if pinned else "cuda", pin_memory=pinned)
-    step, buffers = written_where_told(arguments, flag)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        step()
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    for threshold, leaves in ((-1.0, True), (2.0, False), (-1.0, True)):
-        arguments[15].fill_(threshold)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert flag.item() == leaves
-    expected = fused.exit_predictor(*arguments)[:3]
-    same([buffers[name] for name in ("probability", "probabilities", "z")], expected)
 
 
 def test_compiled_kernels_say_what_the_just_compiled_ones_do(tmp_path):
