@@ -1,10 +1,10 @@
-"""A kernel launch as data: run on the device that is here, or compiled for another machine."""
+"""A kernel launch as data: run on the device that is here, or compiled for another one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
@@ -31,17 +31,10 @@ class KernelLaunch:
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
-class CompiledKernels(Protocol):
-    """Kernels compiled ahead of time; ``launch`` returns False where it has no code for one."""
-
-    def launch(self, launch: KernelLaunch) -> bool: ...
-
-
-def run(launches: Sequence[KernelLaunch], compiled: CompiledKernels | None = None) -> None:
-    """Launch in order: with code from ``compiled`` where it has some, else Triton compiles."""
+def run(launches: Sequence[KernelLaunch]) -> None:
+    """Launch in order."""
     for launch in launches:
-        if compiled is None or not compiled.launch(launch):
-            launch.run()
+        launch.run()
 
 
 class Scratch:

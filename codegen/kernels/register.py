@@ -18,7 +18,7 @@ from eepass.codegen.kernels import (
     packed_rows,
     verify_head,
 )
-from eepass.codegen.kernels.launch import CompiledKernels, Scratch, run
+from eepass.codegen.kernels.launch import Scratch, run
 from eepass.ops import packed
 
 # by operator, the function that makes its launches and outputs
@@ -35,21 +35,15 @@ LAUNCHES: Mapping[str, Callable[..., Any]] = {
 _libraries: dict[str, torch.library.Library] = {}
 
 
-def register_kernels(compiled: CompiledKernels | None = None, key: str = "CUDA") -> None:
+def register_kernels(key: str = "CUDA") -> None:
     """Run the fused operators through the kernels for tensors of dispatch key ``key``; until then
-    they run their reference implementations.
-
-    ``compiled``: kernels compiled ahead of time (``cubins.Cubins``), used where they fit; the rest
-    Triton compiles on first use. Registering again without ``compiled`` changes nothing; with it,
-    those kernels replace the earlier ones.
-    """
-    if key in _libraries and compiled is None:
+    they run their reference implementations. Triton compiles a kernel on its first use."""
+    if key in _libraries:
         return
-    unregister_kernels(key)
     library = torch.library.Library("eepass", "IMPL", key)
     for name in LAUNCHES:
         run_one = _run_packed if name.startswith("packed_") else run_kernels
-        library.impl(name, partial(run_one, name, compiled=compiled))
+        library.impl(name, partial(run_one, name))
     _libraries[key] = library
 
 
@@ -59,17 +53,17 @@ def unregister_kernels(key: str = "CUDA") -> None:
         library._destroy()
 
 
-def run_kernels(name: str, *arguments: Any, compiled: CompiledKernels | None = None) -> Any:
+def run_kernels(name: str, *arguments: Any) -> Any:
     """``eepass::<name>`` through its kernels, on the device of its arguments."""
     launches, outputs = LAUNCHES[name](*arguments, scratch=Scratch(arguments[0]))
-    run(launches, compiled)
+    run(launches)
     return outputs
 
 
-def _run_packed(name: str, *arguments: Any, compiled: CompiledKernels | None = None) -> Any:
+def _run_packed(name: str, *arguments: Any) -> Any:
     """As ``run_kernels``; the reference implementation for weights of other kinds."""
     x, _, forms = arguments[:3]
     forms = [forms] if isinstance(forms, int) else forms
     if all(packed_rows.fits(form, len(x)) for form in forms):
-        return run_kernels(name, *arguments, compiled=compiled)
+        return run_kernels(name, *arguments)
     return getattr(packed, name)(*arguments)

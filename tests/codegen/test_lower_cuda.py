@@ -84,9 +84,9 @@ def test_a_model_exits_where_the_uncompiled_one_does(splits, artifact, kernels, 
 
     run = register.run
 
-    def noted(made, cubins=None):
+    def noted(made):
         seen.extend(launch.name for launch in made)
-        run(made, cubins)
+        run(made)
 
     monkeypatch.setattr(register, "run", noted)
     found = generate(ready)
@@ -280,9 +280,9 @@ def launched(kernels, monkeypatch):
 
     run, seen = register.run, []
 
-    def noted(made, compiled=None):
+    def noted(made):
         seen.extend(made)
-        run(made, compiled)
+        run(made)
 
     monkeypatch.setattr(register, "run", noted)
     return seen

@@ -104,27 +104,3 @@ def test_the_flag_follows_the_threshold_without_a_new_graph():
         arguments[15].fill_(threshold)
         graph.replay()
         assert exits.item() == leaves
-
-
-def test_compiled_kernels_say_what_the_just_compiled_ones_do(tmp_path):
-    from eepass.codegen.cuda.stored_kernels import write_kernels
-    from eepass.codegen.kernels import exit_predictor
-    from eepass.codegen.kernels.compile import compile_launch
-    from eepass.codegen.kernels.cubins import Cubins, sources
-    from eepass.codegen.kernels.launch import Scratch
-    from eepass.codegen.kernels.register import register_kernels, unregister_kernels
-
-    major, minor = torch.cuda.get_device_capability()
-    capability = 10 * major + minor
-    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
-    made, _ = exit_predictor.launches(*arguments, scratch=Scratch(arguments[0]))
-    compiled = [compile_launch(launch, capability) for launch in made]
-    write_kernels(tmp_path, capability, compiled, sources(), {})
-    expected = [x.clone() for x in torch.ops.eepass.exit_predictor(*arguments)]
-    cubins = Cubins(tmp_path)
-    register_kernels(cubins)
-    found = torch.ops.eepass.exit_predictor(*arguments)
-    unregister_kernels()
-    register_kernels()
-    assert not cubins.missing
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
