@@ -408,6 +408,11 @@ def test_a_step_attends_by_spans_as_it_does_by_masks(windows, launched, branches
     assert torch.equal(kv.keys[-1], wanted.keys[-1]) and kv.keys[-1][0, :, 15].any()
 
 
+def test_a_models_captured_layers_take_spans_where_its_compiler_does(splits, artifact):
+    for compiler, expected in ((CudaCompiler(uncompiled), 1), (eager_compile, 0)):
+        assert len(early_exits(splits, artifact, compiler, None).decoder.spans) == expected
+
+
 def test_masks_of_what_the_kernel_does_not_multiply_are_made_of_spans(splits, kernels):
     """Attention in float32 stays as it is, with a mask that its layer makes."""
     from eepass.runtime.decoder.decoder import Decoder

@@ -11,7 +11,12 @@ from kernel_cases import (
     verify_case,
 )
 
+from eepass.masks import first_seen
 from eepass.ops import fused
+from eepass.ops import packed as reference
+from eepass.ops.packed import INT8, UNROUNDED
+from eepass.ops.packing import form_number
+from eepass.ops.rows import attend_spans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -62,7 +67,9 @@ def test_draft_topk(rows):
     same((logits.gather(-1, ids).log_softmax(-1),), (scores.log_softmax(-1),))
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), ((1536, 4608), (4608, 4608), (33, 200)))
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), ((1536, 4608), (2048, 2048), (4608, 4608), (33, 200))
+)
 def test_linear_rows(outputs, inputs):
     """Right, and with the same bits for any number of rows, launch after launch."""
     case = Case("bf16", "cuda")
@@ -72,6 +79,46 @@ def test_linear_rows(outputs, inputs):
     for rows in (1, 2, 5, 16):
         (part,) = torch.ops.eepass.linear_rows(x[-rows:], [weight], [None])
         assert torch.equal(part, whole[-rows:])
+
+
+@pytest.mark.parametrize("end", (40, 1000, 8000))
+@pytest.mark.parametrize("window", (None, 300))
+def test_attend_spans(end, window):
+    """A tree of 16 rows behind a text; the same bits for some of them."""
+    case = Case("bf16", "cuda")
+    rows = torch.arange(16, device="cuda")
+    spans = torch.stack([first_seen(end + rows, window), rows * 0 + end, (2 << rows) - 1], 1)
+    q = case.random(16, 9, 64).transpose(0, 1)
+    keys, values = case.random(3, 8192, 64), case.random(3, 8192, 64)
+    whole = torch.ops.eepass.attend_spans(q, keys, values, spans, 0.125)
+    same((whole,), (attend_spans(q, keys, values, spans, 0.125),))
+    for begin, last in ((0, 1), (15, 16), (3, 9)):
+        given = (q[:, begin:last], keys, values, spans[begin:last], 0.125)
+        assert torch.equal(torch.ops.eepass.attend_spans(*given), whole[:, begin:last])
+
+
+@pytest.mark.parametrize(("kind", "group"), (("u4", 32), ("u4", 128), ("u8", 0), ("q8_0", 0)))
+def test_packed_rows(kind, group):
+    form, outputs, inputs = form_number(kind, group), 1536, 4608
+    case = Case("bf16", "cuda")
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    if kind[0] == "u":
+        parts = inputs // group if group else 1
+        numbers = [torch.rand(outputs, parts) / 64 for _ in range(2)]
+        packed = torch.ops.eepass.pack_groups(codes, *numbers, form)
+    else:
+        # each 32 inputs: 16 scales of float16, then codes
+        scales = torch.full((outputs // 16, inputs // 32, 16), 0.01, dtype=torch.float16)
+        parts = (scales.view(torch.uint8), codes.view(outputs // 16, inputs // 32, 512))
+        packed = torch.cat(parts, -1).flatten(1)
+    x, packed = case.random(40, inputs), packed.cuda()
+    for activations in (INT8, UNROUNDED):
+        given = (packed, form, outputs, None, activations)
+        whole = torch.ops.eepass.packed_logits(x, *given)
+        same((whole,), (reference.packed_logits(x, *given),), torch.bfloat16)
+        for rows in (1, 5, 17):
+            part = torch.ops.eepass.packed_logits(x[:rows], *given)
+            assert torch.equal(part, whole[:rows])
 
 
 @pytest.mark.parametrize("rank", (0, 128), ids=("lens", "translated"))
