@@ -21,9 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from eepass.ops import fused, rows
+from eepass.masks import spans_at
+from eepass.ops import fused, packed, rows
+from eepass.ops.packed import INT8
+from eepass.ops.packing import GROUP, form_number
 
 L2_BYTES = 160 * 2**20
 ROUNDS = 9
@@ -47,13 +51,6 @@ def exit_arguments(hidden: int, rank: int, vocabulary: int, rows: int = 1) -> li
     ]  # fmt: skip
 
 
-def path_arguments(hidden: int, vocabulary: int) -> list[Any]:
-    """A tree of eight nodes, four paths from its root."""
-    arguments = exit_arguments(hidden, 0, vocabulary, rows=8)
-    paths = [[0, 1, 4, -1], [0, 1, 5, 7], [0, 2, 6, -1], [0, 3, -1, -1]]
-    return [*arguments[:16], torch.tensor(paths), *arguments[16:]]
-
-
 def verify_arguments(hidden: int, vocabulary: int) -> list[Any]:
     draft = torch.randint(vocabulary, (1, 4))
     return [
@@ -67,46 +64,69 @@ def draft_arguments(hidden: int, vocabulary: int) -> list[Any]:
     return [z, random(vocabulary, hidden), None, None, None, 32, 1.0, 0.0]
 
 
-def fill_arguments(hidden: int, layers: int = 8) -> list[Any]:
-    channels = min(128, hidden)
-    groups = hidden // channels
-
-    def each(*shape: int) -> list[Tensor]:
-        return [random(*shape) for _ in range(layers)]
-
-    def caches() -> list[Tensor]:
-        return [torch.zeros_like(random(groups, 256, channels)) for _ in range(layers)]
-
-    return [
-        random(1, hidden) * hidden**0.5, each(hidden), [], each(hidden, hidden), [],
-        each(hidden, hidden), [], [], [], caches(), caches(),
-        random(1, channels), random(1, channels), torch.tensor([17]), "rms", 1e-5, 0.0, False,
-        "none",
-    ]  # fmt: skip
-
-
 def rows_arguments(hidden: int, count: int) -> list[Any]:
     """A projection as an MLP has it; eager, that is cuBLAS."""
     return [random(count, hidden) * hidden**0.5, [random(3 * hidden, hidden)], [None]]
 
 
+def packed_arguments(hidden: int, count: int, kind: str) -> list[Any]:
+    """``rows_arguments`` with a weight of 4 or 8 bits, a scale for each 32 inputs."""
+    inputs, form = -(-hidden // GROUP) * GROUP, form_number(kind, GROUP)
+    codes = torch.randint(16 if kind == "u4" else 256, (3 * hidden, inputs), dtype=torch.uint8)
+    scales = torch.rand(3 * hidden, inputs // GROUP) * inputs**-0.5 / 8
+    packed = torch.ops.eepass.pack_groups(codes, scales, -8 * scales, form)
+    return [random(count, inputs) * inputs**0.5, [packed], [form], [3 * hidden], [None], INT8]
+
+
+def attention_arguments(hidden: int, length: int, count: int) -> list[Any]:
+    """``count`` rows at the end of a text that fills the cache; four query heads a group."""
+    channels = min(128, hidden)
+    heads = max(hidden // channels, 4)
+    spans = spans_at(torch.arange(length - count, length), None)
+    q, caches = torch.randn(heads, count, channels), (heads // 4, length, channels)
+    keys, values = (torch.randn(caches).to(torch.bfloat16) for _ in range(2))
+    return [q.to(torch.bfloat16), keys, values, spans, channels**-0.5]
+
+
+def library_attention(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> list[Tensor]:
+    """``attend_spans`` by torch's attention, with a mask."""
+    mask = rows.spans_mask(spans, k.shape[1], q.dtype)
+    given = (q[None], k[None], v[None], mask)
+    return [F.scaled_dot_product_attention(*given, scale=scale, enable_gqa=True)[0]]
+
+
 def cases(
-    hidden: int, vocabularies: Sequence[int]
+    hidden: int, vocabularies: Sequence[int], lengths: Sequence[int]
 ) -> dict[str, tuple[str, Callable[[], list[Any]]]]:
-    """Name -> operator, arguments; ``vocabularies``: hot, whole, large."""
+    """Name -> operator, arguments; ``vocabularies``: hot, whole, large; ``lengths``:
+    of the texts that are attended to."""
     hot, whole, large = vocabularies
     return {
         "exit_predictor": ("exit_predictor", lambda: exit_arguments(hidden, 0, whole)),
         "exit_predictor, rank 128": ("exit_predictor", lambda: exit_arguments(hidden, 128, whole)),
-        "path_predictor, 8 nodes": ("path_predictor", lambda: path_arguments(hidden, whole)),
         f"verify_head, {whole}": ("verify_head", lambda: verify_arguments(hidden, whole)),
         f"verify_head, {large}": ("verify_head", lambda: verify_arguments(hidden, large)),
         f"draft_topk, {hot}": ("draft_topk", lambda: draft_arguments(hidden, hot)),
         f"draft_topk, {whole}": ("draft_topk", lambda: draft_arguments(hidden, whole)),
-        "fill_kv, 8 layers": ("fill_kv", lambda: fill_arguments(hidden)),
         **{
             f"linear_rows, {count}": ("linear_rows", partial(rows_arguments, hidden, count))
-            for count in (1, 2, 4, 8, 16)
+            for count in (1, 2, 4, 8, 16, 32)
+        },
+        **{
+            f"packed_rows, {kind}, {count}": (
+                "packed_rows",
+                partial(packed_arguments, hidden, count, kind),
+            )
+            for kind in ("u4", "u8")
+            for count in (1, 16)
+        },
+        **{
+            f"attend_spans, {length}, {count}": (
+                "attend_spans",
+                partial(attention_arguments, hidden, length, count),
+            )
+            for length in lengths
+            for count in (1, 16)
         },
     }
 
@@ -146,11 +166,8 @@ def copy_bandwidth() -> float:
 
 
 def outputs(function: Callable[..., Any], arguments: list[Any]) -> list[Tensor]:
-    """The outputs of a form, including caches it wrote."""
     result = function(*arguments)
-    if result is None:
-        return [cache.clone() for cache in (*arguments[9], *arguments[10])]
-    return list(result)
+    return [result] if isinstance(result, Tensor) else list(result)
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> str:
@@ -168,10 +185,15 @@ def difference(found: list[Tensor], expected: list[Tensor]) -> str:
 
 
 def forms_of(operator: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The operator through its Triton kernels, and its reference implementation."""
+    """The operator through its Triton kernels, and through torch's operators."""
     from eepass.codegen.kernels.register import run_kernels
 
-    eager = rows.linear_rows if operator == "linear_rows" else getattr(fused, operator)
+    others = {
+        "linear_rows": rows.linear_rows,
+        "packed_rows": packed.packed_rows,
+        "attend_spans": library_attention,
+    }
+    eager = others.get(operator) or getattr(fused, operator)
     return partial(run_kernels, operator), eager
 
 
@@ -243,7 +265,8 @@ def main() -> None:
     torch.set_default_device(options.device)
     # small where the interpreter runs program after program
     vocabularies = (40, 100, 200) if interpreted else (8192, 32_000, 128_256)
-    todo = cases(options.hidden, vocabularies)
+    lengths = (100, 300) if interpreted else (1024, 8192, 32_768)
+    todo = cases(options.hidden, vocabularies, lengths)
     result: dict[str, Any] = {
         "torch": torch.__version__, "triton": triton.__version__, "hidden": options.hidden,
     }  # fmt: skip

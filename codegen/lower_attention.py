@@ -4,29 +4,38 @@
              o = scaled_dot_product_attention(q, k, v, mask)
     after    o = eepass.attend_rows(q, keys, values, mask, scale)
 
+    before   o = scaled_dot_product_attention(q, k, v, eepass.spans_mask(spans, ...))
+    after    o = eepass.attend_spans(q, keys, values, spans, scale)
+
 Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
-rows than the kernel was measured to be faster for.
+rows or channels than the kernel was measured to be faster for.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from eepass.codegen.lower_linear import replace
 
-aten = torch.ops.aten
+aten, ours = torch.ops.aten, torch.ops.eepass
 MOST_ROWS = 64
+DTYPES = (torch.float32, torch.bfloat16)
 VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
 
-def lower_attention(gm: GraphModule) -> int:
-    """Rewrite the attention calls of ``gm`` in place; returns how many."""
+def lower_attention(
+    gm: GraphModule, dtypes: tuple[torch.dtype, ...] = DTYPES, widest: int | None = None
+) -> int:
+    """Rewrite the attention calls of ``gm`` in place, those of ``dtypes`` and with up to ``widest``
+    channels; returns how many."""
     rewritten = 0
     for node in gm.graph.find_nodes(
         op="call_function", target=aten.scaled_dot_product_attention.default
     ):
-        if _refusal(node):
+        if _refusal(node, dtypes, widest):
             continue
         args: tuple[Any, ...] = node.args
         q, k, v, mask = args[:4]
@@ -37,25 +46,51 @@ def lower_attention(gm: GraphModule) -> int:
                 call(aten.squeeze.dim, (tensor, 0))
                 for tensor in (q, _before_repeat(k), _before_repeat(v))
             ]
-            rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
-            out = call(torch.ops.eepass.attend_rows.default, (*flat, rows, scale))
+            if mask.target is ours.spans_mask.default:
+                out = call(ours.attend_spans.default, (*flat, mask.args[0], scale))
+            else:
+                rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
+                out = call(ours.attend_rows.default, (*flat, rows, scale))
             new = call(aten.unsqueeze.default, (out, 0))
         replace(node, new)
+        if mask.target is ours.spans_mask.default and not mask.users:
+            gm.graph.erase_node(mask)
         rewritten += 1
     return rewritten
 
 
-def _refusal(node: Node) -> str | None:
+def take_spans(gm: GraphModule, examples: Sequence[Tensor]) -> int:
+    """Let ``gm`` take spans int64 [R, 3] in place of the masks [1, 1, R, C] for which ``examples``
+    holds such; returns how many."""
+    taken = 0
+    placeholders = gm.graph.find_nodes(op="placeholder")
+    for node, example in zip(placeholders, examples, strict=True):
+        value = node.meta["val"]
+        if value.ndim != 4 or value.shape == example.shape:
+            continue
+        with gm.graph.inserting_after(placeholders[-1]):
+            given = (node, value.shape[-1], value.dtype)
+            mask = gm.graph.call_function(ours.spans_mask.default, given)
+        mask.meta = dict(node.meta)
+        node.replace_all_uses_with(mask, lambda user, mask=mask: user is not mask)
+        node.meta = {**node.meta, "val": example}
+        taken += 1
+    return taken
+
+
+def _refusal(node: Node, dtypes: tuple[torch.dtype, ...], widest: int | None) -> str | None:
     args: tuple[Any, ...] = node.args
     if len(args) < 4 or args[3] is None or any(args[4:]):
         return "no explicit mask, or dropout"
     q, k, v, mask = (arg.meta["val"] for arg in args[:4])
     if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or q.shape[2] > MOST_ROWS:
         return "several sequences, a mask per head, or many rows"
-    if q.dtype not in (torch.float32, torch.bfloat16) or mask.dtype != q.dtype:
+    if q.dtype not in dtypes or mask.dtype != q.dtype:
         return f"dtype {q.dtype} with a mask of {mask.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "a cache of another dtype"
+    if widest is not None and max(q.shape[-1], v.shape[-1]) > widest:
+        return f"more than {widest} channels"
     return None
 
 

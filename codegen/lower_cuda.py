@@ -3,14 +3,18 @@
     before   logits = linear(z, lm_head)                   the model's own logits
              logits = eepass.logits_rows(z, head, bias)    an exit's
     after    logits = eepass.verify_head(z, head, bias, ..., want_logits=True)[2]
+             logits = eepass.packed_logits(z, head, ...)   where the head is quantised
 
 in float32, with one reading of the head. In layers that are captured
 
-    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)      x of 1 to 16 rows, bf16
+    before   q, k, v = linear(x, wq), linear(x, wk), linear(x, wv)      x of 1 to 32 rows, bf16
     after    q, k, v = eepass.linear_rows(x, [wq, wk, wv], [...])
 
-whose kernel gives a row the same bits among any number of rows, needs no workspace of a library,
-and is not tuned. Launched from Python, layer by layer, it would cost more than inductor's own code.
+whose kernel gives a row the same bits among 1 to 16 rows, needs no workspace of a library, and is
+not tuned; quantised ones become ``eepass.packed_rows``, whose kernel does so for any number of
+rows; attention becomes ``eepass.attend_spans`` (``lower_attention``), whose kernel reads no
+more of the cache than its rows attend to: they say so in three numbers each, in place of a mask.
+Launched from Python, layer by layer, they would cost more than inductor's own code.
 
 A graph of fused operators and views alone runs as it is: inductor would add nothing. The rest goes
 through inductor, without its CUDA graphs (the runtime captures whole steps). A graph that inductor
@@ -32,8 +36,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import eepass.ops.fused  # noqa: F401  the operators must be defined before they are looked for
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
+from eepass.codegen.lower_attention import lower_attention, take_spans
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
-from eepass.codegen.lower_linear import as_rows, lower_linear, replace, row_count
+from eepass.codegen.lower_linear import PACKED, as_rows, lower_linear, replace, row_count
+from eepass.codegen.lower_linear import lower_logits as packed_logits
 from eepass.private_names import TorchDynamoException, inductor_config
 from eepass.segments import GraphToMake
 
@@ -48,8 +54,7 @@ SETTINGS: dict[str, Any] = {
 TUNING = "coordinate_descent_tuning"
 PRODUCTS = {aten.linear.default, aten.mm.default, aten.addmm.default, aten.matmul.default}
 FUSED = {
-    ours.exit_predictor.default, ours.path_predictor.default, ours.verify_head.default,
-    ours.draft_topk.default, ours.fill_kv.default,
+    ours.exit_predictor.default, ours.verify_head.default, ours.draft_topk.default,
 }  # fmt: skip
 # what a fused graph may hold besides, at next to no cost
 VIEWS = {
@@ -57,7 +62,9 @@ VIEWS = {
     aten.squeeze.dim, aten.view.default, aten.slice.Tensor, aten.reshape.default,
 }  # fmt: skip
 # rows whose logits the kernel computes with one reading of the head, and rows of ``linear_rows``
-MOST_ROWS, LINEAR_ROWS = 32, 16
+MOST_ROWS, LINEAR_ROWS = 32, 32
+# what the kernel of attention multiplies, and how many channels an SM has shared memory for
+ATTENTION, WIDEST = (torch.bfloat16, torch.float16), 256
 
 
 class CudaCompiler(ByStructure):
@@ -73,19 +80,23 @@ class CudaCompiler(ByStructure):
         super().__init__()
         self._through = through or compile_through_inductor
         self.report: dict[str, list[str]] = {"fused": [], "inductor": [], "as traced": []}
-        self._captured: dict[str, Compiled] = {}
+        self._captured: dict[tuple[Any, ...], Compiled] = {}
         # by update and by what its tensors are like
         self._updates: dict[tuple[Any, ...], Compiled] = {}
 
     def captured(
         self, graph: GraphModule | GraphToMake, structure: str, examples: Sequence[Tensor]
     ) -> Compiled:
-        """As a call, for a layer that is captured into a graph."""
-        if structure not in self._captured:
+        """As a call, for a layer that is captured into a graph; ``examples`` may hold spans in
+        place of masks."""
+        key = structure, tuple(x.shape for x in examples)
+        if key not in self._captured:
             made = copy.deepcopy(GraphToMake.made(graph))
+            take_spans(made, examples)
             lower_linear(made, _fits_the_kernel)
-            self._captured[structure] = self.compile(made, examples, logits=False)
-        return self._captured[structure]
+            lower_attention(made, ATTENTION, WIDEST)
+            self._captured[key] = self.compile(made, examples, logits=False)
+        return self._captured[key]
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
         lowered = copy.deepcopy(graph)
@@ -146,6 +157,8 @@ def lower_logits(gm: GraphModule, all_linears: bool) -> list[str]:
     """Compute the logits of ``gm`` with ``eepass.verify_head``, in place; with ``all_linears`` its
     linear layers' outputs are logits too. Returns what was left alone and why."""
     left = []
+    if all_linears:
+        packed_logits(gm, [PACKED])
     for node in list(gm.graph.nodes):
         is_logits = node.target is ours.logits_rows.default
         if not is_logits and not (all_linears and node.target is aten.linear.default):
@@ -175,8 +188,8 @@ def lower_logits(gm: GraphModule, all_linears: bool) -> list[str]:
 
 
 def _fits_the_kernel(linear: Node) -> bool:
-    if linear.target is not aten.linear.default:
-        return False
+    if linear.target is PACKED:
+        return True
     given: Any = linear.args
     x, weight = (node.meta["val"] for node in given[:2])
     few = x.numel() <= LINEAR_ROWS * x.shape[-1]

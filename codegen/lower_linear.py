@@ -13,7 +13,7 @@ layers share it.
 """
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -53,9 +53,10 @@ def lower_linear(gm: GraphModule, fits: Callable[[Node], bool] = few_rows) -> in
     return sum(map(len, together.values()))
 
 
-def lower_logits(gm: GraphModule) -> int:
-    """Keep the sums of the linear layers of a head in float32: ``eepass.logits_rows``."""
-    linears = _linears(gm)
+def lower_logits(gm: GraphModule, kinds: Collection[Any] = tuple(KINDS)) -> int:
+    """Keep the sums of the linear layers of a head in float32: ``eepass.logits_rows``, or
+    ``packed_logits``; of those of ``kinds``."""
+    linears = [linear for linear in _linears(gm) if linear.target in kinds]
     for linear in linears:
         x, own, options = _arguments(linear)
         with gm.graph.inserting_before(linear):

@@ -94,7 +94,8 @@ class EarlyExitModel:
         if splits[1].stepwise:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
-            self.decoder = Decoder(splits, compile, captured)
+            spans = hasattr(compiler, "captured")
+            self.decoder = Decoder(splits, compile, captured, spans)
         self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None

@@ -1,4 +1,8 @@
-"""Additive causal masks, with sliding windows and chunks."""
+"""Causal masks, with sliding windows and chunks: additive, or as spans.
+
+A row's span says which slots it attends to in three numbers: the first, the one after the last, and
+a bit field of the slots from there on (bit j: slot ``end`` + j), for draft tokens in a tree.
+"""
 
 from __future__ import annotations
 
@@ -34,3 +38,20 @@ def causal_mask_at(
         seen = seen & (slot > row - window if window > 0 else slot >= row - row % -window)
     mask = torch.zeros(seen.shape, dtype=dtype, device=positions.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+def spans_at(positions: Tensor, window: int | None) -> Tensor:
+    """The spans int64 [R, 3] of rows at ``positions`` [R], whatever they are: what
+    ``causal_mask_at`` lets them attend to."""
+    return torch.stack(
+        [first_seen(positions, window), positions + 1, torch.zeros_like(positions)], 1
+    )
+
+
+def first_seen(positions: Tensor, window: int | None) -> Tensor:
+    """The first position that rows at ``positions`` [R] attend to."""
+    if window is None:
+        return torch.zeros_like(positions)
+    if window > 0:
+        return (positions - window + 1).clamp_min(0)
+    return positions - positions % -window

@@ -1,6 +1,7 @@
 """Shared fixtures: tiny models, split and compiled once a session."""
 
 import contextlib
+import math
 import os
 import warnings
 
@@ -51,6 +52,33 @@ def interpreter():
         pytest.skip("Triton 3.6's interpreter converts arrays as NumPy before 2.4 did")
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("the interpreter is off: tests/gpu runs these cases on the GPU")
+
+
+@pytest.fixture
+def any_order(interpreter, monkeypatch):
+    """Called, it lets a kernel's programs run in random orders from there on, and returns the set
+    of orders that were taken."""
+    from triton.runtime.interpreter import interpreter_builder as builder
+
+    place, generator = builder.set_grid_idx, torch.Generator().manual_seed(0)
+
+    def begin():
+        order, taken = [], set()
+
+        def permuted(x, y, z):
+            _, height, depth = builder.grid_dim
+            index = (x * height + y) * depth + z
+            if index == 0:
+                size = math.prod(builder.grid_dim)
+                order[:] = torch.randperm(size, generator=generator).tolist()
+                taken.add(tuple(order))
+            rest, last = divmod(order[index], depth)
+            place(*divmod(rest, height), last)
+
+        monkeypatch.setattr(builder, "set_grid_idx", permuted)
+        return taken
+
+    return begin
 
 
 @pytest.fixture(scope="session")

@@ -100,50 +100,6 @@ def verify_case(
     return arguments
 
 
-def fill_case(
-    layers: int = 2, rows: int = 1, hidden: int = 63, groups: int = 2, channels: int = 16,
-    rotary: int = 16, norm: str = "rms", norm_bias: bool = False, bias: bool = False,
-    head_norm: str = "none", head_bias: bool = False, by_head: bool = False, offset: float = 0.0,
-    interleaved: bool = False, fused: str = "", dtype: str = "fp32", device: str = "cpu",
-) -> list[Any]:  # fmt: skip
-    """Arguments of ``fill_kv`` over caches of 20 slots.
-
-    ``fused``: one projection makes queries, keys and values, head by head ("heads"), or one after
-    the other with inputs first ("inputs").
-    """
-    case = Case(dtype, device)
-    out = groups * channels
-
-    def each(there: bool, *shape: int) -> list[Tensor]:
-        scale = shape[-1] ** -0.5 if len(shape) > 1 else 1.0
-        return [case.random(*shape, scale=scale) for _ in range(layers)] if there else []
-
-    def caches() -> list[Tensor]:
-        zeros = [torch.zeros(groups, 20, channels) for _ in range(layers)]
-        return [cache.to(case.dtype).to(device) for cache in zeros]
-
-    states = case.random(rows, hidden)
-    weights = each(norm != "none", hidden), each(norm_bias, hidden)
-    if fused:
-        whole, shared = each(True, 3 * out, hidden), each(bias, 3 * out)
-        if fused == "inputs":
-            whole = [w.t().contiguous().t() for w in whole]
-        order = (groups, 3, channels) if fused == "heads" else (3, groups, channels)
-        split = [[t.unflatten(0, order) for t in tensors] for tensors in (whole, shared)]
-        pick = 1 if fused == "heads" else 0
-        projections = [[t.select(pick, part) for t in ts] for part in (1, 2) for ts in split]
-    else:
-        projections = [each(True, out, hidden), each(bias, out)] * 2
-    of_head = (groups, channels) if by_head else (channels,)
-    heads = each(head_norm != "none", *of_head), each(head_bias, *of_head)
-    cos_and_sin = [case.random(rows, rotary) if rotary else None for _ in range(2)]
-    slots = torch.tensor([3, 19, 7, 0][:rows], device=device)
-    return [
-        states, *weights, *projections, *heads, caches(), caches(), *cos_and_sin, slots, norm, 1e-5,
-        offset, interleaved, head_norm,
-    ]  # fmt: skip
-
-
 def same(found: Any, expected: Any, rounded: torch.dtype = torch.float32) -> None:
     """Fail unless the outputs agree: floats within the tolerance of their dtype, NaN for NaN."""
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -199,32 +155,4 @@ VERIFIES = {
     "capped": dict(vocabulary=300, cap=5.0, scale=0.5),
     "hot": dict(vocabulary=300, hot=True, logits=False),
     "int8": dict(rows=2, vocabulary=300, head="int8", dtype="fp16"),
-}
-FILLS = {
-    "llama": dict(),
-    "rows": dict(layers=1, rows=4, hidden=32),
-    "wide": dict(layers=1, hidden=4096, groups=1, channels=4, rotary=4, dtype="bf16"),
-    "smollm2": dict(layers=1, hidden=576, groups=1, channels=6, rotary=4, dtype="fp16"),
-    "one-channel": dict(layers=1, groups=2, channels=1, rotary=0),
-    "gpt2": dict(
-        norm="layer", norm_bias=True, bias=True, rotary=0, fused="inputs", dtype="bf16", rows=2
-    ),
-    "gpt-neox": dict(
-        norm="layer", norm_bias=True, bias=True, rotary=6, fused="heads", groups=3, layers=1
-    ),
-    "phi": dict(norm="layer", norm_bias=True, bias=True, rotary=6, channels=15, layers=1),
-    "gptj": dict(norm="layer", norm_bias=True, rotary=6, interleaved=True, channels=15, rows=2),
-    "cohere": dict(norm="layer", interleaved=True, head_norm="layer", by_head=True, layers=1),
-    "persimmon": dict(
-        norm="layer",
-        norm_bias=True,
-        bias=True,
-        rotary=8,
-        fused="heads",
-        head_norm="layer",
-        head_bias=True,
-        layers=1,
-    ),
-    "qwen3": dict(head_norm="rms", dtype="fp16"),
-    "gemma3": dict(head_norm="rms", offset=1.0, groups=1, layers=3, channels=10, rotary=10),
 }

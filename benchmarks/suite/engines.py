@@ -32,7 +32,7 @@ from eepass.runtime.step.launching import choose
 class How:
     """A way of decoding; ``layer``: of a forced exit."""
 
-    name: Literal["dense", "never", "real", "exact", "forced"]
+    name: Literal["dense", "never", "real", "exact", "drafted", "forced"]
     layer: int = 0
 
     def __str__(self) -> str:
@@ -40,10 +40,14 @@ class How:
 
 
 # never: predictors run and no token exits; real: the artefact's thresholds; exact: the dense
-# tokens; in mode engine wrong exits and drafts are rolled back, captured steps verify a chain of
-# draft tokens from the text
+# tokens; in mode engine wrong exits and drafts are rolled back, captured steps verify draft tokens
+# from the text; drafted: in captured steps, those of the draft head as well
 DENSE, NEVER, REAL, EXACT = How("dense"), How("never"), How("real"), How("exact")
-CHAIN = ExitConfig(exits=False, speculate="suffix")
+DRAFTED = How("drafted")
+STEPS = {
+    "exact": ExitConfig(exits=False, speculate="suffix"),
+    "drafted": ExitConfig(exits=False, speculate="cascade"),
+}
 TARGET = 0.98
 # rows of a pass of the tiny model: of a prompt, or a token and the pending ones
 TINY_ROWS = 8
@@ -151,7 +155,7 @@ class Engine:
         elif how.name == "forced":
             made.configure(_config(how, self.bench), force=how.layer)
         else:
-            made.configure(CHAIN if how.name == "exact" else _config(how, self.bench))
+            made.configure(STEPS.get(how.name) or _config(how, self.bench))
         return made
 
     def _make_engine(self, how: How) -> Any:

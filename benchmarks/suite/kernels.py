@@ -19,15 +19,16 @@ PROGRAM = (
 
 
 def kernels(bench: Bench, notify: Notify) -> dict[str, Any]:
-    """Microseconds of each kernel and the share of the copy bandwidth it reaches."""
-    if not bench.on_cuda:
-        raise Missing("the kernels' benchmark needs a CUDA device")
+    """Microseconds of each kernel and the share of the copy bandwidth it reaches; without a device,
+    whether they are right in Triton's interpreter."""
     if not SCRIPT.is_file():
         raise Missing(f"{SCRIPT.relative_to(ROOT)} is not in this checkout")
     target = bench.out / "kernels.json"
     target.unlink(missing_ok=True)
-    hidden = str(bench.twin.config.hidden_size)
-    command = [sys.executable, "-c", PROGRAM, "--json", str(target.resolve()), "--hidden", hidden]
+    hidden = str(bench.twin.config.hidden_size if bench.on_cuda else 64)
+    device = "cuda" if bench.on_cuda else "cpu"
+    command = [sys.executable, "-c", PROGRAM, "--json", str(target.resolve()), "--hidden", hidden,
+               "--device", device]  # fmt: skip
     try:
         ended = subprocess.run(
             command, cwd=ROOT, timeout=bench.seconds_left() - 2, stdout=sys.stderr, check=False

@@ -70,6 +70,8 @@ def all_parts(device: str) -> list[Part]:
         Part("side by side", "times", "side_by_side", 60, 240),
     ]
     for mode in timed:
+        if mode != "engine":
+            found.append(Part(f"exact step {mode}", "times", "exact_step", 20, 120, mode))
         found += [
             Part(f"never exit {mode}", "times", "never_exit", 10, 60, mode),
             Part(f"forced exit {mode}", "times", "forced_exit", 20, 120, mode),

@@ -12,11 +12,11 @@ from benchmarks.suite.parts import Missing, Notify
 # what a kernel belongs to, by a part of its name; the first that fits. The rest are segments, the
 # draft's matrix product among them
 KINDS = {
-    "predictors": ("_exit_kernel", "_path_kernel", "_gate_kernel", "_state_kernel"),
+    "predictors": ("_exit_kernel", "_gate_kernel", "_state_kernel"),
     "verify": ("_verify_kernel",),
-    "linear": ("_rows_kernel",),
+    "linear": ("_rows_kernel", "_packed_kernel"),
+    "attention": ("_attend_kernel", "_combine_kernel"),
     "draft": ("_score_kernel", "_merge_kernel", "topk", "TopK"),
-    "kv": ("_fill_kernel",),
     "conditions": ("eepass_set_condition",),
 }
 TOKENS = 33

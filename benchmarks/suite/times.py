@@ -14,6 +14,7 @@ from benchmarks.suite.bench import Bench
 from benchmarks.suite.correctness import judge_exits, judge_forced
 from benchmarks.suite.parts import FORCED, Missing, Notify, Wrong, timed_modes
 from benchmarks.suite.wide_twin import cut_model
+from eepass.planning import DRAFT_HEAD
 
 Answers = Callable[[list[int]], engines.Answer]
 
@@ -21,11 +22,11 @@ Answers = Callable[[list[int]], engines.Answer]
 @dataclass(frozen=True, slots=True)
 class System:
     """Something that answers prompts; ``exits``: the engine, where its tokens may exit early;
-    ``exact``: the engine, where a pass may confirm several."""
+    ``exact``: the engine and how it decodes, where a pass may confirm several."""
 
     answers: Answers
     exits: engines.Engine | None = None
-    exact: engines.Engine | None = None
+    exact: tuple[engines.Engine, engines.How] | None = None
 
 
 def bandwidth(bench: Bench, notify: Notify) -> dict[str, Any]:
@@ -84,7 +85,7 @@ def _systems(bench: Bench) -> dict[str, Callable[[], System]]:
             found[f"eepass {label}, {mode}"] = lambda mode=mode, how=how: System(
                 _eepass(bench, engines.engine(bench, mode), how),
                 engines.engine(bench, mode) if how is engines.REAL else None,
-                engines.engine(bench, mode) if how is engines.EXACT else None,
+                (engines.engine(bench, mode), how) if how is engines.EXACT else None,
             )
     return found
 
@@ -118,7 +119,8 @@ def _quality(bench: Bench, system: System) -> dict[str, Any]:
     verdict, agreeing = reference.Verdict(), 0
     layers: list[int] = []
     if system.exact is not None:
-        system.exact.counting(engines.EXACT)
+        engine, how = system.exact
+        engine.counting(how)
     for ids in bench.prompts:
         answer = system.answers(ids)
         if len(answer.tokens) != bench.new_tokens:
@@ -131,7 +133,7 @@ def _quality(bench: Bench, system: System) -> dict[str, Any]:
     found = {"agreement": agreeing / verdict.tokens, "mean_exit_layer": sum(layers) / len(layers),
              "near_ties": verdict.found()["near_ties"]}  # fmt: skip
     if system.exact is not None:
-        found["tokens_a_pass"] = system.exact.tokens_a_pass(engines.EXACT)
+        found["tokens_a_pass"] = engine.tokens_a_pass(how)
     return found
 
 
@@ -155,6 +157,39 @@ def never_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
         _quality(bench, System(answers))
         systems[how.name] = _ms(bench, answers)
     return _pair(bench, notify, systems, "never", "dense")
+
+
+def exact_step(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:
+    """The exact, speculative step beside the dense one, with draft tokens from the text and with
+    those of the draft head too: tokens a second, tokens accepted a pass, the bonus token included,
+    and what a pass takes by the dense one's time."""
+    engine = engines.engine(bench, mode)
+    ways = {"text": engines.EXACT}
+    if DRAFT_HEAD in bench.artifact.tensors:
+        ways["head and text"] = engines.DRAFTED
+    quality: dict[str, dict[str, Any]] = {}
+    systems = {"dense": _ms(bench, _eepass(bench, engine, engines.DENSE))}
+    for name, how in ways.items():
+        answers = _eepass(bench, engine, how)
+        quality[name] = _quality(bench, System(answers, exact=(engine, how)))
+        systems[name] = _ms(bench, answers)
+
+    def found(times: dict[str, list[float]]) -> dict[str, Any]:
+        speed = {name: 1e3 / ms for name, ms in measuring.medians(times).items()}
+        report: dict[str, Any] = {
+            "rows": engine.launch_report(engines.EXACT)["rows"], "rounds": times,
+            "dense_tokens_per_second": speed["dense"], "ways": {},
+        }  # fmt: skip
+        for name in ways:
+            faster = 1 / measuring.paired_ratio(times, name, "dense")
+            report["ways"][name] = {
+                "tokens_per_second": speed[name], "of_dense": faster, **quality[name],
+                "pass_of_dense": quality[name]["tokens_a_pass"] / faster,
+            }  # fmt: skip
+        return report
+
+    times = measuring.in_turns(bench, systems, bench.rounds, lambda times: notify(found(times)))
+    return found(times)
 
 
 def forced_exit(bench: Bench, notify: Notify, mode: str) -> dict[str, Any]:

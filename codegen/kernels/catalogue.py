@@ -13,12 +13,10 @@ from torch import Tensor
 from eepass.codegen.kernels import (
     draft_topk,
     exit_predictor,
-    fill_kv,
-    path_predictor,
     verify_head,
 )
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch
-from eepass.kernel_forms import Channels, HeadChain, KvForm
+from eepass.kernel_forms import HeadChain
 
 # an assumption, not measured: what a launch costs within a CUDA graph
 LAUNCH_US = 1.3
@@ -30,24 +28,10 @@ REACHED = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class KvSizes:
-    """What ``fill_kv`` is specialised for: skipped layers, slots, the layers' form, the outputs of
-    the projections that make keys and values, and the dtype of the rotary embedding."""
-
-    layers: int
-    slots: int
-    form: KvForm
-    key_outputs: int
-    value_outputs: int
-    rotary_dtype: torch.dtype
-
-
-@dataclass(frozen=True, slots=True)
 class Sizes:
     """What kernels are specialised for besides the head's form.
 
-    ``rank`` 0: no exit has a translator; ``hot`` 0: no hot vocabulary. ``kv`` is None where layers
-    write keys and values in a way that ``fill_kv`` does not support.
+    ``rank`` 0: no exit has a translator; ``hot`` 0: no hot vocabulary.
     """
 
     rows: int
@@ -59,7 +43,6 @@ class Sizes:
     rank: int
     predictor: torch.dtype
     dtype: torch.dtype
-    kv: KvSizes | None = None
 
 
 def kernels(chain: HeadChain, sizes: Sizes) -> dict[str, KernelLaunch]:
@@ -117,8 +100,6 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Kerne
     for name, tensors in translators.items():
         arguments = (*point(tensors), *norm_form, *logit_form)
         yield f"exit_predictor.{name}", exit_predictor.launches(*arguments, scratch=scratch)[0]
-    arguments = (*point(no_translator), ids(rows, 8), *norm_form, *logit_form)
-    yield "path_predictor", path_predictor.launches(*arguments, scratch=scratch)[0][-1:]
 
     vocabularies = {"full": sizes.vocabulary, **({"hot": sizes.hot} if sizes.hot else {})}
     # from a hidden state, and from the state that a predictor has normed
@@ -145,34 +126,3 @@ def _operators(chain: HeadChain, sizes: Sizes) -> Iterator[tuple[str, list[Kerne
     hot_ids = ids(size) if sizes.hot else None
     arguments = (state, *head(size), hot_ids, drafts, *logit_form)
     yield "draft_topk", draft_topk.launches(*arguments, scratch=scratch)[0]
-    if sizes.kv is not None:
-        arguments = _fill_arguments(state, sizes.kv)
-        yield "fill_kv", fill_kv.launches(*arguments, scratch=scratch)[0]
-
-
-def _fill_arguments(hidden: Tensor, kv: KvSizes) -> tuple[Any, ...]:
-    form, (rows, hidden_size) = kv.form, hidden.shape
-
-    def each(name: str, *shape: int) -> list[Tensor]:
-        return [hidden.new_empty(shape) for _ in range(kv.layers)] if name else []
-
-    def projected(
-        weight: str, bias: str, outputs: int, of: Channels
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        shape = (hidden_size, outputs) if form.transposed else (outputs, hidden_size)
-        return [form.projection(w, of) for w in each(weight, *shape)], [
-            form.bias(b, of) for b in each(bias, outputs)
-        ]
-
-    rotary = None
-    if form.cos:
-        rotary = hidden.new_empty(rows, form.rotary, dtype=kv.rotary_dtype)
-    cache = each("caches", form.groups, kv.slots, form.channels)
-    return (
-        hidden, each(form.norm_weight, hidden_size), each(form.norm_bias, hidden_size),
-        *projected(form.key_weight, form.key_bias, kv.key_outputs, form.key_channels),
-        *projected(form.value_weight, form.value_bias, kv.value_outputs, form.value_channels),
-        each(form.head_norm, form.channels), each(form.head_bias, form.channels), cache, cache,
-        rotary, rotary, hidden.new_empty(rows, dtype=torch.long), form.norm, form.eps,
-        form.weight_offset, form.interleaved, form.head_form,
-    )  # fmt: skip

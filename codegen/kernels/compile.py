@@ -5,19 +5,29 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from eepass.codegen.cuda.stored_kernels import Cubin
 from eepass.codegen.kernels.launch import KernelLaunch
-from eepass.codegen.kernels.specialise import key_of, parameters_of, specialisation
+from eepass.codegen.kernels.specialise import specialisation
 
 
-def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
-    """``launch`` as machine code for compute capability ``capability`` (90 is an H200).
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What a launch's machine code takes: ``registers`` a thread, and bytes: spilled, and of shared
+    memory a program."""
+
+    registers: int
+    spills: int
+    shared_bytes: int
+
+
+def compile_launch(launch: KernelLaunch, capability: int) -> Resources:
+    """Compile ``launch`` for compute capability ``capability`` (90 is an H200).
 
     Needs no GPU: Triton comes with an assembler.
     """
@@ -26,22 +36,9 @@ def compile_launch(launch: KernelLaunch, capability: int) -> Cubin:
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch.warps}
     )
     ptx, about = compiled.asm["ptx"], compiled.metadata
-    parameters = _parameters(ptx, about.name)
-    if parameters != parameters_of(launch)[0] or about.num_ctas != 1:
-        raise RuntimeError(f"{about.name}: Triton expects other parameters: {parameters}")
     if about.global_scratch_size or about.profile_scratch_size:
         raise RuntimeError(f"{about.name}: needs scratch memory of its own")
-    registers, spills = _registers(ptx)
-    return Cubin(
-        about.name, parameters, launch.warps, about.shared, compiled.asm["cubin"],
-        key_of(launch, capability), registers, spills,
-    )  # fmt: skip
-
-
-def _parameters(ptx: str, entry: str) -> tuple[str, ...]:
-    found = re.search(rf"\.entry {entry}\((.*?)\)", ptx, re.DOTALL)
-    assert found is not None
-    return tuple(re.findall(r"\.param \.(\w+)", found[1]))
+    return Resources(*_registers(ptx), about.shared)
 
 
 def _registers(ptx: str) -> tuple[int, int]:

@@ -7,8 +7,6 @@ largest key below the last one taken is exact.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
@@ -22,7 +20,7 @@ from eepass.codegen.kernels.head_rows import (
     key_logit,
     sort_key,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
 # rows of the head a program reads where there is one state
 TOKENS = 32
@@ -105,9 +103,9 @@ def _merge_kernel(
 def launches(
     z: Tensor, lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, k: int, logit_scale: float, logit_cap: float,
-    *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
+    *, scratch: Scratch,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``draft_topk`` launches, and its outputs (``out``, or new)."""
+    """What ``draft_topk`` launches, and its outputs."""
     rows, vocabulary = len(z), lm_head.shape[0]
     if not 0 < k <= vocabulary:
         raise ValueError(f"k={k}: the vocabulary has {vocabulary} tokens")
@@ -116,7 +114,8 @@ def launches(
     parts, keep = -(-vocabulary // blocks["BLOCK_V"]), min(k, blocks["BLOCK_V"])
     keys = scratch.empty(rows, parts, keep, dtype=torch.long)
     moments = scratch.empty(rows, parts, 2)
-    scores, ids = outputs_of(z, out, scores=((rows, k), torch.float32), ids=((rows, k), torch.long))
+    scores = z.new_empty(rows, k, dtype=torch.float32)
+    ids = z.new_empty(rows, k, dtype=torch.long)
     form = {"LOGIT_SCALE": logit_scale, "LOGIT_CAP": logit_cap}
     score = KernelLaunch(
         _score_kernel, (parts,),

@@ -7,8 +7,6 @@ subtracts is summed separately, so that a large mean does not cost digits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 import triton
 import triton.language as tl
@@ -24,7 +22,7 @@ from eepass.codegen.kernels.final_state import (
     warps_for,
     write_state,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
 
 @triton.jit
@@ -206,9 +204,9 @@ def launches(
     draft_ids: Tensor, previous: Tensor,
     w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
+    *, scratch: Scratch,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``exit_predictor`` launches, and its outputs (``out``, or new)."""
+    """What ``exit_predictor`` launches, and its outputs."""
     made, arguments, constants = state_arguments(
         hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset,
         scratch=scratch,
@@ -216,11 +214,10 @@ def launches(
     flat, lm_head = scratch.flat, scratch.rows_of(lm_head)
     (rows, hidden_size), (drafts, width) = hidden.shape, (draft_ids.shape[1], w1.shape[0])
     slices, block_h, block_k = constants["SLICES"], constants["BLOCK_H"], power_of_two(drafts)
-    probability, probabilities, z, exits = outputs_of(
-        hidden, out, probability=((rows,), torch.float32),
-        probabilities=((rows, drafts), torch.float32), z=((rows, hidden_size), hidden.dtype),
-        exits=((rows,), torch.bool),
-    )  # fmt: skip
+    probability = hidden.new_empty(rows, dtype=torch.float32)
+    probabilities = hidden.new_empty(rows, drafts, dtype=torch.float32)
+    z = hidden.new_empty(rows, hidden_size)
+    exits = hidden.new_empty(rows, dtype=torch.bool)
     arguments |= {
         "lm_head_ptr": lm_head, "head_stride": lm_head.stride(0),
         "head_scales_ptr": flat(head_scales), "head_bias_ptr": flat(head_bias),

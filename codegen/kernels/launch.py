@@ -1,18 +1,14 @@
-"""A kernel launch as data: run on the device that is here, or compiled for another machine."""
+"""A kernel launch as data: run on the device that is here, or compiled for another one."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
-
-# what Triton takes tensors to be aligned to, in bytes
-ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,44 +31,20 @@ class KernelLaunch:
         self.kernel[self.grid](**self.arguments, **self.constants, num_warps=self.warps)
 
 
-class CompiledKernels(Protocol):
-    """Kernels compiled ahead of time; ``launch`` returns False where it has no code for one."""
-
-    def launch(self, launch: KernelLaunch) -> bool: ...
-
-
-def run(launches: Sequence[KernelLaunch], compiled: CompiledKernels | None = None) -> None:
-    """Launch in order: with code from ``compiled`` where it has some, else Triton compiles."""
+def run(launches: Sequence[KernelLaunch]) -> None:
+    """Launch in order."""
     for launch in launches:
-        if compiled is None or not compiled.launch(launch):
-            launch.run()
+        launch.run()
 
 
 class Scratch:
-    """Memory for intermediate results of launches, on the device of ``like``.
+    """Memory for intermediate results of launches, on the device of ``like``."""
 
-    With a ``workspace`` (uint8 [N]) tensors are views of it and nothing is allocated, as the
-    capture of a step requires; ``ValueError`` where it is too small. ``bytes`` counts what was
-    taken so far.
-    """
-
-    def __init__(self, like: Tensor, workspace: Tensor | None = None) -> None:
-        self.device, self.workspace, self.bytes = like.device, workspace, 0
-        if workspace is not None and (
-            workspace.dtype != torch.uint8 or not workspace.is_contiguous()
-        ):
-            raise ValueError(f"workspace: {workspace.dtype} in strides, expected plain torch.uint8")
+    def __init__(self, like: Tensor) -> None:
+        self.device = like.device
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        begin, length = self.bytes, math.prod(shape) * dtype.itemsize
-        self.bytes += -(-length // ALIGNMENT) * ALIGNMENT
-        if self.workspace is None:
-            return torch.empty(shape, dtype=dtype, device=self.device)
-        if self.bytes > len(self.workspace):
-            raise ValueError(
-                f"workspace: {len(self.workspace)} bytes are too few; workspace_bytes says how many"
-            )
-        return self.workspace[begin : begin + length].view(dtype).view(shape)
+        return torch.empty(shape, dtype=dtype, device=self.device)
 
     def copy(self, tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         return self.empty(*tensor.shape, dtype=dtype or tensor.dtype).copy_(tensor)
@@ -85,25 +57,6 @@ class Scratch:
         """``tensor`` [N, M] if each of its rows is contiguous, else a copy."""
         in_rows = tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         return tensor if in_rows else self.copy(tensor)
-
-
-def outputs_of(
-    like: Tensor,
-    out: Mapping[str, Tensor] | None,
-    **expected: tuple[tuple[int, ...], torch.dtype],
-) -> list[Tensor]:
-    """New tensors on the device of ``like``, or the caller's own ``out`` (which may lie in pinned
-    host memory); ``ValueError`` for one of another shape or dtype."""
-    if out is None:
-        return [torch.empty(s, dtype=d, device=like.device) for s, d in expected.values()]
-    for name, (shape, dtype) in expected.items():
-        found = out[name]
-        if tuple(found.shape) != shape or found.dtype != dtype or not found.is_contiguous():
-            raise ValueError(
-                f"{name}: {found.dtype} {list(found.shape)}, expected {dtype} {list(shape)} "
-                "contiguous"
-            )
-    return [out[name] for name in expected]
 
 
 def power_of_two(n: int, least: int = 1, most: int = 1 << 30) -> int:

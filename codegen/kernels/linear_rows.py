@@ -1,9 +1,9 @@
-"""Triton kernel for ``eepass::linear_rows``: a linear layer over 1 to 16 rows, read once.
+"""Triton kernel for ``eepass::linear_rows``: a linear layer over 1 to 32 rows, read once.
 
 Each program multiplies some outputs of the weight, over one part of the inputs, with 16 rows, of
-which those that are not there are zero. So a row is added up in the same order, and has the same
-bits, however many rows there are. Where the inputs are divided, the last program to finish adds the
-parts, always from the first to the last.
+which those that are not there are zero; with 32 where there are more. So a row is added up in the
+same order, and has the same bits, among 1 to 16 rows, and among 17 to 32. Where the inputs are
+divided, the last program to finish adds the parts, always from the first to the last.
 """
 
 from __future__ import annotations
@@ -16,16 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
+from eepass.codegen.kernels.split_inputs import add_parts, counters, divided
 
-# rows of a tile, whatever their number
-ROWS = 16
+# rows of a tile, and of one for more rows than that
+ROWS, MOST_ROWS = 16, 32
 # outputs of a program, and the inputs it loads at a time: 256 contiguous bytes of bf16
 OUTPUTS, INPUTS = 32, 128
-# programs that keep a large GPU's memory busy; with fewer the inputs are divided, into parts of at
-# least so many
-PROGRAMS, LEAST_INPUTS = 128, 512
-# by device and stream, how often programs have finished a tile; never reset
-_finished: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
@@ -55,35 +51,22 @@ def _rows_kernel(
             weight, x = weight.to(tl.float32), x.to(tl.float32)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
     known = there[:, None] & real[None, :]
-    last = True
-    if PARTS > 1:
-        place = parts_ptr + row[None, :] * outputs + output[:, None]
-        tl.store(place + part * rows * outputs, sums, mask=known)
-        # all threads' stores come before the one thread's count
-        tl.debug_barrier()
-        before = tl.atomic_add(finished_ptr + tile, 1, sem="acq_rel", scope="gpu")
-        # PARTS is a power of two, and each launch counts so many
-        last = (before & (PARTS - 1)) == PARTS - 1
-        if last:
-            sums = tl.zeros((BLOCK_N, BLOCK_R), dtype=tl.float32)
-            for index in range(0, PARTS):
-                # other programs wrote them, so this one's L1 cache is bypassed
-                sums += tl.load(
-                    place + index * rows * outputs, mask=known, other=0.0, cache_modifier=".cg"
-                )
+    place = row[None, :] * outputs + output[:, None]
+    sums, last = add_parts(
+        sums, parts_ptr, place, known, rows * outputs, finished_ptr, tile, part, PARTS
+    )
     if last:
         if bias_ptr is not None:
             sums += tl.load(bias_ptr + output, mask=there, other=0.0).to(tl.float32)[:, None]
-        target = out_ptr + row[None, :] * outputs + output[:, None]
-        tl.store(target, sums.to(out_ptr.dtype.element_ty), mask=known)
+        tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=known)
 
 
 def launches(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], *, scratch: Scratch
 ) -> tuple[list[KernelLaunch], list[Tensor]]:
-    """What ``linear_rows`` launches, and its outputs; ``ValueError`` for more than 16 rows."""
-    if len(x) > ROWS:
-        raise ValueError(f"x: {len(x)} rows, the kernel takes {ROWS} at most")
+    """What ``linear_rows`` launches, and its outputs; ``ValueError`` for more than 32 rows."""
+    if len(x) > MOST_ROWS:
+        raise ValueError(f"x: {len(x)} rows, the kernel takes {MOST_ROWS} at most")
     x = x if x.is_contiguous() else scratch.copy(x)
     made, outputs = [], []
     for weight, bias in zip(weights, biases, strict=True):
@@ -92,46 +75,24 @@ def launches(
     return made, outputs
 
 
-def divided(outputs: int, inputs: int) -> tuple[int, int]:
-    """How many parts the inputs are divided into, a power of two, and the inputs of each: by the
-    weight alone, never by the number of rows."""
-    parts, tiles = 1, -(-outputs // OUTPUTS)
-    while tiles * parts < PROGRAMS and inputs >= 2 * parts * LEAST_INPUTS:
-        parts *= 2
-    blocks = -(-inputs // INPUTS)
-    return parts, -(-blocks // parts) * INPUTS
-
-
 def _launch(
     x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, scratch: Scratch
 ) -> KernelLaunch:
     (rows, inputs), outputs = x.shape, len(weight)
-    parts, span = divided(outputs, inputs)
+    parts, span = divided(outputs, inputs, OUTPUTS, INPUTS)
     tiles = -(-outputs // OUTPUTS)
     arguments = {
         "x_ptr": x, "weight_ptr": weight, "weight_stride": weight.stride(0), "bias_ptr": bias,
         "parts_ptr": scratch.empty(parts, rows, outputs) if parts > 1 else None,
-        "finished_ptr": _counters(x.device) if parts > 1 else None, "out_ptr": out,
+        "finished_ptr": counters(x.device) if parts > 1 else None, "out_ptr": out,
         "rows": rows, "outputs": outputs, "inputs": inputs, "span": span,
     }  # fmt: skip
     constants = {
-        "BLOCK_N": OUTPUTS, "BLOCK_R": ROWS, "BLOCK_K": power_of_two(inputs, 16, INPUTS),
+        "BLOCK_N": OUTPUTS, "BLOCK_R": ROWS if rows <= ROWS else MOST_ROWS,
+        "BLOCK_K": power_of_two(inputs, 16, INPUTS),
         # the interpreter cannot multiply bf16 matrices; in float32 the products are the same
         "PARTS": parts, "WIDEN": bool(triton.knobs.runtime.interpret),
     }  # fmt: skip
     return KernelLaunch(
         _rows_kernel, (tiles, parts), arguments, constants, size(x, weight, bias, out)
     )
-
-
-def _counters(device: torch.device) -> Tensor:
-    """A counter a tile, of which there are fewer than ``PROGRAMS`` where inputs are divided.
-
-    Launches in one stream come one after the other, and each adds its parts to a counter, a power
-    of two: all of them share the counters, and none has to set them to 0.
-    """
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = device, stream
-    if key not in _finished:
-        _finished[key] = torch.zeros(PROGRAMS, dtype=torch.int32, device=device)
-    return _finished[key]

@@ -6,7 +6,6 @@ turns keys into tokens and looks for them among the draft tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from eepass.codegen.kernels.head_rows import (
     key_index,
     sort_key,
 )
-from eepass.codegen.kernels.launch import KernelLaunch, Scratch, outputs_of, power_of_two, size
+from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
 
 # rows of the head a program reads where there is one state
 TOKENS = 16
@@ -71,19 +70,18 @@ def launches(
     lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
     hot_ids: Tensor | None, draft_ids: Tensor,
     norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-    want_logits: bool, *, scratch: Scratch, out: Mapping[str, Tensor] | None = None,
+    want_logits: bool, *, scratch: Scratch,
 ) -> tuple[list[KernelLaunch], tuple[Tensor, ...]]:  # fmt: skip
-    """What ``verify_head`` launches, and its outputs (``out``, or new)."""
+    """What ``verify_head`` launches, and its outputs."""
     rows, vocabulary, drafts = len(hidden), lm_head.shape[0], draft_ids.shape[1]
     best, counted = scratch.empty(rows, dtype=torch.long), scratch.empty(1, dtype=torch.int32)
     made, z = state_launches(
         hidden, scale, down, up, norm_weight, norm_bias, norm, eps, weight_offset,
         best=best, counted=counted, scratch=scratch,
     )  # fmt: skip
-    token, known, logits = outputs_of(
-        hidden, out, token=((rows,), torch.long), known=((rows,), torch.bool),
-        logits=((rows, vocabulary if want_logits else 0), torch.float32),
-    )  # fmt: skip
+    token = hidden.new_empty(rows, dtype=torch.long)
+    known = hidden.new_empty(rows, dtype=torch.bool)
+    logits = hidden.new_empty(rows, vocabulary if want_logits else 0, dtype=torch.float32)
     arguments: dict[str, Any] = {
         **head_arguments(z, lm_head, head_scales, head_bias, scratch),
         "hot_ids_ptr": scratch.flat(hot_ids), "draft_ptr": scratch.flat(draft_ids),

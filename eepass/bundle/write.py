@@ -14,7 +14,6 @@ import torch
 import eepass
 from eepass import inspecting, pictures
 from eepass.bundle import signing
-from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, KERNELS, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.checkpoints.artifact import MANIFEST as TRAINED
@@ -47,20 +46,16 @@ def write_folder(
     rows: Sequence[int] = STEP_ROWS,
     max_length: int | None = None,
     notify: Notify = lambda stage: None,
-    gpus: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Transform ``loaded`` and write it to the folder ``out``, whole or not at all; returns the
     report.
 
     ``artifact``: one that ``eepass.train`` wrote; without one no token exits early. ``rows``: the
     row counts passes are compiled for, including 1. ``max_length``: prompt and answer together,
-    1024 by default. ``notify(stage)`` is called as each stage begins. ``gpus``: targets ("sm_90")
-    whose kernels are added to the folder, where ``ready_kernels`` finds them. An existing
-    transformed folder is replaced. Raises ``InputError`` for a model, artefact or folder that
-    cannot be used, with the reason.
+    1024 by default. ``notify(stage)`` is called as each stage begins. An existing transformed
+    folder is replaced. Raises ``InputError`` for a model, artefact or folder that cannot be used,
+    with the reason.
     """
-    for gpu in gpus:
-        capability_of(gpu, "--gpu")
     target = Path(out).resolve()
     sizes = _checked(loaded, target, rows)
     trained = None if artifact is None else artifact_for(loaded.model, artifact)
@@ -68,7 +63,7 @@ def write_folder(
     signing.ready_to_sign()
     try:
         with replacing_folder(target, is_transformed) as folder, torch.no_grad():
-            return _Writer(loaded, folder, trained, notify, gpus).write(sizes, max_length)
+            return _Writer(loaded, folder, trained, notify).write(sizes, max_length)
     except (CannotCompileAhead, NotStorable, KernelsMissing) as error:
         raise InputError(f"{loaded.name} cannot be compiled ahead of time: {error}") from error
 
@@ -79,7 +74,6 @@ class _Writer:
     folder: Path
     artifact: Artifact | None
     notify: Notify
-    gpus: Sequence[str]
 
     def write(self, rows: Sequence[int], max_length: int | None) -> dict[str, Any]:
         began = perf_counter()
@@ -108,14 +102,12 @@ class _Writer:
             drafting: Any = ready.configure(ExitConfig())
             drafting.draft.call_seconds()
         (self.folder / GRAPHS).write_text(json.dumps(graphs), encoding="utf-8")
-        kernels = {gpu: self._compile_for(gpu, ready) for gpu in self.gpus}
         self.notify("writing weights, exit graph and report")
         tensors = {name: tensor.detach() for name, tensor in ready.decoder.tensors.items()}
         save_tensors(self.folder / WEIGHTS, tensors)
         if self.artifact is not None:
             self.artifact.save(self.folder / ARTIFACT)
         found = self._report(ready)
-        found["gpu_kernels"] = kernels
         found["seconds"] = round(perf_counter() - began, 1)
         (self.folder / REPORT).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
         decoder, loaded = ready.decoder, self.loaded
@@ -159,13 +151,6 @@ class _Writer:
             # compiles it, since it runs once with each number of rows
             engine.draft.call_seconds()
         return {rows: parts.segments(rows) for rows in ROW_COUNTS}
-
-    def _compile_for(self, gpu: str, ready: EarlyExitModel) -> dict[str, Any]:
-        self.notify(f"compiling kernels for {gpu}")
-        rows = [count for count in ready.decoder.buckets if count <= MOST_ROWS]
-        home = self.folder / HOME / gpu
-        made = compile_split(ready.splits[1], self.artifact, gpu, rows, home)
-        return {"kernels": len(made["kernels"]), "not_generated": made["not_generated"]}
 
     def _report(self, ready: EarlyExitModel) -> dict[str, Any]:
         ready.configure(ExitConfig().approximate() if ready.has_exits else ExitConfig())

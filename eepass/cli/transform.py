@@ -29,9 +29,6 @@ def transform(
     dense: Annotated[
         bool, typer.Option("--dense", help="Leave the artefact out: no token exits early.")
     ] = False,
-    gpu: Annotated[
-        list[str] | None, typer.Option(help="Also store kernels for this GPU: sm_80 to sm_90.")
-    ] = None,
     json_file: options.Json = None,
     dtype: options.Dtype = None,
     threads: options.Threads = 0,
@@ -49,7 +46,7 @@ def transform(
     if not dense and loaded.unquantized_artifact is not None and artifact is None:
         folder = calibrate_artifact(loaded)
     with console.status("transforming") as status:
-        report = write_folder(loaded, out, folder, sizes, max_length, status.update, gpu or ())
+        report = write_folder(loaded, out, folder, sizes, max_length, status.update)
     size = sum(report["compiled"].values()) / 1e6
     console.print(
         f"{len(report['compiled'])} libraries, {size:.1f} MB of code, in {report['seconds']} s"
@@ -95,7 +92,6 @@ def codegen(
     target: Annotated[str, typer.Option(help="sm_80, sm_86, sm_89 or sm_90.")] = "sm_90",
     artifact: options.ArtifactDir = None,
     rows: Annotated[int, typer.Option(help="Rows in a pass, 1 to 32.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="Folder for the compiled kernels.")] = None,
     json_file: options.Json = None,
     dtype: options.Dtype = "bf16",
     debug: options.Debug = False,
@@ -106,9 +102,7 @@ def codegen(
     gpu_kernels.capability_of(target)
     loaded = load_model(model, dtype, 0)
     with console.status(f"compiling for {target}"):
-        found = gpu_kernels.compile_kernels(
-            loaded.model, artifact or loaded.artifact, target, rows, out
-        )
+        found = gpu_kernels.compile_kernels(loaded.model, artifact or loaded.artifact, target, rows)
     show_kernels(found, f"{model} on {target}, {rows} rows: predicted, not measured")
     return found
 

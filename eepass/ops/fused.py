@@ -1,14 +1,10 @@
 """The ``eepass::`` operators that compute a whole exit point.
 
 Each is a chain of the operators in ``eepass.ops.exits`` and ``eepass.ops.rows`` written as one, so
-that it can be one kernel. Shapes as there; P paths of at most D nodes, G groups of keys and values,
-C slots, D channels of a head.
+that it can be one kernel. Shapes as there.
 """
 
-from collections.abc import Sequence
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.ops.exits import predict_exit, translated
@@ -75,41 +71,6 @@ def exit_predictor(
 
 
 @define(
-    f"path_predictor({_TO_STATE}, {_HEAD}, Tensor draft_ids, {_PREDICTOR}, Tensor paths, "
-    f"{_NORM_FORM}, {_LOGIT_FORM}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    fake=lambda hidden, draft_ids, paths: (
-        _floats(hidden, len(paths)), _floats(hidden, len(hidden)),
-        _floats(hidden, *draft_ids.shape), hidden.new_empty(hidden.shape),
-        _flags(hidden, len(paths)),
-    ),
-)  # fmt: skip
-def path_predictor(
-    hidden: Tensor, scale: Tensor | None, down: Tensor | None, up: Tensor | None,
-    norm_weight: Tensor | None, norm_bias: Tensor | None,
-    lm_head: Tensor, head_scales: Tensor | None, head_bias: Tensor | None,
-    draft_ids: Tensor, previous: Tensor,
-    w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, threshold: Tensor, paths: Tensor,
-    norm: str, eps: float, weight_offset: float, logit_scale: float, logit_cap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``exit_predictor`` on the R nodes of a tree whose paths [P, D] exit as a whole: probability
-    float32 [P], then the nodes' probability, draft probabilities and z, and exits bool [P].
-
-    A path, node numbers padded with -1, is a hyper-token: it exits where the last of its nodes
-    does, so its probability is its nodes' smallest (NaN if one is). SpecEE, T3 (arXiv 2504.08850,
-    6). A path without nodes never exits: its probability is 0.
-    """
-    node, probabilities, z, _ = exit_predictor(
-        hidden, scale, down, up, norm_weight, norm_bias, lm_head, head_scales, head_bias,
-        draft_ids, previous, w1, b1, w2, b2, threshold,
-        norm, eps, weight_offset, logit_scale, logit_cap,
-    )  # fmt: skip
-    # a probability is at most 1, so padding is never the smallest
-    each = torch.where(paths >= 0, node[paths.clamp_min(0)], 1.0)
-    path = torch.where((paths >= 0).any(-1), each.amin(-1), 0.0)
-    return path, node, probabilities, z, path > threshold.float()
-
-
-@define(
     f"verify_head({_TO_STATE}, {_HEAD}, Tensor? hot_ids, Tensor draft_ids, "
     f"{_NORM_FORM}, {_LOGIT_FORM}, bool want_logits) -> (Tensor, Tensor, Tensor)",
     fake=lambda hidden, lm_head, want_logits: (
@@ -158,79 +119,6 @@ def draft_topk(
     values, order = logits.sort(dim=-1, descending=True, stable=True)
     ids = order[:, :k] if hot_ids is None else hot_ids[order[:, :k]]
     return values[:, :k] - logits.logsumexp(-1, keepdim=True), ids.contiguous()
-
-
-@define(
-    "fill_kv(Tensor hidden, Tensor[] norm_weights, Tensor[] norm_biases, Tensor[] key_weights, "
-    "Tensor[] key_biases, Tensor[] value_weights, Tensor[] value_biases, Tensor[] head_norms, "
-    "Tensor[] head_biases, Tensor(a!)[] keys, Tensor(b!)[] values, Tensor? cos, Tensor? sin, "
-    f"Tensor slots, {_NORM_FORM}, bool interleaved, str head_norm) -> ()",
-    fake=lambda: None,
-)
-def fill_kv(
-    hidden: Tensor, norm_weights: Sequence[Tensor], norm_biases: Sequence[Tensor],
-    key_weights: Sequence[Tensor], key_biases: Sequence[Tensor],
-    value_weights: Sequence[Tensor], value_biases: Sequence[Tensor],
-    head_norms: Sequence[Tensor], head_biases: Sequence[Tensor],
-    keys: Sequence[Tensor], values: Sequence[Tensor],
-    cos: Tensor | None, sin: Tensor | None, slots: Tensor,
-    norm: str, eps: float, weight_offset: float, interleaved: bool, head_norm: str,
-) -> None:  # fmt: skip
-    """Write keys and values of hidden [R, H] at slots [R] of every skipped layer's cache.
-
-    Each list holds one tensor a layer, or is empty where no layer has one: input norm [H],
-    projections [G, D, H] or [G·D, H] and biases [G, D] or [G·D] (possibly views of a fused
-    projection), norm of the keys' heads and its bias [D] or [G, D], keys and values [G, C, D].
-    ``head_norm`` ("rms", "layer" or "none") goes with ``eps`` and ``weight_offset`` as ``norm``
-    does. The rotary embedding cos, sin [R, N] rotates the first N <= D channels: pairs are channels
-    i and i + N/2 or, where ``interleaved``, neighbours. In float32 up to the write.
-    """
-    for layer, (key, value) in enumerate(zip(keys, values, strict=True)):
-        x = _normed(
-            hidden.float(), _at(norm_weights, layer), _at(norm_biases, layer), norm, eps,
-            weight_offset,
-        ).to(hidden.dtype).float()  # fmt: skip
-        k, v = (
-            F.linear(
-                x,
-                weights[layer].float().reshape(-1, x.shape[-1]),
-                None if bias is None else bias.float().reshape(-1),
-            )
-            .unflatten(-1, (key.shape[0], -1))
-            .transpose(0, 1)
-            for weights, bias in (
-                (key_weights, _at(key_biases, layer)),
-                (value_weights, _at(value_biases, layer)),
-            )
-        )
-        weight, bias = _at(head_norms, layer), _at(head_biases, layer)
-        k = _normed(k, _over_rows(weight), _over_rows(bias), head_norm, eps, weight_offset)
-        if cos is not None and sin is not None:
-            k = _rotated(k, cos.float(), sin.float(), interleaved)
-        key[:, slots] = k.to(key.dtype)
-        value[:, slots] = v.to(value.dtype)
-
-
-def _rotated(k: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """k [G, R, D] with the rotary embedding on as many channels as cos and sin [R, N] have."""
-    rotary = cos.shape[-1]
-    rotated, rest = k[..., :rotary], k[..., rotary:]
-    if interleaved:
-        even, odd = rotated[..., ::2], rotated[..., 1::2]
-        perpendicular = torch.stack([-odd, even], -1).flatten(-2)
-    else:
-        first, second = rotated.chunk(2, -1)
-        perpendicular = torch.cat([-second, first], -1)
-    return torch.cat([rotated * cos + perpendicular * sin, rest], -1)
-
-
-def _over_rows(tensor: Tensor | None) -> Tensor | None:
-    """[G, D] as [G, 1, D]; [D] as it is."""
-    return tensor if tensor is None or tensor.ndim == 1 else tensor.unsqueeze(1)
-
-
-def _at(tensors: Sequence[Tensor], layer: int) -> Tensor | None:
-    return tensors[layer] if tensors else None
 
 
 def _normed(

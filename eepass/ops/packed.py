@@ -81,11 +81,17 @@ def rounded(x: Tensor, form: int, activations: int) -> Tensor:
     if activations == UNROUNDED:
         return x
     if activations == ROW:
-        # torchao's smallest step is float32's epsilon
-        step = (x.abs().amax(-1, keepdim=True) / 127.5).clamp_min(torch.finfo(torch.float32).eps)
+        step = row_steps(x)
         return (x * (1 / step)).round().clamp(-128, 127) * step
     size = SPAN if KINDS[form % 256] in K_KINDS else GROUP
     parts = F.pad(x, (0, -x.shape[1] % size)).unflatten(1, (-1, size))
     scale = parts.abs().amax(-1, keepdim=True) / 127
     by = torch.where(scale > 0, 1 / scale, 0)
     return ((parts * by).round() * scale).flatten(1)[:, : x.shape[1]]
+
+
+def row_steps(x: Tensor) -> Tensor:
+    """The scale [R, 1] with which ``ROW`` rounds each row of x [R, K], float32."""
+    # torchao's smallest step is float32's epsilon
+    smallest = torch.finfo(torch.float32).eps
+    return (x.float().abs().amax(-1, keepdim=True) / 127.5).clamp_min(smallest)

@@ -48,7 +48,7 @@ def form_number(kind: str, group: int = 0) -> int:
     return KINDS.index(kind) + 256 * group
 
 
-def _layout(form: int, size: int) -> tuple[str, int, int, int]:
+def layout_of(form: int, size: int) -> tuple[str, int, int, int]:
     """Of blocks of ``size`` bytes: kind, inputs that share what precedes their codes (all where 0),
     bytes of that, bytes of the codes of 32 inputs."""
     kind, group = KINDS[form % 256], form // 256
@@ -62,7 +62,7 @@ def _layout(form: int, size: int) -> tuple[str, int, int, int]:
 
 def inputs_of(form: int, size: int) -> int:
     """How many inputs a weight has whose blocks are ``size`` bytes."""
-    _, every, head, codes = _layout(form, size)
+    _, every, head, codes = layout_of(form, size)
     return size // (head + every // GROUP * codes) * every
 
 
@@ -90,7 +90,7 @@ def gguf_inputs(form: int, size: int) -> int:
 )
 def unpack(packed: Tensor, form: int, outputs: int, ids: Tensor | None) -> Tensor:
     """Values float32 [outputs, K], or those of the outputs ``ids`` [n]: [n, K]."""
-    kind, every, head, size = _layout(form, packed.shape[1])
+    kind, every, head, size = layout_of(form, packed.shape[1])
     parts = packed.unflatten(1, (-1, head + every // GROUP * size))  # [B, parts, bytes]
     codes = parts[..., head:].unflatten(-1, (every // GROUP, size))  # [B, parts, groups, bytes]
     low = codes[..., :256] if BITS.get(kind, 4) < 8 else codes
@@ -188,7 +188,7 @@ def pack_gguf(blocks: Tensor, form: int, order: Tensor | None, packed: Tensor) -
 def select_outputs(packed: Tensor, form: int, ids: Tensor) -> Tensor:
     """The packed weight of the outputs ``ids`` [n] alone."""
     size = packed.shape[1]
-    _, every, head, code_bytes = _layout(form, size)
+    _, every, head, code_bytes = layout_of(form, size)
     # which output each byte of a block belongs to
     owner = torch.empty(head + every // GROUP * code_bytes, dtype=torch.long)
     owner[head:] = (

@@ -54,6 +54,32 @@ def attend_rows(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> 
 
 
 @define(
+    "spans_mask(Tensor spans, int slots, ScalarType dtype) -> Tensor",
+    fake=lambda spans, slots, dtype: spans.new_empty(1, 1, len(spans), slots, dtype=dtype),
+)
+def spans_mask(spans: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """The additive mask [1, 1, R, C] over C ``slots`` that ``spans`` int64 [R, 3] stand for
+    (``eepass.masks``): 0 where a row attends, else the dtype's lowest finite value."""
+    first, end, bits = spans[:, :, None].unbind(1)
+    slot = torch.arange(slots, device=spans.device)[None]
+    on_path = ((bits >> (slot - end).clamp(0, 63)) & 1) > 0
+    seen = torch.where(slot < end, slot >= first, on_path)
+    mask = torch.zeros(seen.shape, dtype=dtype, device=spans.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@define(
+    "attend_spans(Tensor q, Tensor k, Tensor v, Tensor spans, float scale) -> Tensor",
+    fake=lambda q, v: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
+)
+def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -> Tensor:
+    """``attend_rows`` with the slots that rows attend to as ``spans`` int64 [R, 3]; a bit field
+    reaches 63 slots."""
+    mask = spans_mask(spans, k.shape[1], torch.float32)[0, 0]
+    return attend_rows(q, k, v, mask, scale)
+
+
+@define(
     "top_logits(Tensor logits, int k) -> Tensor[]",
     fake=lambda logits, k: [
         logits.new_empty(logits.shape[0], k),

@@ -28,11 +28,16 @@ class Decoder:
 
     ``splits`` maps a row count to the decoder split for it; ``compile`` turns a graph into a
     function from the list of its inputs to its outputs; ``captured`` does so for the layers of
-    captured steps, ``compile`` unless given.
+    captured steps, ``compile`` unless given. With ``spans`` those layers get masks that only say
+    where rows attend as spans int64 [R, 3] (``eepass.masks``), which ``captured`` then handles.
     """
 
     def __init__(
-        self, splits: Mapping[int, SplitDecoder], compile: Compile, captured: Compile | None = None
+        self,
+        splits: Mapping[int, SplitDecoder],
+        compile: Compile,
+        captured: Compile | None = None,
+        spans: bool = False,
     ) -> None:
         self.splits = dict(sorted(splits.items()))
         self.buckets = tuple(self.splits)
@@ -53,9 +58,12 @@ class Decoder:
         self.max_sequence_length = min(self.capacity, self.num_positions)
         self.kv = self._new_cache(_kv_examples(first, self.device), self.buckets[-1])
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
+        # the side inputs that captured layers take as spans
+        self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
-        self._fills: list[_BoundSegment] = []
+        # by whether they are captured
+        self._fills: dict[bool, list[_BoundSegment]] = {}
         self._heads: dict[int, _BoundSegment] = {}
         # by row count; None where layers are called one by one
         self._chains: dict[int, ChainedLayers | None] = {}
@@ -80,7 +88,8 @@ class Decoder:
         """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
         if (rows, captured) not in self._layers:
             compile = self.compile_captured if captured else self.compile
-            layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
+            place = self.captured_span(rows) if captured else None
+            layers = [self._bind(layer, rows, compile, place) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
     def prepare_head(self, rows: int) -> None:
@@ -89,16 +98,26 @@ class Decoder:
             compile = partial(self.compile, logits=True)
             self._heads[rows] = self._bind(self.splits[rows].head.whole, rows, compile)
 
-    def prepare_fills(self) -> None:
-        """Compile ``fill_kv``, if it is not yet."""
-        if not self._fills:
-            self._fills = [self._bind(fill, 1, self.compile) for fill in self.splits[1].kv_fills]
+    def prepare_fills(self, captured: bool = False) -> None:
+        """Compile ``fill_kv``, if it is not yet; ``captured``: that of steps."""
+        if captured not in self._fills:
+            compile = self.compile_captured if captured else self.compile
+            self._fills[captured] = [self._bind(f, 1, compile) for f in self.splits[1].kv_fills]
 
     def prepare_passes(self, rows: int) -> None:
         """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
         for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
             self.prepare(size)
             self.prepare_head(size)
+
+    def captured_span(self, rows: int, position: int = 0) -> Place:
+        """``rows`` contiguous rows from ``position`` on, as captured layers take them."""
+        place = self.side_inputs.span(position, rows)
+        if not self.spans:
+            return place
+        positions = torch.arange(position, position + rows, device=self.device)
+        masks = self.side_inputs.masks_at(positions, self.spans)
+        return Place(place.slots, {**place.sides, **{name: masks[name] for name in self.spans}})
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
@@ -198,11 +217,11 @@ class Decoder:
             return None
         return make([(layer.compiled, layer.link(self._sides)) for layer in layers])
 
-    def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
+    def fill_kv(self, layer: int, hidden: Tensor, place: Place, captured: bool = False) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
-        of any layer."""
-        self.prepare_fills()
-        self._fills[layer](hidden, place)
+        of any layer; ``captured``: within a step."""
+        self.prepare_fills(captured)
+        self._fills[captured][layer](hidden, place)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [1, n, V] of hidden states after the last layer [1, n, H]."""
@@ -219,10 +238,12 @@ class Decoder:
         """``bind_parameters`` with the model's tensors and ``extra``."""
         return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
-    def _bind(self, segment: Segment, rows: int, compile: Compile) -> _BoundSegment:
+    def _bind(
+        self, segment: Segment, rows: int, compile: Compile, place: Place | None = None
+    ) -> _BoundSegment:
         bound = _BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
+        examples = bound.arguments(hidden, place or self.side_inputs.span(0, rows))
         bound.compiled = compile(segment.graph, segment.structure, examples)
         return bound
 

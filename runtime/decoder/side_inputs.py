@@ -9,13 +9,13 @@ they are gathered, masks slot by slot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eepass.masks import causal_mask_at
+from eepass.masks import causal_mask_at, spans_at
 from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.segments import Input, Segment, SplitDecoder
 
@@ -59,6 +59,8 @@ class SideInputs:
         self.tables: dict[str, Tensor] = {}
         self.row_dim: dict[str, int] = {}
         self.masks = _mask_sides(one)
+        # those that are a mask as it comes, and how far back it lets a row look
+        self.windows = _plain_masks(one)
         self.by_token: set[str] = set(one.embed_outputs[1:])
         self.device = next(iter(tensors.values())).device
         self._all_slots = torch.arange(self.slots, device=self.device)
@@ -133,12 +135,14 @@ class SideInputs:
             table, dim = self.tables[name], self.row_dim[name]
             table.index_copy_(dim, targets, table.index_select(dim, sources))
 
-    def masks_at(self, positions: Tensor) -> dict[str, Tensor]:
+    def masks_at(self, positions: Tensor, as_spans: Collection[str] = ()) -> dict[str, Tensor]:
         """Rows of every mask for ``positions`` [R] on the device, each as if its sequence began at
-        slot 0: for steps, whose positions the host does not know. R: a row count of the splits."""
-        if not self.masks:
-            return {}
-        found = self._compute_at(self._splits[len(positions)], positions)
+        slot 0: for steps, whose positions the host does not know. R: a row count of the splits.
+
+        ``as_spans``: those of ``windows`` that come as spans int64 [R, 3] (``eepass.masks``)."""
+        found = {name: spans_at(positions, self.windows[name]) for name in as_spans}
+        if self.masks - found.keys():
+            found = self._compute_at(self._splits[len(positions)], positions) | found
         return {name: found[name] for name in sorted(self.masks)}
 
     def _mask_rows(self, name: str, first: int, count: int) -> Tensor:
@@ -235,6 +239,14 @@ def _row_dims(one: Segment, many: Segment) -> list[int]:
         grown = [dim for dim, (few, more) in enumerate(shapes) if few != more]
         dims.append(grown[0] if grown else 0)
     return dims
+
+
+def _plain_masks(split: SplitDecoder) -> dict[str, int | None]:
+    """The side inputs that are a mask and nothing else, with their windows."""
+    roles = split.positional.roles
+    named = zip(split.side_outputs, split.positional.outputs, strict=True)
+    found = {name: roles[node] for name, node in named if node in roles}
+    return {n: split.windows[role.name] for n, role in found.items() if role.kind == "mask"}
 
 
 def _mask_sides(split: SplitDecoder) -> set[str]:

@@ -105,7 +105,7 @@ class _Builder(StepLayout):
                 name: table.index_select(side_inputs.row_dim[name], b["rows"])
                 for name, table in tables.items()
             }
-            for name, value in {**found, **side_inputs.masks_at(b["rows"])}.items():
+            for name, value in {**found, **side_inputs.masks_at(b["rows"], decoder.spans)}.items():
                 b[f"side {name}"].copy_(value)
 
         stored = tuple(f"table {name}" for name in kept)
@@ -164,7 +164,7 @@ class _Builder(StepLayout):
                 if blank:
                     decoder.kv.blank(layer, slots)
                 else:
-                    decoder.fill_kv(layer, b["hidden@1"], place)
+                    decoder.fill_kv(layer, b["hidden@1"], place, captured=True)
 
         sides = tuple(f"side {name}@1" for name in names)
         cache = self._cache_names(start, end)

@@ -136,7 +136,7 @@ class _Builder:
             # creates the tables of what depends on tokens; the slots are scratch
             slots = decoder.kv.scratch + torch.arange(self.rows, device=decoder.device)
             decoder.embed(self._zeros(1, self.rows), self._zeros(1, self.rows), slots)
-        like = side_inputs.span(0, self.rows).sides
+        like = decoder.captured_span(self.rows).sides
         for name in side_inputs.by_token:
             table = side_inputs.tables[name]
             self.buffers[f"table {name}"] = Buffer(f"table {name}", table, "kept", "cache")
@@ -200,16 +200,25 @@ class _Builder:
     def _sides(self) -> Launch:
         side_inputs = self.decoder.side_inputs
         stored = tuple(f"table {name}" for name in side_inputs.by_token)
+        spans = {
+            name: self.fuse(partial(speculating.tree_spans, window=side_inputs.windows[name]))
+            for name in self.decoder.spans
+        }
+        whole = bool(side_inputs.masks - spans.keys())
 
         def run(b: Buffers) -> None:
-            masks = side_inputs.masks_at(b["positions"])
+            positions = b["positions"]
+            masks = side_inputs.masks_at(positions) if whole else {}
             for name in self.sides:
+                if name in spans:
+                    spans[name](b["rows"], positions, b["paths"], b[f"side {name}"])
+                    continue
                 dim = side_inputs.row_dim[name]
                 if name in masks:
                     mask = masks[name].movedim(dim, -2)
                     value = speculating.tree_mask(mask, b["rows"][:1], b["paths"]).movedim(-2, dim)
                 else:
-                    at = b["rows"] if name in side_inputs.by_token else b["positions"]
+                    at = b["rows"] if name in side_inputs.by_token else positions
                     value = side_inputs.tables[name].index_select(dim, at)
                 b[f"side {name}"].copy_(value)
 

@@ -182,12 +182,12 @@ class StepLayout:
         decoder.embed(self._zeros(1, 1), self._zeros(1, 1), self.buffers["scratch"].tensor)
         # rows of masks are computed, not looked up: a table of them is the square of the cache
         self.tables = dict(side_inputs.tables)
-        masks = side_inputs.masks_at(self.buffers["rows"].tensor)
+        masks = side_inputs.masks_at(self.buffers["rows"].tensor, decoder.spans)
         for name, table in self.tables.items():
             if name in side_inputs.by_token:
                 self.add(f"table {name}", table, "kept", "cache")
         for name, like in {**self.tables, **masks}.items():
-            dim = side_inputs.row_dim[name]
+            dim = 0 if name in decoder.spans else side_inputs.row_dim[name]
             shape = list(like.shape)
             shape[dim] = self.rows
             self.add(f"side {name}", like.new_zeros(shape))
@@ -195,7 +195,7 @@ class StepLayout:
                 part = f"side {name}@{count}"
                 self.part(part, f"side {name}", *[slice(None)] * dim, slice(count))
                 # layers are compiled for slices of tables: those of the buffer have their strides
-                mine, given = self.buffers[part].tensor, side_inputs.span(0, count).sides[name]
+                mine, given = self.buffers[part].tensor, decoder.captured_span(count).sides[name]
                 strides = zip(mine.shape, mine.stride(), given.stride(), strict=True)
                 if any(size > 1 and stride != other for size, stride, other in strides):
                     raise ValueError(

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from eepass.masks import first_seen
 from eepass.runtime.step.updates import NOT_FINITE, NOTHING
 
 # a row's bit field is an int64
@@ -83,6 +84,19 @@ def tree_mask(mask: Tensor, position: Tensor, paths: Tensor) -> Tensor:
     on_path = ((paths[:, None] >> node) & 1).bool()
     values = mask.index_select(-1, torch.where(within, position + depths(paths)[node], slot))
     return torch.where(before | (within & on_path), values, mask[..., -1:])
+
+
+def tree_spans(
+    rows: Tensor, positions: Tensor, paths: Tensor, spans: Tensor, *, window: int | None
+) -> None:
+    """``tree_mask`` of a causal mask as ``spans`` [R, 3] (``eepass.masks``): ``rows`` [R], slots of
+    a tree, see ``window`` tokens back from their ``positions`` [R]: before it, and on their
+    ``paths`` [R]."""
+    first = first_seen(positions, window)
+    near = (rows[0] + depths(paths))[None] >= first[:, None]
+    row = torch.arange(len(paths), device=paths.device)
+    seen = paths & (near.long() << row).sum(1)
+    spans.copy_(torch.stack([first, rows[:1].expand(len(paths)), seen], 1))
 
 
 def accept(

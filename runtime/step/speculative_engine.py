@@ -130,7 +130,7 @@ class SpeculativeEngine(StepEngine):
         if self.head is None:
             return
         features = torch.cat([hidden[0], *(self._features[n] for n in self.head.layers)], -1)
-        with torch.device(self.decoder.device):
+        with torch.device(self.step["history"].device):
             last = self.head.follow(chunk, features, left)
         self.step["confirmed features"][:1].copy_(last)
         self._features.clear()

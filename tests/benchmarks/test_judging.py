@@ -110,6 +110,26 @@ def test_what_is_wrong_gets_no_time(monkeypatch):
     assert found["missing"]["broken"] == "RuntimeError: no such kernel"
 
 
+def test_an_exact_step_that_errs_gets_no_time(monkeypatch):
+    """The draft head's, here, judged after that of the text."""
+    bench = Bench(Options("cpu", True, 0, 6, "", "", ""))
+    bench.ends = monotonic() + 100
+    answers = times._eepass
+
+    def erring(bench, engine, how):
+        def answer(ids):
+            found = answers(bench, engine, how)(ids)
+            if how.name == "drafted":
+                found.tokens[3] = (found.tokens[3] + 1) % 160
+            return found
+
+        return answer
+
+    monkeypatch.setattr(times, "_eepass", erring)
+    with pytest.raises(Wrong, match="token 3 of 6"):
+        times.exact_step(bench, lambda found: None, "host")
+
+
 def test_ratios_are_paired():
     times = {"a": [2.0, 20.0, 200.0], "b": [1.0, 10.0, 100.0]}
     assert paired_ratio(times, "a", "b") == 2.0
@@ -162,12 +182,16 @@ def test_aims_are_met_or_not_or_open():
             "quality": {"eepass exits, device": {"agreement": 0.98, "mean_exit_layer": 26.0}},
         },
         "forced exit device": {"8": {"ratio": 1.2}},
+        "exact step device": {"ways": {"text": {"pass_of_dense": 1.31}}},
     }  # fmt: skip
     found = summary.aims(sections)
     assert found["dense, of the roofline, at least 0.85"] == {"found": 0.8, "met": False}
     assert found["dense, of HF compiled, at least 1"]["met"]
     assert found["never leaving, time of dense, at most 1.02"] == {"found": None, "met": None}
     assert not found["leaving after 8, time of the cut model, at most 1.05"]["met"]
+    passes = "a whole pass by a dense one's time, at most 1.3"
+    assert found[f"exact, drafts of text: {passes}"] == {"found": 1.31, "met": False}
+    assert found[f"exact, drafts of head and text: {passes}"]["met"] is None
     share = found["real exits, of what the exit layer allows, at least 0.90"]
     assert share["met"] and abs(share["found"] - 2.5 / 2.2 / (30 / 26)) < 1e-9
     assert all(aim["met"] is None for aim in summary.aims({}).values())

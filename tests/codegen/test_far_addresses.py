@@ -4,7 +4,7 @@ import mmap
 
 import pytest
 import torch
-from kernel_cases import Case, exit_case, fill_case, same, verify_case
+from kernel_cases import Case, exit_case, same, verify_case
 
 from eepass.ops import fused
 
@@ -55,22 +55,3 @@ def test_draft_topk(interpreter, memory):
     expected = fused.draft_topk(*arguments)
     arguments[1] = far(memory, arguments[1])
     same(run_kernels("draft_topk", *arguments), expected)
-
-
-def test_fill_kv(interpreter, memory):
-    from eepass.codegen.kernels.register import run_kernels
-
-    found = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
-    expected = fill_case(layers=1, groups=1, channels=8, rotary=8, hidden=40, dtype="bf16")
-    for arguments in (found, expected):
-        arguments[13] = torch.tensor([3])
-    whole = torch.frombuffer(memory, dtype=torch.bfloat16)
-    # keys, then values 32 elements on: slots lie far apart
-    for place, argument in enumerate((9, 10)):
-        found[argument] = [whole[32 * place :].as_strided((1, 4, 8), (8, APART, 1))]
-        found[argument][0].zero_()
-    run_kernels("fill_kv", *found)
-    fused.fill_kv(*expected)
-    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
-        same([caches[0].contiguous()], [wanted[0][:, :4].contiguous()])
-        assert caches[0][:, 3].ne(0).any() and not caches[0][:, :3].any()

@@ -23,7 +23,8 @@ def test_every_kernel_is_checked_before_it_could_be_timed(tmp_path):
     found = json.loads(file.read_text())["kernels"]
     operators = {name.split(",")[0] for name in found}
     assert operators == {
-        "exit_predictor", "path_predictor", "verify_head", "draft_topk", "fill_kv", "linear_rows"
+        "exit_predictor", "verify_head", "draft_topk", "linear_rows", "packed_rows",
+        "attend_spans",
     }  # fmt: skip
     for name, row in found.items():
         assert row["bytes"] > 0 and row["triton"] == "right, not timed", name

@@ -137,7 +137,7 @@ COMMANDS = {
     "chat": ("--system", "--max-new-tokens", "--max-length", "--preset", "--temperature", "--dtype",
              "--min-p", "--seed", "--quantize"),
     "train": ("--prompts", "--answers", "--tokens", "--samples", "--draft", "--steps", "--dtype"),
-    "transform": ("--rows", "--max-length", "--gpu", "--quantize", "--artifact", "--dtype"),
+    "transform": ("--rows", "--max-length", "--quantize", "--artifact", "--dtype"),
     "export-draft": ("--format", "--artifact", "--verifier", "--dtype"),
     "inspect": ("--preset", "--target-agreement", "--artifact", "--dtype", "--activations"),
 }  # fmt: skip

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +17,6 @@ from word_model import save_word_model
 import eepass
 from eepass.bundle import manifest, signing, write
 from eepass.bundle.write import write_folder
-from eepass.codegen.cuda.stored_kernels import best_folder, read_kernels, write_kernels
 from eepass.errors import InputError
 from eepass.runtime.decoder.side_inputs import Row
 
@@ -44,22 +42,9 @@ def original(tmp_path_factory):
 def folder(original, tmp_path_factory):
     torch.use_deterministic_algorithms(False)
     path = tmp_path_factory.mktemp("out") / "folder"
-    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-        # here Triton interprets, and compiles nothing (tests/codegen/test_kernel_budget.py does)
-        patch.setattr(write, "capability_of", lambda target, option: 90)
-        patch.setattr(write, "compile_split", kernels_of_nothing)
-        write_folder(
-            eepass.load(str(original), "fp32"), path, rows=(1,), max_length=LENGTH, gpus=["sm_90"]
-        )
+    with torch.no_grad():
+        write_folder(eepass.load(str(original), "fp32"), path, rows=(1,), max_length=LENGTH)
     return path
-
-
-def kernels_of_nothing(split, artifact, target, rows, out):
-    kernel = SimpleNamespace(
-        key="k", name="_exit_kernel", code=b"code", parameters=("u64",), shared_bytes=0, warps=4
-    )
-    write_kernels(out, 90, [kernel], {"_exit_kernel": "hash"}, {"rows": list(rows)})
-    return {"kernels": {"exit_predictor": {}}, "not_generated": {}}
 
 
 @pytest.fixture(scope="module")
@@ -115,21 +100,6 @@ def test_the_same_bits(folder, in_process):
             found.append([*states, *(keys[:, :, :count] for keys in model.decoder.kv.keys)])
         for stored_value, value in zip(*found, strict=True):
             assert torch.equal(stored_value, value)
-
-
-def test_kernels_for_a_gpu_lie_in_it_under_the_signature(folder, copied):
-    home = best_folder(folder / "kernels", 90)
-    capability, found = read_kernels(home, 90, {"_exit_kernel": "hash"})
-    assert capability == 90 and found["k"].code == b"code"
-    # for the passes a step makes, not for prompts
-    assert json.loads((home / "kernels.json").read_text())["rows"] == [1]
-    assert json.loads((folder / "report.json").read_text())["gpu_kernels"] == {
-        "sm_90": {"kernels": 1, "not_generated": {}}
-    }
-    cubin = copied / "kernels" / "sm_90" / "k.cubin"
-    cubin.write_bytes(b"c0de")
-    with pytest.raises(InputError, match=r"k\.cubin: altered since it was written"):
-        eepass.load(str(copied))
 
 
 def test_public_names(folder):

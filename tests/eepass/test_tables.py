@@ -116,7 +116,7 @@ def test_train(printed):
 
 def test_codegen(printed):
     kernel = {"registers": 255, "spills": 123, "shared": 232448, "bytes": 123456789, "µs": 1234.5}
-    names = ("exit_predictor, rank 128", "path_predictor, 8 nodes", "fill_kv, 8 layers")
+    names = ("exit_predictor, rank 128", "verify_head, 128256", "draft_topk, 32000")
     text = printed(transform.show_kernels, {"kernels": dict.fromkeys(names, kernel)}, "it")
     assert headers(text) == [["kernel", "registers", "spills", "shared", "bytes", "µs"]]
     assert all(name in text for name in names)

@@ -4,16 +4,19 @@ import pytest
 import torch
 from kernel_cases import (
     EXITS,
-    FILLS,
     VERIFIES,
     Case,
     exit_case,
-    fill_case,
     same,
     verify_case,
 )
 
+from eepass.masks import first_seen
 from eepass.ops import fused
+from eepass.ops import packed as reference
+from eepass.ops.packed import INT8, UNROUNDED
+from eepass.ops.packing import form_number
+from eepass.ops.rows import attend_spans
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,15 +56,6 @@ def test_verify_head_of_large_models(rows, vocabulary):
     assert torch.equal(known, (token[:, None] == arguments[10]).any(-1))
 
 
-@pytest.mark.parametrize("case", FILLS.values(), ids=FILLS.keys())
-def test_fill_kv(case):
-    found, expected = fill_case(**case, device="cuda"), fill_case(**case, device="cuda")
-    torch.ops.eepass.fill_kv(*found)
-    fused.fill_kv(*expected)
-    for caches, wanted in zip(found[9:11], expected[9:11], strict=True):
-        same(caches, wanted)
-
-
 @pytest.mark.parametrize("rows", (1, 9))
 def test_draft_topk(rows):
     case = Case("bf16", "cuda")
@@ -73,7 +67,9 @@ def test_draft_topk(rows):
     same((logits.gather(-1, ids).log_softmax(-1),), (scores.log_softmax(-1),))
 
 
-@pytest.mark.parametrize(("outputs", "inputs"), ((1536, 4608), (4608, 4608), (33, 200)))
+@pytest.mark.parametrize(
+    ("outputs", "inputs"), ((1536, 4608), (2048, 2048), (4608, 4608), (33, 200))
+)
 def test_linear_rows(outputs, inputs):
     """Right, and with the same bits for any number of rows, launch after launch."""
     case = Case("bf16", "cuda")
@@ -85,11 +81,44 @@ def test_linear_rows(outputs, inputs):
         assert torch.equal(part, whole[-rows:])
 
 
-def test_path_predictor():
-    arguments = exit_case(rows=4, rank=3, device="cuda")
-    paths = torch.tensor([[0, -1], [0, 3], [-1, -1]], device="cuda")
-    arguments.insert(16, paths)
-    same(torch.ops.eepass.path_predictor(*arguments), fused.path_predictor(*arguments))
+@pytest.mark.parametrize("end", (40, 1000, 8000))
+@pytest.mark.parametrize("window", (None, 300))
+def test_attend_spans(end, window):
+    """A tree of 16 rows behind a text; the same bits for some of them."""
+    case = Case("bf16", "cuda")
+    rows = torch.arange(16, device="cuda")
+    spans = torch.stack([first_seen(end + rows, window), rows * 0 + end, (2 << rows) - 1], 1)
+    q = case.random(16, 9, 64).transpose(0, 1)
+    keys, values = case.random(3, 8192, 64), case.random(3, 8192, 64)
+    whole = torch.ops.eepass.attend_spans(q, keys, values, spans, 0.125)
+    same((whole,), (attend_spans(q, keys, values, spans, 0.125),))
+    for begin, last in ((0, 1), (15, 16), (3, 9)):
+        given = (q[:, begin:last], keys, values, spans[begin:last], 0.125)
+        assert torch.equal(torch.ops.eepass.attend_spans(*given), whole[:, begin:last])
+
+
+@pytest.mark.parametrize(("kind", "group"), (("u4", 32), ("u4", 128), ("u8", 0), ("q8_0", 0)))
+def test_packed_rows(kind, group):
+    form, outputs, inputs = form_number(kind, group), 1536, 4608
+    case = Case("bf16", "cuda")
+    codes = torch.randint(0, 16, (outputs, inputs), dtype=torch.uint8)
+    if kind[0] == "u":
+        parts = inputs // group if group else 1
+        numbers = [torch.rand(outputs, parts) / 64 for _ in range(2)]
+        packed = torch.ops.eepass.pack_groups(codes, *numbers, form)
+    else:
+        # each 32 inputs: 16 scales of float16, then codes
+        scales = torch.full((outputs // 16, inputs // 32, 16), 0.01, dtype=torch.float16)
+        parts = (scales.view(torch.uint8), codes.view(outputs // 16, inputs // 32, 512))
+        packed = torch.cat(parts, -1).flatten(1)
+    x, packed = case.random(40, inputs), packed.cuda()
+    for activations in (INT8, UNROUNDED):
+        given = (packed, form, outputs, None, activations)
+        whole = torch.ops.eepass.packed_logits(x, *given)
+        same((whole,), (reference.packed_logits(x, *given),), torch.bfloat16)
+        for rows in (1, 5, 17):
+            part = torch.ops.eepass.packed_logits(x[:rows], *given)
+            assert torch.equal(part, whole[:rows])
 
 
 @pytest.mark.parametrize("rank", (0, 128), ids=("lens", "translated"))
@@ -122,68 +151,3 @@ def test_the_flag_follows_the_threshold_without_a_new_graph():
         arguments[15].fill_(threshold)
         graph.replay()
         assert exits.item() == leaves
-
-
-def written_where_told(arguments, flag):
-    """``exit_predictor`` into buffers of the caller; a function that launches it, and those."""
-    from eepass.codegen.kernels.register import workspace_bytes
-
-    probability, probabilities, z, _ = fused.exit_predictor(*arguments)
-    buffers = {
-        "probability": torch.full_like(probability, float("nan")),
-        "probabilities": torch.full_like(probabilities, float("nan")),
-        "z": torch.full_like(z, float("nan")),
-        "exits": flag,
-    }
-    length = workspace_bytes("exit_predictor", *arguments)
-    workspace = torch.empty(length, dtype=torch.uint8, device="cuda")
-
-    def step():
-        torch.ops.eepass.exit_predictor.into(*arguments, **buffers, workspace=workspace)
-
-    return step, buffers
-
-
-@pytest.mark.parametrize("pinned", (False, True), ids=("device", "pinned"))
-def test_a_captured_step_writes_where_it_is_told_and_allocates_nothing(pinned):
-    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
-    flag = torch.zeros(1, dtype=torch.bool, device="cpu" if pinned else "cuda", pin_memory=pinned)
-    step, buffers = written_where_told(arguments, flag)
-    step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        before = torch.cuda.memory_stats()["allocation.all.allocated"]
-        step()
-        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
-    for threshold, leaves in ((-1.0, True), (2.0, False), (-1.0, True)):
-        arguments[15].fill_(threshold)
-        graph.replay()
-        torch.cuda.synchronize()
-        assert flag.item() == leaves
-    expected = fused.exit_predictor(*arguments)[:3]
-    same([buffers[name] for name in ("probability", "probabilities", "z")], expected)
-
-
-def test_compiled_kernels_say_what_the_just_compiled_ones_do(tmp_path):
-    from eepass.codegen.cuda.stored_kernels import write_kernels
-    from eepass.codegen.kernels import exit_predictor
-    from eepass.codegen.kernels.compile import compile_launch
-    from eepass.codegen.kernels.cubins import Cubins, sources
-    from eepass.codegen.kernels.launch import Scratch
-    from eepass.codegen.kernels.register import register_kernels, unregister_kernels
-
-    major, minor = torch.cuda.get_device_capability()
-    capability = 10 * major + minor
-    arguments = exit_case(hidden=4096, rank=128, dtype="bf16", device="cuda")
-    made, _ = exit_predictor.launches(*arguments, scratch=Scratch(arguments[0]))
-    compiled = [compile_launch(launch, capability) for launch in made]
-    write_kernels(tmp_path, capability, compiled, sources(), {})
-    expected = [x.clone() for x in torch.ops.eepass.exit_predictor(*arguments)]
-    cubins = Cubins(tmp_path)
-    register_kernels(cubins)
-    found = torch.ops.eepass.exit_predictor(*arguments)
-    unregister_kernels()
-    register_kernels()
-    assert not cubins.missing
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

@@ -86,6 +86,18 @@ def test_a_speculative_pass_is_one_graph_of_one_block(seen):
     assert found["decoded"] == 99 and found["passes"] < 50
 
 
+def test_a_pass_with_a_draft_heads_tree_is_one_graph(seen):
+    """The head's levels, the layers and the accept walk are one block; keys and values of an
+    accepted path move in the body of an IF node, without which the tokens would be others."""
+    found = seen["tree"]
+    assert found["mode"] == "device" and found["tokens"] and found["refused"] == []
+    assert found["first"] == "draft from head"
+    assert sorted(found["nodes"]) == ["child", "child", "if", "set"]
+    assert found["passes"] <= found["launches"] <= found["passes"] + 1
+    assert found["synchronisations"] == 0
+    assert found["decoded"] == 99 and found["passes"] < 60
+
+
 def test_closing_frees_what_was_made(seen):
     assert seen["alive"] == 0
 

@@ -11,6 +11,7 @@ import json
 import sys
 
 import torch
+from made_heads import bigrams, drafts_of
 from models import eager_compile, tiny_model
 from steps import BUCKETS, OrderedExits, engine_for
 
@@ -130,6 +131,27 @@ with torch.no_grad():
         "passes": engine.statistics.passes,
         "decoded": engine.statistics.tokens,
     }
+    engine.close()
+    # a draft head that names another token first, then mostly the one that follows: the accepted
+    # path lies apart in its tree, and its keys and values must be moved
+    head = drafts_of(decoder, bigrams([dense]))
+    tree = StepOptions(tree=TreeShape(named=7, levels=3))
+    library.stub_clear()
+    engine, report = launching.make_engine(decoder, None, tree, BEST, head=head)
+    found = [token.token for token in engine.generate(PROMPT, 100)]
+    log = library.stub_log().decode()
+    seen["tree"] = {
+        "mode": report().mode,
+        "tokens": found == dense,
+        "first": engine.step.items[0].name,
+        "nodes": [line.split()[0] for line in log.splitlines()
+                  if line.startswith(("child", "set", "if"))],
+        "launches": log.count("launch stream=7"),
+        "refused": [line for line in log.splitlines() if line.startswith("refused")],
+        "synchronisations": report().host_synchronisations,
+        "passes": engine.statistics.passes,
+        "decoded": engine.statistics.tokens,
+    }  # fmt: skip
     engine.close()
     seen["fallbacks"] = {}
     for name in CALLS:
