@@ -4,6 +4,9 @@
              o = scaled_dot_product_attention(q, k, v, mask)
     after    o = eepass.attend_rows(q, keys, values, mask, scale)
 
+    before   o = scaled_dot_product_attention(q, k, v, eepass.allow_selected(mask, slots))
+    after    o = eepass.attend_selected(q, keys, values, mask, slots, scale)
+
 Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
 rows than the kernel was measured to be faster for.
 """
@@ -13,9 +16,11 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+import eepass.ops.rows  # noqa: F401  operators must be defined before they are looked for
 from eepass.codegen.lower_linear import replace
 
 aten = torch.ops.aten
+SELECTED = torch.ops.eepass.allow_selected.default
 MOST_ROWS = 64
 VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
@@ -37,8 +42,11 @@ def lower_attention(gm: GraphModule) -> int:
                 call(aten.squeeze.dim, (tensor, 0))
                 for tensor in (q, _before_repeat(k), _before_repeat(v))
             ]
+            operator, slots = torch.ops.eepass.attend_rows.default, []
+            if mask.target is SELECTED:
+                operator, (mask, *slots) = torch.ops.eepass.attend_selected.default, mask.args
             rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
-            out = call(torch.ops.eepass.attend_rows.default, (*flat, rows, scale))
+            out = call(operator, (*flat, rows, *slots, scale))
             new = call(aten.unsqueeze.default, (out, 0))
         replace(node, new)
         rewritten += 1

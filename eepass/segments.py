@@ -34,6 +34,8 @@ class Input:
 
 
 HIDDEN = Input("hidden", "hidden")
+# the slots that rows may attend to, int32 [R, K], where layers are given a selection
+CONTEXT = Input("side", "context")
 
 
 class GraphToMake:
