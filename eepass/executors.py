@@ -18,6 +18,7 @@ from eepass.kept.costs import KeptCosts
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import DRAFT_HEAD
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.cascade import Cascade
@@ -89,13 +90,14 @@ def engine_for(
     packs: Callable[[], bool],
     learned: KeptAcceptance,
     hits: Sequence[float] = (),
+    selection: Selection | None = None,
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
     ``head``: the tensors of a trained draft head, none without one. ``trace``: whether that has
     still to be traced, or was compiled ahead of time. ``packs``: whether there are kernels for
     packed weights, asked when a head is first run. ``hits``: how often it was right at each further
-    draft token, when it was trained.
+    draft token, when it was trained. ``selection``: what is attended to in long texts.
     """
     decoder = measured.decoder
     earlier = measured.earlier if config.remember else None
@@ -131,7 +133,7 @@ def engine_for(
     return Engine(
         decoder, exits, schedule, draft, options,
         planner if len(modes) > 1 or draft else None, lambda: measured.logit_noise,
-        ended if draft is not None else None,
+        ended if draft is not None else None, selection,
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ def settle(
     if config.speculate == "model" and not draft_model:
         raise InputError("speculate='model': give transform a draft_model")
     if artifact is None or not artifact.presets:
-        if config.guarantee == "approximate" and not is_dense(config):
+        if config.guarantee == "approximate" and config.exits:
             raise InputError(
                 "early exit needs an artefact with exits: run eepass train, or ask for exact"
             )
@@ -66,13 +66,14 @@ def fits_captured_steps(config: ExitConfig) -> bool:
     """Whether a captured step of one token a pass, which is never rolled back, can decode so:
     dense, or approximate with drafts from a hidden state."""
     early = config.guarantee == "approximate" and config.draft != "eagle"
-    return config.speculate in ("off", "lens") and (early or not config.exits)
+    plain = config.speculate in ("off", "lens") and config.context == "full"
+    return plain and (early or not config.exits)
 
 
 def drafts_from_the_text(config: ExitConfig) -> bool:
     """Whether ``config`` asks for draft tokens from the text, verified exactly, and no exits: what
     a captured step can do with several tokens a pass."""
-    return config.speculate == "suffix" and not config.exits
+    return config.speculate == "suffix" and not config.exits and config.context == "full"
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:

@@ -251,6 +251,25 @@ class SplitDecoder:
 
 
 @dataclass(frozen=True, slots=True)
+class ContextQuery:
+    """The queries of a layer, and the keys they are multiplied with: ``segment`` maps hidden
+    [1, R, H] and side inputs to queries [1, Q, R, D], ``keys`` [1, G, C, D] are the cache's."""
+
+    segment: Segment
+    keys: Input
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ContextLayers:
+    """The layers of a split decoder in a form that attends to selected slots (``CONTEXT``), and the
+    queries, by layer, by which slots may be selected."""
+
+    layers: tuple[Segment, ...]
+    queries: Mapping[int, ContextQuery]
+
+
+@dataclass(frozen=True, slots=True)
 class CallerStep:
     """A split decode step over a cache that is the caller's: its tensors come with each call.
 

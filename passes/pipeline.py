@@ -4,7 +4,7 @@
     two SplitDecoders --fit_rows--> SplitDecoder for another row count
     SplitDecoder --insert_predictors--> ExitSegments --insert_exits--> exit graph
     SplitDecoder --fuse_exit_predictor--> FusedExits
-    SplitDecoder --select_context--> SplitDecoder that attends to selected slots
+    SplitDecoder --select_context--> ContextLayers
     a caller's step --trace--> DecoderGraph --CALLER, SPLIT--> SplitDecoder --> CallerStep
 
 Each is a function ``(graph, report) -> graph`` with its options bound; ``PassRunner`` runs them.
@@ -54,7 +54,7 @@ from eepass.passes.trace.clean_step import (
 from eepass.passes.trace.decode_step import trace_decode_step
 from eepass.passes.trace.first_layers import first_layers
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
-from eepass.segments import CallerStep, Segment, SplitDecoder
+from eepass.segments import CallerStep, ContextLayers, Segment, SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
 
@@ -164,10 +164,13 @@ def fused_exits(
     return PassRunner(report).run(split, [fuse])
 
 
-def selecting(split: SplitDecoder, tokens: int, report: PassReport) -> SplitDecoder:
-    """``split`` with layers that attend to ``tokens`` selected slots; raises ``PassError`` where
-    attention is not recognised, with the reason."""
-    return PassRunner(report).run(split, [partial(select_context, tokens=tokens)])
+def context_layers(
+    split: SplitDecoder, tokens: int, depths: Sequence[float], report: PassReport
+) -> ContextLayers:
+    """The layers of ``split`` attending to ``tokens`` slots, selected at ``depths``, which are
+    shares of the layers. Raises ``PassError`` where attention is not recognised."""
+    select = partial(select_context, tokens=tokens, depths=depths)
+    return PassRunner(report).run(split, [select])
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:

@@ -1,21 +1,21 @@
-"""Let each layer attend to a few selected slots of the cache.
+"""Let layers attend to a few selected slots of the cache.
 
     before   o = scaled_dot_product_attention(q, k, v, mask)
     after    o = scaled_dot_product_attention(q, k, v, eepass.allow_selected(mask, slots))
 
 ``slots`` [R, K] is one side input of all layers: for each row the slots it may attend to, of those
 that the mask allows. Keys and values of all tokens stay in the cache. Compiled for the CPU, such
-attention reads the selected keys and values alone (``codegen/lower_attention.py``). One selection
-serves all heads and layers, after SpeContext (arXiv 2512.00722), which selects by head.
+attention reads the selected keys and values alone (``codegen/lower_attention.py``). For the layers
+that select, the part of them that computes q is taken out as a segment of its own.
 
-Left alone: layers whose own window is no wider than the selection. Refused: a layer that attends
-in another way than by that function with a mask over its slots.
+Left alone: layers whose own window is no wider than the selection. Refused: a layer that reads its
+cache in another way than by that function with a mask over its slots.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,26 +26,38 @@ import eepass.ops.rows  # noqa: F401  the operator must be defined before it is 
 from eepass.errors import PassError
 from eepass.passes.graph_walk import ancestors
 from eepass.passes.report import PassReport
-from eepass.passes.split.split_segments import structure_of
-from eepass.segments import CONTEXT, Input, Segment, SplitDecoder
+from eepass.passes.split.split_segments import build_segment, structure_of
+from eepass.segments import (
+    CONTEXT,
+    HIDDEN,
+    ContextLayers,
+    ContextQuery,
+    Input,
+    Segment,
+    SplitDecoder,
+)
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
+# how keys are repeated for the query heads of their group
+VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
 
-def select_context(split: SplitDecoder, report: PassReport, *, tokens: int) -> SplitDecoder:
-    """``split`` with layers that attend to ``tokens`` selected slots; raises ``PassError`` where a
-    layer's attention is not recognised."""
+def select_context(
+    split: SplitDecoder, report: PassReport, *, tokens: int, depths: Sequence[float]
+) -> ContextLayers:
+    """The layers of ``split`` attending to ``tokens`` selected slots; ``depths``: where slots are
+    selected, in shares of the layers. Raises ``PassError`` where attention is not recognised."""
     if split.stepwise:
         raise PassError("recurrent layers carry states, not keys that could be selected")
     windows = _windows(split)
-    made: dict[tuple[str, bool], Segment] = {}
-    layers = []
+    made: dict[str, Segment] = {}
+    layers, able = [], []
     for number, layer in enumerate(split.layers):
         sides = [role.name for role in layer.inputs if role.kind == "side"]
-        window = next((windows[name] for name in sides if windows.get(name)), None)
-        if window is not None and abs(window) <= tokens:
-            report.skip(f"layer {number}", f"it attends to a window of {abs(window)} tokens")
+        window = min((windows[name] for name in sides if name in windows), default=None)
+        if window is not None and window <= tokens:
+            report.skip(f"layer {number}", f"it attends to a window of {window} tokens")
             layers.append(layer)
             continue
         if layer.structure not in made:
@@ -53,9 +65,12 @@ def select_context(split: SplitDecoder, report: PassReport, *, tokens: int) -> S
             report.rewritten += 1
         # isomorphic segments share the graph, each with the roles of its own inputs
         layers.append(replace(made[layer.structure], inputs=(*layer.inputs, CONTEXT)))
-    if not report.rewritten:
+        able.append(number)
+    if not able:
         raise PassError(f"every layer attends to a window of at most {tokens} tokens by itself")
-    return replace(split, layers=tuple(layers))
+    at = {next((n for n in able if n >= depth * len(layers)), able[-1]) for depth in depths}
+    queries = {n: _query(split.layers[n], n, split.cache_length) for n in sorted(at)}
+    return ContextLayers(tuple(layers), queries)
 
 
 def _selecting(layer: Segment, number: int, split: SplitDecoder, tokens: int) -> Segment:
@@ -92,12 +107,12 @@ def _attention(
     for node in graph.nodes:
         if node not in calls and not read.isdisjoint(node.all_input_nodes):
             read.add(node)
-    if not read.isdisjoint(layer.outputs):
+    found = [call for call in calls if not read.isdisjoint(call.all_input_nodes)]
+    if not found or not read.isdisjoint(layer.outputs):
         raise PassError(
             f"layer {number} reads its keys or values otherwise than by "
             "scaled_dot_product_attention, so nothing can be selected for it"
         )
-    found = [call for call in calls if not read.isdisjoint(call.all_input_nodes)]
     for call in found:
         mask: Any = call.args[3] if len(call.args) > 3 else None
         if mask is None or mask.meta["val"].shape[-1] != cache_length:
@@ -105,12 +120,28 @@ def _attention(
     return found
 
 
-def _windows(split: SplitDecoder) -> dict[str, int | None]:
-    """By side input that is made of a mask, the window of that mask."""
-    segment, found = split.positional, {}
-    roles = segment.roles
-    for name, output in zip(split.side_outputs, segment.outputs, strict=True):
+def _query(layer: Segment, number: int, cache_length: int) -> ContextQuery:
+    """What a layer computes its queries by; ``PassError`` where they are not multiplied with the
+    keys as they lie in the cache."""
+    role = layer.roles
+    call, *others = _attention(layer, role, number, cache_length)
+    q: Any = call.args[0]
+    keys: Any = call.args[1]
+    while keys not in role and keys.target in VIEWS:
+        keys = keys.args[0]
+    if others or role.get(keys, HIDDEN).kind != "keys":
+        raise PassError(f"layer {number} computes its keys anew from what lies in the cache")
+    needed = ancestors([q]) - set(role)
+    nodes = [node for node in layer.graph.graph.nodes if node in needed]
+    scale: Any = call.kwargs.get("scale") or q.meta["val"].shape[-1] ** -0.5
+    return ContextQuery(build_segment(nodes, [q], role), role[keys], scale)
+
+
+def _windows(split: SplitDecoder) -> dict[str, int]:
+    """By side input that is made of a mask with a window, or chunks, how many tokens wide it is."""
+    roles, found = split.positional.roles, dict[str, int]()
+    for name, output in zip(split.side_outputs, split.positional.outputs, strict=True):
         for node in ancestors([output]) & set(roles):
-            if roles[node].kind == "mask":
-                found[name] = split.windows[roles[node].name]
+            if roles[node].kind == "mask" and (window := split.windows[roles[node].name]):
+                found[name] = abs(window)
     return found

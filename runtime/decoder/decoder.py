@@ -14,7 +14,7 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import CONTEXT, ContextLayers, Input, Segment, SplitDecoder
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
@@ -52,6 +52,10 @@ class Decoder:
         self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
         # by row count, and whether they are captured
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
+        # layers that attend to selected slots: by how many, and by row count
+        self.context: dict[int, Mapping[int, ContextLayers]] = {}
+        self._selecting: dict[tuple[int, int], list[_BoundSegment]] = {}
+        self._queries: dict[tuple[int, int], dict[int, _BoundSegment]] = {}
         self._fills: list[_BoundSegment] = []
         self._heads: dict[int, _BoundSegment] = {}
 
@@ -76,6 +80,22 @@ class Decoder:
             layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
+    def prepare_selecting(self, rows: int, tokens: int) -> None:
+        """Compile the layers of ``context`` that attend to ``tokens`` slots for ``rows``, and their
+        queries, if they are not yet."""
+        if (rows, tokens) in self._selecting:
+            return
+        none = torch.full((rows, tokens), -1, dtype=torch.int32, device=self.device)
+        place = self.side_inputs.span(0, rows).selecting(none)
+        found = self.context[tokens][rows]
+        self._queries[rows, tokens] = {
+            layer: self._bind(query.segment, rows, self.compile)
+            for layer, query in found.queries.items()
+        }
+        self._selecting[rows, tokens] = [
+            self._bind(layer, rows, self.compile, place) for layer in found.layers
+        ]
+
     def prepare_head(self, rows: int) -> None:
         """Compile the LM head for ``rows``, if it is not yet."""
         if rows not in self._heads:
@@ -87,11 +107,14 @@ class Decoder:
         if not self._fills:
             self._fills = [self._bind(fill, 1, self.compile) for fill in self.splits[1].kv_fills]
 
-    def prepare_passes(self, rows: int) -> None:
-        """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
+    def prepare_passes(self, rows: int, tokens: int | None = None) -> None:
+        """Compile layers and LM head for every row count that passes of up to ``rows`` have; with
+        ``tokens`` also layers that attend to so many selected slots."""
         for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
             self.prepare(size)
             self.prepare_head(size)
+            if tokens is not None:
+                self.prepare_selecting(size, tokens)
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
@@ -157,12 +180,24 @@ class Decoder:
         """Hidden state [1, R, H] before layer number ``layer``, from 0 on, to the one after it; R a
         bucket. ``captured``: within a step.
 
-        Writes keys and values of the rows to their slots; lengths are the caller's.
+        Writes keys and values of the rows to their slots; lengths are the caller's. Rows attend to
+        selected slots alone where ``place`` has such.
         """
+        if CONTEXT.name in place.sides:
+            rows, tokens = place.sides[CONTEXT.name].shape
+            self.prepare_selecting(rows, tokens)
+            return self._selecting[rows, tokens][layer](hidden, place)
         key = hidden.shape[1], captured
         if key not in self._layers:
             self.prepare(*key)
         return self._layers[key][layer](hidden, place)
+
+    def queries(self, layer: int, tokens: int, hidden: Tensor, place: Place) -> Tensor:
+        """Queries [Q, R, D] of a layer that selects ``tokens`` slots, from the hidden state
+        [1, R, H] before it."""
+        rows = hidden.shape[1]
+        self.prepare_selecting(rows, tokens)
+        return self._queries[rows, tokens][layer](hidden, place)[0]
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
@@ -185,10 +220,12 @@ class Decoder:
         """``bind_parameters`` with the model's tensors and ``extra``."""
         return bind_parameters(segment, {**self.tensors, **extra}, self.compile, examples)
 
-    def _bind(self, segment: Segment, rows: int, compile: Compile) -> _BoundSegment:
+    def _bind(
+        self, segment: Segment, rows: int, compile: Compile, place: Place | None = None
+    ) -> _BoundSegment:
         bound = _BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
-        examples = bound.arguments(hidden, self.side_inputs.span(0, rows))
+        examples = bound.arguments(hidden, place or self.side_inputs.span(0, rows))
         bound.compiled = compile(segment.graph, segment.structure, examples)
         return bound
 

@@ -18,6 +18,7 @@ from typing import Literal
 from torch import Tensor
 
 from eepass.errors import EngineError
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.planner import Mode, Planner
@@ -63,10 +64,12 @@ class Engine:
         planner: Callable[[], Planner] | None = None,
         noise: Callable[[], float] | None = None,
         ended: Callable[[Planner, SequenceOf[int]], None] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """``planner`` and ``noise`` measure, in an empty cache, before the first sequence;
-        ``ended`` is called with the tokens of each sequence that ends."""
-        self.decoder, self.exits = decoder, exits
+        ``ended`` is called with the tokens of each sequence that ends. ``selection``: what
+        generated tokens attend to in long texts; all of it without."""
+        self.decoder, self.exits, self.selection = decoder, exits, selection
         self.schedule, self.draft = schedule, draft
         if options is None:
             options = Options(modes=("exits",) if exits is not None else ("dense",))
@@ -85,7 +88,9 @@ class Engine:
         self.scheduler = BatchScheduler(
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
-        self.placement = Placement(decoder, complete=options.kv_policy == "defer")
+        # what generated tokens are of goes by what they attended to
+        complete = options.kv_policy == "defer" and selection is None
+        self.placement = Placement(decoder, complete)
         # those whose prompts have been run
         self.sequences: list[Sequence] = []
         # of a dense engine; whoever sets it takes what it keeps
@@ -318,7 +323,8 @@ class Engine:
             self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
         if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
             each = max(each, *self.planner.costs)
-        self.decoder.prepare_passes(min(sequences * each, self.step_rows))
+        tokens = None if self.selection is None else self.selection.tokens
+        self.decoder.prepare_passes(min(sequences * each, self.step_rows), tokens)
         if self.options.kv_policy == "propagate":
             self.decoder.prepare_fills()
 
@@ -364,7 +370,7 @@ class Engine:
         layers = draft.feature_layers if draft is not None else None
         forward_pass = ForwardPass(
             self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy,
-            self.recorder,
+            self.recorder, self.selection,
         )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)

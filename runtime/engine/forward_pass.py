@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eepass.runtime.context.selection import Selection, Text
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
 from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
-from eepass.runtime.engine.sequence import PendingTokens
+from eepass.runtime.engine.sequence import PendingTokens, Sequence
 from eepass.runtime.exits.exits import Exits, RowState
 from eepass.runtime.statistics import Statistics
 
@@ -44,7 +45,7 @@ class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
     ``feature_layers``: layers after which the rows' hidden states are kept for a draft;
-    ``recorder`` keeps them for others.
+    ``recorder`` keeps them for others. ``selection``: what the rows of long texts attend to.
     """
 
     def __init__(
@@ -55,9 +56,12 @@ class ForwardPass:
         feature_layers: SequenceOf[int] = (),
         kv_policy: str = "defer",
         recorder: Recorder | None = None,
+        selection: Selection | None = None,
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
-        self.recorder = recorder
+        self.recorder, self.selection = recorder, selection
+        # slots by sequence; empty where all texts are short
+        self._selected: dict[Sequence, Tensor] = {}
         self.feature_layers = frozenset(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
@@ -79,6 +83,10 @@ class ForwardPass:
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
+            if self.selection is not None and index in self.selection.layers:
+                texts = self._texts()
+                self._selected = self.selection.slots(index, texts, self.hidden, self._place)
+                self._attend_to_selected()
             self.hidden = self.decoder.run_layer(index, self.hidden, self._place)
             layer = index + 1
             if layer in self.feature_layers:
@@ -151,6 +159,32 @@ class ForwardPass:
         # rows of several sequences are never contiguous
         end = max(s.first_slot + s.capacity for s in sequences) if len(sequences) == 1 else 0
         self._place = self.decoder.place([row.row for row in self.rows], size, end)
+        self._attend_to_selected()
+
+    def _attend_to_selected(self) -> None:
+        """Let the rows attend to the slots selected for them. All attend to all where something was
+        selected for a part of them only: pending tokens may join after the layer that selects."""
+        assert self._place is not None
+        lists = [self._selected.get(row.scheduled.sequence) for row in self.rows]
+        found = [slots for slots in lists if slots is not None]
+        if found and len(found) == len(self.rows):
+            padding = len(self._place.slots) - len(found)
+            self._place = self._place.selecting(torch.stack(found + found[-1:] * padding))
+
+    def _texts(self) -> list[Text]:
+        """The sequences of the rows; rows of pending tokens do not say what to attend to, unless
+        there are no others."""
+        found: dict[Sequence, list[int]] = {}
+        for index, row in enumerate(self.rows):
+            found.setdefault(row.scheduled.sequence, []).append(index)
+        texts = []
+        for sequence, indices in found.items():
+            rows = [self.rows[index] for index in indices]
+            asking = [index for index in indices if self.rows[index].node != PENDING]
+            begin = min(row.position for row in rows)
+            end = max(row.row.slot for row in rows) - sequence.first_slot + 1
+            texts.append(Text(sequence, asking or indices, begin, end))
+        return texts
 
     def _insert_pending(self, batch: SequenceOf[ScheduledSequence], layer: int) -> None:
         """Put the tokens that are pending at ``layer`` before the rows; pad to a row count there is

@@ -232,9 +232,7 @@ def test_selected_slots(dtype, rows):
     assert torch.equal(found, wanted)
     if rows == 1:
         hidden = (k.masked_fill(~chosen[0, :, None], float("nan")), v)
-        assert torch.equal(
-            torch.ops.eepass.attend_selected(q, *hidden, mask, slots, 0.125), wanted
-        )
+        assert torch.equal(torch.ops.eepass.attend_selected(q, *hidden, mask, slots, 0.125), wanted)
     close(found, row_ops.attend_selected(q, k, v, mask, slots, 0.125), dtype)
 
 
