@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx_aot
 from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import Compiled
@@ -27,6 +25,7 @@ from eepass.codegen.compiled_code import CompiledCode, code_key
 from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels, refuse_foreign
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
+from eepass.private_names import compile_fx_aot, inductor_config
 from eepass.segments import GraphToMake
 
 _operators = torch.ops.eepass
@@ -135,7 +134,7 @@ def _compiled_files(lowered: GraphModule, fakes: list[Any], cache: Path) -> list
 
 
 def _is_setting(name: str) -> bool:
-    return hasattr(torch._inductor.config.aot_inductor, name.partition(".")[2])
+    return hasattr(inductor_config.aot_inductor, name.partition(".")[2])
 
 
 def _refuse_foreign_operators(graph: GraphModule) -> None:

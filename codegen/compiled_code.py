@@ -6,11 +6,11 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from eepass.codegen.by_structure import Compiled
 from eepass.codegen.libraries import path_of
+from eepass.private_names import AOTIModelContainerRunnerCpu
 
 
 def code_key(structure: str, logits: bool) -> str:
@@ -59,5 +59,5 @@ class CompiledCode:
                 and Path(name).with_suffix(".json").name not in self._contents
             ):
                 file = path_of(self._contents[name], file)
-            self._opened[key] = torch._C._aoti.AOTIModelContainerRunnerCpu(file, 1).run
+            self._opened[key] = AOTIModelContainerRunnerCpu(file, 1).run
         return self._opened[key]

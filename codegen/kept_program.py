@@ -25,13 +25,13 @@ from typing import Any
 import torch
 
 from eepass.codegen.by_structure import Compiled
+from eepass.private_names import dynamo_guards
 
 NAMESPACES = ("aten", "prims", "eepass")
-_guards: Any = torch._C._dynamo.guards
 # what inductor calls besides operators and its kernels
 FUNCTIONS: dict[str, Any] = {
-    "empty_strided_cpu": _guards._empty_strided_cpu,
-    "reinterpret_tensor": _guards._reinterpret_tensor,
+    "empty_strided_cpu": dynamo_guards._empty_strided_cpu,
+    "reinterpret_tensor": dynamo_guards._reinterpret_tensor,
     "device": torch.device,
 }
 EXTERN: dict[str, Any] = {
@@ -83,7 +83,7 @@ def run_program(program: str, kernels: Mapping[str, Path]) -> Compiled:
 def open_kernel(library: Path) -> Callable[..., None]:
     """The function of a library that inductor compiled from one loop."""
     # inductor's kernels find PyTorch's function from a tensor to its memory so
-    address = _guards._torchinductor_pyobject_tensor_data_ptr
+    address = dynamo_guards._torchinductor_pyobject_tensor_data_ptr
     os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
     name = f"{library.stem}.{ENTRY}"
     loader = ExtensionFileLoader(name, str(library))

@@ -7,12 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch._functorch.config
-import torch._inductor.config
 from torch import Tensor
-from torch._guards import TracingContext, tracing
-from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -23,6 +18,15 @@ from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
 from eepass.codegen.native_program import natively
+from eepass.private_names import (
+    FakeTensorMode,
+    TracingContext,
+    compile_fx,
+    compile_fx_inner,
+    functorch_config,
+    inductor_config,
+    tracing,
+)
 
 SETTINGS: dict[str, Any] = {
     # these are for graphs before ATen, and ours are ATen already
@@ -92,8 +96,8 @@ def for_inductor(
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     # AOTAutograd's own cache would return its wrapper around inductor's code, not the code
-    uncached = torch._functorch.config.patch(enable_autograd_cache=False)
-    settings = torch._inductor.config.patch(SETTINGS)
+    uncached = functorch_config.patch(enable_autograd_cache=False)
+    settings = inductor_config.patch(SETTINGS)
     quiet = warnings.catch_warnings()
     with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)), quiet:
         # of scales in one dtype and states in the other, in code that computes in float32

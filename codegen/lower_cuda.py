@@ -26,9 +26,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch._inductor.config
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -36,6 +34,7 @@ import eepass.ops.fused  # noqa: F401  the operators must be defined before they
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.lower_cpu import for_inductor, through_inductor
 from eepass.codegen.lower_linear import as_rows, lower_linear, replace, row_count
+from eepass.private_names import TorchDynamoException, inductor_config
 from eepass.segments import GraphToMake
 
 aten, ours = torch.ops.aten, torch.ops.eepass
@@ -137,7 +136,7 @@ class CudaCompiler(ByStructure):
 def compile_through_inductor(lowered: GraphModule, examples: Sequence[Tensor]) -> Compiled:
     settings = {**SETTINGS, TUNING: _has_one_row_product(lowered)}
     with (
-        torch._inductor.config.patch(settings),
+        inductor_config.patch(settings),
         for_inductor(copy.deepcopy(lowered), examples) as (ready, fakes),
     ):
         return through_inductor(ready, fakes)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
-from torch._guards import tracing
 from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
+from eepass.private_names import lookup_backend, tracing
 
 
 class InnerCompiler(ByStructure):

@@ -25,6 +25,7 @@ from eepass.codegen.kept_program import (
     program_of,
     run_program,
 )
+from eepass.segments import ChainedLayers, Link
 
 # kinds of arguments, as in `cpu/program.cpp`
 REGISTER, NONE, INTEGER, BOOLEAN, REAL, TENSORS, MAYBE_TENSORS, INTEGERS = range(8)
@@ -41,10 +42,22 @@ class NativeProgram:
 
     program: str
     kernels: Mapping[str, Path]
-    run: Compiled
+    native: Any
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
-        return self.run(inputs)
+        found: Sequence[Tensor] = self.native.run(inputs)
+        return found
+
+    @staticmethod
+    def chain(layers: Sequence[tuple[Compiled, Link]]) -> ChainedLayers | None:
+        """``layers`` as one native call; None where one is no ``NativeProgram``."""
+        made = torch.classes.eepass.Chain()
+        for compiled, link in layers:
+            if not isinstance(compiled, NativeProgram):
+                return None
+            made.add(compiled.native, *link)
+        run: ChainedLayers = made.run
+        return run
 
 
 def natively(compiled: Compiled) -> Compiled:
@@ -88,7 +101,8 @@ class _Translation:
         self.count = 0
         self.steps: list[tuple[str, tuple[Any, ...]]] = []
 
-    def translated(self) -> Compiled:
+    def translated(self) -> Any:
+        """An ``eepass::Program``."""
         inputs = 0
         for line in self.lines[:-1]:
             match line:
@@ -115,8 +129,7 @@ class _Translation:
         for method, arguments in self.steps:
             getattr(made, method)(*arguments)
         made.give_back(outputs)
-        run: Compiled = made.run
-        return run
+        return made
 
     def _new(self) -> int:
         self.count += 1

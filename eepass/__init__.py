@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from eepass.benchmark.probe import probe
     from eepass.bundle.write import write_folder
     from eepass.checkpoints.artifact import load_artifact
+    from eepass.checkpoints.fitting_artifact import drafts_alone
     from eepass.config import ExitConfig
     from eepass.doctoring import doctor
     from eepass.drafts.import_head import import_draft
@@ -29,6 +30,7 @@ _HOMES = {
     "bench": "eepass.benchmark.bench",
     "calibrate": "eepass.training.recalibrate",
     "doctor": "eepass.doctoring",
+    "drafts_alone": "eepass.checkpoints.fitting_artifact",
     "export_draft": "eepass.drafts.write_head",
     "export_onnx": "eepass.onnx.export",
     "generate": "eepass.hf.generation",
@@ -50,6 +52,7 @@ __all__ = [
     "bench",
     "calibrate",
     "doctor",
+    "drafts_alone",
     "export_draft",
     "export_onnx",
     "generate",

@@ -211,7 +211,9 @@ def _cuda() -> dict[str, Any]:
     if not torch.cuda.is_available():
         return {"built": built, "devices": [], "why": "torch finds no CUDA device"}
     # only builds with CUDA have it
-    driver = int(getattr(torch._C, "_cuda_getDriverVersion")())  # noqa: B009
+    from eepass.private_names import cuda_driver_version
+
+    driver = int(cuda_driver_version())
     devices = [
         {
             "name": device.name,
@@ -231,10 +233,9 @@ def _cuda() -> dict[str, Any]:
 
 
 def _caches() -> dict[str, Any]:
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
     from eepass.codegen.cpu.native import cache_dir
     from eepass.kept.entries import size_of
+    from eepass.private_names import inductor_cache_dir
 
     path = cache_dir()
     existing = next(folder for folder in (path, *path.parents) if folder.exists())
@@ -242,7 +243,7 @@ def _caches() -> dict[str, Any]:
         "path": str(path),
         "mb": round(size_of(path) / 1e6, 1),
         "writable": os.access(existing, os.W_OK),
-        "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or default_cache_dir(),
+        "inductor": os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductor_cache_dir(),
     }
 
 

@@ -17,7 +17,7 @@ from eepass.codegen.cpu.native import release_threads
 from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
 from eepass.errors import InputError, PassError
-from eepass.executors import CapturedSteps, ExitParts, Measured, engine_for
+from eepass.executors import CapturedSteps, ExitParts, Measured, drafts_in_a_step, engine_for
 from eepass.kept.acceptance import KeptAcceptance
 from eepass.kept.costs import KeptCosts
 from eepass.kept.keys import environment, tensors_key
@@ -26,9 +26,9 @@ from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import (
     draft_tensors,
-    drafts_from_the_text,
     exit_tensors,
     fits_captured_steps,
+    fits_speculative_steps,
     is_dense,
     settle,
 )
@@ -106,8 +106,8 @@ class EarlyExitModel:
         self.plan: ExitPlan | None = None
         self._is_dense = True
         self._force: int | None = None
-        # whether captured steps verify drafts from the text
-        self._chain = False
+        # whether captured steps verify draft tokens
+        self._speculates = False
         self._selection: Selection | None = None
 
     def configure(
@@ -130,7 +130,7 @@ class EarlyExitModel:
         """As ``configure``; the engine is made when it is first asked for."""
         config, plan = ExitConfig() if config is None else config, None
         # asked for by name: where there is no artefact it is what the default comes to as well
-        chain = drafts_from_the_text(config) and not dense and force is None
+        speculates = fits_speculative_steps(config) and not dense and force is None
         layers = self.decoder.num_layers
         if force is not None:
             if dense or not 1 <= force <= layers:
@@ -149,7 +149,7 @@ class EarlyExitModel:
             self._engine.close()
         self._engine, self.config, self.plan = None, config, plan
         self._is_dense, self._force = dense, force
-        self._chain = chain and drafts_from_the_text(config)
+        self._speculates = speculates and fits_speculative_steps(config)
         self._selection = selection
 
     @property
@@ -162,7 +162,7 @@ class EarlyExitModel:
         """What decodes as configured; dense where nothing was."""
         if self._engine is None:
             config = self.config or ExitConfig()
-            self._engine = self._make_engine(config, self._is_dense, self._force, self._chain)
+            self._engine = self._make_engine(config, self._is_dense, self._force, self._speculates)
         return self._engine
 
     @property
@@ -196,26 +196,30 @@ class EarlyExitModel:
         return engine
 
     def _make_engine(
-        self, config: ExitConfig, dense: bool, force: int | None, chain: bool = False
+        self, config: ExitConfig, dense: bool, force: int | None, speculates: bool = False
     ) -> Engine | CapturedSteps:
         decoder, compiler = self.decoder, self._compiler
-        plain = dense or chain or force is not None
+        plain, trace = dense or speculates or force is not None, self.folder is None
+
+        def packs() -> bool:
+            missing = getattr(compiler(), "kernels_missing", "not lowered")
+            return decoder.device.type == "cpu" and not missing
+
         with torch.no_grad(), making_tensors_on(decoder.device):
             if self.launching is not None and (plain or fits_captured_steps(config)):
                 parts = None if plain or is_dense(config) else self.exit_parts(config)
+                drafts: dict[str, Any] = {}
+                if speculates:
+                    head = self._draft_head(None)
+                    drafts["drafts"] = drafts_in_a_step(decoder, config, head, trace, packs)
                 return CapturedSteps(
                     decoder, config, parts, self.launching, self.stop, force,
-                    lambda: getattr(compiler(), "fuse", None), self.debug, chain,
+                    lambda: getattr(compiler(), "fuse", None), self.debug, **drafts,
                 )  # fmt: skip
             if dense:
                 return Engine(decoder)
-            parts, trace = self.exit_parts(config), self.folder is None
+            parts = self.exit_parts(config)
             small = None if self.draft_model is None else self.draft_model.decoder
-
-            def packs() -> bool:
-                missing = getattr(compiler(), "kernels_missing", "not lowered")
-                return decoder.device.type == "cpu" and not missing
-
             return engine_for(
                 self._measured, config, parts, self._draft_head(parts), small, trace, packs,
                 *self._expected_drafts(), self._selection,
@@ -335,7 +339,7 @@ class EarlyExitModel:
         """How decode steps are launched, and what they cost besides; captures them if need be."""
         if isinstance(self.engine, CapturedSteps):
             return self.engine.launch_report
-        reason = "exact answers with exits or other drafts than the text's go layer by layer"
+        reason = "exact answers with exits or drafts of another model go layer by layer"
         if self.launching is None:
             reason = "neither device= nor launch= was given: layer by layer, from the host"
         return LaunchReport("engine", reason, (), self.decoder.buckets, 0, 0.0, ())

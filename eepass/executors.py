@@ -25,6 +25,7 @@ from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_tree import EagleTree
+from eepass.runtime.drafting.features import Norm
 from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
@@ -37,16 +38,21 @@ from eepass.runtime.statistics import Statistics
 from eepass.runtime.step.build import Fuse
 from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.head_drafts import HeadDrafts
 from eepass.runtime.step.launching import Launching, LaunchReport, make_engine
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.tree_shape import TreeShape, text_branches
 
 ALWAYS_ACTIVE = 2
 # of the draft head's weights
 DRAFT_BITS = 4
 # rows of the largest pass that is measured, and so of the largest tree of draft tokens
 TREE_ROWS = 32
-# rows of the largest pass of a captured step, and of one that verifies a chain of draft tokens
-MOST_STEP_ROWS, CHAIN_ROWS = 32, 8
+# rows of the largest pass of a captured step, and of one that verifies draft tokens: as many as the
+# row kernels of a GPU have in a tile anyway, and fewer where each costs
+MOST_STEP_ROWS, TREE_STEP_ROWS = 32, {"cuda": 16, "cpu": 8}
+# of those, rows for draft tokens from the text where there is a draft head as well, and its levels
+BESIDE, STEP_LEVELS = 4, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,16 +160,43 @@ def _draft_for(
     if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in head):
         return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        eagle = EagleHead(
-            head, _embedding(decoder), decoder.compile, trace,
-            lambda: DRAFT_BITS if packs() else None,
-        )  # fmt: skip
-        norm = partial(decoder.splits[1].head.normed, tensors=decoder.tensors)
+        eagle, norm = _eagle_head(decoder, head, trace, packs), _norm(decoder)
         if source in ("eagle", "cascade"):
             return Cascade(EagleTree(eagle, norm), text if source == "cascade" else None)
         # candidates of early exits
         return EagleTree(eagle, norm, named)
     return None
+
+
+def drafts_in_a_step(
+    decoder: Decoder,
+    config: ExitConfig,
+    head: Mapping[str, Tensor],
+    trace: bool,
+    packs: Callable[[], bool],
+) -> tuple[TreeShape, HeadDrafts | None]:
+    """Which draft tokens a captured step verifies, and the draft head that names some of them;
+    arguments as for ``engine_for``."""
+    most = TREE_STEP_ROWS[decoder.device.type]
+    drafts = max(size for size in decoder.buckets if size <= most) - 1
+    if config.speculate == "suffix" or DRAFT_HEAD not in head:
+        return TreeShape(text_branches(drafts)), None
+    beside = min(BESIDE, drafts // 2) if config.speculate == "cascade" else 0
+    shape = TreeShape((beside,) * bool(beside), drafts - beside, STEP_LEVELS)
+    eagle = _eagle_head(decoder, head, trace, packs)
+    return shape, HeadDrafts(eagle, _norm(decoder), decoder.compile_captured)
+
+
+def _eagle_head(
+    decoder: Decoder, head: Mapping[str, Tensor], trace: bool, packs: Callable[[], bool]
+) -> EagleHead:
+    return EagleHead(
+        head, _embedding(decoder), decoder.compile, trace, lambda: DRAFT_BITS if packs() else None
+    )
+
+
+def _norm(decoder: Decoder) -> Norm:
+    return partial(decoder.splits[1].head.normed, tensors=decoder.tensors)
 
 
 def _embedding(decoder: Decoder) -> Tensor:
@@ -192,11 +225,13 @@ class CapturedSteps:
         force: int | None = None,
         fuse: Callable[[], Fuse | None] = lambda: None,
         debug: bool = False,
-        chain: bool = False,
+        drafts: tuple[TreeShape, HeadDrafts | None] = (TreeShape(), None),
     ) -> None:
         """``parts``: exits, None for a dense or forced step. ``fuse``: what compiles the updates of
         a step's state, if anything does. ``debug``: assert at each step that nothing has moved
-        since it was captured. ``chain``: a step verifies a chain of draft tokens, exactly."""
+        since it was captured. ``drafts``: the draft tokens that a step verifies, exactly, and the
+        head that names them."""
+        tree, self._head = drafts
         self._options = StepOptions(
             kv=config.kv,
             pending=config.pending,
@@ -205,7 +240,7 @@ class CapturedSteps:
             always=ALWAYS_ACTIVE,
             force=force,
             stop=tuple(sorted(stop)),
-            chain=max(size for size in decoder.buckets if size <= CHAIN_ROWS) if chain else 0,
+            tree=tree if tree.rows > 1 else None,
         )
         self.decoder, self._launching = decoder, launching
         self._parts, self._fuse, self._debug = parts, fuse, debug
@@ -266,8 +301,9 @@ class CapturedSteps:
             exits = None if self._parts is None else self._exit_points(self._parts, draws)
             options = replace(self._options, draws=draws)
             self._steps, self._report = make_engine(
-                self.decoder, exits, options, self._launching, self._fuse(), self._debug
-            )
+                self.decoder, exits, options, self._launching, self._fuse(), self._debug,
+                self._head,
+            )  # fmt: skip
         return self._steps
 
     def _exit_points(self, parts: ExitParts, draws: bool) -> ExitPoints:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from eepass.checkpoints.artifact import Artifact, artifact_for
+from eepass.checkpoints.artifact import Artifact
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
 from eepass.codegen.cpu.native import build_kernels, load_kernels
@@ -23,7 +24,7 @@ from eepass.lengths import refuse_longer, usual_length
 from eepass.passes.report import PassReport
 from eepass.runtime.step.launching import choose, require_device, require_room, running_out
 from eepass.segments import SplitDecoder
-from eepass.wrappers import compiled_inside, no_model
+from eepass.wrappers import adapted_inside, no_model
 
 __all__ = [
     "ALWAYS_ACTIVE", "ARTIFACT", "MAX_LENGTH", "PREFILL_ROWS", "STEP_ROWS", "EarlyExitModel",
@@ -58,7 +59,7 @@ def transform(
     torchao quantised are replaced in ``model`` by equivalent ones that can be compiled; exact then
     means the answer of the quantised model.
 
-    Of a model that ``torch.compile`` wraps it takes the one inside.
+    Of a model that ``torch.compile`` or PEFT wraps it takes the one inside, its adapter included.
     A model that is transformed already is configured anew over the same code, weights and cache;
     it has its own artefact or none.
     ``artifact``: a folder written by ``eepass.train``; without one no token exits early, and
@@ -76,7 +77,7 @@ def transform(
     Raises ``InputError`` for a model, artefact or config that does not fit, with the reason;
     ``EngineError`` for a device or launch mode that is not to be had.
     """
-    model = compiled_inside(model)
+    model = adapted_inside(model)
     captured = device is not None or launch is not None
     if captured and (dump is not None or draft_model is not None):
         raise InputError("dump and draft_model go with neither device= nor launch=")

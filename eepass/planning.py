@@ -70,10 +70,11 @@ def fits_captured_steps(config: ExitConfig) -> bool:
     return plain and (early or not config.exits)
 
 
-def drafts_from_the_text(config: ExitConfig) -> bool:
-    """Whether ``config`` asks for draft tokens from the text, verified exactly, and no exits: what
-    a captured step can do with several tokens a pass."""
-    return config.speculate == "suffix" and not config.exits and config.context == "full"
+def fits_speculative_steps(config: ExitConfig) -> bool:
+    """Whether a captured step that verifies draft tokens, exactly and without exits, can decode so:
+    with draft tokens from the text, from a trained head, or from both."""
+    drafts = config.speculate in ("suffix", "eagle", "cascade") and config.context == "full"
+    return drafts and not config.exits
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:

@@ -22,6 +22,11 @@ InputKind = Literal[
     "draft", "previous",
 ]  # fmt: skip
 T = TypeVar("T")
+# A layer among layers that are called as one: its inputs, None for those that change with each
+# pass; the place of the hidden state; the places of the others, and which of what changes they are
+Link = tuple[list[Tensor | None], int, list[int], list[int]]
+# number of the first layer, that after the last one, hidden state, what changes -> hidden state
+ChainedLayers = Callable[[int, int, Tensor, list[Tensor]], Tensor]
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from eepass.plan import ExitSegments
+from eepass.private_names import OpOverload
 from eepass.segments import Head, Input, InputKind, Segment, SplitDecoder
 
 NAMESPACES = ("aten", "prims", "eepass")
@@ -157,7 +158,7 @@ def _graph_to_json(graph: Graph) -> list[dict[str, Any]]:
 def _target_name(target: Any) -> str:
     if target is operator.getitem:
         return "getitem"
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in NAMESPACES:
+    if isinstance(target, OpOverload) and target.namespace in NAMESPACES:
         return str(target)
     raise NotStorable(f"it calls {target}, which is Python code and cannot be stored")
 

@@ -19,12 +19,25 @@ def compiled_inside(model: Any) -> Any:
     return model
 
 
+def adapted_inside(model: Any) -> Any:
+    """The module inside PEFT's and ``torch.compile``'s wrappers, whose layers hold the adapter;
+    ``InputError`` where it is none of the layers'."""
+    model = compiled_inside(model)
+    while hasattr(model, "get_base_model"):
+        config = getattr(model, "active_peft_config", None)
+        if getattr(config, "is_prompt_learning", False):
+            raise InputError(
+                f"{type(model).__name__}: its adapter adds to the prompt, which eepass does not "
+                "follow; adapters of layers (LoRA) are followed"
+            )
+        model = compiled_inside(model.get_base_model())
+    return model
+
+
 def original_inside(model: Any) -> Any:
     """The Hugging Face model inside all wrappers; ``InputError`` for what is none."""
-    model = compiled_inside(model)
-    while (inner := getattr(model, "get_base_model", None)) is not None:
-        # PEFT's; its ``generate`` calls the inner model's
-        model = compiled_inside(inner())
+    # PEFT's; its ``generate`` calls the inner model's
+    model = adapted_inside(model)
     if isinstance(model, nn.Module) and hasattr(model, "generate"):
         return model
     raise no_model(model)

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
+from eepass.private_names import FakeTensorMode
 from eepass.segments import Segment
 
 # the inputs in which a token leaves something behind for later ones

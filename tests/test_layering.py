@@ -10,7 +10,8 @@ ROOT = Path(__file__).parents[1]
 STAGES = ("passes", "codegen", "runtime")
 # the words all stages share; they import one another alone
 VOCABULARY = {
-    "config", "errors", "exit_rule", "kernel_forms", "masks", "ops", "plan", "reading", "segments",
+    "config", "errors", "exit_rule", "kernel_forms", "masks", "ops", "plan", "private_names",
+    "reading", "segments",
 }  # fmt: skip
 # by wing, what it may import besides itself and the vocabulary; files of eepass/ itself are wings
 MAY_IMPORT = {

@@ -1,11 +1,11 @@
 // CPU kernels of eepass::attend_rows and eepass::attend_selected.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <limits>
 
+#include "results.h"
 #include "rows.h"
 
 namespace eepass {
@@ -40,7 +40,7 @@ at::Tensor attend(const at::Tensor& q, const at::Tensor& k, const at::Tensor& v,
   check(q, k, v, mask);
   const at::Tensor q_ = lanes_together(q), k_ = lanes_together(k), v_ = lanes_together(v);
   const at::Tensor mask_ = lanes_together(mask);
-  at::Tensor out = at::empty({q.size(0), q.size(1), v.size(2)}, q.options());
+  at::Tensor out = result({q.size(0), q.size(1), v.size(2)}, q.scalar_type());
   if (out.numel() == 0) return out;
   AttendCall call{q_.const_data_ptr(), k_.const_data_ptr(), v_.const_data_ptr(),
                   mask_.const_data_ptr(), out.mutable_data_ptr(),

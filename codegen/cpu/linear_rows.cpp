@@ -1,13 +1,13 @@
 // CPU kernels of eepass::linear_rows and eepass::logits_rows.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
 #include <vector>
 
 #include "isa.h"
+#include "results.h"
 #include "rows.h"
 
 namespace eepass {
@@ -46,7 +46,7 @@ std::vector<at::Tensor> products(const at::Tensor& given, at::TensorList weights
   std::vector<Linear> layers;
   for (size_t i = 0; i < weights.size(); i++) {
     const int64_t N = weights[i].size(0);
-    outs.push_back(at::empty({x.size(0), N}, x.options().dtype(dtype)));
+    outs.push_back(result({x.size(0), N}, dtype));
     const float* bias = nullptr;
     if (const std::optional<at::Tensor> b = biases.get(i); b.has_value()) {
       kept.push_back(b->to(at::kFloat).contiguous());

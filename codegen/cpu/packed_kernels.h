@@ -7,6 +7,8 @@
 // in this order whatever the number of rows, so a row has the same bits alone and with others. Dot
 // products of integers are exact, so they are the same on every processor.
 
+#include <limits>
+
 #include "packed.h"
 #include "simd.h"
 
@@ -299,7 +301,7 @@ float largest_of(const T* x, int64_t count) {
     const Floats v = values(x + i);
     found = most(found, magnitude(v)), wrong = fma(v, zero(), wrong);
   }
-  return largest(found) + total(wrong);
+  return any_nan(wrong) ? std::numeric_limits<float>::quiet_NaN() : largest(found);
 }
 
 // As torchao rounds a row; its smallest step is float32's epsilon.

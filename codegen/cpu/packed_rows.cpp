@@ -2,7 +2,6 @@
 
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/library.h>
 
@@ -13,6 +12,8 @@
 
 #include "isa.h"
 #include "packed.h"
+#include "results.h"
+#include "scratch.h"
 
 namespace eepass {
 namespace {
@@ -38,6 +39,7 @@ struct Tile {
   int64_t first, rows, taken, at;
 };
 
+// All but the last have `most` rows.
 std::vector<Tile> tiles_of(int64_t R, int64_t K, bool integers, int most) {
   const int64_t spans = (K + SPAN - 1) / SPAN * span_words(integers);
   std::vector<Tile> tiles;
@@ -100,7 +102,7 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
                 packed_inputs(form, packed[i]));
     const int64_t N = outputs[i], blocks = packed[i].size(0);
     TORCH_CHECK((N + OUTPUTS - 1) / OUTPUTS == blocks, N, " outputs do not fit ", blocks, " blocks");
-    outs.push_back(at::empty({R, N}, x.options().dtype(c10::CppTypeToScalarType<O>::value)));
+    outs.push_back(result({R, N}, c10::CppTypeToScalarType<O>::value));
     const at::Tensor* bias = nullptr;
     if (const std::optional<at::Tensor> b = biases.get(i); b.has_value()) {
       TORCH_CHECK(b->numel() == N, "a bias of ", b->numel(), " for ", N, " outputs");
@@ -118,24 +120,33 @@ std::vector<at::Tensor> multiply_rows(const at::Tensor& given, at::TensorList pa
   const PackedKernels& use = *kernels();
   const std::vector<Tile> tiles = tiles_of(R, K, integers, use.most_rows);
   if (tiles.empty()) return outs;
-  static thread_local std::vector<int32_t> words;
-  const size_t needed =
-      tiles.back().at + tiles.back().taken * ((K + SPAN - 1) / SPAN) * span_words(integers);
-  if (words.size() < needed * ways.size()) words.resize(needed * ways.size());
-  int32_t* prepared = words.data();
+  const int64_t spans = (K + SPAN - 1) / SPAN, taken = tiles.back().first + tiles.back().taken;
+  const int64_t needed = taken * spans * span_words(integers);
+  const int64_t bytes = needed * static_cast<int64_t>(ways.size() * sizeof(int32_t));
+  const auto room = [&] { return reinterpret_cast<int32_t*>(scratch(bytes, 0)); };
   const T* rows = x.const_data_ptr<T>();
-#pragma omp parallel
-  {
-#pragma omp for schedule(static)
-    for (int64_t row = 0; row < static_cast<int64_t>(tiles.size()) * use.most_rows; row++) {
-      const Tile& tile = tiles[row / use.most_rows];
-      const int64_t r = row % use.most_rows;
-      if (r >= tile.taken) continue;
+  const auto prepare = [&](const Tile& tile, int32_t* to) {
+    for (int64_t r = 0; r < tile.taken; r++) {
       // rows of padding repeat the last one
       const int64_t from = tile.first + std::min(r, tile.rows - 1);
       for (size_t way = 0; way < ways.size(); way++)
         use.prepare(rows + from * K, sizeof(T) == 2, K, ways[way], tile.taken, r,
-                    prepared + way * needed + tile.at);
+                    to + way * needed + tile.at);
+    }
+  };
+  // A few rows are prepared by each thread for itself: waiting for the others, and for what they
+  // wrote to arrive from another core's cache, takes longer.
+  const bool shared = tiles.size() > 1;
+  int32_t* const common = shared ? room() : nullptr;
+#pragma omp parallel
+  {
+    int32_t* const prepared = shared ? common : room();
+    if (shared) {
+      // tiles share no cache line
+#pragma omp for schedule(static)
+      for (size_t i = 0; i < tiles.size(); i++) prepare(tiles[i], prepared);
+    } else {
+      prepare(tiles[0], prepared);
     }
 #pragma omp for schedule(static) nowait
     for (int64_t task = 0; task < total; task++) {

@@ -4,7 +4,6 @@
 // operator. In Python each costs microseconds, and a layer has thirty of them; `native_program.py`
 // reads the lines and writes them down here once.
 
-#include <ATen/EmptyTensor.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/csrc/inductor/inductor_ops.h>
@@ -17,6 +16,8 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#include "results.h"
 
 namespace eepass {
 namespace {
@@ -131,10 +132,18 @@ struct Program : torch::CustomClassHolder {
   void give_back(Numbers from) { outputs = std::move(from); }
 
   std::vector<at::Tensor> run(const std::vector<at::Tensor>& given) const {
-    TORCH_CHECK(static_cast<int64_t>(given.size()) == inputs, "a program of ", inputs,
-                " inputs was given ", given.size());
+    check_inputs(given.size());
     Registers values(registers);
     for (int64_t i = 0; i < inputs; i++) values[i] = given[i];
+    return run_with(std::move(values));
+  }
+  void check_inputs(size_t given) const {
+    TORCH_CHECK(static_cast<int64_t>(given) == inputs, "a program of ", inputs,
+                " inputs was given ", given);
+  }
+  Registers new_registers() const { return Registers(registers); }
+  // `values` begins with the inputs
+  std::vector<at::Tensor> run_with(Registers values) const {
     for (const Step& step : steps) execute(step, values);
     std::vector<at::Tensor> results;
     results.reserve(outputs.size());
@@ -148,8 +157,7 @@ struct Program : torch::CustomClassHolder {
   static void execute(const Step& step, Registers& values) {
     switch (step.kind) {
       case Kind::empty:
-        values[step.to] = at::Tensor(
-            at::detail::empty_strided_cpu(step.sizes, step.strides, step.dtype));
+        values[step.to] = result(step.sizes, step.strides, step.dtype);
         return;
       case Kind::view:
         values[step.to] = torch::inductor::_reinterpret_tensor(
@@ -189,6 +197,51 @@ struct Program : torch::CustomClassHolder {
   Numbers outputs;
 };
 
+// Programs that run one after another, each on the hidden state that the one before returns: the
+// layers of a pass. All other inputs are there already, but for those that change with each pass.
+struct Chain : torch::CustomClassHolder {
+  struct Link {
+    c10::intrusive_ptr<Program> program;
+    // nothing where an input comes with the call
+    std::vector<std::optional<at::Tensor>> inputs;
+    int64_t hidden;
+    Numbers places, which;
+  };
+
+  // Input number places[i] of the program is number which[i] of what changes.
+  void add(c10::intrusive_ptr<Program> program, std::vector<std::optional<at::Tensor>> inputs,
+           int64_t hidden, Numbers places, Numbers which) {
+    program->check_inputs(inputs.size());
+    TORCH_CHECK(places.size() == which.size(), "each place needs an input");
+    const int64_t count = inputs.size();
+    for (const int64_t place : places) TORCH_CHECK(0 <= place && place < count, "place ", place);
+    TORCH_CHECK(0 <= hidden && hidden < count, "hidden state at ", hidden, " of ", count, " inputs");
+    links.push_back({std::move(program), std::move(inputs), hidden, std::move(places),
+                     std::move(which)});
+  }
+
+  // The hidden state before link `first` to the one before link `end`.
+  at::Tensor run(int64_t first, int64_t end, at::Tensor hidden,
+                 const std::vector<at::Tensor>& changing) const {
+    TORCH_CHECK(0 <= first && first <= end && end <= static_cast<int64_t>(links.size()),
+                "links ", first, " to ", end, " of ", links.size());
+    for (int64_t number = first; number < end; number++) {
+      const Link& link = links[number];
+      Registers values = link.program->new_registers();
+      for (size_t i = 0; i < link.inputs.size(); i++)
+        if (link.inputs[i]) values[i] = *link.inputs[i];
+      for (size_t i = 0; i < link.places.size(); i++)
+        values[link.places[i]] = changing.at(link.which[i]);
+      values[link.hidden] = std::move(hidden);
+      hidden = std::move(link.program->run_with(std::move(values)).at(0));
+    }
+    return hidden;
+  }
+
+ private:
+  std::vector<Link> links;
+};
+
 }  // namespace
 }  // namespace eepass
 
@@ -203,4 +256,8 @@ TORCH_LIBRARY_FRAGMENT(eepass, m) {
       .def("call", &eepass::Program::call)
       .def("give_back", &eepass::Program::give_back)
       .def("run", &eepass::Program::run);
+  m.class_<eepass::Chain>("Chain")
+      .def(torch::init<>())
+      .def("add", &eepass::Chain::add)
+      .def("run", &eepass::Chain::run);
 }

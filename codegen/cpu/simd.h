@@ -73,6 +73,7 @@ inline Floats values(const uint16_t* p) {
 inline Floats most(Floats a, Floats b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline Floats magnitude(Floats a) { return {_mm512_abs_ps(a.v)}; }
 inline float largest(Floats a) { return _mm512_reduce_max_ps(a.v); }
+inline bool any_nan(Floats a) { return _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q) != 0; }
 // Rounds to the nearest bytes, ties to even; returns their sum.
 inline int32_t round_bytes(Floats a, int8_t* out) {
   const __m512i codes = _mm512_min_epi32(
@@ -184,21 +185,26 @@ inline Floats magnitude(Floats x) {
   return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
 }
 inline float largest(Floats x) {
-  float lanes[16], found = 0;
-  store(lanes, x);
-  for (float lane : lanes) found = lane > found ? lane : found;
-  return found;
+  const __m256 eight = _mm256_max_ps(x.a, x.b);
+  __m128 found = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  found = _mm_max_ps(found, _mm_movehl_ps(found, found));
+  return _mm_cvtss_f32(_mm_max_ss(found, _mm_movehdup_ps(found)));
+}
+inline bool any_nan(Floats x) {
+  const auto nan = [](__m256 a) { return _mm256_movemask_ps(_mm256_cmp_ps(a, a, _CMP_UNORD_Q)); };
+  return (nan(x.a) | nan(x.b)) != 0;
 }
 inline int32_t round_bytes(Floats x, int8_t* out) {
-  const __m256i low = _mm256_set1_epi32(-128), high = _mm256_set1_epi32(127);
-  int32_t codes[16], sum = 0;
-  const auto put = [&](__m256 half, int at) {
-    const __m256i code = _mm256_min_epi32(_mm256_max_epi32(_mm256_cvtps_epi32(half), low), high);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + at), code);
-  };
-  put(x.a, 0), put(x.b, 8);
-  for (int i = 0; i < 16; i++) out[i] = static_cast<int8_t>(codes[i]), sum += codes[i];
-  return sum;
+  // packing clamps: to 16 bits, then to 8
+  const __m256i a = _mm256_cvtps_epi32(x.a), b = _mm256_cvtps_epi32(x.b);
+  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(a, b), 0xd8);
+  const __m128i bytes =
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), bytes);
+  // bytes + 128 as unsigned ones, summed by eights
+  const __m128i shifted = _mm_xor_si128(bytes, _mm_set1_epi8(static_cast<char>(128)));
+  const __m128i sums = _mm_sad_epu8(shifted, _mm_setzero_si128());
+  return _mm_cvtsi128_si32(sums) + _mm_extract_epi16(sums, 4) - 16 * 128;
 }
 
 #endif

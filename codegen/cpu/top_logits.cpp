@@ -1,12 +1,13 @@
 // CPU kernel of eepass::top_logits: the few largest of many.
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <limits>
 #include <vector>
+
+#include "results.h"
 
 namespace eepass {
 namespace {
@@ -42,8 +43,8 @@ std::vector<at::Tensor> top_logits(const at::Tensor& given, int64_t k) {
               "top_logits: ", k, " of float32 logits ", given.sizes());
   const at::Tensor logits = given.contiguous();
   const int64_t R = logits.size(0), N = logits.size(1);
-  at::Tensor values = at::empty({R, k}, logits.options());
-  at::Tensor index = at::empty({R, k}, logits.options().dtype(at::kLong));
+  at::Tensor values = result({R, k}, at::kFloat);
+  at::Tensor index = result({R, k}, at::kLong);
   const float* x = logits.const_data_ptr<float>();
   float* to = values.mutable_data_ptr<float>();
   int64_t* at = index.mutable_data_ptr<int64_t>();

@@ -11,11 +11,11 @@ from time import perf_counter
 from typing import Any
 
 import torch
-import torch._inductor.config
 
 from eepass.errors import InputError
 from eepass.masks import causal_mask
 from eepass.passes.trace.decode_step import decode_step
+from eepass.private_names import inductor_config
 
 # whole-model compilation in its variants; the fastest on this machine is the baseline
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -77,9 +77,9 @@ def fastest_compiled(model: Any, cache_length: int, prompt: list[int]) -> tuple[
     """Compile every variant, decode with each, and keep the fastest; its name says which it is."""
     measured = []
     for name, options in VARIANTS.items():
-        torch._dynamo.reset()
+        torch.compiler.reset()
         decoder = HfDecoder(model, cache_length, options)
-        with torch._inductor.config.patch(options):
+        with inductor_config.patch(options):
             _decode_seconds(decoder, prompt)
             seconds = min(_decode_seconds(decoder, prompt) for _ in range(3))
         measured.append((seconds, name, decoder))

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, artifact_for
+from eepass.checkpoints.artifact import Artifact
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.codegen.cuda.stored_kernels import KernelsUnfit, best_folder, write_kernels
 from eepass.errors import InputError, PassError
 from eepass.kernel_forms import HeadChain

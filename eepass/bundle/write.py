@@ -18,7 +18,8 @@ from eepass.bundle.gpu_kernels import HOME, capability_of, compile_split
 from eepass.bundle.load import CODE, KERNELS, WEIGHTS
 from eepass.bundle.manifest import GRAPHS, is_transformed, write_manifest
 from eepass.checkpoints.artifact import MANIFEST as TRAINED
-from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
+from eepass.checkpoints.artifact import Artifact, fingerprint
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import write_tokenizer

@@ -22,6 +22,7 @@ from eepass.checkpoints.artifact_checks import (
     refuse_bad_tensors,
 )
 from eepass.checkpoints.draft_codes import as_codes, from_codes
+from eepass.checkpoints.hub_artifact import fetch_artifact, is_hub_id
 from eepass.checkpoints.quantized_weights import QuantizedWeight, quantized_layers
 from eepass.errors import InputError
 from eepass.files import save_tensors, write_text_atomically
@@ -93,12 +94,14 @@ class PresetPart:
 @dataclass(frozen=True, slots=True)
 class Artifact:
     """Tensors, ``predictor.<preset>.<layer>.*``, ``translator.<layer>.*``, ``eagle.*`` and
-    ``hot.ids``, and what they were trained for. Without presets there is a draft head alone."""
+    ``hot.ids``, and what they were trained for. Without presets there is a draft head alone;
+    ``any_weights``: which may draft for a model with other weights (``drafts_alone``)."""
 
     fingerprint: Mapping[str, Any]
     presets: Mapping[str, PresetPart]
     tensors: Mapping[str, Tensor]
     report: Mapping[str, Any] = field(default_factory=dict)
+    any_weights: bool = False
 
     def predictors(self, preset: str) -> dict[str, Tensor]:
         """The predictors of a preset, ``<layer>.*``."""
@@ -153,11 +156,21 @@ def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tens
     return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
 
 
-def load_artifact(folder: Path, read: Callable[[Path], bytes] = Path.read_bytes) -> Artifact:
-    """Read an artefact; raises ``InputError`` saying which file or field does not fit.
+def local_folder(spec: str | Path) -> Path:
+    """The folder of the artefact ``spec``; of an id, ``org/name[@revision]``, the one in the hub's
+    cache, fetched if it is not there. Raises ``InputError`` where there is no such artefact."""
+    if is_hub_id(spec):
+        return fetch_artifact(spec, MANIFEST, FILES, _written_by_us)
+    return Path(spec)
+
+
+def load_artifact(folder: str | Path, read: Callable[[Path], bytes] = Path.read_bytes) -> Artifact:
+    """Read an artefact, from a folder or by its id on the hub; raises ``InputError`` saying which
+    file or field does not fit.
 
     ``read`` returns the contents of a file.
     """
+    folder = local_folder(folder)
     path = folder / MANIFEST
     try:
         text = read(path)
@@ -243,49 +256,3 @@ def _sample_of_codes(weight: QuantizedWeight, shape: tuple[int, int]) -> Tensor:
     index = torch.arange(0, size, max(size // SAMPLE, 1))[:SAMPLE]
     values = weight.values(torch.bfloat16, index // shape[1])
     return values[torch.arange(len(index)), index % shape[1]].cpu()
-
-
-def refuse_other_model(
-    artifact: Artifact, model: Any, where: Path | str, same_weights: bool = True
-) -> None:
-    """Raise ``InputError`` naming the first field in which the artefact is of another model; not
-    ``same_weights``: rounding may have changed those."""
-    for name, value in fingerprint(model).items():
-        if artifact.fingerprint.get(name) != value and (same_weights or name != "weights"):
-            quantized = name == "weights" and any(quantized_layers(model))
-            raise InputError(
-                f"{where}: trained for another model ({name} is "
-                f"{artifact.fingerprint.get(name)!r} there, {value!r} here); run eepass "
-                + ("calibrate, if it is the same model quantised" if quantized else "train")
-            )
-
-
-def artifact_for(
-    model: Any, artifact: str | Path | Artifact, where: str = "artifact", same_weights: bool = True
-) -> Artifact:
-    """``artifact``, read if it is a folder; raises ``InputError`` where it is damaged or, calling
-    it ``where``, not of ``model``. ``same_weights`` as for ``refuse_other_model``."""
-    found = artifact if isinstance(artifact, Artifact) else load_artifact(Path(artifact))
-    refuse_other_model(found, model, where, same_weights)
-    return found
-
-
-def artifact_beside(checkpoint: Path) -> Path | None:
-    """The artefact in the folder ``eepass`` of a checkpoint, if there is one."""
-    folder = checkpoint / "eepass"
-    return folder if (folder / MANIFEST).is_file() else None
-
-
-def found_artifact(model: Any) -> Path | None:
-    """The artefact that belongs to ``model``: the one beside its checkpoint, or the shipped one if
-    it is of this model; None if there is neither."""
-    name = getattr(model, "name_or_path", "")
-    if name and (beside := artifact_beside(Path(name))):
-        return beside
-    if (SHIPPED / MANIFEST).is_file():
-        trained_for = parse_json((SHIPPED / MANIFEST).read_bytes())["fingerprint"]
-        # the architecture first: hashing weights takes longer
-        same = trained_for["architecture"] == type(model).__name__
-        if same and trained_for == fingerprint(model):
-            return SHIPPED
-    return None

@@ -113,7 +113,8 @@ def _holdings(spec: str, quantised: bool) -> Holdings:
 def _weight_files(spec: str) -> list[str]:
     """The files transformers reads weights from; those of an id are downloaded as it does."""
     from transformers.utils import cached_file
-    from transformers.utils.hub import get_checkpoint_shard_files
+
+    from eepass.private_names import get_checkpoint_shard_files
 
     for kind in ("model.safetensors", "pytorch_model.bin"):
         for name in (kind, f"{kind}.index.json"):

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from eepass.checkpoints.artifact import MANIFEST, SHIPPED, artifact_beside
+from eepass.checkpoints.artifact import MANIFEST, SHIPPED, Artifact
+from eepass.checkpoints.fitting_artifact import artifact_beside
 from eepass.checkpoints.quantized_weights import ACTIVATIONS, quantization_of
 from eepass.checkpoints.read_gguf import load_gguf
 from eepass.checkpoints.read_pretrained import load_pretrained
@@ -41,7 +42,7 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    artifact: Path | None
+    artifact: Path | Artifact | None
     transformed: bool = False
     unquantized_artifact: Path | None = None
     quantization: str = ""
@@ -112,6 +113,11 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: st
     else:
         folder = Path(spec)
         if folder.exists() and not (folder / "config.json").exists():
+            if (folder / "adapter_config.json").exists():
+                raise InputError(
+                    f"{spec}: an adapter of PEFT, no model; give the folder that "
+                    "merge_and_unload() and save_pretrained() write"
+                )
             raise InputError(f"{spec}: a folder without config.json is not a model")
         if not folder.exists() and (folder.is_absolute() or spec.count("/") != 1):
             raise InputError(f"{spec}: no such model; give a folder, a .gguf file or smollm2")

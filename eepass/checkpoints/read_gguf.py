@@ -102,7 +102,8 @@ def _described_model(folder: Path, dtype: torch.dtype) -> Any:
 def _names(model: Any, processor: Any) -> dict[str, str]:
     """The model's parameter that each of a file's tensors is, by name."""
     import gguf
-    from transformers.modeling_gguf_pytorch_utils import get_gguf_hf_weights_map
+
+    from eepass.private_names import get_gguf_hf_weights_map
 
     # transformers asks for it anew for each module of the model, which takes seconds
     asked = gguf.get_tensor_name_map
@@ -119,7 +120,7 @@ class _Weights:
     many quantised ones are dequantised, by type."""
 
     def __init__(self, model: Any, header: GgufFile, keep: bool, names: Path) -> None:
-        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+        from eepass.private_names import TENSOR_PROCESSORS, TensorProcessor
 
         self.model, self.header, self.keep = model, header, keep
         # without C++ kernels the gguf package dequantises

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from eepass.checkpoints.quantized_weights import QuantizedWeight, grouped, replace_linears
 from eepass.errors import InputError
 from eepass.ops.packed import INT8
 from eepass.ops.packing import GROUP
+from eepass.private_names import is_traceable_wrapper_subclass
 
 KINDS = ("int8", "int4", "int8-dynamic")
 # columns that share a scale with --quantize int4, and that a layer's width is a multiple of

@@ -33,6 +33,7 @@ CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) no
 def chat(
     model: options.Model,
     artifact: options.ArtifactDir = None,
+    drafts_alone: options.DraftsAlone = False,
     quantize: options.Quantize = "keep",
     activations: options.Activations = "int8",
     system: Annotated[str, typer.Option(help="What the model is told first.")] = "",
@@ -77,7 +78,7 @@ def chat(
     loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     if max_length is None and not loaded.transformed:
         max_length = usual_length(loaded.model, USUAL_LENGTH)
-    ready = transform_model(loaded, artifact, config, max_length, dense)
+    ready = transform_model(loaded, artifact, config, max_length, dense, drafts_alone=drafts_alone)
     if dense:
         ready.record(dense=True)
     conversation = Conversation(loaded, ready, max_new_tokens, sampling, raw)

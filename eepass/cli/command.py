@@ -26,7 +26,8 @@ def command(function: Callable[..., Any], when_stopped: str = "stopped") -> Call
     """Wrap ``function``, whose options may be ``json_file``, ``threads`` and ``debug``.
 
     What it returns is written to ``json_file``. What the person can correct is reported in one line
-    with exit code 2, unless ``debug`` asks for the traceback; ``when_stopped`` after Ctrl-C.
+    with exit code 2, unless ``debug`` asks for the traceback; ``when_stopped`` after Ctrl-C. An
+    ``artifact`` from the hub is fetched first, and what is returned then names its commit.
     """
 
     @wraps(function)
@@ -35,7 +36,10 @@ def command(function: Callable[..., Any], when_stopped: str = "stopped") -> Call
         try:
             refuse_threads(options.get("threads") or 0)
             refuse_unwritable(file)
+            options, source = with_artifact_here(options)
             found = function(*arguments, **options)
+            if found is not None and source:
+                found = {**found, "artifact": source}
             if found is not None:
                 write_json(file, found)
         except KeyboardInterrupt:
@@ -57,6 +61,24 @@ def command(function: Callable[..., Any], when_stopped: str = "stopped") -> Call
 def resumed_command(function: Callable[..., Any]) -> Callable[..., None]:
     """As ``command``, for what goes on where it was stopped."""
     return command(function, "stopped: run the same command again, and the training resumes")
+
+
+def with_artifact_here(options: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """``options`` with ``artifact`` as a folder, and what was fetched for it: the id and its
+    commit, or nothing."""
+    spec = options.get("artifact")
+    if spec is None:
+        return options, ""
+    from eepass.checkpoints.hub_artifact import is_hub_id, pinned
+
+    if not is_hub_id(spec):
+        return options, ""
+    from eepass.checkpoints.artifact import local_folder
+
+    folder = local_folder(spec)
+    source = pinned(spec, folder)
+    errors.print(f"artefact: {source}", highlight=False, markup=False, soft_wrap=True)
+    return {**options, "artifact": folder}, source
 
 
 def refuse_threads(threads: int) -> None:
@@ -140,6 +162,7 @@ def transform_model(
     dense: bool = False,
     dump: Path | None = None,
     exits_optional: bool = False,
+    drafts_alone: bool = False,
 ) -> Any:
     from eepass.checkpoints.artifact import load_artifact
     from eepass.model import transform
@@ -147,6 +170,8 @@ def transform_model(
     folder = None if dense else artifact or loaded.artifact
     if folder is not None and exits_optional and not load_artifact(folder).presets:
         config = None
+    if drafts_alone:
+        folder = drafts_of(folder)
     if folder is None:
         # what needs no training: exact decoding, drafts from the prompt
         if config.guarantee == "approximate" and (dense or exits_optional):
@@ -158,6 +183,15 @@ def transform_model(
             )
     with console.status("tracing, splitting and compiling"):
         return transform(loaded.model, folder, config, max_length, loaded.stop, dump)
+
+
+def drafts_of(folder: Path | None) -> Any:
+    """The draft head of the artefact in ``folder``, for ``--drafts-alone``."""
+    from eepass.checkpoints.fitting_artifact import drafts_alone
+
+    if folder is None:
+        raise InputError("--drafts-alone: give --artifact DIR, whose draft head is taken")
+    return drafts_alone(folder)
 
 
 def refuse_fixed_options(context: typer.Context, *allowed: str) -> None:

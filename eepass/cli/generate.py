@@ -24,6 +24,7 @@ def generate(
     model: options.Model,
     prompt: Annotated[str, typer.Option(help="What to answer.")],
     artifact: options.ArtifactDir = None,
+    drafts_alone: options.DraftsAlone = False,
     quantize: options.Quantize = "keep",
     activations: options.Activations = "int8",
     max_new_tokens: options.NewTokens = 128,
@@ -72,7 +73,9 @@ def generate(
     if not loaded.transformed:
         refuse_longer(loaded.model, length, "prompt and answer together")
         length = shared_length(loaded.model, length)
-    ready = transform_model(loaded, artifact, config, length, dense, dump)
+    ready = transform_model(
+        loaded, artifact, config, length, dense, dump, drafts_alone=drafts_alone
+    )
     engine = ready.dense if dense else ready.engine
     steps = engine.generate(ids, max_new_tokens, loaded.stop, sampling)
     tokens, _, text = _show(steps, loaded.tokenizer, ready.decoder.num_layers, loaded.stop, model)

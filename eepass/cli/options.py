@@ -25,7 +25,19 @@ Trust = Annotated[
 ]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0 takes all cores.", min=0)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the figures here.")]
-ArtifactDir = Annotated[Path | None, typer.Option("--artifact", help="Folder eepass train wrote.")]
+ArtifactDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--artifact", help="Folder eepass train wrote, or its id on the hub: org/name[@revision]."
+    ),
+]
+DraftsAlone = Annotated[
+    bool,
+    typer.Option(
+        "--drafts-alone",
+        help="Take the artefact's draft head alone: for its model with an adapter, or trained on.",
+    ),
+]
 Prompts = Annotated[Path | None, typer.Option(help='JSONL, {"prompt": "..."} a line.')]
 Raw = Annotated[bool, typer.Option("--raw", help="Do not apply the model's chat template.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks.")]

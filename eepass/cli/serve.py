@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from eepass.cli import options
-from eepass.cli.command import command, load_model
+from eepass.cli.command import command, drafts_of, load_model
 from eepass.cli.console import console, errors
 from eepass.cli.signals import Stopped
 from eepass.errors import InputError
@@ -74,6 +74,7 @@ def serve(
         Path | None, typer.Option(help="TOML file of these options; those given here win.")
     ] = None,
     artifact: options.ArtifactDir = None,
+    drafts_alone: options.DraftsAlone = False,
     quantize: options.Quantize = "keep",
     activations: options.Activations = "int8",
     dense: Annotated[bool | None, typer.Option("--dense", help="No drafts and no exits.")] = None,
@@ -113,6 +114,8 @@ def serve(
     loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     if artifact is not None:
         loaded = replace(loaded, artifact=artifact)
+    if drafts_alone:
+        loaded = replace(loaded, artifact=drafts_of(loaded.artifact))
     with console.status("transforming and compiling"):
         server = serve_with(loaded, chosen)
     console.print(f"{server.model.name} at {server.url}; Ctrl-C ends it", highlight=False)

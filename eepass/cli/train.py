@@ -43,6 +43,15 @@ def train(
     ] = None,
     draft: Annotated[str, typer.Option(help="Draft head: eagle, or none.")] = "eagle",
     steps: Annotated[int, typer.Option(help="Drafts in a row the head is trained for.", min=1)] = 4,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            help="An artefact for a model of this form, whose draft head is trained further."
+        ),
+    ] = None,
+    keep_exits: Annotated[
+        bool, typer.Option("--keep-exits", help="Keep the exits of --start as they are.")
+    ] = False,
     raw: options.Raw = False,
     max_length: Annotated[
         int, typer.Option(help="Longer texts are cut here, in tokens.", min=64)
@@ -67,7 +76,8 @@ def train(
     with progress_bars() as bars:
         artifact = training.train(
             loaded, out, prompts, tokens, answers, raw, max_length, samples, temperature,
-            "eagle" if draft == "eagle" else "none", steps, own_prompts, progress=bars,
+            "eagle" if draft == "eagle" else "none", steps, own_prompts, progress=bars, start=start,
+            keep_exits=keep_exits,
         )  # fmt: skip
     show(artifact)
     show_kinds(artifact.report.get("by_kind"))

@@ -16,6 +16,7 @@ from eepass.cli.console import console, progress_bars, table
 def verify(
     model: options.Model,
     artifact: options.ArtifactDir = None,
+    drafts_alone: options.DraftsAlone = False,
     quantize: options.Quantize = "none",
     activations: options.Activations = "int8",
     prompts: options.Prompts = None,
@@ -46,7 +47,7 @@ def verify(
     room = None
     if not loaded.transformed:
         room = usual_length(loaded.model, certificate.slots_needed(ids, new_tokens))
-    ready = transform_model(loaded, artifact, ExitConfig(), room)
+    ready = transform_model(loaded, artifact, ExitConfig(), room, drafts_alone=drafts_alone)
     with progress_bars() as bars:
         found = certificate.verify(loaded, ready, ids, new_tokens, seed, bars.notify)
     show(found)

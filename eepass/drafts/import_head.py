@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.checkpoints.artifact import Artifact, PresetPart, artifact_for, fingerprint
+from eepass.checkpoints.artifact import Artifact, PresetPart, fingerprint
 from eepass.checkpoints.draft_checks import refuse_bad_draft_head
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.drafts.read_head import read_head
 from eepass.drafts.target import target_of
 from eepass.errors import InputError
 from eepass.files import writing
+from eepass.training.card import write_card
 from eepass.training.dense_model import DenseModel
 from eepass.training.measured_draft import measure_draft
 from eepass.training.progress import NoProgress, Progress
@@ -60,6 +62,7 @@ def import_draft(
     if out is not None:
         with writing(Path(out)):
             made.save(Path(out))
+            write_card(Path(out), loaded, made)
     return made
 
 

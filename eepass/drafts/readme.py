@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eepass.drafts.head_config import HeadConfig
+from eepass.training.card import acceptance_table
 
 
 def readme(
@@ -24,7 +25,7 @@ def readme(
     ]
     if format == "speculators":
         parts.append("Or, since the folder names its model:\n\n```\nvllm serve DIR\n```")
-    parts.append(_acceptance(report))
+    parts.append(acceptance_table(report))
     if config.norm_before_residual or config.norm_output or config.fc_norm:
         parts.append(
             "The head needs a server that knows `norm_before_residual`, `fc_norm` and "
@@ -34,24 +35,3 @@ def readme(
     if config.window:
         parts.append(f"Its attention sees the last {config.window} tokens.")
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _acceptance(report: Mapping[str, Any]) -> str:
-    """How far drafts were accepted, by kind of text, where the report says it."""
-    by_kind = report.get("by_kind")
-    kinds = by_kind.get("kinds") if isinstance(by_kind, Mapping) else None
-    if not isinstance(kinds, Mapping) or not kinds:
-        return ""
-    rows = [
-        f"| {name} | {' | '.join(f'{share:.2f}' for share in kind['accepted'])} "
-        f"| {kind['a_pass']:.2f} |"
-        for name, kind in kinds.items()
-    ]
-    steps = max(len(kind["accepted"]) for kind in kinds.values())
-    heads = " | ".join(f"draft {n}" for n in range(1, steps + 1))
-    return "\n".join([
-        "Share of draft tokens accepted, given those before, in a chain:\n",
-        f"| kind | {heads} | tokens a pass |",
-        "|---" * (steps + 2) + "|",
-        *rows,
-    ])  # fmt: skip

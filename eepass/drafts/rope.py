@@ -24,7 +24,8 @@ def rope_frequencies(rope: Mapping[str, Any], width: int) -> Tensor:
     if kind not in SCALED:
         raise InputError(f"rope_type is {kind!r}: heads with default, linear or llama3 are read")
     from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    from eepass.private_names import ROPE_INIT_FUNCTIONS
 
     try:
         described = LlamaConfig(head_dim=width, rope_parameters=dict(rope))

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eepass.checkpoints.artifact import Artifact, artifact_for, without_prefix
+from eepass.checkpoints.artifact import Artifact, without_prefix
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.drafts.head_config import HeadConfig
 from eepass.drafts.head_tensors import in_speculators_form, to_checkpoint

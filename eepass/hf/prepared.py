@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
-from eepass.checkpoints.artifact import Artifact, found_artifact
+from eepass.checkpoints.artifact import Artifact
+from eepass.checkpoints.fitting_artifact import found_artifact
 from eepass.checkpoints.read_torchao import read_quantized
 from eepass.config import ExitConfig
 from eepass.errors import InputError

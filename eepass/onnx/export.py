@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 import eepass
-from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
+from eepass.checkpoints.artifact import Artifact, fingerprint
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.config import ExitConfig

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch.fx import GraphModule
 
 from eepass.checkpoints.quantized_weights import weights_to_read
 from eepass.checkpoints.weight_memory import settle_weights
 from eepass.errors import PassError
 from eepass.passes.caller.caller_graph import CallerGraph
+from eepass.private_names import lookup_backend
 from eepass.torch_compile.early_exit_step import EarlyExitStep
 from eepass.torch_compile.model_lookup import (
     expressions_of,
@@ -66,8 +66,7 @@ def specee(
             say_once(f"torch.compile(backend='specee') decodes dense: {error}")
     if wanted.inner_backend != "inductor":
         return lookup_backend(wanted.inner_backend)(graph, list(examples))
-    from torch._inductor import list_mode_options
-    from torch._inductor.compile_fx import compile_fx
+    from eepass.private_names import compile_fx, list_mode_options
 
     patches = list_mode_options(mode) if mode and mode != "default" else None
     compiled: Any = compile_fx(graph, list(examples), config_patches=patches)

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._guards import tracing
 
 from eepass.codegen.lower_cpu import CpuCompiler
 from eepass.codegen.lower_inner import InnerCompiler
@@ -23,6 +22,7 @@ from eepass.passes.caller.caller_graph import CallerGraph
 from eepass.passes.pipeline import exit_segments, split_caller_step
 from eepass.passes.report import PassReport
 from eepass.planning import exit_tensors, make_plan
+from eepass.private_names import tracing
 from eepass.runtime.caller.caller_decoder import CacheState, CacheStates, CallerDecoder
 from eepass.runtime.caller.caller_exits import CallerExits, CallerWeights
 from eepass.runtime.exits.exits import Exits

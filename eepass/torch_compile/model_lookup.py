@@ -13,16 +13,16 @@ import functools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
-from torch._dynamo.symbolic_convert import InstructionTranslator
 from torch.fx import GraphModule
 
-from eepass.checkpoints.artifact import Artifact, found_artifact, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import Artifact, load_artifact
+from eepass.checkpoints.fitting_artifact import found_artifact, refuse_other_model
 from eepass.errors import InputError
+from eepass.private_names import InstructionTranslator
 from eepass.torch_compile.options import BackendOptions
 from eepass.wrappers import compiled_inside
 
@@ -74,7 +74,7 @@ def find_artifact(model: Any, wanted: BackendOptions) -> Artifact | None:
     Raises ``InputError`` where the one asked for is damaged or of another model.
     """
     asked = wanted.artifact
-    folder = found_artifact(model) if asked is None else Path(asked)
+    folder = found_artifact(model) if asked is None else asked
     if folder is None:
         return None
     artifact = load_artifact(folder)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from eepass.checkpoints.artifact import without_prefix
+from eepass.errors import InputError
+from eepass.runtime.drafting.eagle_form import form_of
 from eepass.runtime.drafting.eagle_layer import MATRICES, HeadStyle, style_of
 from eepass.training.dense_model import DenseModel
 from eepass.training.hidden_states import HiddenStateStore
@@ -56,8 +58,10 @@ def train_draft(
     steps: int,
     resume: Path,
     progress: Progress,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The draft head's tensors, with a hot vocabulary of its own."""
+    """The draft head's tensors, with a hot vocabulary of its own; ``start``: those of a head that
+    is trained further."""
     lines, vocabulary = store.lines("fit"), len(model.lm_head)
     counts = torch.bincount(store.labels("fit"), minlength=vocabulary).float()
     counts += PROMPT_SHARE * torch.bincount(lines.token, minlength=vocabulary)
@@ -67,6 +71,7 @@ def train_draft(
     fitted = fit_draft_head(
         lines, model.embedding, model.lm_head[hot], style_of(model.config, len(store.features) + 1),
         progress.advance, steps, resume=resume, held_out=_some(store.lines("calibrate")),
+        start=start,
     )  # fmt: skip
     fitted["hot.ids"] = hot.to(torch.int32)
     fitted["features"] = torch.tensor(store.features, dtype=torch.int32)
@@ -111,8 +116,10 @@ def fit_draft_head(
     passes: int = PASSES,
     resume: Path | None = None,
     held_out: Lines | None = None,
+    start: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """The draft head's tensors; embedding [V, H], hot_head [N, H].
+    """The draft head's tensors; embedding [V, H], hot_head [N, H]; ``start``: those of a head that
+    has learned already, and is trained further.
 
     At each position the head sees the token there and the features before it, and learns the hot
     probabilities of the z there. ``progress`` gets the positions of each batch; each finished pass
@@ -120,7 +127,8 @@ def fit_draft_head(
     ``held_out``, the next one is the last.
     """
     dtype = embedding.dtype
-    weights = _initial(style)
+    weights = _initial(style, start)
+    plain = PLAIN if start is None else 0
     batches = _batches(lines)
     # tokens are expensive and passes few: with Muon matrices learn more from each than with Adam
     matrices, norms = ([w for w in weights.values() if w.ndim == ndim] for ndim in (2, 1))
@@ -134,14 +142,14 @@ def fit_draft_head(
     losses = checkpoint.restore()
     progress(len(losses) * len(lines.token))
     for number in range(len(losses), passes):
-        last = number == passes - 1 or _settled(losses)
+        last = number == passes - 1 or _settled(losses[plain:])
         generator = torch.Generator().manual_seed(number)
         order = torch.randperm(len(batches), generator=generator).tolist()
         for update, index in enumerate(order):
             batch = _padded(batches[index], lines, generator)
             with torch.enable_grad():
                 cast = {name: weight.to(dtype) for name, weight in weights.items()}
-                loss = teacher.loss(cast, *batch, targets, 1 if number < PLAIN else steps)
+                loss = teacher.loss(cast, *batch, targets, 1 if number < plain else steps)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
             rate = min(1.0, (number * len(order) + update + 1) / WARMUP)
@@ -163,13 +171,14 @@ def fit_draft_head(
 
 def _settled(losses: Sequence[float]) -> bool:
     """Whether the last of the passes that unrolled gained nothing on what is held out."""
-    return len(losses) > PLAIN + 1 and losses[-1] > (1 - GAIN) * losses[-2] > 0
+    return len(losses) > 1 and losses[-1] > (1 - GAIN) * losses[-2] > 0
 
 
 def _some(lines: Lines) -> Lines:
-    """The first whole ``lines``, about ``HELD_OUT`` rows."""
-    end = next((end for _, end in lines.spans() if end >= HELD_OUT), len(lines.token))
-    return Lines(*(part[:end] for part in lines))
+    """Whole ``lines``, spread over all of them, about ``HELD_OUT`` rows."""
+    every = max(1, len(lines.token) // HELD_OUT)
+    rows = torch.cat([torch.arange(*span) for span in lines.spans()[::every]])
+    return Lines(*(part[rows] for part in lines))
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,7 +261,28 @@ class _SoftLoss(torch.autograd.Function):
         return gradient * (outer[0] / max(len(gradient), 1)), None, None, None
 
 
-def _initial(style: HeadStyle) -> dict[str, Tensor]:
+def refuse_other_head(
+    head: Mapping[str, Tensor], style: HeadStyle, features: Sequence[int]
+) -> None:
+    """Raise ``InputError`` where ``head`` is not one that training here would go on with."""
+    if not head:
+        raise InputError("it holds no draft head")
+    read = tuple(head["features"].tolist()) if "features" in head else ()
+    if read != tuple(features):
+        raise InputError(
+            f"its draft head reads the hidden states after layers {', '.join(map(str, read))}, and "
+            f"training reads those after {', '.join(map(str, features))}"
+        )
+    for name, shape in style.shapes().items():
+        if name not in head or head[name].shape != shape:
+            raise InputError(f"its draft head has no tensor {name} of {shape}")
+    if not form_of(head).trained_here:
+        raise InputError("its draft head has another form than those trained here")
+
+
+def _initial(style: HeadStyle, start: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    if start is not None:
+        return {name: start[name].float().clone().requires_grad_() for name in style.shapes()}
     generator = torch.Generator().manual_seed(0)
     weights = {}
     for name, shape in style.shapes().items():

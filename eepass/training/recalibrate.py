@@ -12,12 +12,14 @@ from time import perf_counter
 
 import torch
 
-from eepass.checkpoints.artifact import Artifact, artifact_for, fingerprint
+from eepass.checkpoints.artifact import Artifact, fingerprint
 from eepass.checkpoints.draft_codes import in_dtype
+from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.models import LoadedModel, original_of
 from eepass.errors import InputError
 from eepass.files import writing
 from eepass.runtime.sampling import Sampling
+from eepass.training.card import write_card
 from eepass.training.corpus import Example, Prompt, mixed, read_kinds, split_of
 from eepass.training.dense_model import HOT_TOKENS, DenseModel
 from eepass.training.exits import PresetExits
@@ -84,6 +86,7 @@ def calibrate(
     if out is not None:
         with writing(Path(out)):
             made.save(Path(out))
+            write_card(Path(out), loaded, made)
     return made
 
 

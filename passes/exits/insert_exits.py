@@ -19,7 +19,6 @@ from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -28,6 +27,7 @@ from eepass.passes.exits.step_builder import Call, Function, unaliased
 from eepass.passes.graph_walk import hoist_placeholders
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
+from eepass.private_names import FakeTensorMode
 from eepass.segments import Input, Segment, SplitDecoder
 
 cond = torch.ops.higher_order.cond

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.passes.split.split_segments import structure_of
+from eepass.private_names import FakeTensorMode
 from eepass.segments import HIDDEN, Input, Segment, SplitDecoder
 
 DRAFT = Input("draft", "draft")

@@ -39,8 +39,11 @@ from eepass.segments import (
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
-# how keys are repeated for the query heads of their group
-VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
+# how keys are repeated for the query heads of their group; what writes to the cache returns it
+VIEWS = {
+    aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default,
+    aten.index_copy_.default,
+}  # fmt: skip
 
 
 def select_context(

@@ -17,6 +17,7 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from eepass.errors import PassError
+from eepass.private_names import log_api_usage_once
 from eepass.segments import DecoderGraph, Input, InputKind
 
 # of grad mode and autocast: the step runs without either
@@ -80,7 +81,7 @@ def _dynamo_graph(step: Callable[..., Tensor], *inputs: Any) -> tuple[GraphModul
         seen.append((graph, examples))
         return graph.forward
 
-    torch._dynamo.reset()
+    torch.compiler.reset()
     try:
         with torch.no_grad():
             torch.compile(step, backend=keep, fullgraph=True, dynamic=False)(*inputs)
@@ -92,11 +93,11 @@ def _dynamo_graph(step: Callable[..., Tensor], *inputs: Any) -> tuple[GraphModul
             reason = f"the decode step cannot be traced in one graph: {text.splitlines()[0]}"
         raise PassError(reason) from error
     finally:
-        torch._dynamo.reset()
+        torch.compiler.reset()
     if len(seen) != 1:
         raise PassError(f"the decode step traced into {len(seen)} graphs instead of one")
     graph, examples = seen[0]
-    for node in graph.graph.find_nodes(op="call_function", target=torch._C._log_api_usage_once):
+    for node in graph.graph.find_nodes(op="call_function", target=log_api_usage_once):
         graph.graph.erase_node(node)
     graph.recompile()
     return graph, examples

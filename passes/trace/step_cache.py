@@ -10,18 +10,18 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import (
+from transformers import StaticCache
+
+from eepass.errors import PassError
+from eepass.passes.trace.capture import KvSlots
+from eepass.private_names import (
     DummyLayer,
     LinearAttentionAndStaticFullAttentionLayer,
     LinearAttentionCacheLayerMixin,
     LinearAttentionLayer,
-    StaticCache,
     StaticLayer,
     StaticSlidingWindowLayer,
 )
-
-from eepass.errors import PassError
-from eepass.passes.trace.capture import KvSlots
 
 
 class FullLengthLayer(StaticLayer):

@@ -76,6 +76,12 @@ class KvCache:
             part = stack[:count]
             part[:, :, :, first : first + len(sources)] = part[:, :, :, index]
 
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """Copy the slots ``sources`` [R] to the slots ``targets`` [R] in every layer, both on the
+        device; a slot may be among both."""
+        for _, stack in self._stacks:
+            stack.index_copy_(3, targets, stack.index_select(3, sources))
+
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy ``count`` slots from ``source`` on to ``target`` onwards, in every layer."""
         for _, stack in self._stacks:

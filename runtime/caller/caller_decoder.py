@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from eepass.private_names import foreach_add_
 from eepass.runtime.caller.caller_exits import CallerExits
 from eepass.runtime.decoder.decoder import Compile
 from eepass.runtime.exits.scheduler import PredictorSchedule
@@ -177,7 +178,7 @@ class CallerDecoder:
             statistics.full_heads += self.step.batch
         if self._lengths:
             # one call for all layers
-            torch._foreach_add_([tensors[place] for place in self._lengths], self._grown)
+            foreach_add_([tensors[place] for place in self._lengths], self._grown)
         return logits, layers
 
     def _join(

@@ -14,10 +14,20 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import CONTEXT, ContextLayers, Input, Segment, SplitDecoder
+from eepass.segments import (
+    CONTEXT,
+    ChainedLayers,
+    ContextLayers,
+    Input,
+    Link,
+    Segment,
+    SplitDecoder,
+)
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
+# some compiled code has it: layers that it is called for as one
+Chainer = Callable[[Sequence[tuple[Compiled, Link]]], ChainedLayers | None]
 
 
 class Decoder:
@@ -41,7 +51,7 @@ class Decoder:
         self.cache_length = first.cache_length
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
-        self.compile, self._captured = compile, captured or compile
+        self.compile, self.compile_captured = compile, captured or compile
         # padding rows write behind the last token
         self.capacity = self.cache_length - self.buckets[-1]
         # positions the model has embeddings for, None where it has no table of them
@@ -58,6 +68,10 @@ class Decoder:
         self._queries: dict[tuple[int, int], dict[int, _BoundSegment]] = {}
         self._fills: list[_BoundSegment] = []
         self._heads: dict[int, _BoundSegment] = {}
+        # by row count and number of selected slots; None where layers are called one by one
+        self._chains: dict[tuple[int, int], ChainedLayers | None] = {}
+        # what changes with each pass, after the slots
+        self._sides = [*self.side_inputs.tables, *sorted(self.side_inputs.masks)]
 
     @property
     def length_hint(self) -> str:
@@ -76,7 +90,7 @@ class Decoder:
     def prepare(self, rows: int, captured: bool = False) -> None:
         """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
         if (rows, captured) not in self._layers:
-            compile = self._captured if captured else self.compile
+            compile = self.compile_captured if captured else self.compile
             layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
@@ -183,14 +197,38 @@ class Decoder:
         Writes keys and values of the rows to their slots; lengths are the caller's. Rows attend to
         selected slots alone where ``place`` has such.
         """
-        if CONTEXT.name in place.sides:
-            rows, tokens = place.sides[CONTEXT.name].shape
+        return self._layers_for(hidden.shape[1], place, captured)[layer](hidden, place)
+
+    def run_layers(self, begin: int, end: int, hidden: Tensor, place: Place) -> Tensor:
+        """As ``run_layer``, of those from number ``begin`` to before ``end``: where the compiled
+        layers allow it, in one call."""
+        chain = self._chain(hidden.shape[1], place)
+        if chain is not None:
+            changing = [place.slots, *(place.sides[name] for name in self._changing(place))]
+            return chain(begin, end, hidden, changing)
+        for layer in range(begin, end):
+            hidden = self.run_layer(layer, hidden, place)
+        return hidden
+
+    def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[_BoundSegment]:
+        if tokens := _num_selected(place):
             self.prepare_selecting(rows, tokens)
-            return self._selecting[rows, tokens][layer](hidden, place)
-        key = hidden.shape[1], captured
-        if key not in self._layers:
-            self.prepare(*key)
-        return self._layers[key][layer](hidden, place)
+            return self._selecting[rows, tokens]
+        self.prepare(rows, captured)
+        return self._layers[rows, captured]
+
+    def _changing(self, place: Place) -> list[str]:
+        return [*self._sides, CONTEXT.name] if CONTEXT.name in place.sides else self._sides
+
+    def _chain(self, rows: int, place: Place) -> ChainedLayers | None:
+        key = rows, _num_selected(place)
+        if key not in self._chains:
+            layers, sides = self._layers_for(rows, place), self._changing(place)
+            make: Chainer | None = getattr(layers[0].compiled, "chain", None)
+            self._chains[key] = (
+                None if make is None else make([(own.compiled, own.link(sides)) for own in layers])
+            )
+        return self._chains[key]
 
     def queries(self, layer: int, tokens: int, hidden: Tensor, place: Place) -> Tensor:
         """Queries [Q, R, D] of a layer that selects ``tokens`` slots, from the hidden state
@@ -273,8 +311,20 @@ class _BoundSegment:
                 arguments[index] = place.sides[name]
         return arguments
 
+    def link(self, sides: Sequence[str]) -> Link:
+        """What a chain needs to call it, where slots and then ``sides`` change."""
+        places = [(index, 0) for index in self.slots_at]
+        places += [(index, 1 + sides.index(name)) for index, name in self.side_at]
+        return self.template, self.hidden_at, [p for p, _ in places], [w for _, w in places]
+
     def __call__(self, hidden: Tensor, place: Place | None) -> Tensor:
         return self.compiled(self.arguments(hidden, place))[0]
+
+
+def _num_selected(place: Place) -> int:
+    """How many slots are selected for a row; 0 where rows attend to all."""
+    slots = place.sides.get(CONTEXT.name)
+    return 0 if slots is None else slots.shape[1]
 
 
 def _kv_examples(split: SplitDecoder, device: torch.device) -> list[tuple[Tensor, Tensor]]:

@@ -131,6 +131,12 @@ class SideInputs:
         for name in self.by_token & self.tables.keys():
             copy_rows(self.tables[name], self.row_dim[name], source, target, count)
 
+    def move_rows(self, sources: Tensor, targets: Tensor) -> None:
+        """As ``KvCache.move_rows``, for what belongs to the tokens of the slots."""
+        for name in self.by_token & self.tables.keys():
+            table, dim = self.tables[name], self.row_dim[name]
+            table.index_copy_(dim, targets, table.index_select(dim, sources))
+
     def masks_at(self, positions: Tensor) -> dict[str, Tensor]:
         """Rows of every mask for ``positions`` [R] on the device, each as if its sequence began at
         slot 0: for steps, whose positions the host does not know. R: a row count of the splits."""

@@ -41,6 +41,9 @@ class StepwiseDecoder(Decoder):
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
+    def _chain(self, rows: int) -> None:
+        """Rows go through a layer one by one."""
+
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.cat([super(StepwiseDecoder, self).logits(h) for h in hidden.split(1, 1)], 1)
 

@@ -90,6 +90,13 @@ class EagleHead:
         # slots of the tree that are taken, and the depth of the frontier's tokens
         self._taken = self.levels = 0
 
+    @property
+    def memory(self) -> tuple[list[Tensor], list[Tensor], Layout]:
+        """Positions, keys and values of its slots, and its weights, as ``eagle_steps.Step`` takes
+        them, one after the other; how the weights are stored."""
+        weights, layout = self._weights.packed
+        return self._state, weights, layout
+
     @staticmethod
     def _empty_slots() -> Tensor:
         """Position of the token in each slot; later than any where there is none."""
@@ -186,8 +193,8 @@ class EagleHead:
         inputs: list[Tensor],
         make: Callable[[Layout, Sequence[Tensor]], GraphModule],
     ) -> Sequence[Tensor]:
-        weights, layout = self._weights.packed
-        fixed = [*self._state, *weights]
+        state, weights, layout = self.memory
+        fixed = [*state, *weights]
         arguments = [*inputs, *fixed]
         key = f"{name}.{len(inputs[0])}"
         if key not in self._steps:

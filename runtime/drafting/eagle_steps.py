@@ -11,11 +11,12 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import eepass.ops.fused  # noqa: F401  the operators must be defined before they are called
 from eepass.ops.packed import INT8
+from eepass.private_names import FakeTensorMode
 from eepass.runtime.drafting.eagle_form import WINDOW
 from eepass.runtime.drafting.eagle_layer import (
     JOINED,
@@ -102,22 +103,48 @@ class Step:
 class Growing:
     """Levels of a tree as they are named: ids, scores and picks, and the frontier."""
 
-    def __init__(self, step: Step, width: int) -> None:
-        self.step, self.width = step, width
+    def __init__(self, step: Step, width: int, keeps_logits: bool = True) -> None:
+        """``keeps_logits``: not in one operator, which a GPU has a kernel for."""
+        self.step, self.width, self.keeps_logits = step, width, keeps_logits
         self.parts: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def begin(
+        self, levels: int, tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor,
+        last: Tensor,
+    ) -> None:  # fmt: skip
+        """``levels`` levels after confirmed tokens [R]; the last is number ``last`` [1]."""
+        head = self.step
+        q, hidden = head.confirmed(tokens, features, place, slots)
+        position = place[last]
+        none = torch.zeros(1, TREE, dtype=torch.bool, device=tokens.device)
+        attended = torch.cat([none, head.line(position)[None]], 1)
+        state = head.states(q[:, last], hidden[last], attended)
+        self.name(state, state.new_zeros(1, dtype=torch.float32), none)
+        self.grow(levels - 1, position + 1, torch.zeros_like(position), position)
 
     def name(self, states: Tensor, joint: Tensor, seen: Tensor) -> None:
         """Name ``width`` tokens after each state [R, H], whose paths have log-probabilities
         ``joint`` [R] and see slots ``seen`` [R, TREE]; set the frontier."""
-        logits = self.step.logits(states)
-        values, index = torch.ops.eepass.top_logits(logits, self.width)
-        scores = values - logits.logsumexp(-1, keepdim=True)
-        ids = self.step.weights["hot_ids"][index].flatten()
+        scores, ids = self._named(states)
+        ids = ids.flatten()
         paths = (joint[:, None] + scores).flatten()
         best, pick = (x[0] for x in torch.ops.eepass.top_logits(paths[None], BEAM))
         above = pick // self.width
         self.parts.append((ids, scores.flatten(), pick))
         self.frontier = (ids[pick], states[above], best, seen[above])
+
+    def _named(self, states: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest tokens after ``states``: log-probabilities and ids [R, width]."""
+        hot_ids = self.step.weights["hot_ids"]
+        if not self.keeps_logits:
+            z = for_head(states, self.step.weights, self.step.form)
+            head = self.step.weights["head"]
+            form = (hot_ids, self.width, 1.0, 0.0)
+            found: tuple[Tensor, Tensor] = torch.ops.eepass.draft_topk(z, head, None, None, *form)
+            return found
+        logits = self.step.logits(states)
+        values, index = torch.ops.eepass.top_logits(logits, self.width)
+        return values - logits.logsumexp(-1, keepdim=True), hot_ids[index]
 
     def grow(self, levels: int, position: Tensor, slot: Tensor, last: Tensor) -> None:
         """``levels`` more levels, the first at ``position`` [1] and in slots from ``slot`` [1] on,
@@ -136,6 +163,25 @@ class Growing:
         ids, scores, picks = (torch.cat(parts) for parts in zip(*self.parts, strict=True))
         return ids, scores, picks, *self.frontier
 
+    def likeliest(self, count: int) -> tuple[Tensor, Tensor]:
+        """The ids of the ``count`` draft tokens with the likeliest paths, each after the one that
+        it follows, and the rows [count] those stand in, from 1 on; 0 for the root."""
+        _, scores, pick = self.parts[0]
+        joint, above, number = scores.new_zeros(1), torch.full_like(pick[:1], -1), 0
+        paths, parents = [], []
+        for _, scores, pick in self.parts:
+            # rounding must not make a path likelier than its beginning
+            path = (joint[:, None] + scores.view(-1, self.width).clamp_max(0)).flatten()
+            paths.append(path)
+            parents.append(above.repeat_interleave(self.width))
+            joint, above, number = path[pick], number + pick, number + len(path)
+        best = torch.ops.eepass.top_logits(torch.cat(paths)[None], count)[1][0]
+        chosen = best.sort().values
+        parent = torch.cat(parents)[chosen]
+        # how many of the chosen come before a parent is its row, less one
+        rows = (chosen < parent[:, None]).sum(1) + (parent >= 0).long()
+        return torch.cat([ids for ids, _, _ in self.parts])[chosen], rows
+
 
 def trace_extend(layout: Layout, examples: Sequence[Tensor]) -> GraphModule:
     """Rows of confirmed tokens: tokens [R], features [R, F * H], positions [R], slots [R]."""
@@ -153,16 +199,31 @@ def trace_begin(levels: int, width: int, layout: Layout, examples: Sequence[Tens
     def step(
         tokens: Tensor, features: Tensor, place: Tensor, slots: Tensor, last: Tensor, *given: Tensor
     ) -> tuple[Tensor, ...]:
-        head = Step(layout, given)
-        q, hidden = head.confirmed(tokens, features, place, slots)
-        position = place[last]
-        none = torch.zeros(1, TREE, dtype=torch.bool, device=tokens.device)
-        attended = torch.cat([none, head.line(position)[None]], 1)
-        state = head.states(q[:, last], hidden[last], attended)
-        growing = Growing(head, width)
-        growing.name(state, state.new_zeros(1, dtype=torch.float32), none)
-        growing.grow(levels - 1, position + 1, torch.zeros_like(position), position)
+        growing = Growing(Step(layout, given), width)
+        growing.begin(levels, tokens, features, place, slots, last)
         return growing.results()
+
+    return _traced(step, examples)
+
+
+def trace_tree(
+    levels: int, width: int, count: int, layout: Layout, examples: Sequence[Tensor]
+) -> GraphModule:
+    """``number`` [1] confirmed tokens, the first of rows [R] at positions from ``begin`` [1] on,
+    then the ``count`` likeliest draft tokens of a tree after the last: their ids, and the rows they
+    follow, where row 0 is the last confirmed token."""
+
+    def step(
+        tokens: Tensor, features: Tensor, begin: Tensor, number: Tensor, *given: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        row = torch.arange(len(tokens), device=tokens.device)
+        place = begin + row
+        slots = (TREE + place % RING).masked_fill(row >= number, SPARE)
+        packed = layout.matrices["head"].form is not None
+        growing = Growing(Step(layout, given), width, keeps_logits=packed)
+        last = (number - 1).clamp_min(0)
+        growing.begin(levels, tokens, features, place, slots, last)
+        return growing.likeliest(count)
 
     return _traced(step, examples)
 

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
-import torch
-from torch import Tensor
-
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
+from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.statistics import Statistics
 
@@ -20,12 +18,13 @@ def commit(
     exact: bool,
     planner: Planner,
     statistics: Statistics,
+    rows: RowFeatures | None,
 ) -> None:
     """Each sequence keeps or rolls back its tokens and grows by its new ones; with ``exact`` those
-    that exited early are not confirmed yet."""
+    that exited early are not confirmed yet. ``rows``: the draft's features of the pass's nodes."""
     statistics.passes += 1
     for one in batch:
-        sequence, features = one.sequence, _features(one)
+        sequence, features = one.sequence, _features(one, rows)
         before = sequence.num_confirmed
         if one.num_kept is not None:
             sequence.roll_back(one.num_kept)
@@ -44,32 +43,11 @@ def commit(
             planner.learn(one.proposed, one.new_tokens)
 
 
-def _features(scheduled: ScheduledSequence) -> Features | None:
+def _features(scheduled: ScheduledSequence, rows: RowFeatures | None) -> Features | None:
     """The draft's features of the tokens before the new ones."""
-    draft = scheduled.sequence.draft
-    if draft is None or draft.feature_layers is None:
+    if rows is None:
         return None
     if scheduled.num_kept is not None:
         return scheduled.sequence.features_at(scheduled.num_kept - 1)
     path = scheduled.path
-    if not path:
-        return None
-    z, last = scheduled.z, scheduled.last_hidden
-    states = [
-        state
-        for node in path
-        for state in (
-            z[node] if node in z else last[node],
-            *(_hidden_after(scheduled, layer, node) for layer in draft.feature_layers),
-        )
-    ]
-    return Features(torch.stack(states).view(len(path), -1), [node in z for node in path])
-
-
-def _hidden_after(scheduled: ScheduledSequence, layer: int, node: int) -> Tensor:
-    """Hidden state [H] of a node after ``layer``, or after the last layer it reached."""
-    found = scheduled.hidden_after
-    if (node, layer) in found:
-        return found[node, layer]
-    reached = [n for (owner, n) in found if owner == node]
-    return found[node, max(reached)] if reached else scheduled.z[node]
+    return rows.of([scheduled.first_node + node for node in path]) if path else None

@@ -369,13 +369,16 @@ class Engine:
         draft = self.draft
         layers = draft.feature_layers if draft is not None else None
         forward_pass = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers or (), self.options.kv_policy,
+            self.decoder, self.exits, self.statistics, layers, self.options.kv_policy,
             self.recorder, self.selection,
         )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)
         self.verifier.verify(forward_pass, batch, self.statistics)
-        commit(batch, self.decoder, self.verifier.exact, self.planner, self.statistics)
+        commit(
+            batch, self.decoder, self.verifier.exact, self.planner, self.statistics,
+            forward_pass.features,
+        )  # fmt: skip
 
 
 def no_slots(count: int) -> EngineError:

@@ -18,6 +18,7 @@ from eepass.runtime.context.selection import Selection, Text
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
 from eepass.runtime.engine.recorder import Recorder
+from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens, Sequence
 from eepass.runtime.exits.exits import Exits, RowState
@@ -29,12 +30,16 @@ PENDING = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassRow:
-    """A row of the pass: a node of its sequence's tree, or a pending token (node ``PENDING``)."""
+    """A row of the pass: a node of its sequence's tree, or a pending token (node ``PENDING``).
+
+    ``number``: of the node among those of all trees.
+    """
 
     scheduled: ScheduledSequence
     node: int
     position: int
     row: Row
+    number: int = PENDING
 
 
 # logits [1, V] by the row's sequence, node and position
@@ -44,8 +49,9 @@ RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
-    ``feature_layers``: layers after which the rows' hidden states are kept for a draft;
-    ``recorder`` keeps them for others. ``selection``: what the rows of long texts attend to.
+    ``feature_layers``: layers whose hidden states a draft takes as features, beside z; None where
+    it takes none. ``recorder`` keeps hidden states for others. ``selection``: what the rows of long
+    texts attend to.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class ForwardPass:
         decoder: Decoder,
         exits: Exits | None,
         statistics: Statistics,
-        feature_layers: SequenceOf[int] = (),
+        feature_layers: SequenceOf[int] | None = None,
         kv_policy: str = "defer",
         recorder: Recorder | None = None,
         selection: Selection | None = None,
@@ -62,7 +68,7 @@ class ForwardPass:
         self.recorder, self.selection = recorder, selection
         # slots by sequence; empty where all texts are short
         self._selected: dict[Sequence, Tensor] = {}
-        self.feature_layers = frozenset(feature_layers)
+        self.features = None if feature_layers is None else RowFeatures(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
         self.rows: list[PassRow] = []
@@ -76,21 +82,22 @@ class ForwardPass:
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
         exits = self.exits is not None and any(one.active_exits for one in batch)
-        for index in range(first, self.decoder.num_layers):
-            self._insert_pending(batch, index)
+        layer = first
+        while layer < self.decoder.num_layers:
+            self._insert_pending(batch, layer)
             if self.hidden is None:
                 return
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
-            if self.selection is not None and index in self.selection.layers:
+            if self.selection is not None and layer in self.selection.layers:
                 texts = self._texts()
-                self._selected = self.selection.slots(index, texts, self.hidden, self._place)
+                self._selected = self.selection.slots(layer, texts, self.hidden, self._place)
                 self._attend_to_selected()
-            self.hidden = self.decoder.run_layer(index, self.hidden, self._place)
-            layer = index + 1
-            if layer in self.feature_layers:
-                self._keep_features(layer)
+            begin, layer = layer, self._next_stop(batch, layer, exits)
+            self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
+            if self.features is not None and layer in self.features.layers:
+                self.features.after(layer, *self._nodes())
             if self.recorder is not None and layer in self.recorder.layers:
                 for number, row in enumerate(self.rows):
                     own = self.hidden[0, number : number + 1]
@@ -99,7 +106,16 @@ class ForwardPass:
                 self._run_predictors(layer)
             if not self.rows:
                 return
-        self._note_last_hidden()
+        self._end()
+
+    def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
+        """The layer after which there is something to do, of those after ``layer``."""
+        if exits or any(one.sequence.pending for one in batch):
+            return layer + 1
+        taken = [*(self.features.layers if self.features is not None else ())]
+        taken += self.recorder.layers if self.recorder is not None else ()
+        taken += self.selection.layers if self.selection is not None else ()
+        return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:
         """LM head logits of the rows that went through all layers: of ``every_row``, or of those
@@ -128,12 +144,13 @@ class ForwardPass:
             if one.tree is None:
                 continue
             first, root = one.sequence.first_slot, one.sequence.position
+            one.first_node = len(self.rows)
             for node in range(len(one.tree)):
                 path = one.tree.path(node)
                 position = root + len(path)
                 slots = tuple(first + root + n for n in path)
                 row = Row(first, position, first + root + node, slots)
-                self.rows.append(PassRow(one, node, position, row))
+                self.rows.append(PassRow(one, node, position, row, len(self.rows)))
             ids += one.tree.tokens
         if not self.rows:
             return
@@ -147,6 +164,8 @@ class ForwardPass:
         self.hidden = self.decoder.embed(
             torch.tensor([ids + [ids[-1]] * padding]), torch.tensor([positions]), self._place.slots
         )
+        if self.features is not None:
+            self.features.begin(len(self.rows), self.hidden)
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
@@ -236,11 +255,12 @@ class ForwardPass:
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _keep_features(self, layer: int) -> None:
+    def _nodes(self) -> tuple[list[int], Tensor]:
+        """The numbers of the nodes that are rows, and their hidden states [n, H]."""
         assert self.hidden is not None
-        for index, row in enumerate(self.rows):
-            if row.node != PENDING:
-                row.scheduled.hidden_after[row.node, layer] = self.hidden[0, index]
+        # pending tokens come first
+        nodes = [row.number for row in self.rows if row.node != PENDING]
+        return nodes, self.hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
 
     def _run_predictors(self, layer: int) -> None:
         """Evaluate the exits active after ``layer`` for the nodes without a next token."""
@@ -273,7 +293,8 @@ class ForwardPass:
         for index, token in decision.tokens.items():
             row = self.rows[index]
             row.scheduled.next_tokens[row.node] = token
-            row.scheduled.z[row.node] = decision.z[index]
+            if self.features is not None:
+                self.features.decided(row.number, decision.z[index])
         if decision.tokens:
             self._exit_sequences({self.rows[index].scheduled for index in decision.tokens}, layer)
 
@@ -286,6 +307,8 @@ class ForwardPass:
             if all(node in one.next_tokens for node in nodes):
                 one.path, one.exit_layer = nodes, layer
                 self._defer_kv(one, layer)
+                if self.features is not None:
+                    self.features.exited([one.first_node + node for node in nodes], layer)
                 exited.add(one)
         self._keep_rows(
             [
@@ -326,11 +349,10 @@ class ForwardPass:
             return
         scheduled.sequence.pending.append(PendingTokens(layer, self.rows[own[0]].position, hidden))
 
-    def _note_last_hidden(self) -> None:
-        assert self.hidden is not None
-        for index, row in enumerate(self.rows):
+    def _end(self) -> None:
+        for row in self.rows:
             row.scheduled.exit_layer = self.decoder.num_layers
             if row.node == PENDING:
                 row.scheduled.caught_up.append(row.position)
-            else:
-                row.scheduled.last_hidden[row.node] = self.hidden[0, index]
+        if self.features is not None:
+            self.features.at_the_end(*self._nodes())

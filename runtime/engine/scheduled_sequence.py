@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.exits.exits import Choose
@@ -34,11 +32,8 @@ class ScheduledSequence:
     num_kept: int | None = None
     # positions of the pending tokens that went through the last layer
     caught_up: list[int] = field(default_factory=list)
-    # by node: the normed hidden state [H] where it exited, the hidden state [H] after the last
-    # layer where it did not, and those after the layers a draft takes features from
-    z: dict[int, Tensor] = field(default_factory=dict)
-    last_hidden: dict[int, Tensor] = field(default_factory=dict)
-    hidden_after: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    # the number of its first node among those of all trees of the pass
+    first_node: int = 0
 
     @property
     def is_dense(self) -> bool:

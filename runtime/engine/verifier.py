@@ -13,6 +13,7 @@ takes the place of all that followed.
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ class Verifier:
         else:
             assert sequence.generator is not None
             token = int(draw(probabilities(logits, sampling, [context]), sequence.generator)[0])
-        if not torch.isfinite(logits[0, token]):
+        if not isfinite(logits[0, token].item()):
             raise EngineError(
                 "the logits are not finite: the weights hold NaN or inf, or the dtype is too narrow"
             )

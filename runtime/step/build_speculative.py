@@ -1,51 +1,76 @@
-"""Build the exact, speculative step: a chain of draft tokens verified in one pass.
+"""Build the exact, speculative step: a tree of draft tokens verified in one pass.
 
-    draft, embed, sides, all layers, head, accept
+    draft, place, embed, sides, all layers, head, accept
+    if the path lies apart: compact
 
-There are no conditionals: all rows always run. The number of rows is fixed, so that a token comes
-from the same kernels whatever was drafted, and drafts change how many passes an answer takes, never
-the answer (greedy verification: Leviathan et al., 2023). A token that is sampled hangs on its
-position and the seed, and is compared with its draft token as the likeliest one is.
+There are no exits: all rows always run. The number of rows is fixed, so that a token comes from
+the same kernels whatever was drafted, and drafts change how many passes an answer takes, never the
+answer (greedy verification: Leviathan et al., 2023; of a tree: SpecInfer, Miao et al., 2024). A
+token that is sampled hangs on its position and the seed, and is compared with its draft token as
+the likeliest one is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place
-from eepass.runtime.step import drawing, speculating
+from eepass.runtime.step import drawing, speculating, text_drafts
 from eepass.runtime.step.build import Fuse
-from eepass.runtime.step.data import Buffer, Buffers, Launch, Life, Step
+from eepass.runtime.step.data import Buffer, Buffers, Conditional, Item, Launch, Life, Step
+from eepass.runtime.step.head_drafts import HeadDrafts
+from eepass.runtime.step.tree_shape import TreeShape
 from eepass.runtime.step.updates import NOTHING
 
 
 def build_speculative_step(
-    decoder: Decoder, rows: int, stop: tuple[int, ...], draws: bool, fuse: Fuse | None = None
+    decoder: Decoder,
+    shape: TreeShape,
+    stop: tuple[int, ...],
+    draws: bool,
+    fuse: Fuse | None = None,
+    head: HeadDrafts | None = None,
 ) -> Step:
-    """The step of ``decoder`` over ``rows`` rows, a row count it is split for; ``stop``: end
-    tokens; ``draws``: tokens can be sampled."""
-    return _Builder(decoder, rows, draws, fuse or (lambda update: update)).build(stop)
+    """The step of ``decoder`` over the rows of ``shape``, a row count it is split for; ``stop``:
+    end tokens; ``draws``: tokens can be sampled; ``head``: the draft head, where rows are its."""
+    return _Builder(decoder, shape, draws, fuse or (lambda update: update), head).build(stop)
 
 
 class _Builder:
-    def __init__(self, decoder: Decoder, rows: int, draws: bool, fuse: Fuse) -> None:
-        self.decoder, self.rows, self.draws, self.fuse = decoder, rows, draws, fuse
+    def __init__(
+        self, decoder: Decoder, shape: TreeShape, draws: bool, fuse: Fuse, head: HeadDrafts | None
+    ) -> None:
+        self.decoder, self.shape, self.rows = decoder, shape, shape.rows
+        self.draws, self.fuse, self.head = draws, fuse, head if shape.named else None
         self.buffers: dict[str, Buffer] = {}
 
     def build(self, stop: tuple[int, ...]) -> Step:
         self._make_buffers(stop)
         self._make_sides()
-        items = (self._draft(), self._embed(), self._sides(), self._layers(), self._head(),
-                 self._accept())  # fmt: skip
+        items: list[Item] = [self._place(), self._embed(), self._sides(), self._layers()]
+        items += [self._logits(), self._accept()]
+        if self.shape.branches:
+            items.insert(0, self._draft_from_text())
+        if self.head is not None:
+            items.insert(0, self._draft_from_head(self.head))
+            items.append(self._follow())
+        if not self.shape.is_chain:
+            items.append(Conditional("moved", (self._compact(),)))
         constants = {name: t for name, t in self.decoder.tensors.items() if t.numel()}
-        return Step(self.buffers, items, self._zeros(1, dtype=torch.bool), constants)
+        return Step(self.buffers, tuple(items), self.buffers["moved"].tensor, constants)
 
     def _add(self, name: str, tensor: Tensor, life: Life = "step") -> None:
         self.buffers[name] = Buffer(name, tensor, life)
+
+    def _part(self, name: str, base: str, begin: int, end: int) -> None:
+        if begin < end:
+            part = self.buffers[base].tensor[begin:end]
+            self.buffers[name] = Buffer(name, part, "step", base=base)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.decoder.device)
@@ -71,15 +96,39 @@ class _Builder:
             kept["layer.head"] = self._zeros(1)
         for name, tensor in kept.items():
             self._add(name, tensor, "kept")
-        for name in ("ids", "positions", "rows", "tokens"):
+        for name in ("ids", "parents", "paths", "positions", "rows", "tokens", "path"):
             self._add(name, self._zeros(rows))
-        self._add("known", self._zeros(1, dtype=torch.bool))
+        self._add("moved", self._zeros(1, dtype=torch.bool))
         self._add("best", self._zeros(rows, dtype=torch.float32))
         self._add("hidden", self._zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype))
+        self._make_drafts()
         for kind, tensors in (("keys", decoder.kv.keys), ("values", decoder.kv.values)):
             for layer, tensor in enumerate(tensors):
                 name = f"{kind}.{layer}"
                 self.buffers[name] = Buffer(name, tensor, "kept", "cache")
+
+    def _make_drafts(self) -> None:
+        """Draft tokens: those of the head first, then those from the text."""
+        count, named = self.rows - 1, self.shape.named
+        for name, dtype in (("ids", torch.long), ("parents", torch.long), ("known", torch.bool)):
+            # without draft tokens nothing writes them
+            life: Life = "step" if count else "kept"
+            self._add(f"draft {name}", self._zeros(count, dtype=dtype), life)
+            self._part(f"draft {name} of head", f"draft {name}", 0, named)
+            self._part(f"draft {name} from text", f"draft {name}", named, count)
+        if self.head is None:
+            return
+        width, confirmed = self.head.head.feature_size, self.shape.deepest + 1
+        self._add("features", self._zeros(self.rows, width, dtype=self.decoder.dtype))
+        kept = {
+            "confirmed": self._zeros(confirmed),
+            "confirmed features": self._zeros(confirmed, width, dtype=self.decoder.dtype),
+            "first confirmed": self._zeros(1),
+            "number confirmed": self._zeros(1),
+            **self.head.state(),
+        }
+        for name, tensor in kept.items():
+            self._add(name, tensor, "kept")
 
     def _make_sides(self) -> None:
         decoder, side_inputs = self.decoder, self.decoder.side_inputs
@@ -111,10 +160,31 @@ class _Builder:
 
         return Launch(name, run, (*reads, *changes), (*changes, *writes))
 
-    def _draft(self) -> Launch:
-        reads = ("history", "position", "last position")
-        writes = ("ids", "positions", "rows", "known")
-        return self._launch("draft", speculating.draft, reads, (), writes)
+    def _draft_from_text(self) -> Launch:
+        writes = tuple(f"draft {name} from text" for name in ("ids", "parents", "known"))
+        first = 1 + self.shape.named
+        draft = partial(text_drafts.draft, branches=self.shape.branches, first=first)
+        return self._launch("draft from text", draft, ("history", "position"), (), writes)
+
+    def _draft_from_head(self, head: HeadDrafts) -> Launch:
+        confirmed = ("confirmed", "confirmed features", "first confirmed", "number confirmed")
+        state = tuple(head.state())
+        levels = head.levels(self.shape, self.shape.deepest + 1)
+        ids, parents, known = (f"draft {name} of head" for name in ("ids", "parents", "known"))
+
+        def run(b: Buffers) -> None:
+            found = levels(*(b[name] for name in (*confirmed, *state)))
+            b[ids].copy_(found[0])
+            b[parents].copy_(found[1])
+            b[known].fill_(True)
+
+        reads = (*confirmed, *state)
+        return Launch("draft from head", run, reads, (*state, ids, parents, known))
+
+    def _place(self) -> Launch:
+        reads = ("history", "position", "last position", "draft ids", "draft parents")
+        writes = ("ids", "parents", "paths", "positions", "rows")
+        return self._launch("place", speculating.place, reads, (), writes)
 
     def _embed(self) -> Launch:
         decoder = self.decoder
@@ -132,17 +202,19 @@ class _Builder:
         stored = tuple(f"table {name}" for name in side_inputs.by_token)
 
         def run(b: Buffers) -> None:
-            masks = side_inputs.masks_at(b["rows"])
+            masks = side_inputs.masks_at(b["positions"])
             for name in self.sides:
+                dim = side_inputs.row_dim[name]
                 if name in masks:
-                    value = masks[name]
+                    mask = masks[name].movedim(dim, -2)
+                    value = speculating.tree_mask(mask, b["rows"][:1], b["paths"]).movedim(-2, dim)
                 else:
-                    table, dim = side_inputs.tables[name], side_inputs.row_dim[name]
-                    value = table.index_select(dim, b["rows"])
+                    at = b["rows"] if name in side_inputs.by_token else b["positions"]
+                    value = side_inputs.tables[name].index_select(dim, at)
                 b[f"side {name}"].copy_(value)
 
         names = tuple(f"side {name}" for name in self.sides)
-        return Launch("sides", run, ("rows", *stored), names)
+        return Launch("sides", run, ("rows", "positions", "paths", *stored), names)
 
     def _layers(self) -> Launch:
         decoder = self.decoder
@@ -152,17 +224,36 @@ class _Builder:
         def run(b: Buffers) -> None:
             hidden = b["hidden"]
             place = Place(b["rows"], {name: b[f"side {name}"] for name in self.sides})
+            self._keep_features(b, 0, hidden)
             for layer in layers:
                 hidden = decoder.run_layer(layer, hidden, place, captured=True)
+                self._keep_features(b, layer + 1, hidden)
             b["hidden"].copy_(hidden)
 
-        cache = tuple(f"{kind}.{layer}" for layer in layers for kind in ("keys", "values"))
+        cache = self._cache()
         reads = ("hidden", "rows", *(f"side {name}" for name in self.sides), *cache)
-        return Launch(f"layers 0–{len(layers)}, {self.rows} rows", run, reads, ("hidden", *cache))
+        features = ("features",) if self.head is not None else ()
+        name = f"layers 0–{len(layers)}, {self.rows} rows"
+        return Launch(name, run, reads, ("hidden", *cache, *features))
 
-    def _head(self) -> Launch:
+    def _keep_features(self, b: Buffers, layer: int, hidden: Tensor) -> None:
+        """Keep what the draft head reads of the hidden states [1, R, H] after ``layer`` layers."""
+        if self.head is None:
+            return
+        parts = b["features"].split(self.decoder.hidden_size, -1)
+        if layer == self.decoder.num_layers:
+            parts[0].copy_(self.head.norm(hidden)[0])
+        for part, wanted in zip(parts[1:], self.head.layers, strict=True):
+            if layer == wanted:
+                part.copy_(hidden[0])
+
+    def _cache(self) -> tuple[str, ...]:
+        layers = range(self.decoder.num_layers)
+        return tuple(f"{kind}.{layer}" for layer in layers for kind in ("keys", "values"))
+
+    def _logits(self) -> Launch:
         decoder = self.decoder
-        options = (*drawing.OPTIONS, "rows", "layer.head") if self.draws else ()
+        options = (*drawing.OPTIONS, "positions", "layer.head") if self.draws else ()
         draw = self.fuse(drawing.draw)
 
         def run(b: Buffers) -> None:
@@ -176,6 +267,25 @@ class _Builder:
         return Launch("head", run, ("hidden", *options), ("best", "tokens"))
 
     def _accept(self) -> Launch:
-        reads = ("ids", "known", "tokens", "best", "stop", "limit")
+        reads = ("ids", "parents", "paths", "draft known", "tokens", "best", "stop", "limit")
         changes = ("history", "position", "stopped", "counters")
-        return self._launch("accept", speculating.accept, reads, changes, ("out",))
+        writes = ("path", "moved", "out")
+        return self._launch("accept", speculating.accept, reads, changes, writes)
+
+    def _follow(self) -> Launch:
+        """Confirmed tokens and their features, for the draft head to run in the next pass."""
+        reads = ("rows", "path", "out", "features")
+        writes = ("confirmed", "confirmed features", "first confirmed", "number confirmed")
+        return self._launch("follow", speculating.follow, reads, (), writes)
+
+    def _compact(self) -> Launch:
+        decoder, by_token = self.decoder, sorted(self.decoder.side_inputs.by_token)
+        stored = tuple(f"table {name}" for name in by_token)
+
+        def run(b: Buffers) -> None:
+            source = b["rows"][b["path"]]
+            decoder.kv.move_rows(source, b["rows"])
+            decoder.side_inputs.move_rows(source, b["rows"])
+
+        written = (*self._cache(), *stored)
+        return Launch("compact", run, ("rows", "path", *written), written)

@@ -97,13 +97,16 @@ def _undisturbed() -> Iterator[None]:
     cleared afterwards nothing outside the graph uses it. The garbage collector waits: it could
     destroy an older graph, which a capture does not survive.
     """
+    # a torch without CUDA has none
+    from eepass.private_names import clear_cublas_workspaces
+
     collects = gc.isenabled()
     gc.disable()
-    torch._C._cuda_clearCublasWorkspaces()
+    clear_cublas_workspaces()
     try:
         yield
     finally:
-        torch._C._cuda_clearCublasWorkspaces()
+        clear_cublas_workspaces()
         if collects:
             gc.enable()
 

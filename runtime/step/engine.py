@@ -203,8 +203,18 @@ class StepEngine:
         for start in range(0, len(ids), largest):
             chunk = ids[start : start + largest]
             rows = [Row(0, at, at) for at in range(start, start + len(chunk))]
-            hidden = decoder.forward(chunk, rows, decoder.capacity, size=self.prompt_rows)
+            hidden = decoder.forward(
+                chunk, rows, decoder.capacity, self._on_layer, self.prompt_rows
+            )
+            self._on_chunk(chunk, hidden, len(ids) - start - len(chunk))
         return hidden[:, -1:]
+
+    def _on_layer(self, layer: int, hidden: Tensor) -> None:
+        """The hidden state [1, n, H] of a prompt's chunk after so many layers."""
+
+    def _on_chunk(self, chunk: list[int], hidden: Tensor, left: int) -> None:
+        """The hidden state [1, n, H] after the last layer of a prompt's ``chunk``; ``left``: how
+        many tokens follow."""
 
     def _launch(self) -> None:
         with _failing(), torch.no_grad():

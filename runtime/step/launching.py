@@ -6,6 +6,7 @@ import gc
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, cast
 
 import torch
@@ -19,6 +20,7 @@ from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Step, StepError, check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.head_drafts import HeadDrafts
 from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
@@ -142,13 +144,15 @@ def make_engine(
     launching: Launching,
     fuse: Fuse | None = None,
     debug: bool = False,
+    head: HeadDrafts | None = None,
 ) -> tuple[StepEngine, Callable[[], LaunchReport]]:
     """An engine that launches its steps as ``launching`` says, and a function that reports on it.
 
+    ``head``: the trained draft head, where the rows of ``options.tree`` are its.
     Where that cannot be, and nobody asked for it, steps are launched in the next simpler mode.
     Raises ``EngineError`` where somebody did, and if memory runs out; the process can go on.
     """
-    before, mode, why = _reserved(decoder.device), launching.mode, ""
+    before, mode, why, tree = _reserved(decoder.device), launching.mode, "", options.tree
     fitting = options
     if mode == "predicated":
         # all bodies run: several row counts would do the same work several times
@@ -157,13 +161,16 @@ def make_engine(
         # waiting for the flag takes longer than the verification it would save
         fitting = replace(options, verify="always")
     with torch.no_grad(), running_out("capturing a step"):
-        if options.chain:
-            step = build_speculative_step(decoder, options.chain, options.stop, options.draws, fuse)
+        if tree is not None:
+            step = build_speculative_step(decoder, tree, options.stop, options.draws, fuse, head)
+            if decoder.device.type == "cuda" and mode in ("host", "calls"):
+                # waiting for the flag takes longer than what it would save
+                step = step.flattened()
         else:
             step = build_step(decoder, exits, fitting, fuse)
         check_step(step)
         try:
-            engine = _engine(decoder, step, mode, debug)
+            engine = _engine(decoder, step, mode, debug, head)
         except (torch.OutOfMemoryError, StepError):
             raise
         except RuntimeError as error:
@@ -176,7 +183,7 @@ def make_engine(
         # the step that could not be captured is freed before another is built
         del step
         simpler = Launching(SIMPLER[mode], why, (*launching.missing, why), auto=True)
-        return make_engine(decoder, exits, options, simpler, fuse, debug)
+        return make_engine(decoder, exits, options, simpler, fuse, debug, head)
     taken = max(_reserved(decoder.device) - before, step.nbytes)
 
     def report() -> LaunchReport:
@@ -184,7 +191,7 @@ def make_engine(
             launching.mode,
             launching.reason,
             launching.missing,
-            (options.chain,) if options.chain else tuple(step["buckets"][1].tolist()),
+            (tree.rows,) if tree is not None else tuple(step["buckets"][1].tolist()),
             taken,
             engine.executor.synchronisations / max(engine.steps, 1),
             tuple(launch.name for launch in launches(step.items)),
@@ -193,9 +200,13 @@ def make_engine(
     return engine, report
 
 
-def _engine(decoder: Decoder, step: Step, mode: Mode, debug: bool) -> StepEngine:
+def _engine(
+    decoder: Decoder, step: Step, mode: Mode, debug: bool, head: HeadDrafts | None
+) -> StepEngine:
     executor: Executor
-    engine = SpeculativeEngine if "history" in step.buffers else StepEngine
+    engine: Callable[..., StepEngine] = StepEngine
+    if "history" in step.buffers:
+        engine = partial(SpeculativeEngine, head=head)
     if decoder.device.type == "cpu":
         interprets = mode == "interpret"
         executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))

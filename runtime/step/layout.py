@@ -18,6 +18,7 @@ from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import drawing, updates
 from eepass.runtime.step.data import Buffer, Life, Owner
 from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.tree_shape import TreeShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +30,8 @@ class StepOptions:
     ranking all exit points are always active. ``force``: every token exits after so many layers
     with the LM head's token there. ``stop``: end tokens. ``verify``: at every active exit point, or
     only where the predictor wants to exit. ``one_size``: only the largest row count, masked.
-    ``draws``: tokens can be sampled. ``chain``: rows of a pass in which a chain of draft tokens is
-    verified, exactly and without exits; 0: one token a pass.
+    ``draws``: tokens can be sampled. ``tree``: the rows of a pass in which draft tokens are
+    verified, exactly and without exits; None: one token a pass.
     """
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
@@ -43,7 +44,7 @@ class StepOptions:
     verify: Literal["wanted", "always"] = "wanted"
     one_size: bool = False
     draws: bool = False
-    chain: int = 0
+    tree: TreeShape | None = None
 
 
 class StepLayout:

@@ -1,80 +1,138 @@
-"""How a speculative step updates its own state: draft tokens from the text, and the accept walk.
+"""How a speculative step updates its own state: the rows of a tree, and the accept walk.
 
-The text lies in ``history`` by position; the token at ``position`` is the last one, and has not
-been through the model. A step runs it and its draft tokens, a chain, as rows at the positions from
-there on. What a row computes is kept if all draft tokens up to it were right. Rows that are not
-kept have written keys and values behind the last token, which the next step overwrites: there is
-nothing to roll back.
+A step runs the last token, which has not been through the model, and draft tokens after it, a tree:
+row 0 is the last token, every other row follows the row above it. Row i writes keys and values to
+slot ``position`` + i; its position goes by its depth in the tree. It attends to what was there
+before the tree and to the rows on its path from row 0, which bit fields say: bit j of a row's field
+is set where row j is on its path, itself included.
+
+What a row computes is kept if all draft tokens up to it were right. Rows that are not kept have
+written keys and values behind the last token, which the next step overwrites: there is nothing to
+roll back. Keys and values of the rows that are kept move together, to where their positions are.
 
 Numbers come as tensors: a captured launch cannot copy anything from the host.
 
-Shapes: C slots of the cache, R rows. All flags are bool.
+Shapes: C slots of the cache, R rows, at most ``MOST_ROWS``. All flags are bool.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from eepass.runtime.step.updates import NOT_FINITE, NOTHING
 
-# as many tokens before a place are compared as tell places apart
-COMPARED = 3
+# a row's bit field is an int64
+MOST_ROWS = 63
 COUNTED = ("passes", "tokens")
 
 
-def draft(
-    history: Tensor, position: Tensor, last_position: Tensor,
-    ids: Tensor, positions: Tensor, rows: Tensor, known: Tensor,
+def place(
+    history: Tensor, position: Tensor, last_position: Tensor, draft_ids: Tensor,
+    draft_parents: Tensor, ids: Tensor, parents: Tensor, paths: Tensor, positions: Tensor,
+    rows: Tensor,
 ) -> None:  # fmt: skip
-    """The last token and its draft tokens as ``ids`` [R], at ``positions`` [R] and slots ``rows``
-    [R]; ``known`` [1]: whether there are draft tokens.
+    """The rows of the tree of ``draft_ids`` [R - 1], which follow the rows ``draft_parents``
+    [R - 1]: ``ids`` [R], ``parents`` [R] (row 0's is itself), bit fields ``paths`` [R],
+    ``positions`` [R], and slots ``rows`` [R].
 
-    They are what followed the latest of the earlier places where most of the last ``COMPARED``
-    tokens are the same; where that goes on up to now, it goes on from its beginning.
-    ``last_position`` [1]: the last one the model knows.
+    A row comes after the one it follows. ``last_position`` [1]: the last one the model knows.
     """
-    slots = torch.arange(history.numel(), device=history.device)
-    same = slots < position
-    length = torch.zeros_like(slots)
-    for back in range(COMPARED):
-        token = history.gather(0, (position - back).clamp_min(0))
-        same = same & (F.pad(history, (back, 0))[: history.numel()] == token) & (slots >= back)
-        length = length + (same & (position >= back)).long()
-    likeness = (length * history.numel() + slots).masked_fill(length == 0, -1)
-    best, place = likeness.max(0)
-    known.copy_(best[None] >= 0)
-    following = torch.arange(ids.numel() - 1, device=history.device)
-    at = place + 1 + following % (position - place).clamp_min(1)
-    ids.copy_(torch.cat([history.gather(0, position), history.gather(0, at)]))
-    row = position + torch.arange(ids.numel(), device=history.device)
-    rows.copy_(row)
+    row = torch.arange(ids.numel(), device=ids.device)
+    above = torch.cat([torch.zeros_like(position), draft_parents])
+    # whatever made the draft tokens, a row follows one before it
+    above = torch.minimum(above, (row - 1).clamp_min(0))
+    path = _paths(above)
+    ids.copy_(torch.cat([history.gather(0, position), draft_ids]))
+    parents.copy_(above)
+    paths.copy_(path)
+    rows.copy_(position + row)
     # draft tokens past the end are not kept
-    positions.copy_(torch.minimum(row, last_position))
+    positions.copy_(torch.minimum(position + depths(path), last_position))
+
+
+def _paths(parents: Tensor) -> Tensor:
+    row = torch.arange(len(parents), device=parents.device)
+    path, above, known = torch.ones_like(row) << row, parents, 1
+    # each turn doubles how far up a path is known
+    while known < len(parents):
+        path, above, known = path | path[above], above[above], 2 * known
+    return path
+
+
+def depths(paths: Tensor) -> Tensor:
+    """How many rows are above each, by its bit field [R]."""
+    return _bits(paths).sum(1) - 1
+
+
+def _bits(paths: Tensor) -> Tensor:
+    """Bit fields [N] as [N, R], 0 or 1."""
+    return (paths[:, None] >> torch.arange(len(paths), device=paths.device)) & 1
+
+
+def tree_mask(mask: Tensor, position: Tensor, paths: Tensor) -> Tensor:
+    """``mask`` [..., R, C] by slots, of one by positions: rows of the tree after ``position`` [1]
+    see what lies before it and the rows on their ``paths`` [R].
+
+    A slot's value goes by the position of the token in it (biases, windows). The last slot is one
+    that no row sees.
+    """
+    slot = torch.arange(mask.shape[-1], device=mask.device)
+    node = (slot - position).clamp(0, len(paths) - 1)
+    before, within = slot < position, (slot >= position) & (slot < position + len(paths))
+    on_path = ((paths[:, None] >> node) & 1).bool()
+    values = mask.index_select(-1, torch.where(within, position + depths(paths)[node], slot))
+    return torch.where(before | (within & on_path), values, mask[..., -1:])
 
 
 def accept(
-    ids: Tensor, known: Tensor, tokens: Tensor, best: Tensor, stop: Tensor, limit: Tensor,
-    history: Tensor, position: Tensor, stopped: Tensor, counters: Tensor, out: Tensor,
+    ids: Tensor, parents: Tensor, paths: Tensor, known: Tensor, tokens: Tensor, best: Tensor,
+    stop: Tensor, limit: Tensor, history: Tensor, position: Tensor, stopped: Tensor,
+    counters: Tensor, path: Tensor, moved: Tensor, out: Tensor,
 ) -> None:  # fmt: skip
-    """Keep ``tokens`` [R], what follows each row, up to the first wrong draft token, the first end
-    token, or position ``limit`` [1]; ``best`` [R]: their logits.
+    """Keep ``tokens``, what follows each row [R], along the longest path of right draft tokens, up
+    to its first end token or position ``limit`` [1]; ``best`` [R]: their logits; ``known`` [R - 1]:
+    which rows after row 0 hold a draft token.
 
-    ``out`` [R + 1]: how many are kept, and the tokens; −1 in place of one from logits that are not
-    finite.
+    ``path`` [R]: the rows that are kept, in order; beyond them its own numbers. ``moved`` [1]:
+    whether their keys and values lie elsewhere than at their positions. ``out`` [R + 1]: how many
+    are kept, and the tokens; −1 in place of one from logits that are not finite.
     """
-    row = torch.arange(tokens.numel(), device=tokens.device)
-    right = ((tokens[:-1] == ids[1:]) & known).long().cumprod(0)
+    row, depth = torch.arange(len(ids), device=ids.device), depths(paths)
     finite = torch.isfinite(best)
     ends = (tokens[:, None] == stop[None]).any(1) | ~finite
-    after_an_end = (ends.long().cumsum(0) - ends.long()) > 0
-    kept = (row <= right.sum()) & ~after_an_end & (row < limit - position) & ~stopped
-    number = kept.sum()[None]
+    follows = (tokens[parents] == ids) & ~ends[parents] & (depth < limit - position)
+    follows = torch.cat([torch.ones_like(stopped), follows[1:] & known])
+    wrong = ((~follows).long() << row).sum()
+    kept = (paths & wrong) == 0
+    # the deepest; of equally deep ones, which hold the same tokens, the first
+    last = (depth * len(ids) - row).masked_fill(~kept, -len(ids)).argmax(0, keepdim=True)
+    number = (depth[last] + 1).masked_fill(stopped | (position >= limit), 0)
+    on_path = ((paths[last] >> row) & 1).bool()
+    placed = (on_path & (depth == row[:, None])).long() * row
+    walked = torch.where(row < number, placed.sum(1), row)
+    taken, good, end = tokens[walked], finite[walked], ends[walked]
+    is_kept = row < number
     target = position + 1 + row
-    history.index_copy_(0, target, torch.where(kept, tokens, history.gather(0, target)))
-    shown = tokens.masked_fill(~finite, NOT_FINITE).masked_fill(~kept, NOTHING)
+    history.index_copy_(0, target, torch.where(is_kept, taken, history.gather(0, target)))
+    shown = taken.masked_fill(~good, NOT_FINITE).masked_fill(~is_kept, NOTHING)
     out.copy_(torch.cat([number, shown]))
+    path.copy_(walked)
+    moved.copy_((walked != row).any())
     counters.add_(torch.cat([(~stopped).long(), number]))
     position.copy_(position + number)
-    stopped.copy_(stopped | (kept & ends).any() | (position >= limit))
+    stopped.copy_(stopped | (is_kept & end).any() | (position >= limit))
+
+
+def follow(
+    rows: Tensor, path: Tensor, out: Tensor, features: Tensor,
+    tokens: Tensor, before: Tensor, first: Tensor, number: Tensor,
+) -> None:  # fmt: skip
+    """What a pass has confirmed, for the draft head: ``tokens`` [M], the features ``before`` [M, F]
+    each, the position of the ``first`` [1] and their ``number`` [1]; ``features`` [R, F]: those of
+    all rows."""
+    confirmed = path[: len(tokens)]
+    tokens.copy_(out[1 : len(tokens) + 1].clamp_min(0))
+    before.copy_(features[confirmed])
+    first.copy_(rows[:1] + 1)
+    number.copy_(out[:1])

@@ -5,22 +5,32 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from eepass.errors import EngineError
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import GREEDY, Sampling
 from eepass.runtime.statistics import Statistics
 from eepass.runtime.step.engine import StepEngine
+from eepass.runtime.step.head_drafts import HeadDrafts
 
 
 class SpeculativeEngine(StepEngine):
     """Decodes one sequence at a time over a speculative step: the tokens that would come one by
     one, in fewer passes.
 
-    The device knows where the answer ends: steps in flight beyond it change nothing.
+    The device knows where the answer ends: steps in flight beyond it change nothing. ``head``: the
+    draft head whose levels are part of the step.
     """
+
+    def __init__(self, *parts: Any, head: HeadDrafts | None = None, **options: Any) -> None:
+        super().__init__(*parts, **options)
+        self.head = head
+        # of a prompt's chunk, by number of layers
+        self._features: dict[int, Tensor] = {}
 
     def generate(
         self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY
@@ -102,3 +112,25 @@ class SpeculativeEngine(StepEngine):
         text = torch.tensor([*ids, first], device=history.device)
         history[: len(text)].copy_(text)
         self.step["limit"].fill_(self.decoder.max_sequence_length)
+        if self.head is not None:
+            self.step["confirmed"].fill_(first)
+            self.step["first confirmed"].fill_(len(ids))
+            self.step["number confirmed"].fill_(1)
+
+    def _prefill(self, ids: list[int]) -> Tensor:
+        if self.head is not None:
+            self.head.begin()
+        return super()._prefill(ids)
+
+    def _on_layer(self, layer: int, hidden: Tensor) -> None:
+        if self.head is not None and layer in self.head.layers:
+            self._features[layer] = hidden[0]
+
+    def _on_chunk(self, chunk: list[int], hidden: Tensor, left: int) -> None:
+        if self.head is None:
+            return
+        features = torch.cat([hidden[0], *(self._features[n] for n in self.head.layers)], -1)
+        with torch.device(self.decoder.device):
+            last = self.head.follow(chunk, features, left)
+        self.step["confirmed features"][:1].copy_(last)
+        self._features.clear()

@@ -1,13 +1,18 @@
 """Programs of inductor's code, run line by line in Python and natively: the same bits."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from kernel_cases import same_bits
+from models import tiny_model
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import program_of, run_program
 from eepass.codegen.lower_cpu import CpuCompiler, ready_to_compile, through_inductor
 from eepass.codegen.native_program import NativeProgram, NotNative, native_program, natively
+from eepass.passes.pipeline import split_for_rows
+from eepass.runtime.decoder.decoder import Decoder
 
 eager = torch.ops.eepass
 
@@ -119,3 +124,56 @@ def test_a_compiled_segment_is_native():
         compiled = CpuCompiler()(graph, "layer", given())
     assert isinstance(compiled, NativeProgram)
     assert natively(len) is len
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    with torch.no_grad():
+        return Decoder(split_for_rows(tiny_model(), 64, (1, 2), 16)[0], CpuCompiler())
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_layers_in_one_call_are_the_layers_one_by_one(decoder, rows, monkeypatch):
+    torch.manual_seed(0)
+    hidden = torch.randn(1, rows, decoder.hidden_size)
+
+    def states(run):
+        for keys, values in zip(decoder.kv.keys, decoder.kv.values, strict=True):
+            keys.zero_(), values.zero_()
+        place = decoder.side_inputs.span(3, rows, 8)
+        with torch.no_grad():
+            found = run(hidden.clone(), place)
+        return [found, *(x.clone() for x in (*decoder.kv.keys, *decoder.kv.values))]
+
+    def one_by_one(state, place):
+        for layer in range(decoder.num_layers):
+            state = decoder.run_layer(layer, state, place)
+        return state
+
+    expected = states(one_by_one)
+    monkeypatch.setattr(decoder, "run_layer", None)
+    depth = decoder.num_layers
+    for stops in ((0, depth), (0, 1, depth)):
+
+        def chained(state, place, stops=stops):
+            for begin, end in pairwise(stops):
+                state = decoder.run_layers(begin, end, state, place)
+            return state
+
+        for one, other in zip(expected, states(chained), strict=True):
+            same_bits(one, other)
+
+
+def test_a_chain_is_of_native_programs_that_get_their_inputs():
+    made = native_program(*programs(layer, *given()))
+    template = [None, *given()[1:]]
+    assert NativeProgram.chain([(lambda inputs: inputs, (template, 0, [], []))]) is None
+    with pytest.raises(RuntimeError, match="a program of 7 inputs was given 6"):
+        NativeProgram.chain([(made, (template[:6], 0, [], []))])
+    with pytest.raises(RuntimeError, match="hidden state at -1 of 7 inputs"):
+        NativeProgram.chain([(made, (template, -1, [], []))])
+    with pytest.raises(RuntimeError, match="place 7"):
+        NativeProgram.chain([(made, (template, 0, [7], [0]))])
+    run = NativeProgram.chain([(made, (template, 0, [], []))] * 2)
+    with pytest.raises(RuntimeError, match="links 1 to 3 of 2"):
+        run(1, 3, given()[0], [])

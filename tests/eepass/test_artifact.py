@@ -8,8 +8,9 @@ import torch
 from models import random_artifact, tiny_model
 
 from eepass.checkpoints import artifact
-from eepass.checkpoints.artifact import fingerprint, load_artifact, refuse_other_model
+from eepass.checkpoints.artifact import fingerprint, load_artifact
 from eepass.checkpoints.draft_codes import as_codes, from_codes, rounded
+from eepass.checkpoints.fitting_artifact import refuse_other_model
 from eepass.errors import InputError
 from eepass.model import transform
 

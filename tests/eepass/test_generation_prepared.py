@@ -12,7 +12,7 @@ from prepared_model import PROMPT, Recorder, both, prepared_model
 from transformers import AutoModelForCausalLM, GenerationMixin
 
 import eepass
-from eepass.checkpoints.artifact import found_artifact
+from eepass.checkpoints.fitting_artifact import found_artifact
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.hf import prepared

@@ -292,6 +292,54 @@ def test_drafts_from_the_text_are_verified_in_captured_steps(transformed, steps)
     assert torch.equal(drawn, steps.generate(PROMPT, 30, sampling))
 
 
+@pytest.mark.parametrize("source", ("cascade", pytest.param("eagle", marks=pytest.mark.slow)))
+def test_drafts_of_a_trained_head_are_verified_in_captured_steps(transformed, steps, source):
+    """Beside those from the text, or alone; its levels are part of the step."""
+    with torch.no_grad():
+        transformed.configure(dense=True)
+    steps.configure(ExitConfig(exits=False, speculate=source))
+    launches = steps.launch_report.launches
+    assert "draft from head" in launches and launches[-1] == "compact"
+    assert ("draft from text" in launches) == (source == "cascade")
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = [token for token, _ in said(transformed, prompt=prompt)]
+        assert [token for token, _ in said(steps, prompt=prompt)] == expected
+
+
+@pytest.mark.parametrize(
+    "source, where, mode",
+    (
+        ("suffix", {"device": "cpu"}, "host"),
+        ("cascade", {"launch": "interpret"}, "interpret"),
+        ("eagle", {"launch": "host"}, "host"),
+    ),
+    ids=("suffix", "cascade", "eagle"),
+)
+def test_a_model_is_transformed_for_exact_steps(llama, compilers, source, where, mode):
+    """Greedily the tokens of ``generate``, sampled those of one row a pass."""
+    config = ExitConfig(exits=False, speculate=source)
+    model = eepass.transform(llama, random_artifact(llama), config, 128, **where)
+    answer = model.stream(PROMPT, 30)
+    next(answer)
+    # left half way, with a step in flight
+    answer.close()
+    for prompt in (PROMPT, [7, 8] * 20):
+        with torch.no_grad():
+            expected = llama.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False)
+        assert torch.equal(model.generate([prompt], max_new_tokens=30), expected)
+    report = model.launch_report
+    assert (report.mode, report.rows) == (mode, (8,)) and isinstance(model.engine, CapturedSteps)
+    sampling = Sampling(temperature=0.8, seed=3)
+    drawn = model.generate(PROMPT, 30, sampling)
+    model.configure(dense=True)
+    assert torch.equal(drawn, model.generate(PROMPT, 30, sampling))
+    # early exits in between, and exactly again
+    model.configure(CONFIGS["eager to leave"])
+    said(model, 10)
+    model.configure(config)
+    assert torch.equal(model.generate([[7, 8] * 20], max_new_tokens=30), expected)
+
+
 def test_without_an_artefact_the_default_goes_through_the_engine(transformed):
     """Which decides pass by pass what pays; captured steps verify drafts where they are to."""
     plain = transformed.share(choose("host", CPU))

@@ -5,15 +5,12 @@ import json
 import pytest
 import torch
 from models import VOCABULARY, tiny_model
-from safetensors.torch import load_file
 
 import eepass
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.ops import exits as exit_ops
-from eepass.runtime.drafting.eagle_layer import HeadStyle
 from eepass.runtime.drafting.suffix import SuffixDraft
-from eepass.training import draft_head
 from eepass.training.calibration import NEVER, Costs, agreement_bound, calibrate, replay
 from eepass.training.corpus import (
     GIVEN,
@@ -26,12 +23,10 @@ from eepass.training.corpus import (
     split_of,
 )
 from eepass.training.dense_model import best_token
-from eepass.training.draft_head import fit_draft_head
 from eepass.training.exits import ExitData, fit_predictors, fit_translator, score_exits
 from eepass.training.hidden_states import HiddenStateStore
-from eepass.training.muon import Muon, orthogonal
-from eepass.training.train import Trainer, _refuse_too_few
-from eepass.training.unrolling import Lines, draft_hits
+from eepass.training.train import _refuse_too_few, train
+from eepass.training.trainer import Trainer
 
 COSTS = Costs(num_layers=10, head=2.0, draft=0.3, predictor=0.05, verify=0.5)
 
@@ -180,88 +175,6 @@ def test_a_translator_learns_a_rotation():
     assert before < 0.1 and agrees > 0.3
 
 
-STYLE = HeadStyle(64, 4, 2, 10000.0 ** -torch.arange(0, 1, 1 / 8), 192, 2)
-
-
-def made_lines(embedding, lines=60, length=12):
-    """Lines in which each token says the next, and z says the one after it."""
-    order = torch.randperm(len(embedding), generator=torch.Generator().manual_seed(1))
-    follows = torch.empty_like(order)
-    follows[order] = order.roll(-1)
-    token = torch.randint(0, len(embedding), (lines, length))
-    for place in range(1, length):
-        token[:, place] = follows[token[:, place - 1]]
-    token = token.flatten()
-    z, noise = 4 * embedding[follows[token]], torch.randn(len(token), embedding.shape[1])
-    place = torch.arange(length).repeat(lines)
-    return Lines(token, torch.cat([z, noise], -1), place), follows[token]
-
-
-def test_a_draft_head_learns_to_follow_its_own_drafts(monkeypatch):
-    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
-    torch.manual_seed(0)
-    embedding = torch.nn.functional.normalize(torch.randn(40, 64), dim=-1) * 3
-    lines, label = made_lines(embedding)
-    hot = torch.arange(40)
-    fitted = fit_draft_head(lines, embedding, embedding, STYLE, lambda n: None, 3, 10)
-    hits = draft_hits(fitted, lines, label, embedding, hot, embedding, 3)
-    assert [hit["top1"] > 0.9 for hit in hits] == [True] * 3
-    assert all(hit["top4"] >= hit["top1"] for hit in hits)
-
-
-@pytest.mark.parametrize("shape", ((24, 40), (40, 24)))
-def test_muon_does_what_torchs_does(shape):
-    """In float32, where torch's own rounds to bfloat16."""
-    torch.manual_seed(0)
-    began = torch.randn(shape)
-    values = torch.linalg.svdvals(orthogonal(began))
-    assert values.min() > 0.5 and values.max() < 1.4
-    ours, theirs = (began.clone().requires_grad_() for _ in range(2))
-    optimizers = Muon([ours], 0.02), torch.optim.Muon([theirs], 0.02, weight_decay=0.02)
-    for _ in range(5):
-        ours.grad = torch.randn(shape)
-        theirs.grad = ours.grad.clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert (ours - theirs).abs().max() < 0.02 * (ours - began).abs().max()
-
-
-def test_a_draft_head_is_taken_up_where_its_last_pass_ended(monkeypatch, tmp_path):
-    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
-    torch.manual_seed(0)
-    embedding = torch.randn(40, 64)
-    lines, _ = made_lines(embedding, lines=12)
-    whole = fit_draft_head(lines, embedding, embedding, STYLE, lambda n: None, 2, 3)
-    seen = []
-
-    def stop_in_the_second_pass(amount):
-        seen.append(amount)
-        if sum(seen) > len(lines.token):
-            raise KeyboardInterrupt
-
-    path = tmp_path / "eagle.part"
-    with pytest.raises(KeyboardInterrupt):
-        fit_draft_head(lines, embedding, embedding, STYLE, stop_in_the_second_pass, 2, 3, path)
-    seen.clear()
-    resumed = fit_draft_head(lines, embedding, embedding, STYLE, seen.append, 2, 3, path)
-    assert seen[0] == len(lines.token) and sum(seen) == 3 * len(lines.token)
-    assert all(torch.equal(resumed[name], tensor) for name, tensor in whole.items())
-
-
-def test_a_draft_head_stops_where_it_no_longer_gains(monkeypatch, tmp_path):
-    """Its last pass, in which the rate falls, is the one after."""
-    monkeypatch.setattr(draft_head, "BATCH_ROWS", 128)
-    losses = iter([3.0, 2.0, 1.0, 0.999, 0.9])
-    monkeypatch.setattr(draft_head._Teacher, "held_out_loss", lambda *given: next(losses))
-    torch.manual_seed(0)
-    embedding, seen = torch.randn(40, 64), []
-    lines, _ = made_lines(embedding, lines=6)
-    path = tmp_path / "eagle.part"
-    fit_draft_head(lines, embedding, embedding, STYLE, seen.append, 2, 9, path, held_out=lines)
-    assert load_file(path)["losses"].tolist() == [3.0, 2.0, 1.0, 0.999, 0.9]
-    assert sum(seen) == 9 * len(lines.token)
-
-
 def made_data(count=4000):
     """Exits of which the draft's first logit says whether they are right."""
     torch.manual_seed(0)
@@ -357,6 +270,31 @@ def test_training_end_to_end_and_taken_up_after_a_stop(examples, tmp_path):
     assert [set(hit) for hit in artifact.report["draft_head"]["hits"]] == [{"top1", "top4"}] * 4
     again = Trainer(model, tmp_path, Watch(), 64, hot_tokens=64).run(examples)
     assert all(torch.equal(again.tensors[n], t) for n, t in artifact.tensors.items())
+    further = Trainer(model, tmp_path / "further", Watch(), 64, hot_tokens=64)
+    further.start_from(artifact, "first")
+    assert torch.equal(further.start["fc"], artifact.tensors["eagle.fc"])
+    further.start_from(artifact, "first", keep_exits=True)
+    made = further.run(examples)
+    changed = {n for n, t in made.tensors.items() if not torch.equal(t, artifact.tensors[n])}
+    assert changed and all(name.startswith(("eagle.", "predictor.paper.")) for name in changed)
+    assert made.presets["default"] == artifact.presets["default"]
+    assert set(made.tensors) == set(artifact.tensors)
+    other = Trainer(tiny_model("llama", hidden_size=32), tmp_path / "other", Watch(), 64)
+    with pytest.raises(InputError, match="first: its draft head has no tensor"):
+        other.start_from(artifact, "first")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"keep_exits": True}, "give it as start"),
+        ({"start": "DIR", "draft": "none"}, "draft='none' trains none"),
+    ],
+)
+def test_options_that_contradict_one_another(tmp_path, given, message):
+    with pytest.raises(InputError, match=message):
+        train(None, tmp_path, **given)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_a_draft_head_there_is_no_paper_preset(examples, tmp_path):

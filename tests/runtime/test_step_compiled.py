@@ -13,6 +13,7 @@ from eepass.runtime.step.engine import StepEngine
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
 from eepass.runtime.step.speculative_engine import SpeculativeEngine
+from eepass.runtime.step.tree_shape import TreeShape
 
 PROMPT = [5, 9, 44, 7, 8]
 
@@ -49,7 +50,7 @@ def test_a_compiled_speculative_step_is_the_eager_one(llama_splits):
         (Decoder(llama_splits, compiler, compiler.captured), compiler.fuse),
         (Decoder(llama_splits, eager_compile), None),
     ):
-        step = build_speculative_step(decoder, 8, (), True, fuse)
+        step = build_speculative_step(decoder, TreeShape((4, 2, 1)), (), True, fuse)
         engine = SpeculativeEngine(decoder, step, Interpreter(step), LateResultQueue(step["out"]))
         greedy = [tuple(token) for token in engine.generate(PROMPT, 50)]
         drawn = engine.generate(PROMPT, 50, Sampling(temperature=0.7, top_k=20, seed=5))

@@ -322,10 +322,10 @@ def test_a_step_that_cannot_be_captured_is_launched_in_a_simpler_mode(
 ):
     made = launching._engine
 
-    def engine(decoder, step, mode, debug):
+    def engine(decoder, step, mode, *options):
         if mode in failing:
             raise error
-        return made(decoder, step, mode, debug)
+        return made(decoder, step, mode, *options)
 
     monkeypatch.setattr(launching, "_engine", engine)
     best = launching.Launching("device", "conditional graph nodes are there", auto=True)

@@ -22,6 +22,7 @@ from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.data import launches
 from eepass.runtime.step.exit_points import ExitPoints, with_thresholds
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.tree_shape import TreeShape
 
 # FakeTensors of a CPU build can be on no CUDA device; on this one they have no values either
 DEVICE = torch.device("meta")
@@ -106,9 +107,10 @@ def test_no_launch_leaves_the_device_or_waits_for_the_host(decoder, exit_points,
     assert ran > 10
 
 
+@pytest.mark.parametrize("branches", ((7,), (4, 2, 1)), ids=("chain", "tree"))
 @pytest.mark.parametrize("draws", (False, True), ids=("greedy", "sampled"))
-def test_a_speculative_step_stays_on_the_device(decoder, draws):
-    step = build_speculative_step(decoder, 8, (2,), draws)
+def test_a_speculative_step_stays_on_the_device(decoder, draws, branches):
+    step = build_speculative_step(decoder, TreeShape(branches), (2,), draws)
     for buffer in step.buffers.values():
         assert buffer.tensor.device == DEVICE, buffer.name
     for launch in launches(step.items):

@@ -22,6 +22,7 @@ from eepass.runtime.step import launching
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Conditional, blocks, walk
 from eepass.runtime.step.layout import StepOptions
+from eepass.runtime.step.tree_shape import TreeShape
 from stub_cuda.fake_torch import FakeGraph, install
 
 PROMPT, COUNT = [5, 9, 44, 7, 8], 24
@@ -116,7 +117,7 @@ with torch.no_grad():
     engine.close()
     seen["alive"] = library.stub_alive()
     library.stub_clear()
-    engine, report = launching.make_engine(decoder, None, StepOptions(chain=8), BEST)
+    engine, report = launching.make_engine(decoder, None, StepOptions(tree=TreeShape((7,))), BEST)
     dense = [token.token for token in Engine(decoder).generate(PROMPT, 100)]
     found = [token.token for token in engine.generate(PROMPT, 100)]
     log = library.stub_log().decode()
