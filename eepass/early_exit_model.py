@@ -33,7 +33,7 @@ from eepass.planning import (
     settle,
 )
 from eepass.reading import number
-from eepass.runtime.context.selection import OwnAttention, Recent, Selection
+from eepass.runtime.context.selection import LONG, OwnAttention, Recent, Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
 from eepass.runtime.engine.engine import STEP_ROWS, Engine
@@ -229,7 +229,8 @@ class EarlyExitModel:
         """What selects the tokens of a long text that are attended to; the decoder gets layers that
         attend to such."""
         # no text is longer than the cache
-        if config.context == "full" or config.context_tokens >= self.decoder.cache_length:
+        slots = LONG * config.context_tokens
+        if config.context == "full" or slots >= self.decoder.cache_length:
             return None
         if self.folder is not None:
             raise InputError(
@@ -239,17 +240,17 @@ class EarlyExitModel:
         from eepass.passes.pipeline import context_layers
 
         tokens, steps = config.context_tokens, (n for n in self.splits if n <= STEP_ROWS)
-        if tokens not in self.decoder.context:
+        if slots not in self.decoder.context:
             try:
-                self.decoder.context[tokens] = {
-                    rows: context_layers(self.splits[rows], tokens, SELECTS_AT, self.report)
+                self.decoder.context[slots] = {
+                    rows: context_layers(self.splits[rows], slots, SELECTS_AT, self.report)
                     for rows in steps
                 }
             except PassError as error:
                 raise InputError(f"context={config.context!r}: {error}") from error
         if config.context == "recent":
             return Recent(tokens)
-        return OwnAttention(tokens, self.decoder.context[tokens][1].queries, self.decoder)
+        return OwnAttention(tokens, self.decoder.context[slots][1].queries, self.decoder)
 
     def _draft_head(self, parts: ExitParts | None) -> Mapping[str, Tensor]:
         """The trained draft head's tensors, which exits have among theirs."""

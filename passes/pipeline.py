@@ -165,11 +165,11 @@ def fused_exits(
 
 
 def context_layers(
-    split: SplitDecoder, tokens: int, depths: Sequence[float], report: PassReport
+    split: SplitDecoder, width: int, depths: Sequence[float], report: PassReport
 ) -> ContextLayers:
-    """The layers of ``split`` attending to ``tokens`` slots, selected at ``depths``, which are
+    """The layers of ``split`` attending to up to ``width`` slots, selected at ``depths``, which are
     shares of the layers. Raises ``PassError`` where attention is not recognised."""
-    select = partial(select_context, tokens=tokens, depths=depths)
+    select = partial(select_context, width=width, depths=depths)
     return PassRunner(report).run(split, [select])
 
 

@@ -47,9 +47,9 @@ VIEWS = {
 
 
 def select_context(
-    split: SplitDecoder, report: PassReport, *, tokens: int, depths: Sequence[float]
+    split: SplitDecoder, report: PassReport, *, width: int, depths: Sequence[float]
 ) -> ContextLayers:
-    """The layers of ``split`` attending to ``tokens`` selected slots; ``depths``: where slots are
+    """The layers of ``split`` attending to up to ``width`` selected slots; ``depths``: where slots are
     selected, in shares of the layers. Raises ``PassError`` where attention is not recognised."""
     if split.stepwise:
         raise PassError("recurrent layers carry states, not keys that could be selected")
@@ -59,31 +59,31 @@ def select_context(
     for number, layer in enumerate(split.layers):
         sides = [role.name for role in layer.inputs if role.kind == "side"]
         window = min((windows[name] for name in sides if name in windows), default=None)
-        if window is not None and window <= tokens:
+        if window is not None and window <= width:
             report.skip(f"layer {number}", f"it attends to a window of {window} tokens")
             layers.append(layer)
             continue
         if layer.structure not in made:
-            made[layer.structure] = _selecting(layer, number, split, tokens)
+            made[layer.structure] = _selecting(layer, number, split, width)
             report.rewritten += 1
         # isomorphic segments share the graph, each with the roles of its own inputs
         layers.append(replace(made[layer.structure], inputs=(*layer.inputs, CONTEXT)))
         able.append(number)
     if not able:
-        raise PassError(f"every layer attends to a window of at most {tokens} tokens by itself")
+        raise PassError(f"every layer attends to a window of at most {width} tokens by itself")
     at = {next((n for n in able if n >= depth * len(layers)), able[-1]) for depth in depths}
     queries = {n: _query(split.layers[n], n, split.cache_length) for n in sorted(at)}
     return ContextLayers(tuple(layers), queries)
 
 
-def _selecting(layer: Segment, number: int, split: SplitDecoder, tokens: int) -> Segment:
+def _selecting(layer: Segment, number: int, split: SplitDecoder, width: int) -> Segment:
     graph = copy.deepcopy(layer.graph)
     placeholders = graph.graph.find_nodes(op="placeholder")
     inputs = dict(zip(placeholders, layer.inputs, strict=True))
     calls = _attention(Segment(graph, layer.inputs), inputs, number, split.cache_length)
     with graph.graph.inserting_after(placeholders[-1]):
         slots = graph.graph.placeholder(f"side_{len(placeholders)}")
-    slots.meta["val"] = torch.empty(split.rows, tokens, dtype=torch.int32, device="meta")
+    slots.meta["val"] = torch.empty(split.rows, width, dtype=torch.int32, device="meta")
     for call in calls:
         mask: Any = call.args[3]
         with graph.graph.inserting_before(call):

@@ -1,9 +1,9 @@
 """What generated tokens attend to in a long text: some of its tokens, the same in many layers.
 
-A text of no more than ``tokens`` tokens is attended to in full. Of a longer one the first few
-tokens, on which models rest the attention they have no use for (Xiao et al., 2023), and the latest
-ones are always among those selected. Keys and values of all tokens stay in the cache, so that the
-next pass may select others.
+A text of no more than ``LONG * tokens`` tokens is attended to in full: selecting would gain little.
+Of a longer one ``tokens`` are selected, among them always the first few, on which models rest the
+attention they have no use for (Xiao et al., 2023), and the latest. Keys and values of all tokens
+stay in the cache, so that the next pass may select others.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from eepass.segments import ContextQuery
 # the first tokens of a text, and the latest ones: as many as a pass has rows at most, pending ones
 # included, and 32 before them
 FIRST, LATEST = 4, 96
+# a text of more than so many times the tokens that are selected is long
+LONG = 2
 
 
 class Text(NamedTuple):
@@ -41,29 +43,35 @@ class Selection(ABC):
 
     def __init__(self, tokens: int, layers: Iterable[int]) -> None:
         self.tokens, self.layers = tokens, frozenset(layers)
+        # of a row's list, which holds all of a text that is not long
+        self.slots = LONG * tokens
 
-    def slots(
+    def is_long(self, count: int) -> bool:
+        """Whether some of a text of ``count`` tokens are selected."""
+        return count > self.slots
+
+    def select(
         self, layer: int, texts: list[Text], hidden: Tensor, place: Place
     ) -> dict[Sequence, Tensor]:
-        """For each sequence the slots int32 [tokens] that its rows may attend to from ``layer`` on,
-        in ascending order, -1 where there are fewer; nothing where all texts are short.
+        """For each sequence the slots int32 [LONG * tokens] that its rows may attend to from
+        ``layer`` on, in ascending order, -1 where there are fewer; nothing where no text is long.
 
         ``hidden`` [1, R, H]: of the pass, before that layer.
         """
-        if max(text.end for text in texts) <= self.tokens:
+        if not self.is_long(max(text.end for text in texts)):
             return {}
         queries = self._queries_of(layer, hidden, place)
         return {text.sequence: self._slots(layer, text, queries) for text in texts}
 
     def _slots(self, layer: int, text: Text, queries: Tensor | None) -> Tensor:
-        slots = torch.full((self.tokens,), -1, dtype=torch.int32)
-        if text.end <= self.tokens:
+        slots = torch.full((self.slots,), -1, dtype=torch.int32)
+        if not self.is_long(text.end):
             slots[: text.end] = torch.arange(text.end)
         else:
             latest, others = text.end - LATEST, self.tokens - FIRST - LATEST
             slots[:FIRST] = torch.arange(FIRST)
-            slots[FIRST:-LATEST] = self._choose(layer, text, queries, latest, others)
-            slots[-LATEST:] = torch.arange(latest, text.end)
+            slots[FIRST : FIRST + others] = self._choose(layer, text, queries, latest, others)
+            slots[FIRST + others : self.tokens] = torch.arange(latest, text.end)
         return slots.where(slots < 0, slots + text.sequence.first_slot)
 
     def _queries_of(self, layer: int, hidden: Tensor, place: Place) -> Tensor | None:
@@ -102,7 +110,7 @@ class OwnAttention(Selection):
         self._queries, self._decoder = queries, decoder
 
     def _queries_of(self, layer: int, hidden: Tensor, place: Place) -> Tensor | None:
-        return self._decoder.queries(layer, self.tokens, hidden, place)
+        return self._decoder.queries(layer, self.slots, hidden, place)
 
     def _choose(
         self, layer: int, text: Text, queries: Tensor | None, end: int, count: int

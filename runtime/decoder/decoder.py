@@ -94,19 +94,19 @@ class Decoder:
             layers = [self._bind(layer, rows, compile) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
-    def prepare_selecting(self, rows: int, tokens: int) -> None:
-        """Compile the layers of ``context`` that attend to ``tokens`` slots for ``rows``, and their
+    def prepare_selecting(self, rows: int, slots: int) -> None:
+        """Compile the layers of ``context`` that attend to ``slots`` slots for ``rows``, and their
         queries, if they are not yet."""
-        if (rows, tokens) in self._selecting:
+        if (rows, slots) in self._selecting:
             return
-        none = torch.full((rows, tokens), -1, dtype=torch.int32, device=self.device)
+        none = torch.full((rows, slots), -1, dtype=torch.int32, device=self.device)
         place = self.side_inputs.span(0, rows).selecting(none)
-        found = self.context[tokens][rows]
-        self._queries[rows, tokens] = {
+        found = self.context[slots][rows]
+        self._queries[rows, slots] = {
             layer: self._bind(query.segment, rows, self.compile)
             for layer, query in found.queries.items()
         }
-        self._selecting[rows, tokens] = [
+        self._selecting[rows, slots] = [
             self._bind(layer, rows, self.compile, place) for layer in found.layers
         ]
 
@@ -121,14 +121,14 @@ class Decoder:
         if not self._fills:
             self._fills = [self._bind(fill, 1, self.compile) for fill in self.splits[1].kv_fills]
 
-    def prepare_passes(self, rows: int, tokens: int | None = None) -> None:
+    def prepare_passes(self, rows: int, slots: int | None = None) -> None:
         """Compile layers and LM head for every row count that passes of up to ``rows`` have; with
-        ``tokens`` also layers that attend to so many selected slots."""
+        ``slots`` also layers that attend to so many selected ones."""
         for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
             self.prepare(size)
             self.prepare_head(size)
-            if tokens is not None:
-                self.prepare_selecting(size, tokens)
+            if slots is not None:
+                self.prepare_selecting(size, slots)
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
@@ -211,9 +211,9 @@ class Decoder:
         return hidden
 
     def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[_BoundSegment]:
-        if tokens := _num_selected(place):
-            self.prepare_selecting(rows, tokens)
-            return self._selecting[rows, tokens]
+        if slots := _num_selected(place):
+            self.prepare_selecting(rows, slots)
+            return self._selecting[rows, slots]
         self.prepare(rows, captured)
         return self._layers[rows, captured]
 
@@ -230,12 +230,12 @@ class Decoder:
             )
         return self._chains[key]
 
-    def queries(self, layer: int, tokens: int, hidden: Tensor, place: Place) -> Tensor:
-        """Queries [Q, R, D] of a layer that selects ``tokens`` slots, from the hidden state
+    def queries(self, layer: int, slots: int, hidden: Tensor, place: Place) -> Tensor:
+        """Queries [Q, R, D] of a layer that selects up to ``slots`` slots, from the hidden state
         [1, R, H] before it."""
         rows = hidden.shape[1]
-        self.prepare_selecting(rows, tokens)
-        return self._queries[rows, tokens][layer](hidden, place)[0]
+        self.prepare_selecting(rows, slots)
+        return self._queries[rows, slots][layer](hidden, place)[0]
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]

@@ -323,8 +323,8 @@ class Engine:
             self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
         if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
             each = max(each, *self.planner.costs)
-        tokens = None if self.selection is None else self.selection.tokens
-        self.decoder.prepare_passes(min(sequences * each, self.step_rows), tokens)
+        slots = None if self.selection is None else self.selection.slots
+        self.decoder.prepare_passes(min(sequences * each, self.step_rows), slots)
         if self.options.kv_policy == "propagate":
             self.decoder.prepare_fills()
 

@@ -82,7 +82,7 @@ class ForwardPass:
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
         exits = self.exits is not None and any(one.active_exits for one in batch)
-        layer = first
+        layer, selects = first, self._layers_that_select(batch)
         while layer < self.decoder.num_layers:
             self._insert_pending(batch, layer)
             if self.hidden is None:
@@ -90,11 +90,11 @@ class ForwardPass:
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
-            if self.selection is not None and layer in self.selection.layers:
+            if self.selection is not None and layer in selects:
                 texts = self._texts()
-                self._selected = self.selection.slots(layer, texts, self.hidden, self._place)
+                self._selected = self.selection.select(layer, texts, self.hidden, self._place)
                 self._attend_to_selected()
-            begin, layer = layer, self._next_stop(batch, layer, exits)
+            begin, layer = layer, self._next_stop(batch, layer, exits, selects)
             self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
             if self.features is not None and layer in self.features.layers:
                 self.features.after(layer, *self._nodes())
@@ -108,13 +108,22 @@ class ForwardPass:
                 return
         self._end()
 
-    def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
+    def _layers_that_select(self, batch: SequenceOf[ScheduledSequence]) -> frozenset[int]:
+        """None where no text is long."""
+        if self.selection is None:
+            return frozenset()
+        longest = max(one.sequence.position + len(one.tree or ()) for one in batch)
+        return self.selection.layers if self.selection.is_long(longest) else frozenset()
+
+    def _next_stop(
+        self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool, selects: frozenset[int]
+    ) -> int:
         """The layer after which there is something to do, of those after ``layer``."""
         if exits or any(one.sequence.pending for one in batch):
             return layer + 1
         taken = [*(self.features.layers if self.features is not None else ())]
         taken += self.recorder.layers if self.recorder is not None else ()
-        taken += self.selection.layers if self.selection is not None else ()
+        taken += selects
         return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:

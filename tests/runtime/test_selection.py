@@ -10,9 +10,9 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import EarlyExitModel, split_model, transform
 from eepass.passes.report import PassReport
-from eepass.runtime.context.selection import FIRST, LATEST, Recent, Selection
+from eepass.runtime.context.selection import FIRST, LATEST, LONG, Recent, Selection
 
-TOKENS, LENGTH = 128, 150
+TOKENS, LENGTH = 128, 280
 ONE_BY_ONE = ExitConfig(
     guarantee="approximate", exits=False, speculate="off", context="recent", context_tokens=TOKENS
 )
@@ -26,7 +26,7 @@ def text(count, seed=1):
 @pytest.fixture(scope="module")
 def made(llama):
     """A tiny llama with room for long texts, run as it was traced; tests configure it."""
-    splits, _ = split_model(llama, 320, (1, 2, 8))
+    splits, _ = split_model(llama, 420, (1, 2, 8))
     artifact = random_artifact(llama)
     return EarlyExitModel(splits, PassReport(), frozenset(), artifact, compiler=eager_compile)
 
@@ -48,7 +48,7 @@ def plain(model, ids, count, selection):
     while len(tokens) < len(ids) + count:
         size = len(tokens)
         seen = torch.ones(size, size, dtype=torch.bool).tril()
-        for row in range(max(len(ids), TOKENS), size):
+        for row in range(max(len(ids), LONG * TOKENS), size):
             end = row + 1
             seen[row] = False
             chosen = selection._choose(0, None, None, end - LATEST, TOKENS - FIRST - LATEST)
@@ -60,7 +60,7 @@ def plain(model, ids, count, selection):
 
 
 @pytest.mark.parametrize("selection", (Recent(TOKENS), Even(TOKENS, [0])), ids=("recent", "even"))
-@pytest.mark.parametrize("length", (LENGTH, TOKENS - 8))
+@pytest.mark.parametrize("length", (LENGTH, LONG * TOKENS - 8))
 def test_tokens_are_those_of_a_plain_reference(llama, made, selection, length):
     engine = made.configure(ONE_BY_ONE)
     engine.selection = selection
@@ -106,7 +106,7 @@ def test_the_latest_tokens_alone_are_further_from_dense_attention(made):
     def apart(engine, ids):
         return float((values(engine, ids) - values(made.dense, ids)).norm())
 
-    texts = [text(200, seed) for seed in range(6)]
+    texts = [text(300, seed) for seed in range(6)]
     own = made.configure(replace(ONE_BY_ONE, context="selected"))
     by_attention = sum(apart(own, ids) for ids in texts)
     latest = made.configure(ONE_BY_ONE)
@@ -115,14 +115,14 @@ def test_the_latest_tokens_alone_are_further_from_dense_attention(made):
 
 def test_a_short_text_beside_a_long_one_has_the_bits_of_dense_decoding(llama):
     """Compiled: its list of slots names all there are."""
-    made = transform(llama, max_length=320)
+    made = transform(llama, max_length=440)
     short, count = text(60, seed=2), 12
     dense = made.dense
     wanted = generated(dense, short, count)
     slots = [layer[:, :, : len(short) + count - 1].clone() for layer in made.decoder.kv.keys]
     engine = made.configure(ONE_BY_ONE)
     first = engine.start(short, count, capacity=100)
-    long = engine.start(text(LENGTH), count, capacity=200)
+    long = engine.start(text(LENGTH), count, capacity=330)
     assert first.first_slot == 0 and long.first_slot > 0
     for _ in range(count - 1):
         engine.step()
@@ -137,13 +137,13 @@ def test_a_short_text_beside_a_long_one_has_the_bits_of_dense_decoding(llama):
 def test_a_text_of_no_more_tokens_is_attended_to_in_full(made):
     ids = text(LENGTH)
     wanted = generated(made.dense, ids, 20)
-    assert generated(made.configure(replace(ONE_BY_ONE, context_tokens=170)), ids, 20) == wanted
+    assert generated(made.configure(replace(ONE_BY_ONE, context_tokens=155)), ids, 20) == wanted
     # as many as the cache has slots: nothing is compiled for it
     assert made.configure(replace(ONE_BY_ONE, context_tokens=5000)).selection is None
 
 
 def test_it_goes_with_drafts_and_exits(made):
-    ids = text(40) * 4
+    ids = text(40) * 7
     for options in (
         {"context": "selected"},
         {"speculate": "suffix"},
@@ -166,4 +166,4 @@ def test_what_cannot_select_is_refused(made):
         ExitConfig(context_tokens=64)
     eager = tiny_model("llama", attn_implementation="eager")
     with pytest.raises(InputError, match="context='recent': layer 0 reads its keys"):
-        transform(eager, config=ONE_BY_ONE, max_length=320)
+        transform(eager, config=ONE_BY_ONE, max_length=440)
