@@ -44,6 +44,9 @@ class ExitConfig:
     # layers so many tokens, those that an earlier layer attends to most; or the latest ones alone
     context: Literal["full", "selected", "recent"] = "full"
     context_tokens: int = 1024
+    # whether passes that attend to so many tokens may draft, for others to verify, where all is
+    # attended to and answers are exact
+    context_drafts: bool = True
 
     def __post_init__(self) -> None:
         if self.speculate == "ngram":

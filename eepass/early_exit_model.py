@@ -16,12 +16,13 @@ from eepass.checkpoints.artifact import Artifact
 from eepass.codegen.cpu.native import release_threads
 from eepass.codegen.kept_code import KeepingCompiler
 from eepass.config import ExitConfig
-from eepass.errors import InputError, PassError
+from eepass.errors import InputError
 from eepass.executors import CapturedSteps, ExitParts, Measured, drafts_in_a_step, engine_for
 from eepass.kept.acceptance import KeptAcceptance
 from eepass.kept.costs import KeptCosts
 from eepass.kept.keys import environment, tensors_key
 from eepass.kept.splits import kept_entries, kept_exits
+from eepass.long.selecting import selection_for
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import (
@@ -33,10 +34,10 @@ from eepass.planning import (
     settle,
 )
 from eepass.reading import number
-from eepass.runtime.context.selection import LONG, OwnAttention, Recent, Selection
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
-from eepass.runtime.engine.engine import STEP_ROWS, Engine
+from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.loop import EngineLoop
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.sampling import GREEDY, Sampling
@@ -45,8 +46,6 @@ from eepass.runtime.step.exit_points import with_thresholds
 from eepass.runtime.step.launching import Launching, LaunchReport
 from eepass.segments import SplitDecoder
 
-# the layers that select what later ones attend to, in shares of the model's
-SELECTS_AT = (0.2, 0.6)
 # where a transformed folder keeps its artefact
 ARTIFACT = "artifact"
 # the segments at the exits of a plan for a number of rows
@@ -144,7 +143,10 @@ class EarlyExitModel:
             config, plan = settle(
                 config, self.artifact, self.splits[1], self.draft_model is not None
             )
-        selection = None if dense or force is not None else self._selects(config)
+        selection = None
+        if not dense and force is None:
+            drafts = self.launching is None
+            selection = selection_for(self.decoder, config, self.folder, drafts, self.report)
         if isinstance(self._engine, CapturedSteps):
             self._engine.close()
         self._engine, self.config, self.plan = None, config, plan
@@ -224,33 +226,6 @@ class EarlyExitModel:
                 self._measured, config, parts, self._draft_head(parts), small, trace, packs,
                 *self._expected_drafts(), self._selection,
             )  # fmt: skip
-
-    def _selects(self, config: ExitConfig) -> Selection | None:
-        """What selects the tokens of a long text that are attended to; the decoder gets layers that
-        attend to such."""
-        # no text is longer than the cache
-        slots = LONG * config.context_tokens
-        if config.context == "full" or slots >= self.decoder.cache_length:
-            return None
-        if self.folder is not None:
-            raise InputError(
-                f"context={config.context!r}: {self.folder} is a transformed folder, whose layers "
-                "attend to all of a text: transform the original instead"
-            )
-        from eepass.passes.pipeline import context_layers
-
-        tokens, steps = config.context_tokens, (n for n in self.splits if n <= STEP_ROWS)
-        if slots not in self.decoder.context:
-            try:
-                self.decoder.context[slots] = {
-                    rows: context_layers(self.splits[rows], slots, SELECTS_AT, self.report)
-                    for rows in steps
-                }
-            except PassError as error:
-                raise InputError(f"context={config.context!r}: {error}") from error
-        if config.context == "recent":
-            return Recent(tokens)
-        return OwnAttention(tokens, self.decoder.context[slots][1].queries, self.decoder)
 
     def _draft_head(self, parts: ExitParts | None) -> Mapping[str, Tensor]:
         """The trained draft head's tensors, which exits have among theirs."""

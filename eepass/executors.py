@@ -29,7 +29,8 @@ from eepass.runtime.drafting.features import Norm
 from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.exits.scheduler import PredictorSchedule

@@ -49,8 +49,8 @@ VIEWS = {
 def select_context(
     split: SplitDecoder, report: PassReport, *, width: int, depths: Sequence[float]
 ) -> ContextLayers:
-    """The layers of ``split`` attending to up to ``width`` selected slots; ``depths``: where slots are
-    selected, in shares of the layers. Raises ``PassError`` where attention is not recognised."""
+    """The layers of ``split`` attending to up to ``width`` selected slots; ``depths``: where slots
+    are selected, in shares of the layers. ``PassError`` where attention is not recognised."""
     if split.stepwise:
         raise PassError("recurrent layers carry states, not keys that could be selected")
     windows = _windows(split)

@@ -95,20 +95,24 @@ class Decoder:
             self._layers[rows, captured] = layers
 
     def prepare_selecting(self, rows: int, slots: int) -> None:
-        """Compile the layers of ``context`` that attend to ``slots`` slots for ``rows``, and their
-        queries, if they are not yet."""
+        """Compile the layers of ``context`` that attend to ``slots`` slots for ``rows``, if they
+        are not yet."""
         if (rows, slots) in self._selecting:
             return
         none = torch.full((rows, slots), -1, dtype=torch.int32, device=self.device)
         place = self.side_inputs.span(0, rows).selecting(none)
-        found = self.context[slots][rows]
-        self._queries[rows, slots] = {
-            layer: self._bind(query.segment, rows, self.compile)
-            for layer, query in found.queries.items()
-        }
         self._selecting[rows, slots] = [
-            self._bind(layer, rows, self.compile, place) for layer in found.layers
+            self._bind(layer, rows, self.compile, place)
+            for layer in self.context[slots][rows].layers
         ]
+
+    def prepare_queries(self, rows: int, slots: int) -> None:
+        """Compile what layers that select up to ``slots`` slots compute their queries by."""
+        if (rows, slots) not in self._queries:
+            self._queries[rows, slots] = {
+                layer: self._bind(query.segment, rows, self.compile)
+                for layer, query in self.context[slots][rows].queries.items()
+            }
 
     def prepare_head(self, rows: int) -> None:
         """Compile the LM head for ``rows``, if it is not yet."""
@@ -129,6 +133,7 @@ class Decoder:
             self.prepare_head(size)
             if slots is not None:
                 self.prepare_selecting(size, slots)
+                self.prepare_queries(size, slots)
 
     def place(self, rows: Sequence[Row], size: int, end: int) -> Place:
         """Slots and side inputs of ``rows``, padded to ``size``; ``end``: where the slots of their
@@ -234,7 +239,7 @@ class Decoder:
         """Queries [Q, R, D] of a layer that selects up to ``slots`` slots, from the hidden state
         [1, R, H] before it."""
         rows = hidden.shape[1]
-        self.prepare_selecting(rows, slots)
+        self.prepare_queries(rows, slots)
         return self._queries[rows, slots][layer](hidden, place)[0]
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place) -> None:

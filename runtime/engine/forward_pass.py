@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eepass.runtime.context.selection import Selection, Text
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
 from eepass.runtime.engine.recorder import Recorder
+from eepass.runtime.engine.row_context import RowContext
 from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
-from eepass.runtime.engine.sequence import PendingTokens, Sequence
+from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.exits.exits import Exits, RowState
 from eepass.runtime.statistics import Statistics
 
@@ -41,6 +41,10 @@ class PassRow:
     row: Row
     number: int = PENDING
 
+    @property
+    def is_pending(self) -> bool:
+        return self.node == PENDING
+
 
 # logits [1, V] by the row's sequence, node and position
 RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
@@ -50,7 +54,7 @@ class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
     ``feature_layers``: layers whose hidden states a draft takes as features, beside z; None where
-    it takes none. ``recorder`` keeps hidden states for others. ``selection``: what the rows of long
+    it takes none. ``recorder`` keeps hidden states for others. ``context``: what the rows of long
     texts attend to.
     """
 
@@ -62,12 +66,11 @@ class ForwardPass:
         feature_layers: SequenceOf[int] | None = None,
         kv_policy: str = "defer",
         recorder: Recorder | None = None,
-        selection: Selection | None = None,
+        context: RowContext | None = None,
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
-        self.recorder, self.selection = recorder, selection
-        # slots by sequence; empty where all texts are short
-        self._selected: dict[Sequence, Tensor] = {}
+        self.recorder = recorder
+        self.context = context if context is not None else RowContext(None, attends=False)
         self.features = None if feature_layers is None else RowFeatures(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
@@ -79,10 +82,11 @@ class ForwardPass:
     def run(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None = None) -> None:
         """``drafts`` [R, K]: the predictors' draft tokens for the rows of the trees, where the exit
         plan takes them from no layer."""
+        self.context.begin(batch)
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
         exits = self.exits is not None and any(one.active_exits for one in batch)
-        layer, selects = first, self._layers_that_select(batch)
+        layer = first
         while layer < self.decoder.num_layers:
             self._insert_pending(batch, layer)
             if self.hidden is None:
@@ -90,11 +94,9 @@ class ForwardPass:
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
-            if self.selection is not None and layer in selects:
-                texts = self._texts()
-                self._selected = self.selection.select(layer, texts, self.hidden, self._place)
-                self._attend_to_selected()
-            begin, layer = layer, self._next_stop(batch, layer, exits, selects)
+            if layer in self.context.layers:
+                self._place = self.context.select(layer, self.rows, self.hidden, self._place)
+            begin, layer = layer, self._next_stop(batch, layer, exits)
             self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
             if self.features is not None and layer in self.features.layers:
                 self.features.after(layer, *self._nodes())
@@ -108,22 +110,13 @@ class ForwardPass:
                 return
         self._end()
 
-    def _layers_that_select(self, batch: SequenceOf[ScheduledSequence]) -> frozenset[int]:
-        """None where no text is long."""
-        if self.selection is None:
-            return frozenset()
-        longest = max(one.sequence.position + len(one.tree or ()) for one in batch)
-        return self.selection.layers if self.selection.is_long(longest) else frozenset()
-
-    def _next_stop(
-        self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool, selects: frozenset[int]
-    ) -> int:
+    def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
         """The layer after which there is something to do, of those after ``layer``."""
-        if exits or any(one.sequence.pending for one in batch):
+        if exits or any(one.sequence.pending for one in batch if one.slots is None):
             return layer + 1
         taken = [*(self.features.layers if self.features is not None else ())]
         taken += self.recorder.layers if self.recorder is not None else ()
-        taken += selects
+        taken += self.context.layers
         return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:
@@ -132,7 +125,7 @@ class ForwardPass:
         needed = [
             index
             for index, row in enumerate(self.rows)
-            if every_row or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
+            if every_row or (not row.is_pending and row.node not in row.scheduled.next_tokens)
         ]
         if self.hidden is None or not needed:
             return {}
@@ -173,6 +166,9 @@ class ForwardPass:
         self.hidden = self.decoder.embed(
             torch.tensor([ids + [ids[-1]] * padding]), torch.tensor([positions]), self._place.slots
         )
+        for one in batch:
+            if one.slots is not None and one.tree is not None:
+                one.embedded = self.hidden[:, one.first_node : one.first_node + len(one.tree)]
         if self.features is not None:
             self.features.begin(len(self.rows), self.hidden)
         if self.exits is not None:
@@ -186,33 +182,8 @@ class ForwardPass:
         sequences = {row.scheduled.sequence for row in self.rows}
         # rows of several sequences are never contiguous
         end = max(s.first_slot + s.capacity for s in sequences) if len(sequences) == 1 else 0
-        self._place = self.decoder.place([row.row for row in self.rows], size, end)
-        self._attend_to_selected()
-
-    def _attend_to_selected(self) -> None:
-        """Let the rows attend to the slots selected for them. All attend to all where something was
-        selected for a part of them only: pending tokens may join after the layer that selects."""
-        assert self._place is not None
-        lists = [self._selected.get(row.scheduled.sequence) for row in self.rows]
-        found = [slots for slots in lists if slots is not None]
-        if found and len(found) == len(self.rows):
-            padding = len(self._place.slots) - len(found)
-            self._place = self._place.selecting(torch.stack(found + found[-1:] * padding))
-
-    def _texts(self) -> list[Text]:
-        """The sequences of the rows; rows of pending tokens do not say what to attend to, unless
-        there are no others."""
-        found: dict[Sequence, list[int]] = {}
-        for index, row in enumerate(self.rows):
-            found.setdefault(row.scheduled.sequence, []).append(index)
-        texts = []
-        for sequence, indices in found.items():
-            rows = [self.rows[index] for index in indices]
-            asking = [index for index in indices if self.rows[index].node != PENDING]
-            begin = min(row.position for row in rows)
-            end = max(row.row.slot for row in rows) - sequence.first_slot + 1
-            texts.append(Text(sequence, asking or indices, begin, end))
-        return texts
+        place = self.decoder.place([row.row for row in self.rows], size, end)
+        self._place = self.context.narrowed(self.rows, place)
 
     def _insert_pending(self, batch: SequenceOf[ScheduledSequence], layer: int) -> None:
         """Put the tokens that are pending at ``layer`` before the rows; pad to a row count there is
@@ -221,12 +192,13 @@ class ForwardPass:
         inserted: list[PassRow] = []
         for one in batch:
             pending = one.sequence.pending
-            if not pending or pending[-1].layer != layer:
+            if not pending or pending[-1].layer != layer or one.slots is not None:
                 continue
             if one.tree is not None and not any(row.scheduled is one for row in self.rows):
                 # exited before this layer
                 continue
             first = one.sequence.first_slot
+            one.skipped = one.skipped or layer > 0
             while pending and pending[-1].layer == layer:
                 group = pending.pop()
                 states.insert(0, group.hidden)
@@ -268,7 +240,7 @@ class ForwardPass:
         """The numbers of the nodes that are rows, and their hidden states [n, H]."""
         assert self.hidden is not None
         # pending tokens come first
-        nodes = [row.number for row in self.rows if row.node != PENDING]
+        nodes = [row.number for row in self.rows if not row.is_pending]
         return nodes, self.hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
 
     def _run_predictors(self, layer: int) -> None:
@@ -277,7 +249,7 @@ class ForwardPass:
         evaluated = [
             index
             for index, row in enumerate(self.rows)
-            if row.node != PENDING
+            if not row.is_pending
             and layer in row.scheduled.active_exits
             and row.node not in row.scheduled.next_tokens
         ]
@@ -325,7 +297,7 @@ class ForwardPass:
                 for index, row in enumerate(self.rows)
                 if row.scheduled not in exited
                 and (
-                    row.node == PENDING
+                    row.is_pending
                     or row.scheduled not in viable
                     or row.node in viable[row.scheduled]
                 )
@@ -342,7 +314,7 @@ class ForwardPass:
         own = [
             index
             for index, row in enumerate(self.rows)
-            if row.scheduled is scheduled and (row.node == PENDING or row.node in scheduled.path)
+            if row.scheduled is scheduled and (row.is_pending or row.node in scheduled.path)
         ]
         own.sort(key=lambda index: self.rows[index].position)
         hidden = self.hidden[:, torch.tensor(own)]
@@ -361,7 +333,7 @@ class ForwardPass:
     def _end(self) -> None:
         for row in self.rows:
             row.scheduled.exit_layer = self.decoder.num_layers
-            if row.node == PENDING:
+            if row.is_pending:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
             self.features.at_the_end(*self._nodes())
