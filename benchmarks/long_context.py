@@ -1,6 +1,7 @@
 """What a long text costs to go on with, and what is still found in it when few tokens are selected.
 
     python benchmarks/long_context.py [MODEL] [--length N] [--tokens K] [--json FILE]
+        [--selected FILE]
 
 One text of N tokens, made of this repository's documentation and code, holds ten sentences with a
 number at ten depths and a list of pairs in its middle. It is run once; then each number and some of
@@ -53,17 +54,26 @@ class Text:
         pairs = {f"{chance.choice(CITIES)}-{n}": str(chance.randrange(10**4, 10**5))
                  for n in chance.sample(range(10, 99), PAIRS)}  # fmt: skip
         listed = "\n\n" + "\n".join(f"{key} = {value}" for key, value in pairs.items()) + "\n\n"
-        inserted = {(at + 0.5) / len(CITIES): f"\n\nThe number of {city} is {number}.\n\n"
-                    for at, (city, number) in enumerate(numbers.items())}  # fmt: skip
+        inserted = {}
+        for at, (city, number) in enumerate(numbers.items()):
+            said = (
+                f"The number of {city} is {number}. Remember it: the number of {city} is {number}."
+            )
+            inserted[(at + 0.5) / len(CITIES)] = f"\n\n{said}\n\n"
         inserted[0.52] = listed
         filler = encode(_filler("docs/*.md") + _filler("codegen/*.py") + _filler("passes/*/*.py"))
         parts = {depth: encode(part) for depth, part in inserted.items()}
         size = length - sum(map(len, parts.values()))
         self.ids: list[int] = []
+        # where each part stands
+        self.stands: list[int] = []
         begin = 0
         for depth, part in sorted(parts.items()):
             end = int(depth * size)
-            self.ids += [*filler[begin:end], *part]
+            self.ids += filler[begin:end]
+            if part is not parts[0.52]:
+                self.stands.append(len(self.ids))
+            self.ids += part
             begin = end
         self.ids += filler[begin:size]
         self.questions = {
@@ -114,6 +124,23 @@ class Runs:
         engine.end(sequence)
         return found
 
+    def selected(self, way: str, more: Sequence[int], count: int) -> list[list[int]]:
+        """The positions that each of ``count`` tokens after the text and ``more`` attends to from
+        the last layer on that selects."""
+        chosen: Any = self.ways[way]
+        choose, found = chosen._choose, list[list[int]]()
+
+        def kept(layer: int, *arguments: Any) -> Any:
+            positions = choose(layer, *arguments)
+            if layer == max(chosen.layers):
+                found.append(positions.tolist())
+            return positions
+
+        chosen._choose = kept
+        self.go_on(way, more, count)
+        chosen._choose = choose
+        return found
+
     def figures(self) -> dict[str, Any]:
         milliseconds = {name: 1e3 * statistics.median(own) for name, own in self.seconds.items()}
         shares = {name: round(self.selecting[name] / sum(self.seconds[name]), 3)
@@ -142,6 +169,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=7800)
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--selected", type=Path, help="write what was selected for some answers")
     options = parser.parse_args()
     assert not load_kernels(), "there are no kernels here"
     loaded = eepass.load(options.model, quantize="keep")
@@ -194,6 +222,17 @@ def main() -> None:
                 equal[way] = round(sum(map(int.__eq__, said, answer)) / GONE_ON, 3)
             report["agreement"][kind] = equal
             print(kind, equal, flush=True)
+        if options.selected:
+            answers = [
+                {
+                    "asked": CITIES[number],
+                    "stands": text.stands[number],
+                    "selected": runs.selected("selected", text.questions["needles"][number][0], 3),
+                }
+                for number in (2, 5, 8)
+            ]
+            sizes = {"length": len(text.ids), "tokens": options.tokens, "answers": answers}
+            options.selected.write_text(json.dumps(sizes) + "\n", encoding="utf-8")
     report |= runs.figures()
     print(json.dumps(report, indent=1))
     if options.json:

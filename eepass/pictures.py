@@ -59,6 +59,26 @@ def by_position(
     _save(axes, file)
 
 
+def selected(report: Mapping[str, Any], file: Path, title: str) -> None:
+    """For each token of some answers, the positions of the text that were selected for it, as
+    ``benchmarks/long_context.py`` reports; where the answer stands is marked."""
+    answers = report["answers"]
+    heights = [len(answer["selected"]) for answer in answers]
+    axes = _axes(10, 0.6 + 0.22 * sum(heights) + 0.3 * len(answers))
+    row = 0
+    for answer in answers:
+        first, stands = row, answer["stands"]
+        for positions in answer["selected"]:
+            axes.vlines(positions, row + 0.08, row + 0.92, color=COLOURS["exit"], linewidth=0.35)
+            row += 1
+        axes.vlines(stands, first, row, color=COLOURS["head"], linewidth=1.2)
+        axes.text(report["length"] * 1.01, (first + row) / 2, answer["asked"], va="center")
+        row += 1
+    axes.set(xlabel="position in the text", title=title, yticks=[], ylim=(row, -1))
+    axes.set_xlim(0, report["length"])
+    _save(axes, file)
+
+
 def exit_graph(split: SplitDecoder, plan: ExitPlan | None, file: Path, title: str) -> None:
     """The chain of segments with its exits, drawn left to right in rows."""
     import networkx as nx

@@ -34,11 +34,13 @@ HOPE = 0.2
 
 class ContextDrafts:
     """Decides when to draft so, for one sequence at a time: ``selection`` selects in passes that
-    attend to all, for those that do not. ``planner``: of the latter.
+    attend to all, for those that do not. ``planner``: of the latter. ``rows``: of a pass at most.
     """
 
-    def __init__(self, selection: Selection, planner: Planner) -> None:
+    def __init__(self, selection: Selection, planner: Planner, rows: int) -> None:
         self.selection, self.planner = selection, planner
+        # what a pass gives beyond that still fits into the one that verifies
+        self.most_waiting = min(MOST_WAITING, rows - MOST_ROWS)
         # tokens that were drafted and verified, of which some were right; older ones fade
         self._right, self._verified = WEIGHT * RIGHT, WEIGHT
         # passes that draft; and those that attend to all, with what was drafted for them
@@ -96,7 +98,7 @@ class ContextDrafts:
         """Whether tokens come faster than at present if one more pass drafts, after ``waiting``
         tokens, before all are verified."""
         count = max(round(self._drafting.brought), 1)
-        if waiting + count > MOST_WAITING:
+        if waiting + count > self.most_waiting:
             return False
         right = sum(self.chance ** (waiting + n) for n in range(1, count + 1))
         rows = 1 + waiting
@@ -106,7 +108,7 @@ class ContextDrafts:
         return loss < 0 or (not waiting and full.due("context", loss / full.cost(1), HOPE))
 
     def learn(self, ran: ScheduledSequence, seconds: float) -> None:
-        """A pass over one sequence took ``seconds``."""
+        """A pass over one sequence was run, whose like takes ``seconds`` undisturbed."""
         new = len(ran.new_tokens)
         if ran.slots is not None:
             self.drafted += new

@@ -81,7 +81,7 @@ class Engine:
         )
         self.context_drafts: ContextDrafts | None = None
         if self.verifier.exact and selection is not None:
-            self.context_drafts = ContextDrafts(selection, self.planner)
+            self.context_drafts = ContextDrafts(selection, self.planner, self.step_rows)
         # what generated tokens are of goes by what they attended to
         complete = options.kv_policy == "defer" and (selection is None or self.verifier.exact)
         self.placement = Placement(decoder, complete)
@@ -368,7 +368,8 @@ class Engine:
         grown = sum(len(sequence.tokens) for sequence in chosen) - before
         planner.record(mode, waiting + new_rows, seconds, appended, grown, len(chosen))
         if context is not None:
-            context.learn(batch[0], seconds)
+            like = planner.cost(waiting + new_rows)
+            context.learn(batch[0], like + min(drafting, like))
         self.statistics.seconds += seconds
 
     def _run_pass(self, batch: list[ScheduledSequence]) -> None:

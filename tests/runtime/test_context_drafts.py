@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import VOCABULARY, eager_compile, random_artifact
+from models import VOCABULARY, eager_compile, random_artifact, tiny_model
 
+from eepass.checkpoints.read_torchao import quantize
 from eepass.config import ExitConfig
 from eepass.long.memory import ContextMemory
-from eepass.model import EarlyExitModel, split_model
+from eepass.model import EarlyExitModel, split_model, transform
 from eepass.passes.report import PassReport
 from eepass.runtime.context.drafts import ContextDrafts
 from eepass.runtime.drafting.planner import Planner
@@ -108,15 +109,17 @@ def test_several_sequences_draft_one_at_a_time(made):
 def test_it_drafts_when_that_is_faster():
     """By what passes took: with all keys four times as long."""
 
-    def decided(full_seconds, right):
+    def decided(full_seconds, right, rows=32):
         full = Planner(dict.fromkeys((1, 8, 32), full_seconds))
-        drafts = ContextDrafts(None, Planner({1: 1.0}))
+        drafts = ContextDrafts(None, Planner({1: 1.0}), rows)
         drafts._right = right * drafts._verified
         drafts._drafting.took = 1.0
         return [drafts.pays(waiting, full) for waiting in (0, 2, 6, 15, 16)]
 
     assert decided(4.0, right=0.95) == [True, True, True, True, False]
     assert decided(1.05, right=0.9) == [False] * 5
+    # no more than one pass can verify
+    assert decided(4.0, right=0.95, rows=12) == [True, True, False, False, False]
     # the more wait, the less likely the last ones are right
     assert decided(1.5, right=0.9) == [True, True, False, False, False]
 
@@ -130,3 +133,22 @@ def test_bytes_of_a_pass(made):
     assert memory.read(1000) == memory.weights + 1000 * memory.token
     assert memory.read(1000, 100) == memory.weights + 100 * memory.token
     assert memory.drafting_pays(10_000, 128) and not memory.drafting_pays(256, 128)
+
+
+def test_compiled_over_quantised_weights_all_bits_are_the_dense_ones():
+    pytest.importorskip("torchao")
+    model = tiny_model("llama", intermediate_size=128).bfloat16()
+    quantize(model, "int8")
+    made = transform(model, random_artifact(model), max_length=448)
+    ids, count = text(300), 24
+    tokens = generated(made.dense, ids, count)
+    layers = [*made.decoder.kv.keys, *made.decoder.kv.values]
+    wanted = [layer[:, :, : 300 + count - 1].clone() for layer in layers]
+    engine = drafting(made)
+    assert generated(engine, ids, count) == tokens
+    assert engine.context_drafts.drafted > 0
+    for own, layer in zip(wanted, layers, strict=True):
+        assert torch.equal(layer[:, :, : 300 + count - 1], own)
+    # what is selected decodes over the same weights, too
+    lossy = replace(CONFIG, guarantee="approximate", context="selected", speculate="off")
+    assert len(generated(made.configure(lossy), ids, count)) == count
