@@ -9,7 +9,7 @@ made of chunks of the cache.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 
 import torch
 from torch import Tensor
@@ -65,9 +65,13 @@ class ContextDrafts:
         planner.modes = tuple(mode for mode in PLAIN if mode in full.modes)
         self._drafting = Average(planner.cost(1))
 
-    def attention(self, sequences: Iterable[Sequence]) -> RowContext:
-        """For a pass over ``sequences``: whether it selects for others to come."""
-        selects = any(self.concerns(sequence) for sequence in sequences)
+    def attention(self, batch: SequenceOf[ScheduledSequence], full: Planner) -> RowContext:
+        """For a pass over ``batch``: whether it selects for others that draft."""
+        selects = False
+        if len(batch) == 1 and batch[0].slots is None:
+            sequence = batch[0].sequence
+            sequence.attended = None
+            selects = self.concerns(sequence) and self.pays(0, full)
         return RowContext(self.selection if selects else None, attends=False)
 
     def remember(self, sequence: Sequence, slots: Tensor) -> None:
@@ -79,13 +83,14 @@ class ContextDrafts:
     def slots_for(self, sequence: Sequence, full: Planner) -> Tensor | None:
         """The slots int32 [S] that the next pass attends to if it is to draft, else None; ``full``:
         the planner of other passes."""
-        attended = sequence.attended
-        if attended is None or not self.concerns(sequence):
+        attended, waiting = sequence.attended, sequence.num_pending
+        if attended is None:
             return None
         # behind tokens that exited early some layers have no keys yet
         if any(group.layer for group in sequence.pending):
             return None
-        if not self.pays(sequence.num_pending, full):
+        # the pass that selected was told to
+        if waiting and not self.pays(waiting, full):
             return None
         end = sequence.position + MOST_ROWS
         latest = torch.arange(attended.latest, end, dtype=torch.int32)

@@ -378,7 +378,7 @@ class Engine:
         context = self.context_drafts
         attention = RowContext(self.selection, attends=True)
         if context is not None:
-            attention = context.attention([one.sequence for one in batch])
+            attention = context.attention(batch, self.planner)
         forward_pass = ForwardPass(
             self.decoder, self.exits, self.statistics, layers, self.options.kv_policy,
             self.recorder, attention,

@@ -152,3 +152,12 @@ def test_compiled_over_quantised_weights_all_bits_are_the_dense_ones():
     # what is selected decodes over the same weights, too
     lossy = replace(CONFIG, guarantee="approximate", context="selected", speculate="off")
     assert len(generated(made.configure(lossy), ids, count)) == count
+
+
+def test_where_it_does_not_pay_nothing_is_selected(made):
+    engine = made.configure(CONFIG)
+    drafts = engine.context_drafts
+    drafts.pays = lambda waiting, full: False
+    drafts.selection.select = lambda *arguments: pytest.fail("selected in vain")
+    assert generated(engine, text(300), 20) == generated(made.dense, text(300), 20)
+    assert drafts.drafted == 0
