@@ -15,21 +15,31 @@ import argparse
 import json
 import random
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    # a checkout need not be installed
+    sys.path[0] = str(ROOT)
 
-import eepass
-from eepass.codegen.cpu.native import load_kernels
-from eepass.passes.pipeline import context_layers
-from eepass.passes.report import PassReport
-from eepass.runtime.context.selection import LONG, OwnAttention, Recent, Selection
-from eepass.runtime.engine.engine import Engine
+import torch  # noqa: E402
 
-ROOT = Path(__file__).parents[1]
+import eepass  # noqa: E402
+from eepass.codegen.cpu.native import load_kernels  # noqa: E402
+from eepass.passes.pipeline import context_layers  # noqa: E402
+from eepass.passes.report import PassReport  # noqa: E402
+from eepass.runtime.context.selection import (  # noqa: E402
+    LONG,
+    OwnAttention,
+    Recent,
+    Selection,
+)
+from eepass.runtime.engine.engine import Engine  # noqa: E402
+
 CITIES = [
     "Oslo",
     "Lima",
@@ -171,7 +181,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--selected", type=Path, help="write what was selected for some answers")
     options = parser.parse_args()
-    assert not load_kernels(), "there are no kernels here"
+    if missing := load_kernels():
+        raise SystemExit(f"error: {missing}")
     loaded = eepass.load(options.model, quantize="keep")
 
     def encode(text: str) -> list[int]:
