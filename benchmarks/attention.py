@@ -4,8 +4,8 @@
 
 A measurement is one token, or a few rows, through ``eepass::attend_rows`` for every layer, each
 with keys and values of its own, as in a pass: together they fit no cache. In turns with the
-streaming kernel; ``over_stream`` is the time taken by the keys' and values' bytes at the speed of the memory, the
-median of the rounds, with its quartiles.
+streaming kernel; ``over_stream`` is the time taken by the keys' and values' bytes at the speed of
+the memory, the median of the rounds, with its quartiles.
 """
 
 from __future__ import annotations
