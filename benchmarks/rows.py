@@ -36,7 +36,7 @@ from benchmarks.row_times import EEPASS, LLAMA, System  # noqa: E402
 from eepass.checkpoints.models import DTYPES, gguf_of  # noqa: E402
 from eepass.checkpoints.read_torchao import KINDS  # noqa: E402
 from eepass.cli.console import table  # noqa: E402
-from eepass.codegen.cpu import native  # noqa: E402
+from eepass.codegen.cpu import building, native  # noqa: E402
 from eepass.codegen.cpu.stream import StreamBuffer  # noqa: E402
 from eepass.errors import InputError  # noqa: E402
 from eepass.lengths import usual_length  # noqa: E402
@@ -119,7 +119,7 @@ def chosen_isa(name: str | None) -> str:
     """Which instruction set the kernels are to use; the one they use."""
     try:
         return native.kernel_isa(name)
-    except native.KernelsMissing as error:
+    except building.KernelsMissing as error:
         raise InputError(f"--isa {name}: {error}") from error
 
 

@@ -22,7 +22,8 @@ from torch.fx import GraphModule
 
 from eepass.codegen.by_structure import Compiled
 from eepass.codegen.compiled_code import CompiledCode, code_key
-from eepass.codegen.cpu.native import build_kernels, cache_dir, open_kernels, refuse_foreign
+from eepass.codegen.cpu.building import build_kernels, cache_dir, refuse_foreign
+from eepass.codegen.cpu.native import open_kernels
 from eepass.codegen.lower_cpu import SETTINGS as LOWERING
 from eepass.codegen.lower_cpu import ready_to_compile
 from eepass.private_names import compile_fx_aot, inductor_config
@@ -84,7 +85,7 @@ class AheadCompiler(CompiledCode):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, {})
         folder.mkdir(parents=True, exist_ok=True)
-        library = build_kernels()
+        library = build_kernels(every=True)
         open_kernels(library)
         shutil.copyfile(library, folder / KERNELS)
         # besides the graph, the code depends on torch, CPU and kernels (the library's name), on

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from concurrent.futures import Future
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -15,11 +16,12 @@ from torch.fx import GraphModule
 from eepass.codegen.by_structure import ByStructure, Compiled
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import NotKept, program_of
+from eepass.codegen.loops import build
 from eepass.codegen.native_program import NativeProgram, runnable
 from eepass.segments import GraphToMake
 
 PROGRAM = "program.py.txt"
-LIBRARY = ".so"
+LIBRARY = "loops.so"
 
 
 class Store(Protocol):
@@ -66,22 +68,34 @@ class KeepingCompiler:
     def _made(self, key: str, compile: Callable[[], Compiled]) -> Compiled:
         made = compile()
         # code of another form is compiled at each start
-        with contextlib.suppress(NotKept, OSError):
+        with contextlib.suppress(NotKept):
             if isinstance(made, NativeProgram):
-                program, kernels = made.program, made.kernels
+                program, library = made.program, made.library
             else:
-                program, kernels = program_of(made)
-            files = {name + LIBRARY: path.read_bytes() for name, path in kernels.items()}
-            self.store.write(key, {PROGRAM: program.encode(), **files})
+                program, sources = program_of(made)
+                library = build(sources) if sources else None
+            if library is None:
+                self._write(key, program, None)
+            else:
+                library.add_done_callback(partial(self._write, key, program))
         return made
+
+    def _write(self, key: str, program: str, library: Future[Path] | None) -> None:
+        # where the compiler refused it, the first call says so
+        if library is not None and library.exception():
+            return
+        with contextlib.suppress(OSError):
+            code = {} if library is None else {LIBRARY: library.result().read_bytes()}
+            self.store.write(key, {PROGRAM: program.encode(), **code})
 
     def _kept(self, key: str) -> Compiled | None:
         entry = self.store.find(key)
         if entry is None:
             return None
         try:
-            kernels = {path.stem: path for path in entry.glob("*" + LIBRARY)}
-            return runnable((entry / PROGRAM).read_text(encoding="utf-8"), kernels)
-        except (NotKept, ImportError, OSError):
+            library = entry / LIBRARY
+            program = (entry / PROGRAM).read_text(encoding="utf-8")
+            return runnable(program, library if library.exists() else None)
+        except (NotKept, OSError):
             self.store.drop(key)
             return None

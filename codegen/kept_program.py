@@ -5,18 +5,16 @@
     buf1 = torch.ops.eepass.linear_rows.default(buf0, [arg2_1], [None])
     return (buf1[0], )
 
-Inductor writes such a program in Python, and compiles each of its loops to a library. The program
-is kept as text that holds nothing else than such lines: it is read as a tree, every node of which
-must be of a known kind, before it runs. Its kernels are opened without inductor.
+Inductor writes such a program in Python, and each of its loops in C++, which ``loops.py`` builds.
+The program is kept as text that holds nothing else than such lines: it is read as a tree, every
+node of which must be of a known kind, before it runs.
 """
 
 from __future__ import annotations
 
 import ast
-import importlib.util
-import os
-from collections.abc import Callable, Iterable, Mapping
-from importlib.machinery import ExtensionFileLoader
+import re
+from collections.abc import Callable, Mapping
 from math import inf, nan
 from pathlib import Path
 from types import FunctionType
@@ -25,6 +23,7 @@ from typing import Any
 import torch
 
 from eepass.codegen.by_structure import Compiled
+from eepass.codegen.loops import NAME, Loop, function
 from eepass.private_names import dynamo_guards
 
 NAMESPACES = ("aten", "prims", "eepass")
@@ -38,69 +37,63 @@ EXTERN: dict[str, Any] = {
     "mm": torch.mm, "addmm": torch.addmm, "bmm": torch.bmm, "baddbmm": torch.baddbmm,
 }  # fmt: skip
 NUMBERS = {"inf": inf, "nan": nan}
-# the name of the function that a kernel's library defines
-ENTRY = "kernel"
+# the names of loops
+KERNEL = re.compile(NAME.format(r"\d+"))
 
 
 class NotKept(ValueError):
     """A program of other lines than those above; the message shows what is foreign."""
 
 
-def program_of(compiled: Compiled) -> tuple[str, dict[str, Path]]:
-    """The program that ``compiled``, made by inductor, runs, and its kernels' libraries by name.
+def program_of(compiled: Compiled) -> tuple[str, list[str]]:
+    """The program that ``compiled``, made by inductor with loops ``unbuilt``, runs, and the C++ of
+    its loops: that of ``kernel_0`` first.
 
     Raises ``NotKept`` where it is more than such a program.
     """
-    function: Any = getattr(compiled, "__func__", None)
-    if not isinstance(function, FunctionType):
+    generated: Any = getattr(compiled, "__func__", None)
+    if not isinstance(generated, FunctionType):
         raise NotKept(f"{type(compiled).__name__} is no generated function")
-    scope = function.__globals__
+    scope = generated.__globals__
     text = Path(scope["__file__"]).read_text(encoding="utf-8")
     runner = next(node for node in ast.parse(text).body if isinstance(node, ast.ClassDef))
     call = next(n for n in runner.body if isinstance(n, ast.FunctionDef) and n.name == "call")
     renamed = _Shortened(scope)
     lines: list[ast.stmt] = [renamed.visit(line) for line in call.body]
     program = ast.unparse(ast.Module(lines, []))
-    check_program(program, renamed.kernels)
-    return program, renamed.kernels
+    check_program(program)
+    return program, renamed.sources
 
 
-def run_program(program: str, kernels: Mapping[str, Path]) -> Compiled:
-    """What ``program_of`` returned as a function again; raises ``NotKept`` or ``ImportError``."""
-    lines = check_program(program, kernels)
-    function = ast.parse("def call(args): pass")
-    definition: Any = function.body[0]
+def run_program(program: str, library: Path | None) -> Compiled:
+    """A program as a function again, with the library of its loops; raises ``NotKept`` or
+    ``OSError``."""
+    lines = check_program(program)
+    text = ast.parse("def call(args): pass")
+    definition: Any = text.body[0]
     definition.body = lines
-    ast.fix_missing_locations(function)
-    opened = {name: open_kernel(path) for name, path in kernels.items()}
+    ast.fix_missing_locations(text)
+    opened = {name: _opened(library, name) for name in set(KERNEL.findall(program))}
     scope = {"torch": torch, "extern_kernels": _Extern, **FUNCTIONS, **NUMBERS, **opened}
     # every node of it was looked at
-    exec(compile(function, "<kept program>", "exec"), scope)
+    exec(compile(text, "<kept program>", "exec"), scope)
     call: Compiled = scope["call"]
     return call
 
 
-def open_kernel(library: Path) -> Callable[..., None]:
-    """The function of a library that inductor compiled from one loop."""
-    # inductor's kernels find PyTorch's function from a tensor to its memory so
-    address = dynamo_guards._torchinductor_pyobject_tensor_data_ptr
-    os.environ["_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"] = str(address)
-    name = f"{library.stem}.{ENTRY}"
-    loader = ExtensionFileLoader(name, str(library))
-    spec = importlib.util.spec_from_file_location(name, library, loader=loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    function: Callable[..., None] = getattr(module, ENTRY)
-    return function
+def _opened(library: Path | None, name: str) -> Callable[..., None]:
+    if library is None:
+        raise NotKept(f"no library has {name}")
+    return function(library, name)
 
 
-def check_program(program: str, kernels: Iterable[str]) -> list[ast.stmt]:
+def check_program(program: str) -> list[ast.stmt]:
     """The lines of ``program``; raises ``NotKept`` where one is foreign."""
     try:
         lines = ast.parse(program).body
     except (SyntaxError, ValueError) as error:
         raise NotKept(f"not a program: {error}") from error
+    kernels = set(KERNEL.findall(program))
     known = _Known({"args", *FUNCTIONS, *NUMBERS, *kernels}, {*FUNCTIONS, *kernels})
     for line in lines[:-1]:
         known.statement(line)
@@ -119,19 +112,18 @@ class _Shortened(ast.NodeTransformer):
 
     def __init__(self, scope: Mapping[str, Any]) -> None:
         self.scope = scope
-        self.kernels: dict[str, Path] = {}
+        self.sources: list[str] = []
         self._names: dict[str, str] = {}
 
     def visit_Name(self, node: ast.Name) -> ast.AST:
         if node.id == "aten":
             return ast.parse("torch.ops.aten", mode="eval").body
-        module = getattr(self.scope.get(node.id), "__self__", None)
-        file = getattr(module, "__file__", None)
-        if file is None or not node.id.startswith("cpp_fused"):
+        loop = self.scope.get(node.id)
+        if not isinstance(loop, Loop):
             return node
         if node.id not in self._names:
-            name = self._names[node.id] = f"kernel_{len(self._names)}"
-            self.kernels[name] = Path(file)
+            self._names[node.id] = NAME.format(len(self.sources))
+            self.sources.append(loop.source)
         return ast.Name(self._names[node.id], node.ctx)
 
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from eepass.codegen.by_structure import ByStructure, Compiled, return_a_tuple
 from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.loops import KNOWN_PROCESSOR, unbuilt
 from eepass.codegen.lower_attention import lower_attention
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.codegen.lower_predictor import DECOMPOSITIONS
@@ -51,7 +52,7 @@ class CpuCompiler(ByStructure):
         self.kernels_missing = load_kernels()
 
     def compile(self, graph: GraphModule, examples: Sequence[Tensor], logits: bool) -> Compiled:
-        with ready_to_compile(graph, examples, logits) as (lowered, fakes):
+        with ready_to_compile(graph, examples, logits) as (lowered, fakes), unbuilt():
             return natively(through_inductor(lowered, fakes))
 
 
@@ -97,7 +98,7 @@ def for_inductor(
     fakes: list[Any] = [mode.from_tensor(example, static_shapes=True) for example in examples]
     # AOTAutograd's own cache would return its wrapper around inductor's code, not the code
     uncached = functorch_config.patch(enable_autograd_cache=False)
-    settings = inductor_config.patch(SETTINGS)
+    settings = inductor_config.patch(SETTINGS if load_kernels() else SETTINGS | KNOWN_PROCESSOR)
     quiet = warnings.catch_warnings()
     with torch.no_grad(), settings, uncached, tracing(TracingContext(mode)), quiet:
         # of scales in one dtype and states in the other, in code that computes in float32

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import ast
 import ctypes
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,34 +20,54 @@ from torch import Tensor
 from eepass.codegen.by_structure import Compiled
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import (
-    ENTRY,
+    KERNEL,
     NotKept,
     check_program,
     program_of,
     run_program,
 )
+from eepass.codegen.loops import address, build
 from eepass.segments import ChainedLayers, Link
 
 # kinds of arguments, as in `cpu/program.cpp`
 REGISTER, NONE, INTEGER, BOOLEAN, REAL, TENSORS, MAYBE_TENSORS, INTEGERS = range(8)
 MOST_ARGUMENTS = 64
 
+# a method of ``eepass::Program`` and its arguments
+Step = tuple[str, tuple[Any, ...]]
+Registers = tuple[int, int, list[int]]
+
 
 class NotNative(ValueError):
     """A program with a line that has no native form; the message shows it."""
 
 
-@dataclass(frozen=True, slots=True)
 class NativeProgram:
-    """``program``, as ``kept_program`` defines it, as one native call."""
+    """``program``, as ``kept_program`` defines it, as one native call. ``library``: of its loops,
+    which may still be built; the first call waits for it."""
 
-    program: str
-    kernels: Mapping[str, Path]
-    native: Any
+    def __init__(
+        self, program: str, library: Future[Path] | None, translation: _Translation
+    ) -> None:
+        self.program, self.library, self._translation = program, library, translation
 
     def __call__(self, inputs: list[Tensor]) -> Sequence[Tensor]:
         found: Sequence[Tensor] = self.native.run(inputs)
         return found
+
+    @cached_property
+    def native(self) -> Any:
+        """The ``eepass::Program``; raises ``OSError`` where the library has not all loops."""
+        inputs, count, outputs = self._translation.registers_used
+        made = torch.classes.eepass.Program(inputs, count)
+        loops = None if self.library is None else ctypes.CDLL(str(self.library.result()))
+        for method, arguments in self._translation.steps:
+            if method == "loop" and loops is not None:
+                name, *rest = arguments
+                arguments = (address(loops, name), *rest)
+            getattr(made, method)(*arguments)
+        made.give_back(outputs)
+        return made
 
     @staticmethod
     def chain(layers: Sequence[tuple[Compiled, Link]]) -> ChainedLayers | None:
@@ -62,47 +83,53 @@ class NativeProgram:
 
 def natively(compiled: Compiled) -> Compiled:
     """What inductor made, as a ``NativeProgram`` where it has that form, else as it is."""
-    with suppress(NotKept, NotNative, OSError):
-        return native_program(*program_of(compiled))
+    with suppress(NotKept, NotNative):
+        program, sources = program_of(compiled)
+        return native_program(program, build(sources) if sources else None)
     return compiled
 
 
-def runnable(program: str, kernels: Mapping[str, Path]) -> Compiled:
+def runnable(program: str, library: Path | None) -> Compiled:
     """``program`` as a function: natively where it has that form, else line by line in Python.
 
-    Raises ``NotKept``, ``ImportError`` or ``OSError`` where it cannot run.
+    Raises ``NotKept`` or ``OSError`` where it cannot run.
     """
     with suppress(NotNative):
-        return native_program(program, kernels)
-    return run_program(program, kernels)
+        made = native_program(program, None if library is None else _ready(library))
+        # a library that is no longer whole shows here and not in the middle of an answer
+        made.native  # noqa: B018
+        return made
+    return run_program(program, library)
 
 
-def native_program(program: str, kernels: Mapping[str, Path]) -> NativeProgram:
+def native_program(program: str, library: Future[Path] | None) -> NativeProgram:
     """Raises ``NotNative`` where a line has no native form, or there are no C++ kernels."""
     if missing := load_kernels():
         raise NotNative(missing)
-    lines = check_program(program, kernels)
-    return NativeProgram(program, kernels, _Translation(lines, kernels).translated())
+    translation = _Translation(check_program(program))
+    if library is None and any(method == "loop" for method, _ in translation.steps):
+        raise NotKept("a program calls loops and has no library of them")
+    return NativeProgram(program, library, translation)
 
 
-def addresses(kernels: Mapping[str, Path]) -> dict[str, int]:
-    """Where the functions of kernels' libraries lie in memory."""
-    found = {}
-    for name, path in kernels.items():
-        function = getattr(ctypes.CDLL(str(path)), ENTRY)
-        found[name] = ctypes.cast(function, ctypes.c_void_p).value or 0
+def _ready(library: Path) -> Future[Path]:
+    found: Future[Path] = Future()
+    found.set_result(library)
     return found
 
 
 class _Translation:
-    def __init__(self, lines: Sequence[ast.stmt], kernels: Mapping[str, Path]) -> None:
-        self.lines, self.addresses = lines, addresses(kernels)
+    """``lines`` as the steps of an ``eepass::Program``, loops by name; ``registers_used``: how many
+    inputs there are, how many registers, and which of these are the outputs."""
+
+    def __init__(self, lines: Sequence[ast.stmt]) -> None:
+        self.lines = lines
         self.registers: dict[str, int] = {}
         self.count = 0
-        self.steps: list[tuple[str, tuple[Any, ...]]] = []
+        self.steps: list[Step] = []
+        self.registers_used = self._translate()
 
-    def translated(self) -> Any:
-        """An ``eepass::Program``."""
+    def _translate(self) -> Registers:
         inputs = 0
         for line in self.lines[:-1]:
             match line:
@@ -125,11 +152,7 @@ class _Translation:
         if not isinstance(result.value, ast.Tuple):
             raise _not_native(result)
         outputs = [self._value(item) for item in result.value.elts]
-        made = torch.classes.eepass.Program(inputs, self.count)
-        for method, arguments in self.steps:
-            getattr(made, method)(*arguments)
-        made.give_back(outputs)
-        return made
+        return inputs, self.count, outputs
 
     def _new(self) -> int:
         self.count += 1
@@ -179,8 +202,8 @@ class _Translation:
             source, sizes, strides, offset = node.args
             view = (self._value(source), _numbers(sizes), _numbers(strides), _number(offset))
             self.steps.append(("view", (to, *view)))
-        elif name in self.addresses:
-            self.steps.append(("loop", (self.addresses[name], self._loop_arguments(node))))
+        elif KERNEL.fullmatch(name):
+            self.steps.append(("loop", (name, self._loop_arguments(node))))
         elif name.startswith("torch.ops."):
             _, _, namespace, operator, overload = name.split(".")
             code, reals = self._operator_arguments(node, name)

@@ -53,7 +53,7 @@ def doctor() -> dict[str, Any]:
 def clear_cache() -> dict[str, Any]:
     """Remove everything from the cache, which is made again when it is needed: ``path``, and how
     many ``freed_mb``. What others use at the moment stays usable for them."""
-    from eepass.codegen.cpu.native import cache_dir
+    from eepass.codegen.cpu.building import cache_dir
     from eepass.kept.entries import size_of
 
     path = cache_dir()
@@ -172,7 +172,7 @@ def _requirements() -> list[str]:
 def _cpu() -> dict[str, Any]:
     import torch
 
-    from eepass.codegen.cpu.native import best_isa, cpu_flags
+    from eepass.codegen.cpu.building import best_isa, cpu_flags
 
     flags = cpu_flags()
     return {
@@ -186,7 +186,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _compiler() -> dict[str, Any]:
-    from eepass.codegen.cpu.native import KernelsMissing, find_compiler, library_of
+    from eepass.codegen.cpu.building import KernelsMissing, find_compiler, library_of
 
     try:
         path = find_compiler()
@@ -196,7 +196,7 @@ def _compiler() -> dict[str, Any]:
     return {
         "path": path,
         "version": output.stdout.strip().splitlines()[0],
-        "kernels_built": library_of(path).is_file(),
+        "kernels_built": any(library_of(path, every).is_file() for every in (True, False)),
     }
 
 
@@ -233,7 +233,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _caches() -> dict[str, Any]:
-    from eepass.codegen.cpu.native import cache_dir
+    from eepass.codegen.cpu.building import cache_dir
     from eepass.kept.entries import size_of
     from eepass.private_names import inductor_cache_dir
 

@@ -14,7 +14,9 @@ from eepass.checkpoints.artifact import Artifact
 from eepass.checkpoints.fitting_artifact import artifact_for
 from eepass.checkpoints.quantized_weights import quantization_of, weights_to_read
 from eepass.checkpoints.read_torchao import read_quantized
-from eepass.codegen.cpu.native import build_kernels, load_kernels
+from eepass.codegen.cpu.building import build_kernels
+from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.loops import read_headers
 from eepass.config import ExitConfig
 from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
 from eepass.errors import EngineError, InputError, PassError
@@ -133,6 +135,7 @@ def split_model(
     with torch.no_grad(), ThreadPoolExecutor(1) as beside:
         # needed next; where they are still to be built, that takes as long as tracing
         beside.submit(build_kernels)
+        beside.submit(read_headers)
         try:
             return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
         except PassError as error:

@@ -18,6 +18,8 @@ from eepass.errors import InputError
 # by the name used here: the module, and the attribute of it; a module alone stands for itself
 PLACES = {
     "AOTIModelContainerRunnerCpu": "torch:_C._aoti.AOTIModelContainerRunnerCpu",
+    "AsyncCompile": "torch._inductor.async_compile:AsyncCompile",
+    "CppPythonBindingsCodeCache": "torch._inductor.codecache:CppPythonBindingsCodeCache",
     "FakeTensorMode": "torch._subclasses:FakeTensorMode",
     "InstructionTranslator": "torch._dynamo.symbolic_convert:InstructionTranslator",
     "OpOverload": "torch._ops:OpOverload",

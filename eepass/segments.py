@@ -25,8 +25,9 @@ T = TypeVar("T")
 # A layer among layers that are called as one: its inputs, None for those that change with each
 # pass; the place of the hidden state; the places of the others, and which of what changes they are
 Link = tuple[list[Tensor | None], int, list[int], list[int]]
-# number of the first layer, that after the last one, hidden state, what changes -> hidden state
-ChainedLayers = Callable[[int, int, Tensor, list[Tensor]], Tensor]
+# number of the first layer, numbers of layers before which a hidden state is wanted, hidden state,
+# what changes -> those hidden states
+ChainedLayers = Callable[[int, list[int], Tensor, list[Tensor]], list[Tensor]]
 
 
 @dataclass(frozen=True, slots=True)

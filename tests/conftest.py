@@ -1,5 +1,6 @@
 """Shared fixtures: tiny models, split and compiled once a session."""
 
+import contextlib
 import os
 import warnings
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import eepass.kept.splits
+from eepass.codegen.cpu.building import KernelsMissing, build_kernels
 
 # nothing is kept: what a test changes in a pass must neither be hidden by what was kept before nor
 # be kept for others
@@ -21,6 +23,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 # tiny models: a second thread costs more than it brings
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    # once and before there are workers; tests choose among instruction sets
+    if not hasattr(config, "workerinput"):
+        with contextlib.suppress(KernelsMissing):
+            build_kernels(every=True)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,7 @@
 
 import shutil
 
-from eepass.codegen.cpu.native import build_kernels
+from eepass.codegen.cpu.building import build_kernels
 
 
 def keep_in(folder, patch):

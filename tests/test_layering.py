@@ -63,9 +63,9 @@ MAY_IMPORT = {
     "exactness": {"checkpoints", "codegen", "model", "runtime"},
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
-        "benchmark", "bundle", "checkpoints", "conversation", "doctoring", "drafts", "exactness",
-        "files", "inspecting", "lengths", "long", "model", "onnx", "pictures", "runtime", "server",
-        "training",
+        "benchmark", "bundle", "checkpoints", "codegen", "conversation", "doctoring", "drafts",
+        "exactness", "files", "inspecting", "lengths", "long", "model", "onnx", "pictures",
+        "runtime", "server", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from eepass.codegen.cpu.native import find_compiler
+from eepass.codegen.cpu.building import find_compiler
 
 ROOT = Path(__file__).parent.parent
 # loaded first, since python is built without the sanitiser; it looks for the C++ library's way to
@@ -33,7 +33,7 @@ def main() -> int:
         wrapper.write_text(f'#!/bin/sh\nexec {shlex.quote(compiler)} {FLAGS} "$@"\n')
         wrapper.chmod(0o755)
         own = {"CXX": str(wrapper), "XDG_CACHE_HOME": folder}
-        build = "from eepass.codegen.cpu.native import build_kernels; print(build_kernels())"
+        build = "from eepass.codegen.cpu.building import build_kernels; print(build_kernels(True))"
         subprocess.run(
             [sys.executable, "-c", build], env={**os.environ, **own}, check=True, cwd=ROOT
         )

@@ -5,12 +5,15 @@
 #include <atomic>
 #include <cstring>
 
+#include "packed.h"
+#include "rows.h"
+
 namespace eepass {
 namespace {
 
 #if defined(__x86_64__)
 
-bool has(Isa wanted) {
+bool processor_has(Isa wanted) {
   __builtin_cpu_init();
   switch (wanted) {
     case Isa::none: return true;
@@ -23,7 +26,7 @@ bool has(Isa wanted) {
     case Isa::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vnni") && has(Isa::avx2);
+             __builtin_cpu_supports("avx512vnni") && processor_has(Isa::avx2);
   }
   return false;
 }
@@ -33,9 +36,22 @@ bool has_bf16() {
   return __builtin_cpu_supports("avx512bf16");
 }
 
+bool library_has(Isa wanted, bool bf16) {
+  switch (wanted) {
+    case Isa::none: return true;
+    case Isa::avx2: return packed_kernels_avx2 && &avx2_rows;
+    case Isa::avxvnni: return packed_kernels_avxvnni && &avx2_rows;
+    case Isa::avx512:
+      return packed_kernels_avx512 && (bf16 && has_bf16() ? &avx512bf16_rows : &avx512_rows);
+  }
+  return false;
+}
+
+bool has(Isa wanted, bool bf16) { return processor_has(wanted) && library_has(wanted, bf16); }
+
 #else
 
-bool has(Isa wanted) { return wanted == Isa::none; }
+bool has(Isa wanted, bool) { return wanted == Isa::none; }
 bool has_bf16() { return false; }
 
 #endif
@@ -58,7 +74,7 @@ constexpr Choice CHOICES[] = {
 
 const Choice* best() {
   for (const Choice& choice : CHOICES)
-    if (has(choice.isa)) return &choice;
+    if (has(choice.isa, choice.bf16)) return &choice;
   return nullptr;
 }
 
@@ -79,14 +95,14 @@ bool has_bf16_products() {
 }  // namespace eepass
 
 // The name of the instruction set in use, after choosing the one called `name` ("best": the best
-// there is) unless it is null; null where the processor has not what was asked for.
+// there is) unless it is null; null where the processor or this library has not what was asked for.
 extern "C" const char* eepass_kernel_isa(const char* name) {
   using namespace eepass;
   if (name) {
     const Choice* found = std::strcmp(name, "best") == 0 ? best() : nullptr;
     for (const Choice& choice : CHOICES)
       if (!found && *choice.name && std::strcmp(name, choice.name) == 0) found = &choice;
-    if (!found || !has(found->isa)) return nullptr;
+    if (!found || !has(found->isa, found->bf16)) return nullptr;
     chosen().store(found);
   }
   return chosen().load()->name;

@@ -1,7 +1,8 @@
 // Which instruction set the kernels use.
 //
-// Kernels are compiled once for each (a source file NAME_<set>.cpp with the flags of `native.py`),
-// so the library loads on any processor, and what runs is chosen by what the processor has. Such a
+// Kernels are compiled once for each (a source file NAME_<set>.cpp with the flags of
+// `building.py`), or for this machine's best alone, which takes half the time. The library loads on
+// any processor, and what runs is chosen by what the processor and the library have. Such a
 // file must not instantiate templates that other files use as well: the linker keeps one of them,
 // and it might be the one with instructions that are not there.
 

@@ -68,8 +68,9 @@ struct PackedKernels {
                   int32_t* tile);
 };
 
-const PackedKernels* packed_kernels_avx512();
-const PackedKernels* packed_kernels_avxvnni();
-const PackedKernels* packed_kernels_avx2();
+// null where the library was built without them
+[[gnu::weak]] const PackedKernels* packed_kernels_avx512();
+[[gnu::weak]] const PackedKernels* packed_kernels_avxvnni();
+[[gnu::weak]] const PackedKernels* packed_kernels_avx2();
 
 }  // namespace eepass

@@ -217,7 +217,8 @@ int64_t packed_inputs(Form form, const at::Tensor& packed) {
 
 namespace {
 
-at::Tensor pack_gguf(const at::Tensor& blocks, int64_t number, const std::optional<at::Tensor>& order) {
+void pack_gguf(const at::Tensor& blocks, int64_t number, const std::optional<at::Tensor>& order,
+               const at::Tensor& packed) {
   const Form form = form_of(number);
   TORCH_CHECK(blocks.dim() == 2 && blocks.scalar_type() == at::kByte && blocks.is_contiguous(),
               "GGUF's blocks are contiguous bytes [N, bytes of a row]");
@@ -233,9 +234,13 @@ at::Tensor pack_gguf(const at::Tensor& blocks, int64_t number, const std::option
     for (int64_t n = 0; n < N; n++) TORCH_CHECK(rows[n] >= 0 && rows[n] < N, "order names row ", rows[n]);
   }
   const int64_t bytes = block_bytes(form, K);
-  at::Tensor packed = at::zeros({count, bytes}, blocks.options());
+  TORCH_CHECK(packed.dim() == 2 && packed.scalar_type() == at::kByte && packed.is_contiguous() &&
+                  packed.size(0) == count && packed.size(1) == bytes,
+              "packed is contiguous bytes [", count, ", ", bytes, "]");
   Bytes in = blocks.const_data_ptr<uint8_t>();
   uint8_t* out = packed.mutable_data_ptr<uint8_t>();
+  // outputs that fill up the last block are zeros
+  if (N % OUTPUTS) std::memset(out + (count - 1) * bytes, 0, bytes);
 #pragma omp parallel for schedule(static)
   for (int64_t b = 0; b < count; b++) {
     Bytes at[OUTPUTS];
@@ -254,7 +259,6 @@ at::Tensor pack_gguf(const at::Tensor& blocks, int64_t number, const std::option
           write_codes(bits_of(form.kind), codes, out + p);
         });
   }
-  return packed;
 }
 
 at::Tensor pack_groups(const at::Tensor& codes, const at::Tensor& scales, const at::Tensor& mins,

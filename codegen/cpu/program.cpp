@@ -220,12 +220,17 @@ struct Chain : torch::CustomClassHolder {
                      std::move(which)});
   }
 
-  // The hidden state before link `first` to the one before link `end`.
-  at::Tensor run(int64_t first, int64_t end, at::Tensor hidden,
-                 const std::vector<at::Tensor>& changing) const {
+  // From the hidden state before link `first` to those before each of `stops`, in ascending order.
+  std::vector<at::Tensor> run(int64_t first, const Numbers& stops, at::Tensor hidden,
+                              const std::vector<at::Tensor>& changing) const {
+    TORCH_CHECK(!stops.empty(), "a chain stops somewhere");
+    const int64_t end = stops.back();
     TORCH_CHECK(0 <= first && first <= end && end <= static_cast<int64_t>(links.size()),
                 "links ", first, " to ", end, " of ", links.size());
+    std::vector<at::Tensor> found;
+    size_t next = 0;
     for (int64_t number = first; number < end; number++) {
+      for (; stops[next] <= number; next++) found.push_back(hidden);
       const Link& link = links[number];
       Registers values = link.program->new_registers();
       for (size_t i = 0; i < link.inputs.size(); i++)
@@ -235,7 +240,8 @@ struct Chain : torch::CustomClassHolder {
       values[link.hidden] = std::move(hidden);
       hidden = std::move(link.program->run_with(std::move(values)).at(0));
     }
-    return hidden;
+    for (; next < stops.size(); next++) found.push_back(hidden);
+    return found;
   }
 
  private:

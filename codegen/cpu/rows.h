@@ -46,6 +46,7 @@ struct RowKernels {
 // For the instruction set in use; null where there are no kernels.
 const RowKernels* row_kernels();
 
-extern const RowKernels avx2_rows, avx512_rows, avx512bf16_rows;
+// at no address where the library was built without them
+[[gnu::weak]] extern const RowKernels avx2_rows, avx512_rows, avx512bf16_rows;
 
 }  // namespace eepass

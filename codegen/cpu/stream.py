@@ -10,7 +10,8 @@ from time import perf_counter
 
 import torch
 
-from eepass.codegen.cpu.native import KernelsMissing, load_kernels
+from eepass.codegen.cpu.building import KernelsMissing
+from eepass.codegen.cpu.native import load_kernels
 
 # larger than most last-level caches; one that is larger is exceeded by CACHES times
 BYTES, CACHES = 512 << 20, 4

@@ -17,7 +17,8 @@ from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import FolderTokenizer
 from eepass.checkpoints.weight_memory import settle_weights
 from eepass.codegen.compiled_code import CompiledCode
-from eepass.codegen.cpu.native import KernelsMissing, open_kernels
+from eepass.codegen.cpu.building import KernelsMissing
+from eepass.codegen.cpu.native import open_kernels
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import ARTIFACT, EarlyExitModel

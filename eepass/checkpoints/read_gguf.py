@@ -26,10 +26,10 @@ from eepass.checkpoints.gguf_file import GgufFile, GgufTensor, read_header
 from eepass.checkpoints.gguf_rotary import FACTORS, divide_frequencies
 from eepass.checkpoints.quantized_weights import QuantizedWeight, replace_linears
 from eepass.checkpoints.weight_memory import ALIGNMENT, WeightBlock
-from eepass.codegen.cpu.native import load_kernels
+from eepass.codegen.cpu.native import kernel_isa, load_kernels
 from eepass.errors import InputError
 from eepass.files import write_text_atomically
-from eepass.ops.packing import KINDS, form_number
+from eepass.ops.packing import KINDS, form_number, gguf_packed_shape
 from eepass.reading import parse_json
 
 # numbers of the ``gguf`` package's types that kernels multiply with
@@ -46,11 +46,12 @@ NAMES = "tensors.json"
 def load_gguf(
     file: Path, dtype: torch.dtype, keep: bool, activations: int, cache: Path
 ) -> tuple[Any, Any, str]:
-    """The model and the tokenizer of ``file``, and which of its types are dequantised ("" if none).
+    """The model and the tokenizer of ``file``, and what of it is dequantised ("" if nothing is).
 
-    ``keep``: matrices of linear layers stay quantised. ``activations`` as in ``eepass.ops.packed``.
-    ``cache``: where folders with configurations are. Raises ``InputError`` for a file that is
-    damaged, or of an architecture that transformers cannot read from GGUF.
+    ``keep``: matrices of linear layers stay quantised, where there are kernels for them.
+    ``activations`` as in ``eepass.ops.packed``. ``cache``: where folders with configurations are.
+    Raises ``InputError`` for a file that is damaged, or of an architecture that transformers cannot
+    read from GGUF.
     """
     from transformers import AutoTokenizer
 
@@ -61,7 +62,10 @@ def load_gguf(
     folder = described(header, cache)
     with holdings.bounding():
         model = _described_model(folder, dtype)
-    reader = _Weights(model, header, keep, folder / NAMES)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # as late as possible: at a first start the kernels are still being built
+    packs = keep and bool(kernel_isa())
+    reader = _Weights(model, header, packs, folder / NAMES)
     reader.read()
     model.load_state_dict(reader.values, strict=False, assign=True)
     model.tie_weights()
@@ -75,7 +79,10 @@ def load_gguf(
     divide_frequencies(model, header)
     replace_linears(model, reader.packed, activations)
     left = ", ".join(f"{n} tensors of {kind} dequantised" for kind, n in reader.left.items())
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if keep and not packs:
+        left = (
+            "dequantised: there are no kernels for quantised weights here (eepass doctor says why)"
+        )
     return model.eval().requires_grad_(False), tokenizer, left
 
 
@@ -164,11 +171,11 @@ class _Weights:
                 self._as_transformers_does(tensor)
                 continue
             self._refuse_other_shape(tensor, name, tensor.shape)
-            weight = self._pack(tensor, order)
             module = name.removesuffix(".weight")
             if self.keep and module in self.linears:
-                self.packed[module] = self._placed(weight)
+                self.packed[module] = self._pack(tensor, order, self.block)
                 continue
+            weight = self._pack(tensor, order)
             self.values[name] = self.block.placed(weight.values(self.like[name].dtype))
             if self.keep and tensor.name == EMBEDDING and not has_head and head in self.linears:
                 tied = weight
@@ -217,11 +224,17 @@ class _Weights:
                 f"configuration wants {' x '.join(map(str, wanted))}"
             )
 
-    def _pack(self, tensor: GgufTensor, order: Tensor) -> QuantizedWeight:
+    def _pack(
+        self, tensor: GgufTensor, order: Tensor, block: WeightBlock | None = None
+    ) -> QuantizedWeight:
+        """A tensor packed, in ``block`` if there is room: a copy would cost as much again."""
         form = form_number(PACKED[tensor.kind])
         blocks = torch.from_numpy(self.header.read(tensor, self._scratch))
         in_order = torch.equal(order, torch.arange(len(order)))
-        packed = torch.ops.eepass.pack_gguf(blocks, form, None if in_order else order)
+        shape = gguf_packed_shape(blocks, form)
+        room = None if block is None else block.room(shape, torch.uint8)
+        packed = torch.empty(shape, dtype=torch.uint8) if room is None else room
+        torch.ops.eepass.pack_gguf(blocks, form, None if in_order else order, packed)
         return QuantizedWeight(packed, form, tensor.shape[0])
 
     def _as_transformers_does(self, tensor: GgufTensor) -> None:

@@ -6,8 +6,9 @@ interrupt hardware prefetching at each end; in one block the stream continues in
 
 import contextlib
 import ctypes
+import math
 import mmap
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 
 import torch
@@ -34,12 +35,17 @@ class WeightBlock:
     def placed(self, weight: Tensor) -> Tensor:
         """A copy of a CPU tensor behind the last one, contiguous, with a storage of its own; the
         tensor itself where there is no more room."""
-        at = self._used
-        if not weight.numel() or at + weight.nbytes > self._size:
-            return weight
-        self._used += _aligned(weight.nbytes)
-        copy = torch.frombuffer(self._memory, dtype=weight.dtype, count=weight.numel(), offset=at)
-        return copy.view(weight.shape).copy_(weight)
+        room = self.room(weight.shape, weight.dtype)
+        return weight if room is None else room.copy_(weight)
+
+    def room(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
+        """A tensor behind the last one, not filled; None where there is no more room."""
+        at, count = self._used, math.prod(shape)
+        if not count or at + count * dtype.itemsize > self._size:
+            return None
+        self._used += _aligned(count * dtype.itemsize)
+        found = torch.frombuffer(self._memory, dtype=dtype, count=count, offset=at)
+        return found.view(tuple(shape))
 
 
 def _aligned(size: int) -> int:

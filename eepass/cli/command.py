@@ -128,6 +128,10 @@ def load_model(
     quantize: str = "none",
     activations: str = "int8",
 ) -> Any:
+    from eepass.codegen.cpu.building import begin_to_build
+
+    # at a first start as long as importing torch and reading the model take together
+    begin_to_build()
     import torch
 
     import eepass

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eepass.codegen.cpu.native import KernelsMissing, cpu_flags, find_compiler
+from eepass.codegen.cpu.building import KernelsMissing, cpu_flags, find_compiler
 from eepass.model_stamp import ASIDE
 
 ROOT = Path(__file__).parents[1]

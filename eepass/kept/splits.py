@@ -9,7 +9,7 @@ from typing import Any
 from safetensors.torch import load, save
 from torch import Tensor
 
-from eepass.codegen.cpu.native import cache_dir
+from eepass.codegen.cpu.building import cache_dir
 from eepass.kept.entries import Entries
 from eepass.kept.keys import Unforeseen, model_key, tensors_key
 from eepass.passes.report import PassReport

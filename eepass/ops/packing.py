@@ -165,15 +165,19 @@ def pack_groups(codes: Tensor, scales: Tensor, mins: Tensor, form: int) -> Tenso
     return packed.flatten(1).contiguous()
 
 
+def gguf_packed_shape(blocks: Tensor, form: int) -> tuple[int, int]:
+    """The shape of GGUF's rows of ``blocks`` packed: blocks of outputs, bytes of a block."""
+    return -(-len(blocks) // OUTPUTS), block_size(form, gguf_inputs(form, blocks.shape[1]))
+
+
 @define(
-    "pack_gguf(Tensor blocks, int form, Tensor? order) -> Tensor",
-    fake=lambda blocks, form: blocks.new_empty(
-        -(-len(blocks) // OUTPUTS), block_size(form, gguf_inputs(form, blocks.shape[1]))
-    ),
+    "pack_gguf(Tensor blocks, int form, Tensor? order, Tensor(a!) packed) -> ()",
+    fake=lambda: None,
 )
-def pack_gguf(blocks: Tensor, form: int, order: Tensor | None) -> Tensor:
-    """GGUF's rows of blocks, bytes [N, bytes of a row], packed; ``order`` int64 [N]: the row each
-    output takes. Wants the C++ kernels."""
+def pack_gguf(blocks: Tensor, form: int, order: Tensor | None, packed: Tensor) -> None:
+    """GGUF's rows of blocks, bytes [N, bytes of a row], written to ``packed``, of the shape that
+    ``gguf_packed_shape`` gives; ``order`` int64 [N]: the row each output takes. Wants the C++
+    kernels."""
     raise NotImplementedError("GGUF's blocks are packed by the C++ kernels")
 
 

@@ -69,6 +69,11 @@ def pass_seconds(
     decoder: Decoder, row_counts: Sequence[int], at: int, clock: Clock = perf_counter
 ) -> dict[int, float]:
     """Least seconds of a whole pass, LM head included, by row count, after ``at`` tokens."""
+    # all of them first: loops of one are built while the next is lowered
+    for rows in decoder.buckets:
+        decoder.prepare(rows)
+    for rows in row_counts:
+        decoder.prepare_head(rows)
     passes = {}
     for rows in row_counts:
         at = min(at, decoder.capacity - rows)

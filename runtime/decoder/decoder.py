@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -204,16 +205,21 @@ class Decoder:
         """
         return self._layers_for(hidden.shape[1], place, captured)[layer](hidden, place)
 
-    def run_layers(self, begin: int, end: int, hidden: Tensor, place: Place) -> Tensor:
-        """As ``run_layer``, of those from number ``begin`` to before ``end``: where the compiled
-        layers allow it, in one call."""
+    def run_layers(
+        self, begin: int, stops: Sequence[int], hidden: Tensor, place: Place
+    ) -> list[Tensor]:
+        """As ``run_layer``, of those from number ``begin`` on: the hidden state before each of
+        ``stops``, ascending. Where the compiled layers allow it, in one call."""
         chain = self._chain(hidden.shape[1], place)
         if chain is not None:
             changing = [place.slots, *(place.sides[name] for name in self._changing(place))]
-            return chain(begin, end, hidden, changing)
-        for layer in range(begin, end):
-            hidden = self.run_layer(layer, hidden, place)
-        return hidden
+            return chain(begin, list(stops), hidden, changing)
+        found = []
+        for first, end in pairwise((begin, *stops)):
+            for layer in range(first, end):
+                hidden = self.run_layer(layer, hidden, place)
+            found.append(hidden)
+        return found
 
     def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[_BoundSegment]:
         if slots := _num_selected(place):

@@ -25,6 +25,8 @@ from eepass.runtime.drafting.eagle_weights import HeadWeights, Layout
 from eepass.segments import GraphToMake
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
+# traces a step, given how weights are stored and examples of its inputs
+Make = Callable[[Layout, Sequence[Tensor]], GraphModule]
 # Levels of a tree's first call and of each further one. Another call costs little beside a level,
 # and the third level rarely gets a row of a small pass
 LEVELS, FURTHER = 2, 2
@@ -101,6 +103,22 @@ class EagleHead:
     def _empty_slots() -> Tensor:
         """Position of the token in each slot; later than any where there is none."""
         return torch.full((TREE + RING,), torch.iinfo(torch.long).max)
+
+    def prepare(self, levels: int = LEVELS, width: int = WIDTH) -> None:
+        """Compile all steps, and call none: code of one is built while the next is lowered."""
+        empty = torch.zeros(1, self.feature_size, dtype=self.dtype)
+        self._step("extend", self._confirmed([0], empty, MOST_ROWS), trace_extend)
+        for rows in ROWS:
+            inputs = [*self._confirmed([0], empty, rows), torch.tensor([0])]
+            self._step(f"begin.{levels}.{width}", inputs, partial(trace_begin, levels, width))
+        if levels == LEVELS:
+            hidden = self._weights.embedding.shape[1]
+            frontier = Frontier(
+                torch.zeros(BEAM, dtype=torch.long), empty.new_zeros(BEAM, hidden),
+                torch.zeros(BEAM), torch.zeros(BEAM, TREE, dtype=torch.bool),
+            )  # fmt: skip
+            place = torch.zeros(3, dtype=torch.long)
+            self._step("further", [*frontier, place], partial(trace_further, FURTHER, WIDTH))
 
     def extend(self, tokens: Sequence[int], features: Tensor) -> None:
         """Add confirmed tokens; features [n, F * H]: those of the token before each."""
@@ -187,15 +205,13 @@ class EagleHead:
         self.frontier = above
         return levels
 
-    def _run(
-        self,
-        name: str,
-        inputs: list[Tensor],
-        make: Callable[[Layout, Sequence[Tensor]], GraphModule],
-    ) -> Sequence[Tensor]:
+    def _run(self, name: str, inputs: list[Tensor], make: Make) -> Sequence[Tensor]:
+        state, weights, _ = self.memory
+        return self._step(name, inputs, make)([*inputs, *state, *weights])
+
+    def _step(self, name: str, inputs: list[Tensor], make: Make) -> Compiled:
         state, weights, layout = self.memory
         fixed = [*state, *weights]
-        arguments = [*inputs, *fixed]
         key = f"{name}.{len(inputs[0])}"
         if key not in self._steps:
             # a trace takes one tensor given twice for one input
@@ -204,4 +220,4 @@ class EagleHead:
             structure = f"eagle.{key}.{shapes}.{self.dtype}.{layout.structure}"
             graph = GraphToMake(partial(make, layout, examples)) if self._traces else None
             self._steps[key] = self._compile(graph, structure, examples, logits=False)
-        return self._steps[key](arguments)
+        return self._steps[key]

@@ -99,6 +99,7 @@ class EagleTree:
         features = torch.zeros(ROWS[-1], head.feature_size, dtype=head.dtype)
         # everything is compiled here, not while a sequence waits
         how = {"levels": 1, "width": max(self.named, WIDTH)} if self.named else {}
+        head.prepare(**how)
         head.extend([0], features[:1])
         for count in ROWS:
             head.begin([0] * count, features[:count], **how)

@@ -97,9 +97,12 @@ class ForwardPass:
             if layer in self.context.layers:
                 self._place = self.context.select(layer, self.rows, self.hidden, self._place)
             begin, layer = layer, self._next_stop(batch, layer, exits)
-            self.hidden = self.decoder.run_layers(begin, layer, self.hidden, self._place)
-            if self.features is not None and layer in self.features.layers:
-                self.features.after(layer, *self._nodes())
+            taken = self.features.between(begin, layer) if self.features is not None else []
+            stops = [*taken, layer]
+            *states, self.hidden = self.decoder.run_layers(begin, stops, self.hidden, self._place)
+            if self.features is not None:
+                for after, state in zip(taken, states, strict=True):
+                    self.features.after(after, *self._nodes(state))
             if self.recorder is not None and layer in self.recorder.layers:
                 for number, row in enumerate(self.rows):
                     own = self.hidden[0, number : number + 1]
@@ -114,8 +117,7 @@ class ForwardPass:
         """The layer after which there is something to do, of those after ``layer``."""
         if exits or any(one.sequence.pending for one in batch if one.slots is None):
             return layer + 1
-        taken = [*(self.features.layers if self.features is not None else ())]
-        taken += self.recorder.layers if self.recorder is not None else ()
+        taken = [*(self.recorder.layers if self.recorder is not None else ())]
         taken += self.context.layers
         return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
@@ -170,7 +172,7 @@ class ForwardPass:
             if one.slots is not None and one.tree is not None:
                 one.embedded = self.hidden[:, one.first_node : one.first_node + len(one.tree)]
         if self.features is not None:
-            self.features.begin(len(self.rows), self.hidden)
+            self.features.begin(len(self.rows))
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
@@ -236,12 +238,11 @@ class ForwardPass:
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _nodes(self) -> tuple[list[int], Tensor]:
-        """The numbers of the nodes that are rows, and their hidden states [n, H]."""
-        assert self.hidden is not None
+    def _nodes(self, hidden: Tensor) -> tuple[list[int], Tensor]:
+        """The numbers of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
         # pending tokens come first
         nodes = [row.number for row in self.rows if not row.is_pending]
-        return nodes, self.hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
+        return nodes, hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
 
     def _run_predictors(self, layer: int) -> None:
         """Evaluate the exits active after ``layer`` for the nodes without a next token."""
@@ -336,4 +337,5 @@ class ForwardPass:
             if row.is_pending:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
-            self.features.at_the_end(*self._nodes())
+            assert self.hidden is not None
+            self.features.at_the_end(*self._nodes(self.hidden))

@@ -16,13 +16,20 @@ class RowFeatures:
 
     def __init__(self, layers: Sequence[int]) -> None:
         self.layers = tuple(layers)
-        self._rows = torch.empty(0)
+        # by place: those of all nodes [N, H], as the pass gave them
+        self._whole: list[Tensor | None] = []
+        # [N, F, H], once nodes differ in what is known of them
+        self._parts: Tensor | None = None
         self._normed: list[bool] = []
 
-    def begin(self, count: int, hidden: Tensor) -> None:
-        """The pass starts with ``count`` nodes, whose states are like ``hidden`` [..., H]."""
-        self._rows = hidden.new_empty(count, 1 + len(self.layers), hidden.shape[-1])
+    def begin(self, count: int) -> None:
+        """The pass starts with ``count`` nodes."""
+        self._whole, self._parts = [None] * (1 + len(self.layers)), None
         self._normed = [False] * count
+
+    def between(self, begin: int, end: int) -> list[int]:
+        """The ``layers`` after which states are wanted, of those from ``begin`` to ``end``."""
+        return sorted(layer for layer in self.layers if begin < layer <= end)
 
     def after(self, layer: int, nodes: Sequence[int], hidden: Tensor) -> None:
         """States [n, H] of ``nodes`` after ``layer``, one of ``layers``."""
@@ -40,7 +47,7 @@ class RowFeatures:
 
     def decided(self, node: int, z: Tensor) -> None:
         """An exit decided what follows ``node``, by z [H]."""
-        self._rows[node, 0], self._normed[node] = z, True
+        self._rows(z)[node, 0], self._normed[node] = z, True
 
     def exited(self, nodes: Sequence[int], layer: int) -> None:
         """``nodes``, all decided, do not go beyond ``layer``: the state after the last layer they
@@ -48,18 +55,38 @@ class RowFeatures:
         reached = [place for place, own in enumerate(self.layers, 1) if own <= layer]
         last = max(reached, key=lambda place: self.layers[place - 1], default=0)
         index = torch.tensor(nodes)
+        rows = self._rows()
         for place, own in enumerate(self.layers, 1):
             if own > layer:
-                self._rows[index, place] = self._rows[index, last]
+                rows[index, place] = rows[index, last]
 
     def of(self, nodes: Sequence[int]) -> Features:
         """Those of ``nodes``; a copy that does not keep others' alive."""
-        whole = len(nodes) == len(self._rows)
-        rows = self._rows if whole else self._rows[torch.tensor(nodes)]
-        return Features(rows.flatten(1), [self._normed[node] for node in nodes])
+        normed = [self._normed[node] for node in nodes]
+        whole = [part for part in self._whole if part is not None]
+        if self._parts is None and len(whole) == len(self._whole):
+            rows = torch.cat(whole, 1)
+        else:
+            rows = self._rows().flatten(1)
+        return Features(rows if len(nodes) == len(rows) else rows[torch.tensor(nodes)], normed)
 
     def _put(self, place: int, nodes: Sequence[int], hidden: Tensor) -> None:
-        if len(nodes) == len(self._rows) > 0:
-            self._rows[:, place] = hidden
-        elif nodes:
-            self._rows[torch.tensor(nodes), place] = hidden
+        # a pass may have rows of pending tokens alone
+        if not nodes:
+            return
+        if self._parts is None and len(nodes) == len(self._normed):
+            self._whole[place] = hidden
+        else:
+            self._rows(hidden)[torch.tensor(nodes), place] = hidden
+
+    def _rows(self, like: Tensor | None = None) -> Tensor:
+        """All that is known as one tensor; ``like`` [..., H]: a state, where none may be yet."""
+        if self._parts is None:
+            like = next((part for part in self._whole if part is not None), like)
+            assert like is not None
+            shape = len(self._normed), len(self._whole), like.shape[-1]
+            self._parts = like.new_empty(shape)
+            for place, part in enumerate(self._whole):
+                if part is not None:
+                    self._parts[:, place] = part
+        return self._parts

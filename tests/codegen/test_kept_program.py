@@ -17,7 +17,7 @@ del buf0
 return (reinterpret_tensor(buf1, (3, 2), (1, 3), 0), buf1)
 """
     x, y = torch.rand(2, 4), torch.rand(4, 3)
-    transposed, product = run_program(program, {})([x, y])
+    transposed, product = run_program(program, None)([x, y])
     assert torch.equal(product, x @ y * -2) and torch.equal(transposed, product.T)
 
 
@@ -36,7 +36,6 @@ return (reinterpret_tensor(buf1, (3, 2), (1, 3), 0), buf1)
         "x = (lambda: 1)()",
         "kernel_0 = args",
         "args[0].x = 1",
-        "x = kernel_1(args)",
         "x = kernel_0.__self__",
         "while True: pass",
         "x = torch.serialization",
@@ -46,12 +45,12 @@ return (reinterpret_tensor(buf1, (3, 2), (1, 3), 0), buf1)
     ],
 )
 def test_other_lines_are_refused(line):
-    check_program("x = kernel_0(args)\nreturn (x,)", ["kernel_0"])
+    check_program("x = kernel_0(args)\nreturn (x,)")
     with pytest.raises(NotKept):
-        check_program(f"{line}\nreturn (args,)", ["kernel_0"])
+        check_program(f"{line}\nreturn (args,)")
 
 
 @pytest.mark.parametrize("program", ["", "x = args", "return", "return (", "return os"])
 def test_a_program_that_returns_nothing_known_is_refused(program):
     with pytest.raises(NotKept):
-        check_program(program, [])
+        check_program(program)

@@ -9,6 +9,7 @@ from models import tiny_model
 
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.kept_program import program_of, run_program
+from eepass.codegen.loops import build, unbuilt
 from eepass.codegen.lower_cpu import CpuCompiler, ready_to_compile, through_inductor
 from eepass.codegen.native_program import NativeProgram, NotNative, native_program, natively
 from eepass.passes.pipeline import split_for_rows
@@ -29,12 +30,13 @@ def _as_in_use():
 
 
 def programs(function, *examples):
-    """The program of a function's code, and its kernels."""
+    """The program of a function's code, and the library of its loops."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     graph = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*examples)
-    with torch.no_grad(), ready_to_compile(graph, examples, False) as (lowered, fakes):
-        return program_of(through_inductor(lowered, fakes))
+    with torch.no_grad(), ready_to_compile(graph, examples, False) as (lowered, fakes), unbuilt():
+        program, sources = program_of(through_inductor(lowered, fakes))
+    return program, build(sources)
 
 
 def layer(x, norm, gate, up, down, keys, slots):
@@ -53,8 +55,9 @@ def given(rows=3):
 
 
 def test_the_same_bits_as_in_python():
-    program, kernels = programs(layer, *given())
-    python, native = run_program(program, kernels), native_program(program, kernels)
+    program, library = programs(layer, *given())
+    python = run_program(program, library.result())
+    native = native_program(program, library)
     for seed in range(3):
         inputs = given()
         inputs[0] = inputs[0] * (seed + 1)
@@ -101,10 +104,10 @@ return (buf5, buf2)
 """
     inputs = [torch.randn(3, 8), torch.randn(5, 8)]
     with pytest.raises(NotNative, match=r"torch\.float32"):
-        native_program(program, {})
+        native_program(program, None)
     program = program.replace(", dtype=torch.float32", "")
-    expected = run_program(program, {})(list(inputs))
-    for one, other in zip(expected, native_program(program, {})(inputs), strict=True):
+    expected = run_program(program, None)(list(inputs))
+    for one, other in zip(expected, native_program(program, None)(inputs), strict=True):
         same_bits(one, other)
 
 
@@ -157,7 +160,7 @@ def test_layers_in_one_call_are_the_layers_one_by_one(decoder, rows, monkeypatch
 
         def chained(state, place, stops=stops):
             for begin, end in pairwise(stops):
-                state = decoder.run_layers(begin, end, state, place)
+                (state,) = decoder.run_layers(begin, [end], state, place)
             return state
 
         for one, other in zip(expected, states(chained), strict=True):
@@ -176,4 +179,8 @@ def test_a_chain_is_of_native_programs_that_get_their_inputs():
         NativeProgram.chain([(made, (template, 0, [7], [0]))])
     run = NativeProgram.chain([(made, (template, 0, [], []))] * 2)
     with pytest.raises(RuntimeError, match="links 1 to 3 of 2"):
-        run(1, 3, given()[0], [])
+        run(1, [3], given()[0], [])
+    first, second = run(0, [1, 2], given()[0], [])
+    same_bits(run(1, [2], first, [])[0], second)
+    # the state that was given, where nothing runs before it
+    same_bits(run(0, [0, 1], given()[0], [])[0], given()[0])

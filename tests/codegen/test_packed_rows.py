@@ -9,12 +9,13 @@ from gguf.constants import GGMLQuantizationType
 from kernel_cases import same_bits
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from eepass.codegen.cpu.native import KernelsMissing, kernel_isa, load_kernels
+from eepass.codegen.cpu.building import KernelsMissing
+from eepass.codegen.cpu.native import kernel_isa, load_kernels
 from eepass.codegen.lower_linear import lower_linear, lower_logits
 from eepass.ops import packed as reference
 from eepass.ops import packing
 from eepass.ops.packed import INT8, ROW, UNROUNDED
-from eepass.ops.packing import GGUF_BLOCKS, form_number
+from eepass.ops.packing import GGUF_BLOCKS, form_number, gguf_packed_shape
 
 eager = torch.ops.eepass
 SETS = ("avx512", "avxvnni", "avx2")
@@ -43,6 +44,13 @@ def isa(request):
     kernel_isa("best")
 
 
+def packed_gguf(blocks, form, order=None):
+    # as memory that was used before, which zeros must be written to
+    packed = torch.full(gguf_packed_shape(blocks, form), 255, dtype=torch.uint8)
+    eager.pack_gguf(blocks, form, order, packed)
+    return packed
+
+
 def width(form):
     """A number of inputs with a part of a span at the end, where the form allows it."""
     return 512 if packing.KINDS[form % 256] in packing.K_KINDS else INPUTS
@@ -55,7 +63,7 @@ def weight(form, outputs=OUTPUTS, seed=0):
     if kind in GGUF_BLOCKS:
         blocks = random_blocks(kind, outputs, width(form), random)
         values = gguf_values(blocks, GGMLQuantizationType[kind.upper()])
-        packed = eager.pack_gguf(torch.from_numpy(blocks), form, None)
+        packed = packed_gguf(torch.from_numpy(blocks), form)
         return packed, torch.from_numpy(values.astype(np.float32))
     codes = random.integers(0, 16 if kind == "u4" else 256, (outputs, width(form)), np.uint8)
     groups = width(form) // group if group else 1
@@ -164,9 +172,7 @@ def test_weights_of_several_forms_go_together():
     kinds = ("q4_k", "q6_k", "q8_0")
     given = [form_number(kind) for kind in kinds]
     blocks = [random_blocks(kind, 37, 512, np.random.default_rng(0)) for kind in kinds]
-    packed = [
-        eager.pack_gguf(torch.from_numpy(b), f, None) for b, f in zip(blocks, given, strict=True)
-    ]
+    packed = [packed_gguf(torch.from_numpy(b), f) for b, f in zip(blocks, given, strict=True)]
     biases = [torch.randn(37), None, None]
     found = eager.packed_rows(x, packed, given, [37] * 3, biases, INT8)
     for one, *own in zip(found, packed, given, biases, strict=True):
@@ -191,8 +197,8 @@ def test_rows_of_a_file_in_another_order():
     form = form_number("q4_1")
     blocks = torch.from_numpy(random_blocks("q4_1", 37, 320, np.random.default_rng(0)))
     order = torch.randperm(37)
-    packed = eager.pack_gguf(blocks, form, order)
-    plain = eager.unpack(eager.pack_gguf(blocks, form, None), form, 37, None)
+    packed = packed_gguf(blocks, form, order)
+    plain = eager.unpack(packed_gguf(blocks, form), form, 37, None)
     same_bits(eager.unpack(packed, form, 37, None), plain[order])
 
 
@@ -229,7 +235,7 @@ def test_quantising_with_ggufs_own_rules_and_reading_back():
     values = np.random.default_rng(0).normal(size=(32, 64)).astype(np.float32)
     blocks = gguf_blocks(values, GGMLQuantizationType.Q8_0)
     form = form_number("q8_0")
-    found = eager.unpack(eager.pack_gguf(torch.from_numpy(blocks), form, None), form, 32, None)
+    found = eager.unpack(packed_gguf(torch.from_numpy(blocks), form), form, 32, None)
     assert (found - torch.from_numpy(values)).abs().max() < 0.05
 
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from kernel_cases import same_bits
 
-from eepass.codegen.cpu.native import KernelsMissing, kernel_isa, load_kernels
+from eepass.codegen.cpu.building import KernelsMissing
+from eepass.codegen.cpu.native import kernel_isa, load_kernels
 from eepass.ops import rows as row_ops
 from eepass.ops.packing import block_size, form_number
 from eepass.ops.registry import REFERENCES
@@ -308,7 +309,10 @@ OPERATORS = {
     "pack_groups": (
         torch.zeros(30, 64, dtype=torch.uint8), torch.rand(30, 2), torch.rand(30, 2), FORM
     ),
-    "pack_gguf": (torch.zeros(30, 2 * 18, dtype=torch.uint8), form_number("q4_0"), None),
+    "pack_gguf": (
+        torch.zeros(30, 2 * 18, dtype=torch.uint8), form_number("q4_0"), None,
+        torch.empty(2, 2 * 288, dtype=torch.uint8),
+    ),
     "select_outputs": (PACKED, FORM, torch.tensor([3, 29, 3])),
 }  # fmt: skip
 

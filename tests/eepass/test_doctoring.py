@@ -7,7 +7,7 @@ import pytest
 from command_line import run
 
 from eepass import doctoring
-from eepass.codegen.cpu import native
+from eepass.codegen.cpu import building, native
 
 
 def missing(found):
@@ -39,7 +39,7 @@ def test_as_a_command():
 
 def test_no_compiler(monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setattr(native.shutil, "which", lambda name: None)
+    monkeypatch.setattr(building.shutil, "which", lambda name: None)
     found = doctoring.doctor()
     assert found["uses"]["operators"]["use"] == "eager definitions"
     assert "no C++ compiler" in found["uses"]["operators"]["why"]
@@ -65,7 +65,7 @@ AVX512 = [*AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "
     ids=("none", "avx2", "avxvnni", "avx512"),
 )
 def test_what_the_cpu_can(monkeypatch, flags, isa):
-    monkeypatch.setattr(native, "cpu_flags", lambda: flags)
+    monkeypatch.setattr(building, "cpu_flags", lambda: flags)
     found = doctoring.doctor()
     assert found["cpu"]["avx512_bf16"] == (isa == "avx512") == found["cpu"]["avx512_vnni"]
     assert not found["cpu"]["amx_bf16"]
@@ -76,7 +76,7 @@ def test_what_the_cpu_can(monkeypatch, flags, isa):
 
 def test_the_instruction_set_is_the_one_that_the_kernels_choose():
     assert native.load_kernels() == ""
-    assert native.best_isa(native.cpu_flags()) == native.kernel_isa("best")
+    assert building.best_isa(building.cpu_flags()) == native.kernel_isa("best")
 
 
 def test_an_extra_that_is_not_there(monkeypatch):
@@ -115,7 +115,7 @@ def test_a_library_that_is_broken(monkeypatch, error):
 
 def test_no_torch_at_all(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.setitem(sys.modules, "eepass.codegen.cpu.native", None)
+    monkeypatch.setitem(sys.modules, "eepass.codegen.cpu.building", None)
     found = doctoring.doctor()
     assert not found["ready"] and "torch" in found["cuda"]["error"]
     assert all(entry["command"] for entry in found["missing"])

@@ -116,11 +116,11 @@ def test_a_type_without_kernels_is_dequantised_and_said(tmp_path):
 
 
 def test_without_kernels_everything_is_dequantised_and_said(tmp_path, monkeypatch):
-    from eepass.checkpoints import models, read_gguf
+    from eepass.checkpoints import read_gguf
 
     path = write(tmp_path / "tiny.gguf", kinds=(("ffn_down", "Q4_1"),))
     expected = eepass.load(str(path), dtype="fp32").model.state_dict()
-    monkeypatch.setattr(models, "kernel_isa", lambda: "")
+    monkeypatch.setattr(read_gguf, "kernel_isa", lambda: "")
     monkeypatch.setattr(read_gguf, "load_kernels", lambda: "no compiler")
     loaded = eepass.load(str(path), dtype="fp32", quantize="keep")
     assert "dequantised: there are no kernels" in loaded.quantization

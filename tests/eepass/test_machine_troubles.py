@@ -21,7 +21,7 @@ from eepass.checkpoints.models import load_checkpoint
 from eepass.cli import command as commands
 from eepass.cli import train as train_command
 from eepass.cli.causes import machine_cause, variable_of
-from eepass.codegen.cpu import native
+from eepass.codegen.cpu import building, native
 from eepass.errors import InputError, RunsSlower
 from eepass.training.progress import claimed
 
@@ -144,7 +144,7 @@ def test_a_closed_cache_of_a_gguf_file_is_named(tmp_path, monkeypatch):
     file.write_bytes(b"GGUF")
 
     def closed(*arguments):
-        raise OSError(errno.ENOTDIR, "Not a directory", str(native.cache_dir() / "gguf"))
+        raise OSError(errno.ENOTDIR, "Not a directory", str(building.cache_dir() / "gguf"))
 
     monkeypatch.setattr("eepass.checkpoints.models.load_gguf", closed)
     with pytest.raises(NotADirectoryError):
@@ -195,16 +195,16 @@ def test_kernels_that_others_may_have_written_are_not_run(tmp_path, monkeypatch,
     if whose == "another user" and os.geteuid() != 0:
         pytest.skip("only root may give files away")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    library = native.library_of(native.find_compiler())
+    library = building.library_of(building.find_compiler())
     library.parent.mkdir()
     library.write_bytes(b"something else")
-    assert native.build_kernels() == library
+    assert building.build_kernels() == library
     if whose == "world":
         library.parent.chmod(0o777)
     else:
         os.chown(library, 12345, 12345)
-    with pytest.raises(native.KernelsMissing, match=r"others .* set XDG_CACHE_HOME"):
-        native.build_kernels()
+    with pytest.raises(building.KernelsMissing, match=r"others .* set XDG_CACHE_HOME"):
+        building.build_kernels()
 
 
 @pytest.mark.parametrize("name", ("train", "inspect"))

@@ -13,7 +13,7 @@ from command_line import run_alone
 from word_model import save_word_model, write_prompts
 
 import eepass
-from eepass.codegen.cpu.native import build_kernels
+from eepass.codegen.cpu.building import build_kernels
 
 # fewer for a first look: the kills of one command take minutes
 KILLS = int(os.environ.get("KILLS", "25"))
