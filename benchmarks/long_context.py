@@ -1,12 +1,13 @@
-"""What a long text costs to go on with, and what is still found in it when few tokens are selected.
+"""What is still found in a long text when few of its tokens are selected, and what a token takes.
 
     python benchmarks/long_context.py [MODEL] [--length N] [--tokens K] [--json FILE]
-        [--selected FILE]
+        [--selected FILE] [--times]
 
 One text of N tokens, made of this repository's documentation and code, holds ten sentences with a
 number at ten depths and a list of pairs in its middle. It is run once; then each number and some of
 the pairs are asked for, and code and prose are gone on with, by full attention and by each way of
-selecting K tokens, in turns. ``oracle``: each layer selects for itself by its own attention.
+selecting K tokens, in turns. ``oracle``: each layer selects for itself by its own attention. With
+``--times`` no text is run: what a token takes does not depend on what it says.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,7 @@ CITIES = [
     "Vienna",
     "Prague",
 ]
-PAIRS, ASKED, DIGITS, GONE_ON = 60, 6, 5, 48
+PAIRS, ASKED, DIGITS, GONE_ON, ROUNDS = 60, 6, 5, 48, 40
 
 
 class Text:
@@ -106,11 +107,6 @@ class Runs:
 
     def __init__(self, engine: Engine, ids: Sequence[int], ways: dict[str, Selection | None]):
         self.engine, self.ids, self.ways = engine, list(ids), ways
-        self.seconds: dict[str, list[float]] = {name: [] for name in ways}
-        self.selecting = {name: 0.0 for name in ways}
-        for name, way in ways.items():
-            if way is not None:
-                self._time(name, way)
 
     def go_on(self, way: str, more: Sequence[int], count: int, forced: Sequence[int] = ()) -> list:
         """``count`` tokens after the text and ``more``, or what would follow each of ``forced``.
@@ -124,10 +120,7 @@ class Runs:
         sequence.replace_last(ids[-1])
         found = []
         for at in range(count):
-            began = perf_counter()
             engine.step([sequence])
-            if at:
-                self.seconds[way].append(perf_counter() - began)
             found.append(sequence.tokens[-1])
             if forced:
                 sequence.replace_last(forced[at])
@@ -151,26 +144,31 @@ class Runs:
         chosen._choose = choose
         return found
 
-    def figures(self) -> dict[str, Any]:
-        milliseconds = {name: 1e3 * statistics.median(own) for name, own in self.seconds.items()}
-        shares = {name: round(self.selecting[name] / sum(self.seconds[name]), 3)
-                  for name, own in self.ways.items() if own is not None}  # fmt: skip
-        return {
-            "ms_a_token": {name: round(own, 2) for name, own in milliseconds.items()},
-            "times_as_fast": round(milliseconds["full"] / milliseconds["selected"], 2),
-            "share_of_selecting": shares,
-        }
 
-    def _time(self, name: str, way: Any) -> None:
-        select = way.select
-
-        def timed(*arguments: Any) -> Any:
-            began = perf_counter()
-            found = select(*arguments)
-            self.selecting[name] += perf_counter() - began
-            return found
-
-        way.select = timed
+def times(engine: Engine, ways: dict[str, Selection | None], length: int) -> dict[str, Any]:
+    """Milliseconds of processor time of a token after ``length`` others by way, on one thread: what
+    else the machine does hardly counts. Least and median of ``ROUNDS`` turns; keys and values are
+    random, and nothing is run for them."""
+    torch.set_num_threads(1)
+    for tensor in (*engine.decoder.kv.keys, *engine.decoder.kv.values):
+        tensor.normal_()
+    sequence = engine.admit([5] * length)
+    sequence.num_prefilled = length - 1
+    engine.run_prompt(sequence)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(ROUNDS + 1):
+        for name, way in ways.items():
+            engine.selection = way
+            sequence.replace_last(5)
+            began = process_time()
+            engine.step([sequence])
+            if turn:
+                seconds[name].append(1e3 * (process_time() - began))
+    engine.end(sequence)
+    return {
+        name: {"least": round(min(own), 2), "median": round(statistics.median(own), 2)}
+        for name, own in seconds.items()
+    }
 
 
 def main() -> None:
@@ -178,6 +176,7 @@ def main() -> None:
     parser.add_argument("model", nargs="?", default="smollm2")
     parser.add_argument("--length", type=int, default=7800)
     parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--times", action="store_true", help="of a token, over random keys")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--selected", type=Path, help="write what was selected for some answers")
     options = parser.parse_args()
@@ -208,15 +207,20 @@ def main() -> None:
         "recent": Recent(options.tokens),
         "oracle": OwnAttention(options.tokens, split.queries, decoder),
     }
+    if options.times:
+        del ways["oracle"]
+        with torch.no_grad():
+            found_ms = times(engine, ways, options.length)
+        print(json.dumps(found_ms, indent=1))
+        if options.json:
+            options.json.write_text(json.dumps(found_ms, indent=1) + "\n", encoding="utf-8")
+        return
     runs = Runs(engine, text.ids, ways)
     report: dict[str, Any] = {
         "model": options.model, "length": len(text.ids), "tokens": options.tokens,
-        "threads": torch.get_num_threads(), "found": {}, "agreement": {},
+        "found": {}, "agreement": {},
     }  # fmt: skip
     with torch.no_grad():
-        began = perf_counter()
-        runs.go_on("full", text.beginnings["code"][:2], 1)
-        report["prompt_seconds"] = round(perf_counter() - began, 1)
         for kind, questions in text.questions.items():
             counts = dict.fromkeys(ways, 0)
             for question, right in questions:
@@ -244,7 +248,6 @@ def main() -> None:
             ]
             sizes = {"length": len(text.ids), "tokens": options.tokens, "answers": answers}
             options.selected.write_text(json.dumps(sizes) + "\n", encoding="utf-8")
-    report |= runs.figures()
     print(json.dumps(report, indent=1))
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
