@@ -74,11 +74,12 @@ class ContextDrafts:
             selects = self.concerns(sequence) and self.pays(0, full)
         return RowContext(self.selection if selects else None, attends=False)
 
-    def remember(self, sequence: Sequence, slots: Tensor) -> None:
-        """A pass has selected ``slots`` int32 [S]."""
-        positions = slots[slots >= 0] - sequence.first_slot
-        latest = int(positions[-1]) + 1 - LATEST
-        sequence.attended = Attended(positions[positions < latest], latest)
+    def remember(self, attention: RowContext) -> None:
+        """A pass has selected what passes that draft may attend to."""
+        for sequence, slots in attention.selected.items():
+            positions = slots[slots >= 0] - sequence.first_slot
+            latest = int(positions[-1]) + 1 - LATEST
+            sequence.attended = Attended(positions[positions < latest], latest)
 
     def slots_for(self, sequence: Sequence, full: Planner) -> Tensor | None:
         """The slots int32 [S] that the next pass attends to if it is to draft, else None; ``full``:

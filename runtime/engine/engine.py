@@ -58,8 +58,7 @@ class Engine:
     ) -> None:
         """``planner`` and ``noise`` measure, in an empty cache, before the first sequence;
         ``ended`` is called with the tokens of each sequence that ends. ``selection``: what
-        generated tokens attend to in long texts; where answers are exact, in passes that draft
-        them."""
+        tokens attend to in long texts; where answers are exact, in passes that draft them."""
         self.decoder, self.exits, self.selection = decoder, exits, selection
         self.schedule, self.draft = schedule, draft
         if options is None:
@@ -386,8 +385,7 @@ class Engine:
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)
         if context is not None:
-            for sequence, slots in attention.selected.items():
-                context.remember(sequence, slots)
+            context.remember(attention)
         self.verifier.verify(forward_pass, batch, self.statistics)
         commit(
             batch, self.decoder, self.verifier.exact, self.planner, self.statistics,
