@@ -1,11 +1,11 @@
 """One token's attention over a long text, beside the time its keys and values take to be read.
 
-    python benchmarks/attention.py [--tokens 4096] [--isa NAME] [--json FILE]
+    python benchmarks/attention.py [--tokens 4096] [--rows 1] [--isa NAME] [--json FILE]
 
-A measurement is one token through ``eepass::attend_rows`` for every layer, each with keys and
-values of its own, as in a pass: together they fit no cache. In turns with the streaming kernel;
-``over_stream`` is the time taken by the keys' and values' bytes at the speed of the memory, the
-median of the rounds, with its quartiles.
+A measurement is one token, or a few rows, through ``eepass::attend_rows`` for every layer, each
+with keys and values of its own, as in a pass: together they fit no cache. In turns with the
+streaming kernel; ``over_stream`` is the time taken by the keys' and values' bytes at the speed of
+the memory, the median of the rounds, with its quartiles.
 """
 
 from __future__ import annotations
@@ -59,21 +59,21 @@ SHAPES = {
 
 
 class Attention:
-    """One token of ``tokens`` attends in all layers of a model of ``shape``."""
+    """``rows`` after ``tokens`` others attend to these in all layers of a model of ``shape``."""
 
-    def __init__(self, shape: Shape, tokens: int) -> None:
+    def __init__(self, shape: Shape, tokens: int, rows: int = 1) -> None:
         self.shape, slots = shape, tokens + SPARE
         like = torch.empty(1, shape.groups, slots, shape.channels, dtype=torch.bfloat16)
         cache = KvCache([(like, like)] * shape.layers, SPARE)
         for tensor in (*cache.keys, *cache.values):
             tensor.normal_()
         self.caches = [(k[0], v[0]) for k, v in zip(cache.keys, cache.values, strict=True)]
-        self.query = torch.randn(shape.heads, 1, shape.channels).bfloat16()
-        self.mask = torch.zeros(1, slots, dtype=torch.bfloat16)
+        self.query = torch.randn(shape.heads, rows, shape.channels).bfloat16()
+        self.mask = torch.zeros(rows, slots, dtype=torch.bfloat16)
         self.mask[:, tokens:] = torch.finfo(torch.bfloat16).min
 
     def run(self) -> list[Tensor]:
-        """What the token gets in each layer [Q, 1, D]."""
+        """What the rows get in each layer [Q, R, D]."""
         scale = self.shape.channels**-0.5
         attend = torch.ops.eepass.attend_rows
         return [attend(self.query, keys, values, self.mask, scale) for keys, values in self.caches]
@@ -88,11 +88,11 @@ class Attention:
         return median_of(times)
 
 
-def measure(tokens: int) -> dict[str, Any]:
+def measure(tokens: int, rows: int) -> dict[str, Any]:
     """By model; ``StreamBuffer`` loads the kernels."""
     stream, found = StreamBuffer(), {}
     for name, shape in SHAPES.items():
-        attention, size = Attention(shape, tokens), shape.bytes_a_token(tokens)
+        attention, size = Attention(shape, tokens, rows), shape.bytes_a_token(tokens)
         attention.run()
         times, ratios = [], []
         for _ in range(ROUNDS):
@@ -111,6 +111,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of text")
+    parser.add_argument("--rows", type=int, default=1, help="of a pass")
     parser.add_argument("--isa", help="instruction set of the kernels; the best there is")
     parser.add_argument("--json", type=Path, help="write the figures here")
     options = parser.parse_args()
@@ -120,9 +121,10 @@ def main() -> None:
     except InputError as error:
         raise SystemExit(f"error: {error}") from error
     with torch.no_grad():
-        found = measure(options.tokens)
+        found = measure(options.tokens, options.rows)
     table(
-        f"one token after {options.tokens} others, {isa}, {torch.get_num_threads()} threads",
+        f"{options.rows} rows after {options.tokens} tokens, {isa}, "
+        f"{torch.get_num_threads()} threads",
         ("model", "MB", "ms", "over stream"),
         [
             (name, f"{f['bytes'] / 1e6:.0f}", f"{f['ms']:.2f}", f"{f['over_stream']:.2f}")
@@ -130,7 +132,7 @@ def main() -> None:
         ],
     )
     if options.json is not None:
-        report = {"tokens": options.tokens, "isa": isa, "models": found}
+        report = {"tokens": options.tokens, "rows": options.rows, "isa": isa, "models": found}
         options.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 

@@ -7,6 +7,9 @@
     before   o = scaled_dot_product_attention(q, k, v, eepass.spans_mask(spans, ...))
     after    o = eepass.attend_spans(q, keys, values, spans, scale)
 
+    before   o = scaled_dot_product_attention(q, k, v, eepass.allow_selected(mask, slots))
+    after    o = eepass.attend_selected(q, keys, values, mask, slots, scale)
+
 Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
 rows or channels than the kernel was measured to be faster for.
 """
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+import eepass.ops.rows  # noqa: F401  operators must be defined before they are looked for
 from eepass.codegen.lower_linear import replace
 
 aten, ours = torch.ops.aten, torch.ops.eepass
@@ -49,8 +53,11 @@ def lower_attention(
             if mask.target is ours.spans_mask.default:
                 out = call(ours.attend_spans.default, (*flat, mask.args[0], scale))
             else:
+                operator, slots = ours.attend_rows.default, []
+                if mask.target is ours.allow_selected.default:
+                    operator, (mask, *slots) = ours.attend_selected.default, mask.args
                 rows = call(aten.select.int, (call(aten.select.int, (mask, 0, 0)), 0, 0))
-                out = call(ours.attend_rows.default, (*flat, rows, scale))
+                out = call(operator, (*flat, rows, *slots, scale))
             new = call(aten.unsqueeze.default, (out, 0))
         replace(node, new)
         if mask.target is ours.spans_mask.default and not mask.users:

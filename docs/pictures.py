@@ -18,6 +18,8 @@ from eepass.config import ExitConfig
 
 HERE = Path(__file__).parent / "pictures"
 REPORT = HERE / "smollm2-by-position.json"
+# python benchmarks/long_context.py --selected FILE
+SELECTED = HERE / "smollm2-selected.json"
 MEASURE = (
     "bench", "smollm2", "--no-baselines", "--no-frontier", "--limit", "4", "--new-tokens", "256",
     "--max-length", "448",
@@ -30,6 +32,9 @@ def main() -> None:
         command = [sys.executable, "-m", "eepass", *MEASURE, "--json", str(REPORT)]
         subprocess.run(command, check=True)
     draw_positions()
+    chosen = json.loads(SELECTED.read_text(encoding="utf-8"))
+    title = f"SmolLM2-135M: {chosen['tokens']} of {chosen['length']} tokens selected"
+    pictures.selected(chosen, HERE / "selected.svg", title)
     loaded = eepass.load("smollm2")
     model = eepass.transform(loaded.model, loaded.artifact, ExitConfig().approximate(), 128)
     pictures.exit_graph(model.splits[1], model.plan, HERE / "smollm2.svg", "SmolLM2-135M")

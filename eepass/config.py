@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Preset = Literal["default", "paper"]
+# tokens that are attended to at the least where not all are: the first and the latest are included
+LEAST_CONTEXT = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,13 @@ class ExitConfig:
     remember: bool = True
     # use each mechanism only where measured costs and acceptance say that it pays
     adaptive: bool = True
+    # what generated tokens attend to once a text is longer than context_tokens: all of it; in most
+    # layers so many tokens, those that an earlier layer attends to most; or the latest ones alone
+    context: Literal["full", "selected", "recent"] = "full"
+    context_tokens: int = 1024
+    # whether passes that attend to so many tokens may draft, for others to verify, where all is
+    # attended to and answers are exact
+    context_drafts: bool = True
 
     def __post_init__(self) -> None:
         if self.speculate == "ngram":
@@ -57,6 +66,10 @@ class ExitConfig:
             self._refuse("pending", "between 0 and 31")
         if self.kv != "defer" and (self.guarantee == "exact" or self.speculate != "off"):
             self._refuse("kv", "defer, where answers are exact or several tokens go in one pass")
+        if self.context_tokens < LEAST_CONTEXT:
+            self._refuse("context_tokens", f"at least {LEAST_CONTEXT}")
+        if self.context != "full" and self.guarantee == "exact":
+            self._refuse("context", "full, unless guarantee='approximate'")
         if self.draft == "eagle" and self.exits and self.speculate not in ("off", "lens"):
             self._refuse("draft", "lens, where several tokens go in one pass and may exit early")
 

@@ -22,6 +22,7 @@ from eepass.kept.acceptance import KeptAcceptance
 from eepass.kept.costs import KeptCosts
 from eepass.kept.keys import environment, tensors_key
 from eepass.kept.splits import kept_entries, kept_exits
+from eepass.long.selecting import selection_for
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import (
@@ -33,6 +34,7 @@ from eepass.planning import (
     settle,
 )
 from eepass.reading import number
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
 from eepass.runtime.engine.engine import Engine
@@ -106,6 +108,7 @@ class EarlyExitModel:
         self._force: int | None = None
         # whether captured steps verify draft tokens
         self._speculates = False
+        self._selection: Selection | None = None
 
     def configure(
         self, config: ExitConfig | None = None, *, dense: bool = False, force: int | None = None
@@ -141,11 +144,16 @@ class EarlyExitModel:
             config, plan = settle(
                 config, self.artifact, self.splits[1], self.draft_model is not None
             )
+        selection = None
+        if not dense and force is None:
+            drafts = self.launching is None
+            selection = selection_for(self.decoder, config, self.folder, drafts, self.report)
         if isinstance(self._engine, CapturedSteps):
             self._engine.close()
         self._engine, self.config, self.plan = None, config, plan
         self._is_dense, self._force = dense, force
         self._speculates = speculates and fits_speculative_steps(config)
+        self._selection = selection
 
     @property
     def has_exits(self) -> bool:
@@ -217,7 +225,7 @@ class EarlyExitModel:
             small = None if self.draft_model is None else self.draft_model.decoder
             return engine_for(
                 self._measured, config, parts, self._draft_head(parts), small, trace, packs,
-                *self._expected_drafts(),
+                *self._expected_drafts(), self._selection,
             )  # fmt: skip
 
     def _draft_head(self, parts: ExitParts | None) -> Mapping[str, Tensor]:

@@ -18,6 +18,7 @@ from eepass.kept.costs import KeptCosts
 from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import DRAFT_HEAD
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.costs import logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.cascade import Cascade
@@ -28,7 +29,8 @@ from eepass.runtime.drafting.features import Norm
 from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 from eepass.runtime.engine.sequence import DecodedToken
 from eepass.runtime.exits.exits import Exits
 from eepass.runtime.exits.scheduler import PredictorSchedule
@@ -95,13 +97,14 @@ def engine_for(
     packs: Callable[[], bool],
     learned: KeptAcceptance,
     hits: Sequence[float] = (),
+    selection: Selection | None = None,
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
     ``head``: the tensors of a trained draft head, none without one. ``trace``: whether that has
     still to be traced, or was compiled ahead of time. ``packs``: whether there are kernels for
     packed weights, asked when a head is first run. ``hits``: how often it was right at each further
-    draft token, when it was trained.
+    draft token, when it was trained. ``selection``: what is attended to in long texts.
     """
     decoder = measured.decoder
     earlier = measured.earlier if config.remember else None
@@ -137,7 +140,7 @@ def engine_for(
     return Engine(
         decoder, exits, schedule, draft, options,
         planner if len(modes) > 1 or draft else None, lambda: measured.logit_noise,
-        ended if draft is not None else None,
+        ended if draft is not None else None, selection,
     )  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from eepass.plan import ExitPlan
 from eepass.segments import SplitDecoder
 
 COLOURS = {"embed": "#8da0cb", "layer": "#a6cee3", "exit": "#66c2a5", "head": "#fc8d62"}
+# of a text, in a picture of what was selected of it
+PARTS = 240
 
 
 def exit_layers(counts: Sequence[int], file: Path, title: str) -> None:
@@ -56,6 +58,26 @@ def by_position(
     # bars behind the line
     axes.set_zorder(other.get_zorder() + 1)
     axes.patch.set_visible(False)
+    _save(axes, file)
+
+
+def selected(report: Mapping[str, Any], file: Path, title: str) -> None:
+    """Which parts of a text were selected for the tokens of some answers, the darker the more of a
+    part, as ``benchmarks/long_context.py`` reports; marked where what was asked for stands."""
+    import numpy as np
+
+    answers, length = report["answers"], report["length"]
+    axes = _axes(10, 0.9 + 0.6 * len(answers))
+    for row, answer in enumerate(answers):
+        found = [np.histogram(own, PARTS, (0, length))[0] for own in answer["selected"]]
+        axes.imshow(
+            np.stack(found), cmap="Blues", aspect="auto", interpolation="none", vmin=0,
+            vmax=length / PARTS, extent=(0, length, row + 0.9, row + 0.1),
+        )  # fmt: skip
+        axes.vlines(answer["stands"], row, row + 1, color=COLOURS["head"], linewidth=1.2)
+    names = [answer["asked"] for answer in answers]
+    axes.set(xlabel="position in the text", title=title, xlim=(0, length), ylim=(len(names), 0))
+    axes.set_yticks([row + 0.5 for row in range(len(names))], names)
     _save(axes, file)
 
 

@@ -38,7 +38,7 @@ def settle(
     if config.speculate == "model" and not draft_model:
         raise InputError("speculate='model': give transform a draft_model")
     if artifact is None or not artifact.presets:
-        if config.guarantee == "approximate" and not is_dense(config):
+        if config.guarantee == "approximate" and config.exits:
             raise InputError(
                 "early exit needs an artefact with exits: run eepass train, or ask for exact"
             )
@@ -66,13 +66,15 @@ def fits_captured_steps(config: ExitConfig) -> bool:
     """Whether a captured step of one token a pass, which is never rolled back, can decode so:
     dense, or approximate with drafts from a hidden state."""
     early = config.guarantee == "approximate" and config.draft != "eagle"
-    return config.speculate in ("off", "lens") and (early or not config.exits)
+    plain = config.speculate in ("off", "lens") and config.context == "full"
+    return plain and (early or not config.exits)
 
 
 def fits_speculative_steps(config: ExitConfig) -> bool:
     """Whether a captured step that verifies draft tokens, exactly and without exits, can decode so:
     with draft tokens from the text, from a trained head, or from both."""
-    return config.speculate in ("suffix", "eagle", "cascade") and not config.exits
+    drafts = config.speculate in ("suffix", "eagle", "cascade") and config.context == "full"
+    return drafts and not config.exits
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:

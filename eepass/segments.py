@@ -40,6 +40,8 @@ class Input:
 
 
 HIDDEN = Input("hidden", "hidden")
+# the slots that rows may attend to, int32 [R, K], where layers are given a selection
+CONTEXT = Input("side", "context")
 
 
 class GraphToMake:
@@ -252,6 +254,25 @@ class SplitDecoder:
         for segment in (*self.layers, self.head.whole):
             (made[HIDDEN],) = segment.run(lambda r: made[r] if r in made else value_of(r))
         return made[HIDDEN]
+
+
+@dataclass(frozen=True, slots=True)
+class ContextQuery:
+    """The queries of a layer, and the keys they are multiplied with: ``segment`` maps hidden
+    [1, R, H] and side inputs to queries [1, Q, R, D], ``keys`` [1, G, C, D] are the cache's."""
+
+    segment: Segment
+    keys: Input
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class ContextLayers:
+    """The layers of a split decoder in a form that attends to selected slots (``CONTEXT``), and the
+    queries, by layer, by which slots may be selected."""
+
+    layers: tuple[Segment, ...]
+    queries: Mapping[int, ContextQuery]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@
     two SplitDecoders --fit_rows--> SplitDecoder for another row count
     SplitDecoder --insert_predictors--> ExitSegments --insert_exits--> exit graph
     SplitDecoder --fuse_exit_predictor--> FusedExits
+    SplitDecoder --select_context--> ContextLayers
     a caller's step --trace--> DecoderGraph --CALLER, SPLIT--> SplitDecoder --> CallerStep
 
 Each is a function ``(graph, report) -> graph`` with its options bound; ``PassRunner`` runs them.
@@ -42,6 +43,7 @@ from eepass.passes.split.check import check_trace, computes_as
 from eepass.passes.split.find_layers import find_layers
 from eepass.passes.split.fit_rows import fit_rows
 from eepass.passes.split.repeat_layers import layers_needed, repeat_layers
+from eepass.passes.split.select_context import select_context
 from eepass.passes.split.split_segments import merge_equal_prelude, split_segments
 from eepass.passes.trace.clean_step import (
     drop_dead_code,
@@ -52,7 +54,7 @@ from eepass.passes.trace.clean_step import (
 from eepass.passes.trace.decode_step import trace_decode_step
 from eepass.passes.trace.first_layers import first_layers
 from eepass.plan import ExitPlan, ExitSegments, FusedExits
-from eepass.segments import CallerStep, Segment, SplitDecoder
+from eepass.segments import CallerStep, ContextLayers, Segment, SplitDecoder
 
 STEP_ROWS = (1, 2, 4, 8)
 
@@ -160,6 +162,15 @@ def fused_exits(
     """The same as one operator each; None where the head does not allow it, with the reason."""
     fuse = partial(fuse_exit_predictor, plan=plan, tensors=tensors, rows=rows)
     return PassRunner(report).run(split, [fuse])
+
+
+def context_layers(
+    split: SplitDecoder, width: int, depths: Sequence[float], report: PassReport
+) -> ContextLayers:
+    """The layers of ``split`` attending to up to ``width`` slots, selected at ``depths``, which are
+    shares of the layers. Raises ``PassError`` where attention is not recognised."""
+    select = partial(select_context, width=width, depths=depths)
+    return PassRunner(report).run(split, [select])
 
 
 def exit_graph(split: SplitDecoder, plan: ExitPlan, tensors: Mapping[str, Tensor]) -> Segment:

@@ -29,8 +29,9 @@ MAY_IMPORT = {
     "checkpoints": {"codegen", "files", "folders"},
     "planning": {"checkpoints"},
     "executors": {"kept", "passes", "planning", "runtime"},
+    "long": {"codegen", "passes", "runtime"},
     "early_exit_model": {
-        "checkpoints", "codegen", "executors", "kept", "passes", "planning", "runtime",
+        "checkpoints", "codegen", "executors", "kept", "long", "passes", "planning", "runtime",
     },
     "model": {
         "checkpoints", "codegen", "early_exit_model", "executors", "kept", "lengths", "passes",
@@ -62,9 +63,9 @@ MAY_IMPORT = {
     "exactness": {"checkpoints", "codegen", "model", "runtime"},
     "doctoring": {"checkpoints", "codegen", "kept", "runtime"},
     "cli": {
-        "benchmark", "bundle", "checkpoints", "conversation", "doctoring", "drafts", "exactness",
-        "files",
-        "inspecting", "lengths", "model", "onnx", "pictures", "runtime", "server", "training",
+        "benchmark", "bundle", "checkpoints", "codegen", "conversation", "doctoring", "drafts",
+        "exactness", "files", "inspecting", "lengths", "long", "model", "onnx", "pictures",
+        "runtime", "server", "training",
     },
     "__main__": {"cli"},
 }  # fmt: skip

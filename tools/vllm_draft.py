@@ -143,7 +143,8 @@ def _own_chain(
     from eepass.runtime.drafting.cascade import Cascade
     from eepass.runtime.drafting.eagle_tree import EagleTree
     from eepass.runtime.drafting.tree import Tree
-    from eepass.runtime.engine.engine import Engine, Options
+    from eepass.runtime.engine.engine import Engine
+    from eepass.runtime.engine.options import Options
 
     class Chain(EagleTree):
         """The head's likeliest token, the likeliest after that, and so on."""

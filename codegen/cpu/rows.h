@@ -25,13 +25,17 @@ struct LinearCall {
 };
 
 // Attention of q [Q, R, D] over k [G, C, D] and v [G, C, E] with an additive mask [R, C] -> out
-// [Q, R, E], which is contiguous. Strides are in elements, last dimensions are contiguous.
+// [Q, R, E], which is contiguous. Strides are in elements, last dimensions are contiguous. With
+// `slots` [R, K] a row looks at no others of the C, in their order; negative ones are none.
 struct AttendCall {
   const void *q, *k, *v, *mask;
   void* out;
   int64_t q0, q1, k0, k1, v0, v1, m0, Q, G, R, C, D, E;
   float scale;
   bool bf16;
+  const int32_t* slots = nullptr;
+  int64_t s0 = 0, K = 0;
+  int64_t most() const { return slots ? K : C; }
 };
 
 struct RowKernels {

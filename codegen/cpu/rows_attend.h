@@ -1,13 +1,15 @@
 // Attention of a few rows over a static cache.
 //
-// A row attends to the slots that its mask allows, in order, SPLIT of them at a time; a task is one
-// such part for all heads of a KV group and for all rows, so that keys and values are read once. What
-// the parts give (largest score, sum of weights, weighted values) is put together at the end, in
-// order: as in flash decoding (Dao et al., 2023). A part is numbers of allowed slots and not of
+// A row attends to the slots that its mask allows, of all or of a list, SPLIT of them at a time; a
+// task is one such part for all heads of a KV group and for all rows, so that keys and values are
+// read once. What the parts give (largest score, sum of weights, weighted values) is put together at
+// the end, in order: as in flash decoding (Dao et al., 2023). A part is numbers of allowed slots and not of
 // slots, so a row gives the same bits wherever its slots are and whoever is with it: draft tokens in
 // a tree give the bits they give one by one.
 
 #pragma once
+
+#include <bit>
 
 #include "rows_linear.h"
 
@@ -51,6 +53,23 @@ int64_t find_allowed(const T* mask, int64_t C, const Allowed& to) {
         count += yes >> i & 1;
       }
     }
+  }
+  for (int64_t i = 0; i < LANES; i++) to.slot[count + i] = 0, to.bias[count + i] = -__builtin_inff();
+  return count;
+}
+
+inline float number(float x) { return x; }
+inline float number(uint16_t bf16) { return std::bit_cast<float>(static_cast<uint32_t>(bf16) << 16); }
+
+// The same for a list of `K` slots.
+template <typename T>
+int64_t find_selected(const T* mask, int64_t C, const int32_t* slots, int64_t K,
+                      const Allowed& to) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < K; i++) {
+    if (slots[i] < 0 || slots[i] >= C) continue;
+    to.slot[count] = slots[i], to.bias[count] = number(mask[slots[i]]);
+    count += to.bias[count] >= FORBIDDEN;
   }
   for (int64_t i = 0; i < LANES; i++) to.slot[count + i] = 0, to.bias[count + i] = -__builtin_inff();
   return count;
@@ -209,9 +228,9 @@ void merge(const Part* parts, int64_t count, int64_t E, T* out) {
 template <typename F>
 void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
   using T = typename F::T;
-  const int64_t room_for = a.C + 2 * LANES, width = parts(a.E, F::STEP) * F::STEP;
+  const int64_t room_for = a.most() + 2 * LANES, width = parts(a.E, F::STEP) * F::STEP;
   const int64_t heads = a.Q / a.G, batches = parts(heads, MOST_HEADS);
-  const int64_t most = parts(a.C, SPLIT), all = rows * a.Q * most;
+  const int64_t most = parts(a.most(), SPLIT), all = rows * a.Q * most;
   const auto bytes = [](int64_t n, int64_t size) { return parts(n * size, 64) * 64; };
   const int64_t slots_bytes = bytes(rows * room_for, 4), parts_bytes = bytes(all, sizeof(Part));
   char* shared = scratch(bytes(rows, sizeof(Allowed)) + 2 * slots_bytes + parts_bytes +
@@ -230,7 +249,9 @@ void attend_together(const AttendCall& a, int64_t first, int64_t rows) {
     for (int64_t r = 0; r < rows; r++) {
       Allowed& here = allowed[r];
       here = {0, slot + r * room_for, bias + r * room_for};
-      here.count = find_allowed(static_cast<const T*>(a.mask) + (first + r) * a.m0, a.C, here);
+      const T* mask = static_cast<const T*>(a.mask) + (first + r) * a.m0;
+      here.count = a.slots ? find_selected(mask, a.C, a.slots + (first + r) * a.s0, a.K, here)
+                           : find_allowed(mask, a.C, here);
     }
     int64_t longest = 0;
     for (int64_t r = 0; r < rows; r++)

@@ -180,7 +180,7 @@ def transform_model(
         # what needs no training: exact decoding, drafts from the prompt
         if config.guarantee == "approximate" and (dense or exits_optional):
             config = None
-        elif config.guarantee == "approximate":
+        elif config.guarantee == "approximate" and config.exits:
             raise InputError(
                 f"{loaded.name} has no artefact: run eepass train {loaded.name} --out DIR and give "
                 "--artifact DIR, or ask for --dense"

@@ -39,6 +39,8 @@ def generate(
     adaptive: options.Adaptive = True,
     target_agreement: options.Target = 0.98,
     kv: options.Kv = "defer",
+    attends: options.Attends = "full",
+    context_tokens: options.ContextTokens = 1024,
     temperature: options.Temperature = 0.0,
     top_k: options.TopK = 0,
     top_p: options.TopP = 1.0,
@@ -65,7 +67,7 @@ def generate(
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     config = options.exit_config(
         preset, guarantee=guarantee, speculate=speculate, exits=exits, adaptive=adaptive,
-        target_agreement=target_agreement, kv=kv,
+        target_agreement=target_agreement, kv=kv, context=attends, context_tokens=context_tokens,
     )  # fmt: skip
     loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     ids = loaded.encode(prompt, raw)

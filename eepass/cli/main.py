@@ -10,8 +10,10 @@ from typing import Annotated, Any
 
 import typer
 
+from eepass.cli import options
 from eepass.cli.bench import bench, probe
 from eepass.cli.chat import chat
+from eepass.cli.command import command, load_model, transform_model
 from eepass.cli.console import errors
 from eepass.cli.drafts import export_draft, import_draft
 from eepass.cli.generate import generate
@@ -25,14 +27,29 @@ from eepass.errors import RunsSlower
 
 
 def doctor(
+    model: Annotated[
+        str | None, typer.Argument(help="A model: what texts of --length tokens come to with it.")
+    ] = None,
+    length: Annotated[
+        int | None, typer.Option(help="Prompt and answer together, in tokens.", min=1)
+    ] = None,
+    quantize: options.Quantize = "keep",
+    dtype: options.Dtype = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     clear_cache: Annotated[
         bool, typer.Option("--clear-cache", help="Remove all that eepass keeps between starts.")
     ] = False,
 ) -> None:
-    """Report what is installed here, what eepass will use and why, and what is missing."""
+    """Report what is installed here, what eepass will use and why, and what is missing; or, with
+    MODEL and --length, what texts of that length take, and what will be chosen for them."""
     from eepass import doctoring
 
+    if (model is None) != (length is None):
+        errors.print("error: MODEL and --length go together: give both, or neither")
+        raise typer.Exit(2)
+    if model is not None:
+        _lengths(model=model, length=length, quantize=quantize, dtype=dtype, as_json=as_json)
+        return
     if clear_cache:
         cleared = doctoring.clear_cache()
         text = "{path}: {freed_mb} MB freed".format(**cleared)
@@ -45,17 +62,31 @@ def doctor(
         raise typer.Exit(1)
 
 
+@command
+def _lengths(model: str, length: int, quantize: str, dtype: str | None, as_json: bool) -> None:
+    from eepass.lengths import usual_length
+    from eepass.long.report import as_text, length_report
+
+    loaded = load_model(model, dtype, 0, quantize=quantize)
+    ready, config = loaded.model, options.exit_config("default")
+    if not loaded.transformed:
+        # bytes of a token do not depend on how many there are
+        ready = transform_model(loaded, None, config, usual_length(loaded.model, 192), dense=True)
+    found = length_report(ready.splits[1], length)
+    sys.stdout.write((json.dumps(found, indent=1) if as_json else as_text(found)) + "\n")
+
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Speculative early exit for any decoder PyTorch can trace.",
 )
-for command in (
+for one in (
     probe, train, calibrate, transform, generate, chat, serve, bench, verify, inspect, codegen,
     export_onnx, export_draft, import_draft, doctor,
 ):  # fmt: skip
-    app.command()(command)
+    app.command()(one)
 
 
 def main() -> None:

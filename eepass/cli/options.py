@@ -74,6 +74,15 @@ Exits = Annotated[bool, typer.Option(help="Let tokens exit early.")]
 Adaptive = Annotated[
     bool, typer.Option(help="Use each mechanism only where it is measured to pay.")
 ]
+Attends = Annotated[
+    str,
+    typer.Option(
+        "--context",
+        help="What tokens attend to in a long text: full; or, with --guarantee approximate, "
+        "selected or recent tokens.",
+    ),
+]
+ContextTokens = Annotated[int, typer.Option(help="How many tokens of a long text are selected.")]
 Kv = Annotated[str, typer.Option(help="defer, propagate or drop.")]
 Dense = Annotated[bool, typer.Option("--dense", help="Run every layer for every token.")]
 NewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.", min=1)]

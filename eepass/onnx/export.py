@@ -94,6 +94,8 @@ def _configured(
     max_length: int | None,
 ) -> EarlyExitModel:  # fmt: skip
     """The transformed model, of which nothing is compiled."""
+    if config.context != "full":
+        raise InputError(f"context={config.context!r}: an exported graph attends to all of a text")
     model = loaded.model
     if isinstance(model, EarlyExitModel):
         ready = _transformed(model, artifact, max_length)

@@ -80,6 +80,30 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -
 
 
 @define(
+    "allow_selected(Tensor mask, Tensor slots) -> Tensor", fake=lambda mask: torch.empty_like(mask)
+)
+def allow_selected(mask: Tensor, slots: Tensor) -> Tensor:
+    """Additive ``mask`` [..., R, C] with all forbidden but ``slots`` int32 [R, K]. Each row's slots
+    are in ascending order; what is left over holds -1."""
+    # one more for what is left over
+    chosen = mask.new_zeros(mask.shape[-2], mask.shape[-1] + 1, dtype=torch.bool)
+    chosen.scatter_(1, slots.long().where(slots >= 0, mask.shape[-1]), True)
+    return mask.masked_fill(~chosen[:, :-1], torch.finfo(mask.dtype).min)
+
+
+@define(
+    "attend_selected(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor slots, float scale)"
+    " -> Tensor",
+    fake=lambda q, v: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
+)
+def attend_selected(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, slots: Tensor, scale: float
+) -> Tensor:
+    """``attend_rows`` with the mask that ``allow_selected`` makes of ``mask`` [R, C]."""
+    return attend_rows(q, k, v, allow_selected(mask, slots), scale)
+
+
+@define(
     "top_logits(Tensor logits, int k) -> Tensor[]",
     fake=lambda logits, k: [
         logits.new_empty(logits.shape[0], k),

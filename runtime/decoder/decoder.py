@@ -15,7 +15,15 @@ from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
 from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import ChainedLayers, Input, Link, Segment, SplitDecoder
+from eepass.segments import (
+    CONTEXT,
+    ChainedLayers,
+    ContextLayers,
+    Input,
+    Link,
+    Segment,
+    SplitDecoder,
+)
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
@@ -62,11 +70,15 @@ class Decoder:
         self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
         self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
+        # layers that attend to selected slots: by how many, and by row count
+        self.context: dict[int, Mapping[int, ContextLayers]] = {}
+        self._selecting: dict[tuple[int, int], list[_BoundSegment]] = {}
+        self._queries: dict[tuple[int, int], dict[int, _BoundSegment]] = {}
         # by whether they are captured
         self._fills: dict[bool, list[_BoundSegment]] = {}
         self._heads: dict[int, _BoundSegment] = {}
-        # by row count; None where layers are called one by one
-        self._chains: dict[int, ChainedLayers | None] = {}
+        # by row count and number of selected slots; None where layers are called one by one
+        self._chains: dict[tuple[int, int], ChainedLayers | None] = {}
         # what changes with each pass, after the slots
         self._sides = [*self.side_inputs.tables, *sorted(self.side_inputs.masks)]
 
@@ -92,6 +104,26 @@ class Decoder:
             layers = [self._bind(layer, rows, compile, place) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers
 
+    def prepare_selecting(self, rows: int, slots: int) -> None:
+        """Compile the layers of ``context`` that attend to ``slots`` slots for ``rows``, if they
+        are not yet."""
+        if (rows, slots) in self._selecting:
+            return
+        none = torch.full((rows, slots), -1, dtype=torch.int32, device=self.device)
+        place = self.side_inputs.span(0, rows).selecting(none)
+        self._selecting[rows, slots] = [
+            self._bind(layer, rows, self.compile, place)
+            for layer in self.context[slots][rows].layers
+        ]
+
+    def prepare_queries(self, rows: int, slots: int) -> None:
+        """Compile what layers that select up to ``slots`` slots compute their queries by."""
+        if (rows, slots) not in self._queries:
+            self._queries[rows, slots] = {
+                layer: self._bind(query.segment, rows, self.compile)
+                for layer, query in self.context[slots][rows].queries.items()
+            }
+
     def prepare_head(self, rows: int) -> None:
         """Compile the LM head for ``rows``, if it is not yet."""
         if rows not in self._heads:
@@ -104,11 +136,15 @@ class Decoder:
             compile = self.compile_captured if captured else self.compile
             self._fills[captured] = [self._bind(f, 1, compile) for f in self.splits[1].kv_fills]
 
-    def prepare_passes(self, rows: int) -> None:
-        """Compile layers and LM head for every row count that passes of up to ``rows`` have."""
+    def prepare_passes(self, rows: int, slots: int | None = None) -> None:
+        """Compile layers and LM head for every row count that passes of up to ``rows`` have; with
+        ``slots`` also layers that attend to so many selected ones."""
         for size in self.buckets[: self.buckets.index(self.bucket(rows)) + 1]:
             self.prepare(size)
             self.prepare_head(size)
+            if slots is not None:
+                self.prepare_selecting(size, slots)
+                self.prepare_queries(size, slots)
 
     def captured_span(self, rows: int, position: int = 0) -> Place:
         """``rows`` contiguous rows from ``position`` on, as captured layers take them."""
@@ -183,25 +219,19 @@ class Decoder:
         """Hidden state [1, R, H] before layer number ``layer``, from 0 on, to the one after it; R a
         bucket. ``captured``: within a step.
 
-        Writes keys and values of the rows to their slots; lengths are the caller's.
+        Writes keys and values of the rows to their slots; lengths are the caller's. Rows attend to
+        selected slots alone where ``place`` has such.
         """
-        key = hidden.shape[1], captured
-        if key not in self._layers:
-            self.prepare(*key)
-        return self._layers[key][layer](hidden, place)
+        return self._layers_for(hidden.shape[1], place, captured)[layer](hidden, place)
 
     def run_layers(
         self, begin: int, stops: Sequence[int], hidden: Tensor, place: Place
     ) -> list[Tensor]:
         """As ``run_layer``, of those from number ``begin`` on: the hidden state before each of
         ``stops``, ascending. Where the compiled layers allow it, in one call."""
-        rows = hidden.shape[1]
-        if rows not in self._chains:
-            self.prepare(rows)
-            self._chains[rows] = self._chain(rows)
-        chain = self._chains[rows]
+        chain = self._chain(hidden.shape[1], place)
         if chain is not None:
-            changing = [place.slots, *(place.sides[name] for name in self._sides)]
+            changing = [place.slots, *(place.sides[name] for name in self._changing(place))]
             return chain(begin, list(stops), hidden, changing)
         found = []
         for first, end in pairwise((begin, *stops)):
@@ -210,12 +240,32 @@ class Decoder:
             found.append(hidden)
         return found
 
-    def _chain(self, rows: int) -> ChainedLayers | None:
-        layers = self._layers[rows, False]
-        make: Chainer | None = getattr(layers[0].compiled, "chain", None)
-        if make is None:
-            return None
-        return make([(layer.compiled, layer.link(self._sides)) for layer in layers])
+    def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[_BoundSegment]:
+        if slots := _num_selected(place):
+            self.prepare_selecting(rows, slots)
+            return self._selecting[rows, slots]
+        self.prepare(rows, captured)
+        return self._layers[rows, captured]
+
+    def _changing(self, place: Place) -> list[str]:
+        return [*self._sides, CONTEXT.name] if CONTEXT.name in place.sides else self._sides
+
+    def _chain(self, rows: int, place: Place) -> ChainedLayers | None:
+        key = rows, _num_selected(place)
+        if key not in self._chains:
+            layers, sides = self._layers_for(rows, place), self._changing(place)
+            make: Chainer | None = getattr(layers[0].compiled, "chain", None)
+            self._chains[key] = (
+                None if make is None else make([(own.compiled, own.link(sides)) for own in layers])
+            )
+        return self._chains[key]
+
+    def queries(self, layer: int, slots: int, hidden: Tensor, place: Place) -> Tensor:
+        """Queries [Q, R, D] of a layer that selects up to ``slots`` slots, from the hidden state
+        [1, R, H] before it."""
+        rows = hidden.shape[1]
+        self.prepare_queries(rows, slots)
+        return self._queries[rows, slots][layer](hidden, place)[0]
 
     def fill_kv(self, layer: int, hidden: Tensor, place: Place, captured: bool = False) -> None:
         """Write keys and values of one row at ``layer``, projected from the hidden state [1, 1, H]
@@ -299,6 +349,12 @@ class _BoundSegment:
 
     def __call__(self, hidden: Tensor, place: Place | None) -> Tensor:
         return self.compiled(self.arguments(hidden, place))[0]
+
+
+def _num_selected(place: Place) -> int:
+    """How many slots are selected for a row; 0 where rows attend to all."""
+    slots = place.sides.get(CONTEXT.name)
+    return 0 if slots is None else slots.shape[1]
 
 
 def _kv_examples(split: SplitDecoder, device: torch.device) -> list[tuple[Tensor, Tensor]]:

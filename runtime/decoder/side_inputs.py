@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eepass.masks import causal_mask_at, spans_at
 from eepass.runtime.cache.kv_cache import copy_rows
-from eepass.segments import Input, Segment, SplitDecoder
+from eepass.segments import CONTEXT, Input, Segment, SplitDecoder
 
 # chunks of masks that are kept: as many as a pass may hold sequences
 KEPT_CHUNKS = 32
@@ -41,6 +41,10 @@ class Place(NamedTuple):
 
     slots: Tensor
     sides: Mapping[str, Tensor]
+
+    def selecting(self, slots: Tensor) -> Place:
+        """The same for rows that attend to no other ``slots`` int32 [R, K]."""
+        return Place(self.slots, {**self.sides, CONTEXT.name: slots})
 
 
 class SideInputs:

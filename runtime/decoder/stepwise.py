@@ -41,7 +41,7 @@ class StepwiseDecoder(Decoder):
         ]
         return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
-    def _chain(self, rows: int) -> None:
+    def _chain(self, rows: int, place: Place) -> None:
         """Rows go through a layer one by one."""
 
     def logits(self, hidden: Tensor) -> Tensor:

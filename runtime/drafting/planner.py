@@ -113,16 +113,16 @@ class Planner:
         # its own: several planners may start from one measurement
         self.costs = PassCosts(self.costs)
         self._calls.append(self.draft_seconds)
-        took = self._cost(4) - self._cost(1) + self.draft_calls * self.draft_seconds
+        took = self.cost(4) - self.cost(1) + self.draft_calls * self.draft_seconds
         brought = max(self.draft_tokens - 1, 0.0) * self.token_seconds
         self._asked = [
-            Average((took - brought / (1 + edge)) / self._cost(1)) for edge in (0, *TREE_EDGES)
+            Average((took - brought / (1 + edge)) / self.cost(1)) for edge in (0, *TREE_EDGES)
         ]
 
     @property
     def token_seconds(self) -> float:
         """Seconds of a token at present; exits are taken to save the same share of all passes."""
-        return self._cost(1) * self._pace_of(self._batch).value
+        return self.cost(1) * self._pace_of(self._batch).value
 
     @property
     def row_seconds(self) -> float:
@@ -135,7 +135,7 @@ class Planner:
         """The most seconds that draft tokens gain, and how many of them gain that; ``joint``: their
         probabilities to be accepted, the largest first; ``rows``: others in the pass."""
         token_seconds, costs = self.token_seconds, sorted(self.costs.items())
-        best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self._cost(rows)
+        best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self.cost(rows)
         slower = self._drafted_slower
         # rows that a larger count pads a pass with cost nothing
         for size, cost in costs:
@@ -178,13 +178,13 @@ class Planner:
         larger = min((size for size in self.costs if size > rows + count), default=0)
         if more := joint[count : max(larger - rows, count)]:
             hope = self.token_seconds * sum(more)
-            loss = self._cost(larger) - self._cost(rows + count) - hope
+            loss = self.cost(larger) - self.cost(rows + count) - hope
             if self.due(("rows", larger), loss, ROWS_HOPE * hope):
                 return count + len(more)
         smaller = max((size for size in self.costs if size < rows + count), default=0)
         if smaller > rows:
             loss = self.token_seconds * sum(joint[smaller - rows : count])
-            if self.due(("rows", smaller), loss, FEWER_HOPE * self._cost(1)):
+            if self.due(("rows", smaller), loss, FEWER_HOPE * self.cost(1)):
                 return smaller - rows
         return count
 
@@ -194,8 +194,8 @@ class Planner:
         need be looked for."""
         if len(self.modes) == 1 or sequences == 1:
             return True
-        more = self._cost(sequences + 1) - self._cost(sequences)
-        if more >= HOPE_OF_ALL * most * self._cost(sequences):
+        more = self.cost(sequences + 1) - self.cost(sequences)
+        if more >= HOPE_OF_ALL * most * self.cost(sequences):
             return False
         lost = self._looked[sequences].value if sequences in self._looked else 0.0
         return lost <= 0 or self.due(("look", sequences), lost, LOOK_HOPE)
@@ -204,9 +204,9 @@ class Planner:
         """Draft tokens were looked for, for all of ``sequences``, which took ``seconds``; the pass
         has ``rows`` now."""
         gained = (self._expected - sequences) * self.token_seconds
-        gained -= self._cost(rows) - self._cost(sequences)
+        gained -= self.cost(rows) - self.cost(sequences)
         average = self._looked.setdefault(sequences, Average(0.0))
-        average.add((seconds - gained) / self._cost(1), 1.0, self.passes)
+        average.add((seconds - gained) / self.cost(1), 1.0, self.passes)
 
     def worth_asking(self, without: float, drafted: bool) -> bool:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""
@@ -224,7 +224,7 @@ class Planner:
         # one that took far longer was interrupted
         took = min(seconds, 2 * calls * self.draft_seconds)
         level = self._level(without)
-        self._asked[level].add((took - gained + without) / self._cost(1), 1.0, self.passes)
+        self._asked[level].add((took - gained + without) / self.cost(1), 1.0, self.passes)
 
     def mode(self, batch: int = 1) -> Mode:
         """The mode of the next pass over ``batch`` sequences."""
@@ -270,7 +270,7 @@ class Planner:
         happened: tuple[Mode, ...] = ("dense", "speculation", "exits", "both")
         kind = happened[drafted + 2 * early]
         self.used[kind] = self.used.get(kind, 0) + 1
-        usual = self._cost(rows) * max(1.0, rows / max(self.costs))
+        usual = self.cost(rows) * max(1.0, rows / max(self.costs))
         if early:
             # a machine that was busy with something else says nothing about exits
             took, exits = (seconds - self._asked_seconds) / usual, self._exits_of(batch)
@@ -283,7 +283,7 @@ class Planner:
             should = usual + self._asked_seconds
             self._slower[drafted].add(min(seconds / should, JUMP), 1.0, self.passes)
         usual *= self._drafted_slower if drafted else 1.0
-        took = (usual + self._asked_seconds) / self._cost(1)
+        took = (usual + self._asked_seconds) / self.cost(1)
         self._pace_of(batch).add(took, max(self._expected, float(batch)), self.passes)
 
     def learn(self, tree: Tree, tokens: Sequence[int]) -> None:
@@ -304,12 +304,12 @@ class Planner:
         """The mode in use and the figures it was chosen by, in milliseconds; ``drafted_slower``:
         what passes with draft tokens take, by the sum of their parts."""
         plain, early = self._allowed()
-        exits, dense = self._exits_of(batch).value, self._cost(batch) / batch
+        exits, dense = self._exits_of(batch).value, self.cost(batch) / batch
         mode = early if early and (exits < 1 or plain == early) else plain
         drafted = self.used.get("speculation", 0) + self.used.get("both", 0)
         if "dense" in self.modes and mode == "speculation" and 10 * drafted < self.passes:
             mode = "dense"
-        pace = self._cost(1) * self._pace_of(batch).value
+        pace = self.cost(1) * self._pace_of(batch).value
         spent = {"dense": dense, "speculation": pace, "exits": pace * exits, "both": pace * exits}
         counts = self.acceptance.observed.values()
         hits, verified = (sum(count[part] for count in counts) for part in (0, 1))
@@ -338,16 +338,17 @@ class Planner:
         return max(1.0, drafted.value / without.value)
 
     def _level(self, without: float) -> int:
-        return sum(without > edge * self._cost(1) for edge in TREE_EDGES)
+        return sum(without > edge * self.cost(1) for edge in TREE_EDGES)
 
-    def _cost(self, rows: int) -> float:
+    def cost(self, rows: int) -> float:
+        """Seconds of a pass over ``rows`` through all layers."""
         # a pass never costs more than one of more rows
         fitting = [cost for size, cost in self.costs.items() if size >= rows]
         return min(fitting, default=self.costs[max(self.costs)])
 
     def _pace_of(self, batch: int) -> Average:
         if batch not in self._pace:
-            took = self._cost(batch) * max(1.0, batch / max(self.costs)) / self._cost(1)
+            took = self.cost(batch) * max(1.0, batch / max(self.costs)) / self.cost(1)
             self._pace[batch] = Average(took, batch)
         return self._pace[batch]
 

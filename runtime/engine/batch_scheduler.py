@@ -42,12 +42,15 @@ class BatchScheduler:
         max_rows: int,
         planner: Planner,
         statistics: Statistics,
+        slots: Tensor | None = None,
     ) -> list[ScheduledSequence]:
-        """``max_rows``: how many rows of the pass each sequence may have."""
+        """``max_rows``: how many rows of the pass each sequence may have; ``slots``: what they
+        attend to, where that is not all."""
         batch, spent = [], statistics.draft_seconds
         drafts = mode in ("speculation", "both") and planner.may_pay(len(sequences), max_rows - 1)
         for sequence in sequences:
-            tree, pending = Tree([sequence.tokens[-1]]), sequence.num_pending
+            tree = Tree([sequence.tokens[-1]])
+            pending = sequence.num_pending if slots is None else 0
             proposed = tree
             max_drafts = min(
                 max_rows - 1 - pending,
@@ -63,7 +66,7 @@ class BatchScheduler:
             if mode in ("exits", "both") and self.exits is not None:
                 active = self._active_exits(sequence, pending + len(tree), max_rows)
             choose = self.verifier.exit_sampler(sequence)
-            batch.append(ScheduledSequence(sequence, tree, proposed, active, choose))
+            batch.append(ScheduledSequence(sequence, tree, proposed, active, choose, slots))
         if drafts:
             rows = sum(len(one.tree or ()) for one in batch)
             planner.looked(len(batch), rows, statistics.draft_seconds - spent)

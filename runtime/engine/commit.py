@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 
+import torch
+
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
+from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.statistics import Statistics
 
 
@@ -21,7 +24,8 @@ def commit(
     rows: RowFeatures | None,
 ) -> None:
     """Each sequence keeps or rolls back its tokens and grows by its new ones; with ``exact`` those
-    that exited early are not confirmed yet. ``rows``: the draft's features of the pass's nodes."""
+    that exited early are not confirmed yet, nor those of rows that attended to some tokens alone.
+    ``rows``: the draft's features of the pass's nodes."""
     statistics.passes += 1
     for one in batch:
         sequence, features = one.sequence, _features(one, rows)
@@ -33,9 +37,13 @@ def commit(
             # accepted rows may have gaps between their slots
             root = sequence.first_slot + sequence.position
             decoder.kv.move([root + node for node in one.path], root, one.exit_layer)
+        if one.embedded is not None:
+            rows_kept = one.embedded[:, torch.tensor(one.path)]
+            sequence.pending.append(PendingTokens(0, sequence.position, rows_kept))
         sequence.append(one.new_tokens, one.exit_layer, features)
         sequence.trim_pending()
-        if not exact or one.exit_layer == decoder.num_layers:
+        drafted = one.slots is not None
+        if not drafted and (not exact or one.exit_layer == decoder.num_layers):
             sequence.num_confirmed = len(sequence.tokens)
         for step in sequence.decoded(before, sequence.num_confirmed):
             statistics.record_exit(step.exit_layer)

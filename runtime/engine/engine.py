@@ -11,22 +11,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from time import perf_counter
-from typing import Literal
 
 from torch import Tensor
 
 from eepass.errors import EngineError
+from eepass.runtime.context.drafts import MOST_ROWS, ContextDrafts
+from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
-from eepass.runtime.drafting.planner import Mode, Planner
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.batch_scheduler import BatchScheduler
 from eepass.runtime.engine.commit import commit
 from eepass.runtime.engine.forward_pass import ForwardPass
+from eepass.runtime.engine.options import Options
 from eepass.runtime.engine.placement import Placement
 from eepass.runtime.engine.prefill import OnLayer, run_chunk
 from eepass.runtime.engine.recorder import Recorder
+from eepass.runtime.engine.row_context import RowContext
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import DecodedToken, Sequence
 from eepass.runtime.engine.verifier import Verifier
@@ -37,17 +39,6 @@ from eepass.runtime.statistics import Statistics
 
 # rows of a decode pass at most; larger row counts are for prompts and for catching up
 STEP_ROWS = 32
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How an engine decodes. ``pending_limit`` bounds a sequence's pending tokens; ``modes`` are
-    the ways of decoding the planner may choose from, the plainest first."""
-
-    guarantee: Literal["exact", "approximate"] = "approximate"
-    kv_policy: Literal["defer", "propagate", "drop"] = "defer"
-    pending_limit: int = 7
-    modes: tuple[Mode, ...] = ("dense",)
 
 
 class Engine:
@@ -63,10 +54,12 @@ class Engine:
         planner: Callable[[], Planner] | None = None,
         noise: Callable[[], float] | None = None,
         ended: Callable[[Planner, SequenceOf[int]], None] | None = None,
+        selection: Selection | None = None,
     ) -> None:
         """``planner`` and ``noise`` measure, in an empty cache, before the first sequence;
-        ``ended`` is called with the tokens of each sequence that ends."""
-        self.decoder, self.exits = decoder, exits
+        ``ended`` is called with the tokens of each sequence that ends. ``selection``: what
+        tokens attend to in long texts; where answers are exact, in passes that draft them."""
+        self.decoder, self.exits, self.selection = decoder, exits, selection
         self.schedule, self.draft = schedule, draft
         if options is None:
             options = Options(modes=("exits",) if exits is not None else ("dense",))
@@ -85,7 +78,12 @@ class Engine:
         self.scheduler = BatchScheduler(
             decoder, exits, self.verifier, options.kv_policy, self.pending_limit
         )
-        self.placement = Placement(decoder, complete=options.kv_policy == "defer")
+        self.context_drafts: ContextDrafts | None = None
+        if self.verifier.exact and selection is not None:
+            self.context_drafts = ContextDrafts(selection, self.planner, self.step_rows)
+        # what generated tokens are of goes by what they attended to
+        complete = options.kv_policy == "defer" and (selection is None or self.verifier.exact)
+        self.placement = Placement(decoder, complete)
         # those whose prompts have been run
         self.sequences: list[Sequence] = []
         # of a dense engine; whoever sets it takes what it keeps
@@ -102,6 +100,8 @@ class Engine:
         if planner is not None:
             self.planner, self._observes = planner(), True
             self.planner.modes = self.options.modes
+            if self.context_drafts is not None:
+                self.context_drafts.begin(planner(), self.planner)
         if noise is not None and self.verifier.exact:
             self.verifier.noise = noise()
         self._to_measure = (None, None)
@@ -151,7 +151,7 @@ class Engine:
         capacity = longest if capacity is None else capacity
         self._check(ids, capacity, sampling)
         self.measure()
-        self._prepare(len(self.placement.sequences) + 1)
+        self._prepare(len(self.placement.sequences) + 1, len(ids))
         sequence = Sequence(
             tokens=list(ids),
             prompt_length=len(ids),
@@ -307,8 +307,10 @@ class Engine:
         self.step([sequence])
         return DecodedToken(sequence.tokens[-1], sequence.exit_layers[-1])
 
-    def _prepare(self, sequences: int) -> None:
+    def _prepare(self, sequences: int, prompt: int) -> None:
         """Compile whatever passes over so many sequences can need: none waits in mid-answer."""
+        if self.context_drafts is not None and self.context_drafts.selection.is_long(prompt):
+            self.context_drafts.prepare(self.decoder, self.step_rows)
         if sequences <= self._prepared:
             return
         self._prepared = sequences
@@ -318,7 +320,9 @@ class Engine:
             self.exits.prepare(self.step_rows if "both" in self.options.modes else sequences)
         if self.draft is not None and {"speculation", "both"} & set(self.options.modes):
             each = max(each, *self.planner.costs)
-        self.decoder.prepare_passes(min(sequences * each, self.step_rows))
+        attends = self.selection is not None and self.context_drafts is None
+        slots = self.selection.slots if attends and self.selection else None
+        self.decoder.prepare_passes(min(sequences * each, self.step_rows), slots)
         if self.options.kv_policy == "propagate":
             self.decoder.prepare_fills()
 
@@ -345,29 +349,43 @@ class Engine:
         rows = self.step_rows // len(chosen)
         self.catch_up([sequence for sequence in chosen if sequence.num_pending >= rows])
         began, drafting = perf_counter(), self.statistics.draft_seconds
-        mode = self.planner.mode(len(chosen))
+        planner, slots = self.planner, None
+        context = self.context_drafts if len(chosen) == 1 else None
+        if context is not None and (slots := context.slots_for(chosen[0], planner)) is not None:
+            planner, rows = context.planner, MOST_ROWS
+        mode = planner.mode(len(chosen))
         before = sum(len(sequence.tokens) for sequence in chosen)
-        batch = self.scheduler.schedule(chosen, mode, rows, self.planner, self.statistics)
+        waiting = 0 if slots is not None else sum(sequence.num_drafted for sequence in chosen)
+        batch = self.scheduler.schedule(chosen, mode, rows, planner, self.statistics, slots)
         drafting = self.statistics.draft_seconds - drafting
         new_rows = sum(len(one.tree or ()) for one in batch)
         self._run_pass(batch)
         seconds = perf_counter() - began
         if self._observes and all(one.is_dense for one in batch):
-            self.planner.observe(new_rows, seconds - drafting)
+            planner.observe(waiting + new_rows, seconds - drafting)
         appended = sum(len(one.new_tokens) for one in batch)
         grown = sum(len(sequence.tokens) for sequence in chosen) - before
-        self.planner.record(mode, new_rows, seconds, appended, grown, len(chosen))
+        planner.record(mode, waiting + new_rows, seconds, appended, grown, len(chosen))
+        if context is not None:
+            like = planner.cost(waiting + new_rows)
+            context.learn(batch[0], like + min(drafting, like))
         self.statistics.seconds += seconds
 
     def _run_pass(self, batch: list[ScheduledSequence]) -> None:
         draft = self.draft
         layers = draft.feature_layers if draft is not None else None
+        context = self.context_drafts
+        attention = RowContext(self.selection, attends=True)
+        if context is not None:
+            attention = context.attention(batch, self.planner)
         forward_pass = ForwardPass(
             self.decoder, self.exits, self.statistics, layers, self.options.kv_policy,
-            self.recorder,
+            self.recorder, attention,
         )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)
+        if context is not None:
+            context.remember(attention)
         self.verifier.verify(forward_pass, batch, self.statistics)
         commit(
             batch, self.decoder, self.verifier.exact, self.planner, self.statistics,

@@ -17,6 +17,7 @@ from torch import Tensor
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
 from eepass.runtime.engine.recorder import Recorder
+from eepass.runtime.engine.row_context import RowContext
 from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
@@ -40,6 +41,10 @@ class PassRow:
     row: Row
     number: int = PENDING
 
+    @property
+    def is_pending(self) -> bool:
+        return self.node == PENDING
+
 
 # logits [1, V] by the row's sequence, node and position
 RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
@@ -49,7 +54,8 @@ class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
     ``feature_layers``: layers whose hidden states a draft takes as features, beside z; None where
-    it takes none. ``recorder`` keeps hidden states for others.
+    it takes none. ``recorder`` keeps hidden states for others. ``context``: what the rows of long
+    texts attend to.
     """
 
     def __init__(
@@ -60,9 +66,11 @@ class ForwardPass:
         feature_layers: SequenceOf[int] | None = None,
         kv_policy: str = "defer",
         recorder: Recorder | None = None,
+        context: RowContext | None = None,
     ) -> None:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
         self.recorder = recorder
+        self.context = context if context is not None else RowContext(None, attends=False)
         self.features = None if feature_layers is None else RowFeatures(feature_layers)
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
@@ -74,6 +82,7 @@ class ForwardPass:
     def run(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None = None) -> None:
         """``drafts`` [R, K]: the predictors' draft tokens for the rows of the trees, where the exit
         plan takes them from no layer."""
+        self.context.begin(batch)
         self._embed(batch, drafts)
         first = 0 if self.rows else min(one.sequence.pending[-1].layer for one in batch)
         exits = self.exits is not None and any(one.active_exits for one in batch)
@@ -85,6 +94,8 @@ class ForwardPass:
             if self._place is None:
                 self._place_rows()
             assert self._place is not None
+            if layer in self.context.layers:
+                self._place = self.context.select(layer, self.rows, self.hidden, self._place)
             begin, layer = layer, self._next_stop(batch, layer, exits)
             taken = self.features.between(begin, layer) if self.features is not None else []
             stops = [*taken, layer]
@@ -104,9 +115,10 @@ class ForwardPass:
 
     def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
         """The layer after which there is something to do, of those after ``layer``."""
-        if exits or any(one.sequence.pending for one in batch):
+        if exits or any(one.sequence.pending for one in batch if one.slots is None):
             return layer + 1
-        taken = self.recorder.layers if self.recorder is not None else ()
+        taken = [*(self.recorder.layers if self.recorder is not None else ())]
+        taken += self.context.layers
         return min((own for own in taken if own > layer), default=self.decoder.num_layers)
 
     def lm_head(self, every_row: bool) -> RowLogits:
@@ -115,7 +127,7 @@ class ForwardPass:
         needed = [
             index
             for index, row in enumerate(self.rows)
-            if every_row or (row.node != PENDING and row.node not in row.scheduled.next_tokens)
+            if every_row or (not row.is_pending and row.node not in row.scheduled.next_tokens)
         ]
         if self.hidden is None or not needed:
             return {}
@@ -156,6 +168,9 @@ class ForwardPass:
         self.hidden = self.decoder.embed(
             torch.tensor([ids + [ids[-1]] * padding]), torch.tensor([positions]), self._place.slots
         )
+        for one in batch:
+            if one.slots is not None and one.tree is not None:
+                one.embedded = self.hidden[:, one.first_node : one.first_node + len(one.tree)]
         if self.features is not None:
             self.features.begin(len(self.rows))
         if self.exits is not None:
@@ -169,7 +184,8 @@ class ForwardPass:
         sequences = {row.scheduled.sequence for row in self.rows}
         # rows of several sequences are never contiguous
         end = max(s.first_slot + s.capacity for s in sequences) if len(sequences) == 1 else 0
-        self._place = self.decoder.place([row.row for row in self.rows], size, end)
+        place = self.decoder.place([row.row for row in self.rows], size, end)
+        self._place = self.context.narrowed(self.rows, place)
 
     def _insert_pending(self, batch: SequenceOf[ScheduledSequence], layer: int) -> None:
         """Put the tokens that are pending at ``layer`` before the rows; pad to a row count there is
@@ -178,12 +194,13 @@ class ForwardPass:
         inserted: list[PassRow] = []
         for one in batch:
             pending = one.sequence.pending
-            if not pending or pending[-1].layer != layer:
+            if not pending or pending[-1].layer != layer or one.slots is not None:
                 continue
             if one.tree is not None and not any(row.scheduled is one for row in self.rows):
                 # exited before this layer
                 continue
             first = one.sequence.first_slot
+            one.skipped = one.skipped or layer > 0
             while pending and pending[-1].layer == layer:
                 group = pending.pop()
                 states.insert(0, group.hidden)
@@ -224,7 +241,7 @@ class ForwardPass:
     def _nodes(self, hidden: Tensor) -> tuple[list[int], Tensor]:
         """The numbers of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
         # pending tokens come first
-        nodes = [row.number for row in self.rows if row.node != PENDING]
+        nodes = [row.number for row in self.rows if not row.is_pending]
         return nodes, hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
 
     def _run_predictors(self, layer: int) -> None:
@@ -233,7 +250,7 @@ class ForwardPass:
         evaluated = [
             index
             for index, row in enumerate(self.rows)
-            if row.node != PENDING
+            if not row.is_pending
             and layer in row.scheduled.active_exits
             and row.node not in row.scheduled.next_tokens
         ]
@@ -281,7 +298,7 @@ class ForwardPass:
                 for index, row in enumerate(self.rows)
                 if row.scheduled not in exited
                 and (
-                    row.node == PENDING
+                    row.is_pending
                     or row.scheduled not in viable
                     or row.node in viable[row.scheduled]
                 )
@@ -298,7 +315,7 @@ class ForwardPass:
         own = [
             index
             for index, row in enumerate(self.rows)
-            if row.scheduled is scheduled and (row.node == PENDING or row.node in scheduled.path)
+            if row.scheduled is scheduled and (row.is_pending or row.node in scheduled.path)
         ]
         own.sort(key=lambda index: self.rows[index].position)
         hidden = self.hidden[:, torch.tensor(own)]
@@ -317,7 +334,7 @@ class ForwardPass:
     def _end(self) -> None:
         for row in self.rows:
             row.scheduled.exit_layer = self.decoder.num_layers
-            if row.node == PENDING:
+            if row.is_pending:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
             assert self.hidden is not None

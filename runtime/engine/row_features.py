@@ -71,9 +71,12 @@ class RowFeatures:
         return Features(rows if len(nodes) == len(rows) else rows[torch.tensor(nodes)], normed)
 
     def _put(self, place: int, nodes: Sequence[int], hidden: Tensor) -> None:
+        # a pass may have rows of pending tokens alone
+        if not nodes:
+            return
         if self._parts is None and len(nodes) == len(self._normed):
             self._whole[place] = hidden
-        elif nodes:
+        else:
             self._rows(hidden)[torch.tensor(nodes), place] = hidden
 
     def _rows(self, like: Tensor | None = None) -> Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from eepass.runtime.drafting.tree import Tree
 from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.exits.exits import Choose
@@ -22,6 +24,11 @@ class ScheduledSequence:
     proposed: Tree | None = None
     active_exits: frozenset[int] = frozenset()
     choose: Choose | None = None
+    # the slots its rows attend to where these are not all, int32 [S]: what follows from them are
+    # draft tokens, for a pass that attends to all; and the states of its nodes [1, N, H] before the
+    # first layer, with which that pass begins
+    slots: Tensor | None = None
+    embedded: Tensor | None = None
     # what follows each node for which that is decided
     next_tokens: dict[int, int] = field(default_factory=dict)
     # the accepted nodes, root first, and the layers run for them
@@ -30,6 +37,8 @@ class ScheduledSequence:
     # tokens the sequence grows by, and how many it keeps if later ones are rolled back
     new_tokens: list[int] = field(default_factory=list)
     num_kept: int | None = None
+    # whether pending tokens came with it that had run some layers already
+    skipped: bool = False
     # positions of the pending tokens that went through the last layer
     caught_up: list[int] = field(default_factory=list)
     # the number of its first node among those of all trees of the pass
@@ -37,8 +46,8 @@ class ScheduledSequence:
 
     @property
     def is_dense(self) -> bool:
-        """Whether all its rows, and no others, go through all layers, and no predictor runs."""
-        return self.tree is not None and not self.active_exits and not self.caught_up
+        """Whether all its rows go through all layers, and no predictor runs."""
+        return self.tree is not None and not self.active_exits and not self.skipped
 
     def viable_nodes(self) -> list[int]:
         """Nodes that may still be accepted, given the next tokens decided so far."""

@@ -36,6 +36,13 @@ class PendingTokens(NamedTuple):
         return self.position + int(self.hidden.shape[1])
 
 
+class Attended(NamedTuple):
+    """Positions int32 [n] that a pass attended to most, ascending, of those before ``latest``."""
+
+    positions: Tensor
+    latest: int
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """``tokens`` are the prompt and the answer so far; the last of them has not been run yet.
@@ -66,6 +73,8 @@ class Sequence:
     num_confirmed: int = 0
     num_delivered: int = 0
     pending: list[PendingTokens] = field(default_factory=list)
+    # of a long text, what to attend to in a pass that drafts
+    attended: Attended | None = None
     # by token after the prompt
     exit_layers: list[int] = field(default_factory=list)
 
@@ -93,6 +102,11 @@ class Sequence:
     @property
     def num_pending(self) -> int:
         return sum(group.hidden.shape[1] for group in self.pending)
+
+    @property
+    def num_drafted(self) -> int:
+        """The pending tokens that have run no layer with all keys yet."""
+        return sum(group.hidden.shape[1] for group in self.pending if not group.layer)
 
     @property
     def finished(self) -> bool:

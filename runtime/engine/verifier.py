@@ -61,9 +61,11 @@ class Verifier:
         logits, used = forward_pass.lm_head(every_row=self.exact), list[Tensor]()
         for one in batch:
             if one.exit_layer == self.num_layers and not one.path:
+                # a draft is not an answer yet
+                counted = used if one.slots is None else []
                 agreed = not self.exact or self._verify_pending(one, logits, used)
                 if agreed and one.tree is not None:
-                    self._accept_drafts(one, logits, used)
+                    self._accept_drafts(one, logits, counted)
             one.collect_new_tokens()
         self._count_near_ties(used, statistics)
 

@@ -212,6 +212,51 @@ def test_long_rows_of_different_lengths(dtype):
         assert torch.equal(alone[:, 0], found[:, row])
 
 
+@dtypes
+@pytest.mark.parametrize("rows", (1, 5, 33))
+def test_selected_slots(dtype, rows):
+    """The bits that a mask of the selected slots gives, and nothing is read of the others."""
+    torch.manual_seed(0)
+    q = torch.randn(6, rows, 64).to(dtype)
+    k, v = (torch.randn(2, 700, 64).to(dtype) for _ in range(2))
+    forbidden = torch.rand(rows, 700) < 0.2
+    mask = torch.randn(rows, 700).to(dtype).masked_fill(forbidden, torch.finfo(dtype).min)
+    chosen = torch.rand(rows, 700) < torch.linspace(0.1, 0.6, rows)[:, None]
+    slots = torch.full((rows, 650), -1, dtype=torch.int32)
+    for row in range(rows):
+        own = chosen[row].nonzero().flatten()
+        slots[row, : len(own)] = own
+    wanted = torch.ops.eepass.attend_rows(
+        q, k, v, torch.ops.eepass.allow_selected(mask, slots), 0.125
+    )
+    found = torch.ops.eepass.attend_selected(q, k, v, mask, slots, 0.125)
+    assert torch.equal(found, wanted)
+    if rows == 1:
+        hidden = (k.masked_fill(~chosen[0, :, None], float("nan")), v)
+        assert torch.equal(torch.ops.eepass.attend_selected(q, *hidden, mask, slots, 0.125), wanted)
+    close(found, row_ops.attend_selected(q, k, v, mask, slots, 0.125), dtype)
+
+
+@dtypes
+def test_all_slots_selected_are_the_bits_of_attention_to_all(dtype):
+    torch.manual_seed(0)
+    q = torch.randn(6, 2, 64).to(dtype)
+    k, v = (torch.randn(2, 300, 64).to(dtype) for _ in range(2))
+    mask = torch.zeros(2, 300, dtype=dtype)
+    mask[:, 200:] = torch.finfo(dtype).min
+    # one list for both rows; slots that there are not are none
+    slots = torch.cat([torch.arange(201), torch.tensor([300, 5000, -7])]).int().expand(2, -1)
+    found = torch.ops.eepass.attend_selected(q, k, v, mask, slots, 0.125)
+    assert torch.equal(found, torch.ops.eepass.attend_rows(q, k, v, mask, 0.125))
+
+
+def test_slots_that_fit_no_rows_are_refused():
+    q, k, v, mask = (torch.randn(s) for s in ((4, 3, 8), (2, 6, 8), (2, 6, 10), (3, 6)))
+    for wrong in (torch.zeros(2, 4).int(), torch.zeros(3, 4).long(), torch.zeros(3).int()):
+        with pytest.raises(RuntimeError, match="attend_selected: slots"):
+            torch.ops.eepass.attend_selected(q, k, v, mask, wrong, 0.5)
+
+
 def test_a_value_that_is_not_a_number_is_not_hidden():
     q, k, v = torch.randn(2, 1, 64), torch.randn(1, 50, 64), torch.randn(1, 50, 64)
     k[0, 7, 3] = float("nan")
@@ -255,6 +300,11 @@ OPERATORS = {
         torch.tensor([[0, 4, 0], [1, 4, 1], [2, 3, 5]]), 0.5,
     ),
     "spans_mask": (torch.tensor([[0, 4, 0], [1, 4, 1]]), 6, torch.bfloat16),
+    "allow_selected": (torch.zeros(1, 1, 3, 6), torch.tensor([[0, 2, -1]] * 3).int()),
+    "attend_selected": (
+        torch.randn(4, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 10), torch.zeros(3, 6),
+        torch.tensor([[0, 2, -1]] * 3).int(), 0.5,
+    ),
     "top_logits": (torch.randn(3, 40), 5),
     "packed_linear": (wide, PACKED, FORM, 30, None, 0),
     "packed_rows": (wide, [PACKED, PACKED], [FORM, FORM], [30, 20], [None, torch.randn(20)], 0),

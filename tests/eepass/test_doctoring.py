@@ -148,3 +148,37 @@ def test_a_device_this_runtime_does_not_use(monkeypatch):
     assert isinstance(found["cuda"]["conditional_nodes"], bool)
     assert found["uses"]["device"]["use"] == "cpu"
     assert "device='cuda'" in found["uses"]["device"]["why"]
+
+
+def test_what_a_length_comes_to(llama, monkeypatch, tmp_path):
+    from eepass.config import ExitConfig
+    from eepass.long import report
+    from eepass.model import split_model
+
+    monkeypatch.setattr(report, "stream_gb_s", lambda: 10.0)
+    monkeypatch.setattr(report, "available", lambda: 10**9)
+    split = split_model(llama, 192, (1,))[0][1]
+    config = ExitConfig(context_tokens=128)
+    found = report.length_report(split, 500, config)
+    token = 2 * 4 * 2 * 16 * 4
+    assert found["cache_mb"] == round(500 * token / 1e6, 1) and found["fits"]
+    full, drafting = found["passes"]["full"], found["passes"]["drafting"]
+    assert drafting["mb"] <= found["passes"]["selected"]["mb"] < full["mb"]
+    assert found["chosen"].startswith("passes over selected tokens draft")
+    text = report.as_text(found)
+    assert "they fit" in text and "pass, drafting: reads" in text
+    short = report.length_report(split, 256, config)
+    assert set(short["passes"]) == {"full"} and "up to 256 tokens" in short["why_chosen"]
+    long = report.length_report(split, 513, config)
+    assert not long["fits"] and long["why"] == "the model knows 512 positions"
+    monkeypatch.setattr(report, "available", lambda: 1000)
+    full = report.length_report(split, 500, config)
+    assert full["why"].startswith("its keys and values are") and "free" in report.as_text(full)
+    monkeypatch.undo()
+    monkeypatch.setattr(report, "MEMORY", tmp_path / "none")
+    assert report.available() is None
+
+
+def test_a_length_as_a_command():
+    code, _, said = run("doctor", "smollm2")
+    assert code == 2 and "go together" in said

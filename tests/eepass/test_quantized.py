@@ -21,7 +21,8 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import transform
 from eepass.ops.packed import ROW
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 
 ao = pytest.importorskip("torchao.quantization")
 PROMPT = [5, 9, 44, 7, 8]

@@ -22,7 +22,8 @@ from eepass.model import transform
 from eepass.passes.pipeline import split_decoder, split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 
 COMPILED = ("llama", "gemma3", "deepseek_v3", "gpt_oss", "falcon, alibi", "qwen3_next")
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 from eepass.runtime.exits.exits import ExitDecision, RowState
 
 TEXT = [7, 30, 9, 12, 55, 40, 8, 23, 61, 77, 11, 4, 90, 33, 21, 68, 5, 15]

@@ -11,7 +11,8 @@ from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 
 PROMPT = [63, 80, 29, 104, 125]
 SPECULATION = Options("exact", modes=("speculation",))

@@ -10,7 +10,8 @@ from models import VOCABULARY, ForcedExits, eager_compile
 
 from eepass.errors import EngineError
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 from eepass.runtime.sampling import Sampling
 
 DEPTH = 4

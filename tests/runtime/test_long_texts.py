@@ -28,7 +28,8 @@ from eepass.runtime.drafting.eagle_layer import HeadStyle
 from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.features import Features, joined
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 
 SPECULATION = Options("exact", modes=("speculation",))
 

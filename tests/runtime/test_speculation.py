@@ -9,7 +9,8 @@ from plain import PlainEngine, RandomDraft, RandomExits
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.engine import forward_pass
-from eepass.runtime.engine.engine import Engine, Options
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.engine.options import Options
 from eepass.runtime.sampling import Sampling
 
 DEPTH = 4

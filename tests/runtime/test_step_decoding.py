@@ -154,7 +154,7 @@ def test_without_deferral_the_cache_is_the_engines(decoder, kv, how):
     ours = cache_of(decoder, len(PROMPT) + 8)
     from models import ForcedExits
 
-    from eepass.runtime.engine.engine import Options
+    from eepass.runtime.engine.options import Options
 
     orders_ = [min(layers, default=DEPTH + 1) for layers in wanted]
     options = Options("approximate", kv, 7, ("exits",))
