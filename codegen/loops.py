@@ -69,17 +69,20 @@ def build(sources: Sequence[str]) -> Future[Path]:
 
 
 def function(library: Path, name: str) -> Callable[..., None]:
-    """A loop of ``library`` as a function of tensors and integers, for Python."""
+    """A loop of ``library`` as a function of tensors and numbers, for Python."""
     entry = ctypes.CDLL(str(library))[name]
     entry.restype = None
 
-    def call(*arguments: Tensor | int) -> None:
-        entry(*(
-            ctypes.c_void_p(x.data_ptr()) if isinstance(x, Tensor) else ctypes.c_int64(x)
-            for x in arguments
-        ))  # fmt: skip
+    def call(*arguments: Tensor | float) -> None:
+        entry(*map(_as_in_c, arguments))
 
     return call
+
+
+def _as_in_c(argument: Tensor | float) -> Any:
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return (ctypes.c_double if isinstance(argument, float) else ctypes.c_int64)(argument)
 
 
 def address(library: ctypes.CDLL, name: str) -> int:
