@@ -63,11 +63,7 @@ class RowFeatures:
     def of(self, nodes: Sequence[int]) -> Features:
         """Those of ``nodes``; a copy that does not keep others' alive."""
         normed = [self._normed[node] for node in nodes]
-        whole = [part for part in self._whole if part is not None]
-        if self._parts is None and len(whole) == len(self._whole):
-            rows = torch.cat(whole, 1)
-        else:
-            rows = self._rows().flatten(1)
+        rows = self._rows().flatten(1)
         return Features(rows if len(nodes) == len(rows) else rows[torch.tensor(nodes)], normed)
 
     def _put(self, place: int, nodes: Sequence[int], hidden: Tensor) -> None:
@@ -81,12 +77,17 @@ class RowFeatures:
 
     def _rows(self, like: Tensor | None = None) -> Tensor:
         """All that is known as one tensor; ``like`` [..., H]: a state, where none may be yet."""
-        if self._parts is None:
-            like = next((part for part in self._whole if part is not None), like)
-            assert like is not None
-            shape = len(self._normed), len(self._whole), like.shape[-1]
-            self._parts = like.new_empty(shape)
-            for place, part in enumerate(self._whole):
-                if part is not None:
-                    self._parts[:, place] = part
+        if self._parts is not None:
+            return self._parts
+        known = [part for part in self._whole if part is not None]
+        if len(known) == len(self._whole):
+            # once a pass, however many sequences ask for theirs
+            self._parts = torch.stack(known, 1)
+            return self._parts
+        like = known[0] if known else like
+        assert like is not None
+        self._parts = like.new_empty(len(self._normed), len(self._whole), like.shape[-1])
+        for place, part in enumerate(self._whole):
+            if part is not None:
+                self._parts[:, place] = part
         return self._parts
