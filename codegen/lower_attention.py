@@ -7,11 +7,15 @@
     before   o = scaled_dot_product_attention(q, k, v, eepass.spans_mask(spans, ...))
     after    o = eepass.attend_spans(q, keys, values, spans, scale)
 
+    before   o = scaled_dot_product_attention(q, k, v, eepass.prefix_mask(prefix, ...))
+    after    o = eepass.attend_prefix(q, keys, values, prefix, scale)
+
     before   o = scaled_dot_product_attention(q, k, v, eepass.allow_selected(mask, slots))
     after    o = eepass.attend_selected(q, keys, values, mask, slots, scale)
 
 Left alone: attention with dropout, without an explicit mask, over several sequences, or with more
-rows or channels than the kernel was measured to be faster for.
+rows or channels than the kernel was measured to be faster for. ``attend_prefix`` is torch's own
+attention over part of the cache, for any number of either.
 """
 
 from collections.abc import Sequence
@@ -27,6 +31,11 @@ from eepass.codegen.lower_linear import replace
 aten, ours = torch.ops.aten, torch.ops.eepass
 MOST_ROWS = 64
 DTYPES = (torch.float32, torch.bfloat16)
+# what stands for a mask -> attention that takes it in its place
+BY_SPAN = {
+    ours.spans_mask.default: ours.attend_spans.default,
+    ours.prefix_mask.default: ours.attend_prefix.default,
+}
 VIEWS = {aten.reshape.default, aten.expand.default, aten.unsqueeze.default, aten.clone.default}
 
 
@@ -50,8 +59,8 @@ def lower_attention(
                 call(aten.squeeze.dim, (tensor, 0))
                 for tensor in (q, _before_repeat(k), _before_repeat(v))
             ]
-            if mask.target is ours.spans_mask.default:
-                out = call(ours.attend_spans.default, (*flat, mask.args[0], scale))
+            if mask.target in BY_SPAN:
+                out = call(BY_SPAN[mask.target], (*flat, mask.args[0], scale))
             else:
                 operator, slots = ours.attend_rows.default, []
                 if mask.target is ours.allow_selected.default:
@@ -60,24 +69,27 @@ def lower_attention(
                 out = call(operator, (*flat, rows, *slots, scale))
             new = call(aten.unsqueeze.default, (out, 0))
         replace(node, new)
-        if mask.target is ours.spans_mask.default and not mask.users:
+        if mask.target in BY_SPAN and not mask.users:
             gm.graph.erase_node(mask)
         rewritten += 1
     return rewritten
 
 
 def take_spans(gm: GraphModule, examples: Sequence[Tensor]) -> int:
-    """Let ``gm`` take spans int64 [R, 3] in place of the masks [1, 1, R, C] for which ``examples``
-    holds such; returns how many."""
+    """Let ``gm`` take spans int64 [R, 3], or a prefix int64 [3], in place of the masks
+    [1, 1, R, C] for which ``examples`` holds such; returns how many."""
     taken = 0
     placeholders = gm.graph.find_nodes(op="placeholder")
     for node, example in zip(placeholders, examples, strict=True):
         value = node.meta["val"]
         if value.ndim != 4 or value.shape == example.shape:
             continue
+        operator, form = ours.spans_mask.default, [value.shape[-1], value.dtype]
+        if example.ndim == 1:
+            operator = ours.prefix_mask.default
+            form = [*value.shape[-2:], value.dtype, value.device]
         with gm.graph.inserting_after(placeholders[-1]):
-            given = (node, value.shape[-1], value.dtype)
-            mask = gm.graph.call_function(ours.spans_mask.default, given)
+            mask = gm.graph.call_function(operator, (node, *form))
         mask.meta = dict(node.meta)
         node.replace_all_uses_with(mask, lambda user, mask=mask: user is not mask)
         node.meta = {**node.meta, "val": example}
@@ -90,7 +102,8 @@ def _refusal(node: Node, dtypes: tuple[torch.dtype, ...], widest: int | None) ->
     if len(args) < 4 or args[3] is None or any(args[4:]):
         return "no explicit mask, or dropout"
     q, k, v, mask = (arg.meta["val"] for arg in args[:4])
-    if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or q.shape[2] > MOST_ROWS:
+    by_prefix = args[3].target is ours.prefix_mask.default
+    if q.shape[0] != 1 or mask.shape[:2] != (1, 1) or (q.shape[2] > MOST_ROWS and not by_prefix):
         return "several sequences, a mask per head, or many rows"
     if q.dtype not in dtypes or mask.dtype != q.dtype:
         return f"dtype {q.dtype} with a mask of {mask.dtype}"

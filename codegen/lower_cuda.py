@@ -16,6 +16,9 @@ rows; attention becomes ``eepass.attend_spans`` (``lower_attention``), whose ker
 more of the cache than its rows attend to: they say so in three numbers each, in place of a mask.
 Launched from Python, layer by layer, they would cost more than inductor's own code.
 
+In layers over chunks of a prompt, which are not captured, products are the library's and attention
+becomes ``eepass.attend_prefix``, torch's own over the text so far.
+
 A graph of fused operators and views alone runs as it is: inductor would add nothing. The rest goes
 through inductor, without its CUDA graphs (the runtime captures whole steps). A graph that inductor
 cannot compile runs as it was traced; ``report`` says which, and why.
@@ -65,6 +68,7 @@ VIEWS = {
 MOST_ROWS, LINEAR_ROWS = 32, 32
 # what the kernel of attention multiplies, and how many channels an SM has shared memory for
 ATTENTION, WIDEST = (torch.bfloat16, torch.float16), 256
+LIBRARY_ATTENTION = (torch.float32, *ATTENTION)
 
 
 class CudaCompiler(ByStructure):
@@ -95,6 +99,19 @@ class CudaCompiler(ByStructure):
             take_spans(made, examples)
             lower_linear(made, _fits_the_kernel)
             lower_attention(made, ATTENTION, WIDEST)
+            self._captured[key] = self.compile(made, examples, logits=False)
+        return self._captured[key]
+
+    def wide(
+        self, graph: GraphModule | GraphToMake, structure: str, examples: Sequence[Tensor]
+    ) -> Compiled:
+        """As a call, for a layer over a chunk of a prompt, whose products and attention are
+        libraries'; ``examples`` hold prefixes in place of plain masks."""
+        key = "wide", structure, tuple(x.shape for x in examples)
+        if key not in self._captured:
+            made = copy.deepcopy(GraphToMake.made(graph))
+            take_spans(made, examples)
+            lower_attention(made, LIBRARY_ATTENTION)
             self._captured[key] = self.compile(made, examples, logits=False)
         return self._captured[key]
 

@@ -97,7 +97,8 @@ class EarlyExitModel:
             self.decoder: Decoder = StepwiseDecoder(splits[1], compile)
         else:
             spans = hasattr(compiler, "captured")
-            self.decoder = Decoder(splits, compile, captured, spans)
+            wide = getattr(compiler, "wide", None)
+            self.decoder = Decoder(splits, compile, captured, spans, wide)
         self._measured, self._kept = Measured(self.decoder, KeptCosts(kept)), kept
         self._dense: Engine | CapturedSteps | None = None
         self._engine: Engine | CapturedSteps | None = None

@@ -37,6 +37,8 @@ MAX_LENGTH = 1024
 # on a CPU two rows cost what four do, three more what eight do, and each count is compiled
 STEP_ROWS = (1, 4, 8, 16)
 CUDA_ROWS = (1, 2, 4, 8, 16, 32)
+# of chunks of prompts there: a pass of 256 rows still waits for weights, one of 1024 computes
+CHUNK_ROWS, WIDE_ROWS = 256, 1024
 # slots come in multiples of 64; cuDNN's attention under a mask reads keys in tiles of 128, and has
 # taken the empty half of a tile for keys (PyTorch issue 196678)
 SLOTS_STEP = {"cuda": 128}
@@ -127,7 +129,8 @@ def split_model(
     from eepass.checkpoints.weight_memory import settle_weights
     from eepass.passes.pipeline import split_for_rows
 
-    slots = _slots(model, max_length)
+    slots, prefill = _slots(model, max_length), _prefill_rows(model)
+    wide = (WIDE_ROWS,) if prefill == CHUNK_ROWS and slots > WIDE_ROWS else ()
     settle_weights(weights_to_read(model))
     if quantization_of(model):
         # checks run the model, and without its kernels each layer would be dequantised each time
@@ -137,7 +140,7 @@ def split_model(
         beside.submit(build_kernels)
         beside.submit(read_headers)
         try:
-            return split_for_rows(model, slots, rows, PREFILL_ROWS, dump)
+            return split_for_rows(model, slots, rows, prefill, dump, wide)
         except PassError as error:
             raise InputError(f"{type(model).__name__} cannot be transformed: {error}") from error
 
@@ -162,7 +165,13 @@ def _slots(model: Any, max_length: int | None) -> int:
     length = max_length or usual_length(model, MAX_LENGTH)
     refuse_longer(model, length, f"max_length={length}")
     step = SLOTS_STEP.get(next(model.parameters()).device.type, 64)
-    return -(-(length + PREFILL_ROWS) // step) * step
+    # behind the last token there is room for the padding of a prompt
+    return -(-(length + _prefill_rows(model)) // step) * step
+
+
+def _prefill_rows(model: Any) -> int:
+    """Rows of a chunk of a prompt, where ``model`` is; of the smallest on a GPU."""
+    return CHUNK_ROWS if next(model.parameters()).device.type == "cuda" else PREFILL_ROWS
 
 
 def _sharing(
@@ -209,7 +218,7 @@ def _move(model: Any, target: torch.device, max_length: int | None) -> None:
         all_heads, weight = config.num_attention_heads, next(model.parameters())
         heads = getattr(config, "num_key_value_heads", None) or all_heads
         width = getattr(config, "head_dim", None) or config.hidden_size // all_heads
-        slots = (max_length or usual_length(model, MAX_LENGTH)) + PREFILL_ROWS
+        slots = (max_length or usual_length(model, MAX_LENGTH)) + CHUNK_ROWS
         slots += -slots % SLOTS_STEP["cuda"]
         # twice: a trace needs a cache of its own for a while
         needed = 2 * 2 * config.num_hidden_layers * heads * width * weight.itemsize * slots

@@ -90,10 +90,11 @@ def split_decoder(
 
 def split_for_rows(
     model: Any, cache_length: int, step_rows: Sequence[int] = STEP_ROWS, prefill_rows: int = 64,
-    dump: Path | None = None,
+    dump: Path | None = None, wide_rows: Sequence[int] = (),
 ) -> tuple[dict[int, SplitDecoder], PassReport]:  # fmt: skip
     """``model`` split for each row count: a trace of all layers for one row, traces of the first
-    layers for two more, the other counts fitted between them.
+    layers for two more, the other counts fitted to them. ``wide_rows``: more counts, of chunks of
+    prompts.
 
     A model with recurrent states is split for one row alone.
     """
@@ -106,7 +107,7 @@ def split_for_rows(
     for rows in (most, prefill_rows):
         if rows not in splits:
             splits[rows] = split(rows)
-    for rows in step_rows:
+    for rows in (*step_rows, *wide_rows):
         if rows not in splits:
             fit = partial(fit_rows, many=splits[prefill_rows], rows=rows)
             splits[rows] = PassRunner(report, dump, f"{rows}-rows").run(splits[most], [fit])

@@ -247,10 +247,10 @@ def transform(bench: Bench, model: Any, artifact: bool) -> EarlyExitModel:
     # the tiny model is not timed, and so need not be compiled
     with torch.no_grad():
         splits, report = split_for_rows(model, bench.max_length + 64, (1,), TINY_ROWS)
-    return EarlyExitModel(splits, report, frozenset(), given, compiler=_not_compiled)
+    return EarlyExitModel(splits, report, frozenset(), given, compiler=not_compiled)
 
 
-def _not_compiled(graph: Any, structure: str, examples: Any, *, logits: bool = False) -> Any:
+def not_compiled(graph: Any, structure: str, examples: Any, *, logits: bool = False) -> Any:
     def run(inputs: list[Tensor]) -> tuple[Tensor, ...]:
         found = graph(*inputs)
         return tuple(found) if isinstance(found, (tuple, list)) else (found,)

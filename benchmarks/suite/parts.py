@@ -78,6 +78,7 @@ def all_parts(device: str) -> list[Part]:
         ]
         if mode == timed[0]:
             found.append(Part("kernels", "kernels", "kernels", 30, 90))
+            found.append(Part("prompts", "prompts", "prompts", 60, 180))
     found.append(Part("others", "others", "others", 5, 200))
     # a profiler under graphs with IF nodes can take its process along (PyTorch issue 134308); the
     # process makes the twin again

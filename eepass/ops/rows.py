@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from eepass.ops.registry import define
 
@@ -77,6 +78,58 @@ def attend_spans(q: Tensor, k: Tensor, v: Tensor, spans: Tensor, scale: float) -
     reaches 63 slots."""
     mask = spans_mask(spans, k.shape[1], torch.float32)[0, 0]
     return attend_rows(q, k, v, mask, scale)
+
+
+@define(
+    "prefix_mask(Tensor prefix, int rows, int slots, ScalarType dtype, Device device) -> Tensor",
+    fake=lambda rows, slots, dtype, device: torch.empty(
+        1, 1, rows, slots, dtype=dtype, device=device
+    ),
+)
+def prefix_mask(
+    prefix: Tensor, rows: int, slots: int, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """The additive mask [1, 1, R, C] that a ``prefix`` stands for: int64 [3], on the host.
+
+    R ``rows`` in contiguous slots attend to what is before them and to themselves: from slot
+    ``prefix[0]`` on, the last row in the slot before ``prefix[1]``, each row ``prefix[2]`` slots
+    back, itself included (−n: in chunks of n slots; 0: all).
+    """
+    first, end, window = prefix.tolist()
+    row = torch.arange(end - rows, end, device=device)[:, None]
+    slot = torch.arange(slots, device=device)[None]
+    seen = (slot >= first) & (slot <= row)
+    if window:
+        within = slot > row - window if window > 0 else slot >= row - (row - first) % -window
+        seen = seen & within
+    mask = torch.zeros(seen.shape, dtype=dtype, device=device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)[None, None]
+
+
+@define(
+    "attend_prefix(Tensor q, Tensor k, Tensor v, Tensor prefix, float scale) -> Tensor",
+    fake=lambda q, v: q.new_empty(q.shape[0], q.shape[1], v.shape[2]),
+)
+def attend_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, scale: float) -> Tensor:
+    """Grouped attention of a chunk of a prompt by torch's own kernels, over what of the cache the
+    ``prefix`` int64 [3] (see ``prefix_mask``) lets it attend to: the host knows how much that is.
+
+    q [Q, R, D], k [G, C, D], v [G, C, E] with Q a multiple of G -> [Q, R, E]. Without a window
+    there is no mask, and flash attention (Dao, 2023) aligns rows with the last slots.
+    """
+    first, end, window = prefix.tolist()
+    rows, seen, heads = q.shape[1], end - first, len(q) // len(k)
+    k, v = k[:, first:end], v[:, first:end]
+    mask: Tensor = causal_lower_right(rows, seen)
+    if window:
+        within = torch.tensor([0, seen, window], device="cpu")
+        mask = prefix_mask(within, rows, seen, q.dtype, q.device)
+    flash = q.dtype != torch.float32 and v.shape[-1] == q.shape[-1] <= 256 and not window
+    if heads > 1 and not flash:
+        # of torch's kernels only flash attention lets query heads share keys
+        k, v = (part.repeat_interleave(heads, 0) for part in (k, v))
+    attend = F.scaled_dot_product_attention
+    return attend(q[None], k[None], v[None], mask, scale=scale, enable_gqa=flash)[0]
 
 
 @define(

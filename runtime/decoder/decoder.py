@@ -27,6 +27,8 @@ from eepass.segments import (
 
 Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
+# passes of more rows are chunks of a prompt
+WIDEST_PASS = 64
 # some compiled code has it: layers that it is called for as one
 Chainer = Callable[[Sequence[tuple[Compiled, Link]]], ChainedLayers | None]
 
@@ -38,6 +40,8 @@ class Decoder:
     function from the list of its inputs to its outputs; ``captured`` does so for the layers of
     captured steps, ``compile`` unless given. With ``spans`` those layers get masks that only say
     where rows attend as spans int64 [R, 3] (``eepass.masks``), which ``captured`` then handles.
+    ``wide`` compiles layers over more than ``WIDEST_PASS`` rows, which are chunks of prompts and
+    get a prefix int64 [3] in place of such masks (``eepass::prefix_mask``).
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class Decoder:
         compile: Compile,
         captured: Compile | None = None,
         spans: bool = False,
+        wide: Compile | None = None,
     ) -> None:
         self.splits = dict(sorted(splits.items()))
         self.buckets = tuple(self.splits)
@@ -58,14 +63,21 @@ class Decoder:
         self.tensors = {name: tensor.detach() for name, tensor in first.tensors.items()}
         self.device = next(iter(self.tensors.values())).device
         self.compile, self.compile_captured = compile, captured or compile
+        # row counts of chunks of prompts, the smallest of which is more than their padding
+        self.chunks = tuple(rows for rows in self.buckets if wide and rows > WIDEST_PASS)
+        self.compile_wide = wide
         # padding rows write behind the last token
-        self.capacity = self.cache_length - self.buckets[-1]
+        padding = (self.chunks or self.buckets[-1:])[0]
+        self.capacity = self.cache_length - padding
         # positions the model has embeddings for, None where it has no table of them
         self.max_positions = first.positions
         self.num_positions = min(self.cache_length, self.max_positions or self.cache_length)
         self.max_sequence_length = min(self.capacity, self.num_positions)
-        self.kv = self._new_cache(_kv_examples(first, self.device), self.buckets[-1])
-        self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity)
+        self.kv = self._new_cache(_kv_examples(first, self.device), padding)
+        self.side_inputs = SideInputs(self.splits, self.tensors, self.capacity, self.chunks)
+        if self.side_inputs.masks - self.side_inputs.windows.keys():
+            # masks that are more than a prefix, such as biases, grow with the rows of a chunk
+            self.chunks = self.chunks[:1]
         # the side inputs that captured layers take as spans
         self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
@@ -96,10 +108,21 @@ class Decoder:
         """The smallest row count compiled for at least ``rows``."""
         return next(size for size in self.buckets if size >= rows)
 
+    def chunk(self, left: int, room: int) -> int:
+        """The row count of the next pass over a prompt with ``left`` tokens to go, where there are
+        ``room`` slots for them and for padding: the most of those that are well filled."""
+        few = [rows for rows in self.buckets if rows <= WIDEST_PASS or not self.chunks]
+        if left <= few[-1]:
+            return self.bucket(left)
+        filled = [rows for rows in self.chunks if rows < left + self.chunks[0] and rows <= room]
+        return (filled or few)[-1]
+
     def prepare(self, rows: int, captured: bool = False) -> None:
         """Compile the layers for ``rows``, if they are not yet; ``captured``: those of steps."""
         if (rows, captured) not in self._layers:
             compile = self.compile_captured if captured else self.compile
+            if rows > WIDEST_PASS and self.compile_wide is not None:
+                compile = self.compile_wide
             place = self.captured_span(rows) if captured else None
             layers = [self._bind(layer, rows, compile, place) for layer in self.splits[rows].layers]
             self._layers[rows, captured] = layers

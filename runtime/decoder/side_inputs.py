@@ -5,6 +5,9 @@ as long as the cache, so masks are computed for a chunk of rows at a time, and t
 kept. Contiguous rows that attend to everything before them get slices of both, of masks turned to
 where their sequence begins. For other rows (draft tokens in a tree, several sequences in one pass)
 they are gathered, masks slot by slot.
+
+Chunks of a prompt, wider than other passes, have no plain mask but a prefix
+(``eepass::prefix_mask``): which slots they attend to in three numbers, on the host.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eepass.masks import causal_mask_at, spans_at
+from eepass.masks import causal_mask_at, first_seen, spans_at
 from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.segments import CONTEXT, Input, Segment, SplitDecoder
 
@@ -55,8 +58,10 @@ class SideInputs:
     """
 
     def __init__(
-        self, splits: Mapping[int, SplitDecoder], tensors: Mapping[str, Tensor], scratch: int
-    ) -> None:
+        self, splits: Mapping[int, SplitDecoder], tensors: Mapping[str, Tensor], scratch: int,
+        chunks: Collection[int] = (),
+    ) -> None:  # fmt: skip
+        """``chunks``: row counts whose plain masks come as prefixes."""
         one, many = splits[min(splits)], splits[max(splits)]
         self.slots = one.cache_length
         self.scratch = scratch
@@ -76,11 +81,13 @@ class SideInputs:
             (one.embed_outputs, one.embed, many.embed),
         ):
             self.row_dim |= dict(zip(names, _row_dims(small, large), strict=True))
-        # its positional segment computes them, for as many rows at a time as it was split for
-        self._splits, self._split, self._tensors = dict(splits), many, tensors
+        self.chunks = frozenset(chunks)
+        # its positional segment computes masks, for as many rows at a time as it was split for
+        self._split = splits[max(splits.keys() - self.chunks)]
+        self._splits, self._tensors = dict(splits), tensors
         # by number, the most recently used last
         self._mask_chunks: dict[int, dict[str, Tensor]] = {}
-        self._fill()
+        self._fill(many)
 
     def span(self, position: int, rows: int, first: int = 0) -> Place:
         """``rows`` contiguous rows from ``position`` on of the sequence that begins at slot
@@ -98,14 +105,24 @@ class SideInputs:
                 for name, table in self.tables.items()
             }
             for name in self.masks:
+                if rows in self.chunks and name in self.windows:
+                    sides[name] = self._prefix(self.windows[name], position, rows, first)
+                    continue
                 # what comes round from the end is forbidden: no row is there yet
                 mask = self._mask_rows(name, position, rows)
                 sides[name] = mask.roll(first, -1) if first else mask
-            self._spans[key] = Place(self._all_slots[slot : slot + rows], sides)
+            place = Place(self._all_slots[slot : slot + rows], sides)
+            if rows in self.chunks:
+                # runs once
+                return place
+            self._spans[key] = place
         return self._spans[key]
 
     def gather(self, rows: Sequence[Row], size: int) -> Place:
-        """Any rows, padded to ``size``; each padding row has a scratch slot of its own."""
+        """Any rows, padded to ``size``; each padding row has a scratch slot of its own. Chunks of
+        prompts are contiguous: ``ValueError`` for others."""
+        if size in self.chunks:
+            raise ValueError(f"{size} rows are not contiguous, or their padding has no room")
         padding = size - len(rows)
         spare = range(self.scratch, self.scratch + padding)
         slots = self._tensor([row.slot for row in rows] + list(spare))
@@ -149,6 +166,14 @@ class SideInputs:
             found = self._compute_at(self._splits[len(positions)], positions) | found
         return {name: found[name] for name in sorted(self.masks)}
 
+    def _prefix(self, window: int | None, position: int, rows: int, first: int) -> Tensor:
+        """What ``rows`` from ``position`` on of the sequence at slot ``first`` attend to."""
+        last = torch.tensor([position, position + rows - 1], device="cpu")
+        begin, least = first_seen(last, window).tolist()
+        # where the last row attends to all, every row does
+        back = window if window is not None and least else 0
+        return torch.tensor([first + begin, first + position + rows, back], device="cpu")
+
     def _mask_rows(self, name: str, first: int, count: int) -> Tensor:
         """Rows ``first`` onwards of a mask, each as if its sequence began at slot 0."""
         dim, parts = self.row_dim[name], []
@@ -164,7 +189,7 @@ class SideInputs:
         if found is None:
             while len(self._mask_chunks) >= KEPT_CHUNKS:
                 del self._mask_chunks[next(iter(self._mask_chunks))]
-            found = self._compute(index * self._split.rows)
+            found = self._compute(self._split, index * self._split.rows)
             found = {name: found[name] for name in self.masks}
         self._mask_chunks[index] = found
         return found
@@ -201,13 +226,13 @@ class SideInputs:
     def _tensor(self, values: Sequence[int | tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, device=self.device)
 
-    def _fill(self) -> None:
-        names = [name for name in self._split.side_outputs if name not in self.masks]
+    def _fill(self, split: SplitDecoder) -> None:
+        names = [name for name in split.side_outputs if name not in self.masks]
         if not names:
             return
         chunks: list[list[Tensor]] = []
-        for start in range(0, self.slots, self._split.rows):
-            computed = self._compute(start)
+        for start in range(0, self.slots, split.rows):
+            computed = self._compute(split, start)
             # masks are not kept: all of them at once are the square of the cache
             chunks.append([computed[name] for name in names])
         for name, parts in zip(names, zip(*chunks, strict=True), strict=True):
@@ -215,10 +240,10 @@ class SideInputs:
             table = torch.cat(parts, dim)
             self.tables[name] = table.narrow(dim, 0, self.slots).contiguous()
 
-    def _compute(self, start: int) -> dict[str, Tensor]:
+    def _compute(self, split: SplitDecoder, start: int) -> dict[str, Tensor]:
         """Side inputs of the positions from ``start`` on, as many as the split has rows."""
-        rows = torch.arange(start, start + self._split.rows, device=self.device)
-        return self._compute_at(self._split, rows)
+        rows = torch.arange(start, start + split.rows, device=self.device)
+        return self._compute_at(split, rows)
 
     def _compute_at(self, split: SplitDecoder, rows: Tensor) -> dict[str, Tensor]:
         """Side inputs of ``rows`` [R], positions; R the split's rows."""

@@ -1,4 +1,4 @@
-"""Run a prompt through all layers, in chunks of at most the largest row count there is code for."""
+"""Run a prompt through all layers, in chunks of row counts there is code for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ def run_chunk(
     never in memory at once. ``on_layer`` is called as in ``Decoder.forward``.
     """
     begin, first = sequence.num_prefilled or 0, sequence.first_slot
-    end = min(begin + most, sequence.num_to_prefill)
+    left = min(most, sequence.num_to_prefill - begin)
+    size = decoder.chunk(left, sequence.capacity - begin)
+    end = begin + min(left, size)
     if begin == end:
         # another text has left all of it
         sequence.num_prefilled = None
@@ -43,7 +45,8 @@ def run_chunk(
             by_layer[layer] = hidden[0]
 
     rows = [Row(first, at, first + at) for at in range(begin, end)]
-    hidden = decoder.forward(sequence.tokens[begin:end], rows, first + sequence.capacity, keep)
+    tokens, limit = sequence.tokens[begin:end], first + sequence.capacity
+    hidden = decoder.forward(tokens, rows, limit, keep, size)
     if layers is not None:
         features = torch.cat([hidden[0], *(by_layer[n] for n in layers)], -1)
         sequence.features.write(first + begin, Features(features, [False] * (end - begin)))

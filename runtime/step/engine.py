@@ -37,7 +37,7 @@ class Executor(Protocol):
 class StepEngine:
     """Decodes one sequence at a time over ``step``; tokens that exit early are committed at once.
 
-    ``prompt_rows``: prompts run in passes of so many rows, padded (the fewest that fit if None).
+    ``prompt_rows``: prompts run in passes of at least so many rows, padded.
     ``in_flight``: steps launched before the first of them is read. The results of steps launched
     after a stop token are dropped; such a step only catches up pending tokens.
     """
@@ -49,7 +49,7 @@ class StepEngine:
         executor: Executor,
         results: ResultQueue,
         in_flight: int = 2,
-        prompt_rows: int | None = None,
+        prompt_rows: int = 0,
     ) -> None:
         self.decoder, self.step, self.executor, self.results = decoder, step, executor, results
         self.in_flight, self.prompt_rows = in_flight, prompt_rows
@@ -198,15 +198,16 @@ class StepEngine:
         step["hidden"].zero_()
 
     def _prefill(self, ids: list[int]) -> Tensor:
-        decoder, largest = self.decoder, self.decoder.buckets[-1]
-        hidden = torch.zeros(0)
-        for start in range(0, len(ids), largest):
-            chunk = ids[start : start + largest]
+        decoder, hidden, start = self.decoder, torch.zeros(0), 0
+        while left := len(ids) - start:
+            # of one sequence, padding goes where the cache has room for it
+            size = decoder.chunk(left, decoder.cache_length - start)
+            size = max(size, self.prompt_rows)
+            chunk = ids[start : start + size]
             rows = [Row(0, at, at) for at in range(start, start + len(chunk))]
-            hidden = decoder.forward(
-                chunk, rows, decoder.capacity, self._on_layer, self.prompt_rows
-            )
-            self._on_chunk(chunk, hidden, len(ids) - start - len(chunk))
+            hidden = decoder.forward(chunk, rows, decoder.cache_length, self._on_layer, size)
+            start += len(chunk)
+            self._on_chunk(chunk, hidden, len(ids) - start)
         return hidden[:, -1:]
 
     def _on_layer(self, layer: int, hidden: Tensor) -> None:

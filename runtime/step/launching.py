@@ -212,9 +212,11 @@ def _engine(
         executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))
         return engine(decoder, step, executor, ResultQueue(step["out"]))
     results = cuda.CudaResultQueue(step["out"])
-    # prompts of all lengths use one row count, compiled before the first one comes
-    rows = decoder.buckets[-1]
-    decoder.prepare(rows)
+    # prompts of all lengths use few row counts, compiled before the first one comes
+    chunks = decoder.chunks or decoder.buckets[-1:]
+    for count in chunks:
+        decoder.prepare(count)
+    rows = chunks[0]
     if mode == "calls":
         executor = HostDriven(step, cuda.CudaFlags(step.flags), called(step))
         return engine(decoder, step, executor, results, prompt_rows=rows)

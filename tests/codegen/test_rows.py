@@ -300,6 +300,11 @@ OPERATORS = {
         torch.tensor([[0, 4, 0], [1, 4, 1], [2, 3, 5]]), 0.5,
     ),
     "spans_mask": (torch.tensor([[0, 4, 0], [1, 4, 1]]), 6, torch.bfloat16),
+    "prefix_mask": (torch.tensor([1, 5, 3]), 3, 6, torch.bfloat16, torch.device("cpu")),
+    "attend_prefix": (
+        torch.randn(4, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 10),
+        torch.tensor([1, 5, 0]), 0.5,
+    ),
     "allow_selected": (torch.zeros(1, 1, 3, 6), torch.tensor([[0, 2, -1]] * 3).int()),
     "attend_selected": (
         torch.randn(4, 3, 8), torch.randn(2, 6, 8), torch.randn(2, 6, 10), torch.zeros(3, 6),

@@ -80,6 +80,10 @@ def test_times_are_in_turns_and_others_named(results):
     for way in step["ways"].values():
         assert way["agreement"] == 1.0 and way["tokens_a_pass"] > 1.5
         assert way["pass_of_dense"] > 0
+    prompts = values["sections"]["prompts"]
+    assert {n: found["passes"] for n, found in prompts.items()} == {"100": [128], "300": [256, 128]}
+    for found in prompts.values():
+        assert set(found["ms"]) == {"chunks", "small chunks", "hf eager"}
     assert set(values["sections"]["others"]["missing"]) == {"vLLM", "SGLang", "gpt-fast"}
     for mode in TIMED:
         assert values["sections"][f"never exit {mode}"]["ratio"] > 0
