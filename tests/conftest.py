@@ -55,6 +55,15 @@ def interpreter():
 
 
 @pytest.fixture
+def kernels(interpreter):
+    from eepass.codegen.kernels.register import register_kernels, unregister_kernels
+
+    register_kernels(key="CPU")
+    yield
+    unregister_kernels("CPU")
+
+
+@pytest.fixture
 def any_order(interpreter, monkeypatch):
     """Called, it lets a kernel's programs run in random orders from there on, and returns the set
     of orders that were taken."""

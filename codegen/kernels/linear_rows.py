@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, power_of_two, size
-from eepass.codegen.kernels.split_inputs import add_parts, counters, divided
+from eepass.codegen.kernels.split_inputs import counters, divided, store_sums
 
 # rows of a tile, and of one for more rows than that
 ROWS, MOST_ROWS = 16, 32
@@ -50,15 +50,10 @@ def _rows_kernel(
         if WIDEN:
             weight, x = weight.to(tl.float32), x.to(tl.float32)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
-    known = there[:, None] & real[None, :]
-    place = row[None, :] * outputs + output[:, None]
-    sums, last = add_parts(
-        sums, parts_ptr, place, known, rows * outputs, finished_ptr, tile, part, PARTS
-    )
-    if last:
-        if bias_ptr is not None:
-            sums += tl.load(bias_ptr + output, mask=there, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=known)
+    store_sums(
+        sums, out_ptr, bias_ptr, parts_ptr, finished_ptr, output, row, outputs, rows, tile, part,
+        PARTS,
+    )  # fmt: skip
 
 
 def launches(

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from eepass.codegen.kernels.launch import KernelLaunch, Scratch, size
-from eepass.codegen.kernels.split_inputs import ROW_TILES, add_parts, counters, divided
+from eepass.codegen.kernels.split_inputs import ROW_TILES, counters, divided, store_sums
 from eepass.ops.packed import INT8, ROW, row_steps
 from eepass.ops.packing import BITS, GROUP, KINDS, OUTPUTS, ZEROS, layout_of
 
@@ -88,16 +88,11 @@ def _packed_kernel(
             least = tl.load(number + (head + HEAD // 2) // WIDTH, mask=there, other=0.0)
             products = products * scale[:, None] + least.to(tl.float32)[:, None] * total[None, :]
         sums += products * step[None, :]
-    known = there[:, None] & real[None, :]
-    place = row[None, :] * outputs + output[:, None]
     counter = tile * tl.num_programs(0) + above
-    sums, last = add_parts(
-        sums, parts_ptr, place, known, rows * outputs, finished_ptr, counter, part, PARTS
-    )
-    if last:
-        if bias_ptr is not None:
-            sums += tl.load(bias_ptr + output, mask=there, other=0.0).to(tl.float32)[:, None]
-        tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=known)
+    store_sums(
+        sums, out_ptr, bias_ptr, parts_ptr, finished_ptr, output, row, outputs, rows, counter, part,
+        PARTS,
+    )  # fmt: skip
 
 
 def fits(form: int, rows: int) -> bool:

@@ -21,11 +21,19 @@ _finished: dict[tuple[torch.device, int], Tensor] = {}
 
 
 @triton.jit
-def add_parts(sums, parts_ptr, place, known, stride, finished_ptr, tile, part, PARTS: tl.constexpr):
-    """``sums`` of one part, as those of all, and whether this program is the last of its ``tile``;
-    parts lie at ``place``, ``stride`` elements apart."""
+def store_sums(
+    sums, out_ptr, bias_ptr, parts_ptr, finished_ptr, output, row, outputs, rows, tile, part,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store ``sums`` [N, R] of ``output`` [N] and ``row`` [R] over one part of the inputs, with the
+    bias; where there are several parts, the program that is the last of its ``tile`` to finish
+    stores the sums over all."""
+    there = output < outputs
+    known = there[:, None] & (row < rows)[None, :]
+    place = row[None, :] * outputs + output[:, None]
     last = True
     if PARTS > 1:
+        stride = rows * outputs
         tl.store(parts_ptr + place + part * stride, sums, mask=known)
         # all threads' stores come before the one thread's count
         tl.debug_barrier()
@@ -41,7 +49,10 @@ def add_parts(sums, parts_ptr, place, known, stride, finished_ptr, tile, part, P
                     parts_ptr + place + index * stride, mask=known, other=0.0,
                     cache_modifier=".cg",
                 )  # fmt: skip
-    return sums, last
+    if last:
+        if bias_ptr is not None:
+            sums += tl.load(bias_ptr + output, mask=there, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + place, sums.to(out_ptr.dtype.element_ty), mask=known)
 
 
 def divided(outputs: int, inputs: int, each: int, step: int) -> tuple[int, int]:

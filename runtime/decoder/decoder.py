@@ -29,6 +29,8 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
 # passes of more rows are chunks of a prompt
 WIDEST_PASS = 64
+# chunks of prompts have no fewer rows to be sooner done: each reads all weights
+LEAST_CHUNK = 16
 # some compiled code has it: layers that it is called for as one
 Chainer = Callable[[Sequence[tuple[Compiled, Link]]], ChainedLayers | None]
 
@@ -113,7 +115,10 @@ class Decoder:
         ``room`` slots for them and for padding: the most of those that are well filled."""
         few = [rows for rows in self.buckets if rows <= WIDEST_PASS or not self.chunks]
         if left <= few[-1]:
-            return self.bucket(left)
+            size = self.bucket(left)
+            # a CPU computes padding as any row: two chunks are sooner done where they are smaller
+            halves = [rows for rows in few if rows >= LEAST_CHUNK and left <= 2 * rows < size]
+            return halves[0] if halves and self.device.type == "cpu" else size
         filled = [rows for rows in self.chunks if rows < left + self.chunks[0] and rows <= room]
         return (filled or few)[-1]
 

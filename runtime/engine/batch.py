@@ -8,13 +8,11 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from time import perf_counter
 
+from eepass.runtime.decoder.decoder import LEAST_CHUNK
 from eepass.runtime.engine.engine import Engine, no_slots
 from eepass.runtime.engine.placement import BLOCK
 from eepass.runtime.engine.sequence import Sequence
 from eepass.runtime.sampling import Sampling
-
-# a chunk of a prompt has no fewer rows to be sooner done: it would read all weights for little
-LEAST_CHUNK = 16
 
 
 @dataclass(slots=True, eq=False)

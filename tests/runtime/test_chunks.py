@@ -138,6 +138,22 @@ def test_a_chunk_is_as_wide_as_is_well_filled(splits):
     assert decoder.capacity == 1472 - 64
 
 
+def test_two_small_chunks_take_the_place_of_one_that_is_half_empty():
+    """On a CPU, which computes padding as long as other rows; the text is the same."""
+    prompt, found = [(7 * at) % 90 + 5 for at in range(120)], []
+    for rows in ((1, 4, 16), (1, 4)):
+        splits = split_for_rows(tiny_model("llama"), 256, rows, 64)[0]
+        engine = Engine(Decoder(splits, eager_compile))
+        sizes = recorded(engine.decoder)
+        for count in (17, 32, 33, 84, 97):
+            sequence = engine.start(prompt[:count])
+            found.append(sequence.tokens)
+            engine.end(sequence)
+        if 16 in rows:
+            assert sizes == [16, 1, 16, 16, 64, 64, 16, 4, 64, 64]
+    assert found[:5] == found[5:]
+
+
 def test_chunks_read_no_mask(splits, monkeypatch):
     """They have three numbers instead, and attention is torch's over the text so far."""
     compiler = CudaCompiler(uncompiled)
