@@ -5,8 +5,9 @@
 The head is exported (``--format``), and processes of vLLM's own Python answer with it and without
 it, greedily and one prompt at a time. Reported: in how many answers the text differs with the head,
 and how near the two likeliest tokens are where it does so first; in how many it differs with
-vLLM's own n-gram drafts, and from one run without drafts to the next, which is vLLM's own noise;
-draft tokens accepted by position; and the tokens a pass gives, beside what this engine gives with a
+vLLM's own n-gram drafts, with our text drafts as its plug-in, and from one run without drafts to
+the next, which is vLLM's own noise; what came of both kinds of text drafts; draft tokens accepted
+by position; and the tokens a pass gives, beside what this engine gives with a
 chain of as many draft tokens from the same head: with its own answers, and along vLLM's. This file
 is also what runs in vLLM's environment.
 """
@@ -27,6 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = ROOT / "benchmarks" / "questions.jsonl"
 # gigabytes of cache; the longest n-gram looked for; room for draft tokens
 CACHE_GB, LONGEST, ROOM = 2, 4, 16
+PLUG_IN = "eepass.drafts.vllm_suffix.SuffixDrafts"
 # vLLM's counters, and what they are called here
 COUNTERS = {
     "vllm:spec_decode_num_drafts": "passes",
@@ -64,7 +66,10 @@ def compare(
         plain = _answers(python, {**task, "rounds": 2})
         drafts = {"num_speculative_tokens": draft_tokens}
         look_up = {**drafts, "method": "ngram", "prompt_lookup_max": LONGEST}
-        with_text = _answers(python, {**task, "drafts": look_up})["answers"][0]
+        ngram = _answers(python, {**task, "drafts": look_up})
+        plug_in = {**drafts, "method": "custom_class", "model": PLUG_IN}
+        # vLLM imports it by name
+        suffix = _answers(python, {**task, "drafts": plug_in}, path=str(ROOT))
         head = {**drafts, "method": "eagle3", "model": str(folder / "head")}
         drafted = _answers(python, {**task, "drafts": head})
     first, again = plain["answers"]
@@ -83,11 +88,14 @@ def compare(
         "gaps_where_they_differ": [
             gaps[prompt][place] for prompt, place in _first_differences(first, with_head)
         ],
-        "differ_with_ngram_drafts": _differing(first, with_text),
+        "differ_with_ngram_drafts": _differing(first, ngram["answers"][0]),
+        "differ_with_suffix_drafts": _differing(first, suffix["answers"][0]),
         "differ_once_more": _differing(first, again),
         "differ_from_eepass": _differing(first, ours.pop("answers")),
         "draft_tokens": draft_tokens,
         "vllm": {**theirs, "tokens_a_pass": a_pass},
+        "vllm_ngram_drafts": ngram["counters"],
+        "vllm_suffix_drafts": suffix["counters"],
         "eepass": ours,
         "eepass_along_vllm": along,
         "vllm_to_eepass": a_pass / ours["tokens_a_pass"],
@@ -110,12 +118,12 @@ def _first_differences(
     return found
 
 
-def _answers(python: Path, task: dict[str, Any]) -> dict[str, Any]:
+def _answers(python: Path, task: dict[str, Any], path: str = "") -> dict[str, Any]:
     from eepass.errors import InputError
 
     file = Path(task["out"]).with_name("task.json")
     file.write_text(json.dumps(task), encoding="utf-8")
-    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GB), "PYTHONPATH": ""}
+    environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": str(CACHE_GB), "PYTHONPATH": path}
     try:
         ran = subprocess.run(
             [str(python), __file__, "--task", str(file)], stdout=sys.stderr, check=False,

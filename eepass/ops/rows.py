@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from eepass.ops.registry import define
 
@@ -117,6 +116,9 @@ def attend_prefix(q: Tensor, k: Tensor, v: Tensor, prefix: Tensor, scale: float)
     q [Q, R, D], k [G, C, D], v [G, C, E] with Q a multiple of G -> [Q, R, E]. Without a window
     there is no mask, and flash attention (Dao, 2023) aligns rows with the last slots.
     """
+    # imports Dynamo, which no start of a folder needs
+    from torch.nn.attention.bias import causal_lower_right
+
     first, end, window = prefix.tolist()
     rows, seen, heads = q.shape[1], end - first, len(q) // len(k)
     k, v = k[:, first:end], v[:, first:end]

@@ -92,7 +92,8 @@ def test_text_is_shown_as_it_comes_without_decoding_all_of_it_again():
 
 
 def test_slots_on_a_gpu_come_in_whole_tiles(llama, monkeypatch):
-    """cuDNN's attention under a mask takes keys in tiles of 128."""
+    """cuDNN's attention under a mask takes keys in tiles of 128; behind the text there is room for
+    the smallest chunk of a prompt, of 256 rows there and of 64 on a CPU."""
     from eepass import model
 
     on = {"type": "cpu"}
@@ -100,4 +101,4 @@ def test_slots_on_a_gpu_come_in_whole_tiles(llama, monkeypatch):
     monkeypatch.setattr(torch.Tensor, "device", device)
     assert [model._slots(llama, length) for length in (60, 64, 128, 500)] == [128, 128, 192, 576]
     on["type"] = "cuda"
-    assert [model._slots(llama, length) for length in (60, 64, 128, 500)] == [128, 128, 256, 640]
+    assert [model._slots(llama, length) for length in (60, 64, 128, 500)] == [384, 384, 384, 768]

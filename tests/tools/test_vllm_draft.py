@@ -25,6 +25,10 @@ if drafts and drafts["method"] == "eagle3":
     config = json.load(open(drafts["model"] + "/config.json"))
     assert config["draft_vocab_size"] and drafts["num_speculative_tokens"] == 2
     answers[0][1] = 1
+if drafts and drafts["method"] == "custom_class":
+    from eepass.drafts.vllm_suffix import SuffixDrafts
+    assert drafts["model"] == f"{{SuffixDrafts.__module__}}.{{SuffixDrafts.__name__}}"
+    answers[1][2] = 1
 counters = {{"passes": 10, "drafted": 20, "accepted": 5, "accepted_by_position": [4, 1]}}
 json.dump({{"versions": {{"vllm": "0"}}, "counters": counters,
            "answers": [answers] * task.get("rounds", 1),
@@ -48,7 +52,9 @@ def test_answers_are_compared_with_and_without_the_head(tmp_path, fake, monkeypa
     assert found["answers"] == 2 and found["draft_tokens"] == 2
     assert found["differ_with_head"] == 1 and found["gaps_where_they_differ"] == [0.25]
     assert found["differ_once_more"] == found["differ_with_ngram_drafts"] == 0
+    assert found["differ_with_suffix_drafts"] == 1
     assert found["vllm"]["tokens_a_pass"] == 1.5
+    assert found["vllm_suffix_drafts"] == found["vllm_ngram_drafts"] != {}
     ours = found["eepass"]
     assert 1 <= ours["tokens_a_pass"] <= 3 and ours["passes"] <= 14
     along = found["eepass_along_vllm"]
