@@ -64,7 +64,12 @@ class RowFeatures:
         """Those of ``nodes``; a copy that does not keep others' alive."""
         normed = [self._normed[node] for node in nodes]
         rows = self._rows().flatten(1)
-        return Features(rows if len(nodes) == len(rows) else rows[torch.tensor(nodes)], normed)
+        if len(nodes) == 1:
+            # as most passes over many sequences take theirs: quicker than by index
+            rows = rows[nodes[0] : nodes[0] + 1].clone()
+        elif len(nodes) < len(rows):
+            rows = rows[torch.tensor(nodes)]
+        return Features(rows, normed)
 
     def _put(self, place: int, nodes: Sequence[int], hidden: Tensor) -> None:
         # a pass may have rows of pending tokens alone
