@@ -41,6 +41,9 @@ class SuffixDrafts:
             ) from error
         self._known: list[_Text] = []
 
+    def load_model(self, target_model: object) -> None:
+        """vLLM calls it once its own model is there; nothing is read here."""
+
     def propose(
         self,
         sampled_token_ids: Sequence[Sequence[int]],
