@@ -64,11 +64,10 @@ class RowFeatures:
         """Those of ``nodes``; a copy that does not keep others' alive."""
         normed = [self._normed[node] for node in nodes]
         rows = self._rows().flatten(1)
-        if len(nodes) == 1:
-            # as most passes over many sequences take theirs: quicker than by index
-            rows = rows[nodes[0] : nodes[0] + 1].clone()
-        elif len(nodes) < len(rows):
-            rows = rows[torch.tensor(nodes)]
+        if len(nodes) < len(rows):
+            # mostly one of each sequence: a slice is quicker than an index
+            one = slice(nodes[0], nodes[0] + 1)
+            rows = rows[one].clone() if len(nodes) == 1 else rows[torch.tensor(nodes)]
         return Features(rows, normed)
 
     def _put(self, place: int, nodes: Sequence[int], hidden: Tensor) -> None:
