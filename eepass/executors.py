@@ -19,13 +19,12 @@ from eepass.passes.report import PassReport
 from eepass.plan import ExitPlan, ExitSegments
 from eepass.planning import DRAFT_HEAD
 from eepass.runtime.context.selection import Selection
-from eepass.runtime.decoder.costs import logit_noise, pass_seconds
+from eepass.runtime.decoder.costs import PassCosts, logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.features import Norm
 from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
@@ -119,8 +118,7 @@ def engine_for(
     options = Options(config.guarantee, config.kv, config.pending, modes)
 
     def planner() -> Planner:
-        # it copies the costs
-        costs = measured.pass_seconds
+        costs = PassCosts(measured.pass_seconds)
         if draft is None:
             made = Planner(costs)
         else:
@@ -161,7 +159,7 @@ def _draft_for(
     if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in head):
         return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
-        eagle, norm = _eagle_head(decoder, head, trace, packs), _norm(decoder)
+        eagle, norm = _eagle_head(decoder, head, trace, packs), decoder.normed
         if source in ("eagle", "cascade"):
             return Cascade(EagleTree(eagle, norm), text if source == "cascade" else None)
         # candidates of early exits
@@ -185,7 +183,7 @@ def drafts_in_a_step(
     beside = min(BESIDE, drafts // 2) if config.speculate == "cascade" else 0
     shape = TreeShape((beside,) * bool(beside), drafts - beside, STEP_LEVELS)
     eagle = _eagle_head(decoder, head, trace, packs)
-    return shape, HeadDrafts(eagle, _norm(decoder), decoder.compile_captured)
+    return shape, HeadDrafts(eagle, decoder.normed, decoder.compile_captured)
 
 
 def _eagle_head(
@@ -194,10 +192,6 @@ def _eagle_head(
     return EagleHead(
         head, _embedding(decoder), decoder.compile, trace, lambda: DRAFT_BITS if packs() else None
     )
-
-
-def _norm(decoder: Decoder) -> Norm:
-    return partial(decoder.splits[1].head.normed, tensors=decoder.tensors)
 
 
 def _embedding(decoder: Decoder) -> Tensor:

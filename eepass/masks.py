@@ -48,6 +48,13 @@ def spans_at(positions: Tensor, window: int | None) -> Tensor:
     )
 
 
+def first_seen_at(position: int, window: int | None) -> int:
+    """As ``first_seen``, for one row."""
+    if window is None:
+        return 0
+    return max(position - window + 1, 0) if window > 0 else position - position % -window
+
+
 def first_seen(positions: Tensor, window: int | None) -> Tensor:
     """The first position that rows at ``positions`` [R] attend to."""
     if window is None:

@@ -11,10 +11,17 @@ from models import VOCABULARY, eager_compile
 
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_layer import HeadStyle
+from eepass.runtime.drafting.features import Features
 from eepass.runtime.step.head_drafts import HeadDrafts
 
 FEATURE_LAYERS = (0, 2)
 ROTARY = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
+
+
+def reader(features):
+    """Reads ``features`` [n, F * H], those of the token before each of n tokens, all normed."""
+    after = features[1:]
+    return lambda position, count: Features(after[position : position + count], [True] * count)
 
 
 def made_head(decoder, follows=(), seed=0):

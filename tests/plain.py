@@ -45,10 +45,10 @@ class RandomDraft:
         self.random = random.Random(seed)
         self.tokens = []
 
-    def follow(self, tokens, features=None):
+    def follow(self, tokens):
         self.tokens += tokens
 
-    def propose(self, root, budget: Budget):
+    def propose(self, root, budget: Budget, read):
         assert self.tokens[-1] == root
         tree = Tree([root])
         # more than fit into a pass as well: the engine must not rely on a draft

@@ -159,12 +159,12 @@ def _own_chain(
 
         short = 0
 
-        def add_to(self, tree: Tree, budget: Any) -> None:
+        def add_to(self, tree: Tree, budget: Any, read: Any) -> None:
             raise NotImplementedError("a chain is proposed whole")
 
-        def propose(self, root: int, budget: Any) -> Tree:
+        def propose(self, root: int, budget: Any, read: Any) -> Tree:
             tree, node, above = Tree([root]), 0, 0
-            for level in self._begin(levels=draft_tokens):
+            for level in self._begin(read, levels=draft_tokens):
                 width = len(level.tokens) // len(level.above)
                 if above not in level.above:
                     # it is not among the paths that go on

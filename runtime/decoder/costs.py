@@ -35,6 +35,9 @@ class PassCosts(dict[int, float]):
     def __init__(self, start: Mapping[int, float]) -> None:
         super().__init__(start)
         self._passes = 0
+        # what was known at the last pass; and what follows from the costs, until they change
+        self._known: dict[int, float] = {}
+        self._ordered: list[tuple[int, float]] | None = None
         # by row count: its last passes with their numbers
         self._seen: dict[int, deque[tuple[int, float]]] = {}
         # by row count: the costs that were known when its own was, that is, at its last pass
@@ -49,6 +52,9 @@ class PassCosts(dict[int, float]):
         self[rows] = min(cost for number, cost in seen if self._passes - number < AGE)
         known = {size: self[size] for size in self._seen if self._is_known(size)}
         self._then[rows] = known
+        if known == self._known:
+            return
+        self._known, self._ordered = known, None
         for other in self.keys() - known.keys():
             then = self._then[other]
             if both := then.keys() & known.keys():
@@ -60,6 +66,25 @@ class PassCosts(dict[int, float]):
             least = max((cost for size, cost in known.items() if size < other), default=0.0)
             most = min((cost for size, cost in known.items() if size > other), default=float("inf"))
             self[other] = min(max(self[other], least), most)
+
+    @property
+    def ordered(self) -> list[tuple[int, float]]:
+        """The row counts, ascending, and what a pass of so many rows costs: never more than one of
+        more rows."""
+        if self._ordered is None:
+            least, found = float("inf"), []
+            for rows in sorted(self, reverse=True):
+                least = min(least, self[rows])
+                found.append((rows, least))
+            self._ordered = found[::-1]
+        return self._ordered
+
+    def of(self, rows: int) -> float:
+        """Seconds of a pass over ``rows``; of the largest, where it is of more."""
+        for size, cost in self.ordered:
+            if size >= rows:
+                return cost
+        return self.ordered[-1][1]
 
     def _is_known(self, rows: int) -> bool:
         return self._passes - self._seen[rows][-1][0] < AGE

@@ -29,6 +29,8 @@ Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
 Compile = Callable[..., Compiled]
 # passes of more rows are chunks of a prompt
 WIDEST_PASS = 64
+# so many rows are normed one by one, by compiled code for one
+FEW_NORMED = 8
 # chunks of prompts have no fewer rows to be sooner done: each reads all weights
 LEAST_CHUNK = 16
 # some compiled code has it: layers that it is called for as one
@@ -91,6 +93,7 @@ class Decoder:
         # by whether they are captured
         self._fills: dict[bool, list[_BoundSegment]] = {}
         self._heads: dict[int, _BoundSegment] = {}
+        self._norm: _BoundSegment | None = None
         # by row count and number of selected slots; None where layers are called one by one
         self._chains: dict[tuple[int, int], ChainedLayers | None] = {}
         # what changes with each pass, after the slots
@@ -309,6 +312,17 @@ class Decoder:
             return self.logits(torch.cat([hidden, padding], 1))[:, :rows]
         self.prepare_head(rows)
         return self._heads[rows](hidden, None)
+
+    def normed(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last layer [1, n, H] as the LM head's rows take them."""
+        head, count = self.splits[1].head, hidden.shape[1]
+        if count > FEW_NORMED or self.device.type != "cpu":
+            return head.normed(hidden, self.tensors)
+        if self._norm is None:
+            assert head.norm is not None
+            self._norm = self._bind(head.norm, 1, self.compile)
+        rows = [self._norm(row, None) for row in hidden.split(1, 1)]
+        return rows[0] if count == 1 else torch.cat(rows, 1)
 
     def bind(
         self, segment: Segment, extra: Mapping[str, Tensor], examples: Sequence[Tensor]

@@ -13,12 +13,13 @@ Chunks of a prompt, wider than other passes, have no plain mask but a prefix
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from eepass.masks import causal_mask_at, first_seen, spans_at
+from eepass.masks import causal_mask_at, first_seen, first_seen_at, spans_at
 from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.segments import CONTEXT, Input, Segment, SplitDecoder
 
@@ -72,6 +73,8 @@ class SideInputs:
         self.windows = _plain_masks(one)
         self.by_token: set[str] = set(one.embed_outputs[1:])
         self.device = next(iter(tensors.values())).device
+        # of masks
+        self._dtype = one.hidden_example.dtype
         self._all_slots = torch.arange(self.slots, device=self.device)
         last = (one.positions or self.slots) - 1
         self._positions = self._all_slots.clamp(max=last)
@@ -195,6 +198,8 @@ class SideInputs:
         return found
 
     def _gathered_mask(self, name: str, rows: Sequence[Row], spare: range) -> Tensor:
+        if name in self.windows:
+            return self._plain_mask(self.windows[name], rows, spare)
         dim = self.row_dim[name]
         positions = sorted({0, *(row.position for row in rows)})
         by_row = torch.cat([self._mask_rows(name, at, 1) for at in positions], dim).movedim(dim, 0)
@@ -222,6 +227,33 @@ class SideInputs:
             # advanced indices in front and behind: what lies between comes last
             mask[mask_rows, ..., slots] = by_row[indices, ..., attended]
         return mask.movedim(0, dim).contiguous()
+
+    def _plain_mask(self, window: int | None, rows: Sequence[Row], spare: range) -> Tensor:
+        """A mask [1, 1, R, C] of ``rows`` and padding: each pass with a tree makes one, so few
+        operations do."""
+        size = len(rows) + len(spare)
+        mask = torch.full(
+            (size, self.slots), torch.finfo(self._dtype).min, dtype=self._dtype, device=self.device
+        )
+        # padding rows attend to themselves; flat, as one index is quicker than two
+        alone = [index * self.slots + slot for index, slot in enumerate(spare, len(rows))]
+        seen = []
+        for index, row in enumerate(rows):
+            root = row.position + 1 - len(row.path_slots)
+            least = first_seen_at(row.position, window)
+            seen.append((row.first + least, row.first + root))
+            path = row.path_slots[max(least - root, 0) :]
+            alone += [index * self.slots + slot for slot in path]
+        # rows of one tree mostly attend to the same slots up to its root
+        begin = 0
+        for (first, last), group in groupby(seen):
+            end = begin + sum(1 for _ in group)
+            if first < last:
+                mask[begin:end, first:last].zero_()
+            begin = end
+        if alone:
+            mask.view(-1).index_fill_(0, self._tensor(alone), 0)
+        return mask[None, None]
 
     def _tensor(self, values: Sequence[int | tuple[int, ...]]) -> Tensor:
         return torch.tensor(values, device=self.device)

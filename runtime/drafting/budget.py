@@ -49,7 +49,7 @@ class Budget:
         self.calls += worth
         return worth
 
-    def ask(self, tree: Tree, add_to: Callable[[Tree, Budget], None]) -> bool:
+    def ask(self, tree: Tree, add_to: Callable[[Tree, Budget], object]) -> bool:
         """Let ``add_to`` run the draft's model and add to ``tree``, if that is worth its time."""
         planner = self.planner
         without, _ = planner.gain(tree.sorted_joint())

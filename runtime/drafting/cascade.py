@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Protocol
 
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import Draft
-from eepass.runtime.drafting.features import Features
+from eepass.runtime.drafting.features import ReadFeatures
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -15,7 +16,7 @@ from eepass.runtime.drafting.tree import Tree
 class Head(Draft, Protocol):
     """A draft with a model, which can add to a tree that holds draft tokens already."""
 
-    def add_to(self, tree: Tree, budget: Budget) -> None: ...
+    def add_to(self, tree: Tree, budget: Budget, read: ReadFeatures) -> None: ...
 
     def fresh(self) -> Head: ...
 
@@ -34,14 +35,15 @@ class Cascade:
         self.feature_layers = head.feature_layers
         self.expected, self.calls = head.expected, head.calls
 
-    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
-        self.head.follow(tokens, features)
+    def follow(self, tokens: Sequence[int]) -> None:
+        self.head.follow(tokens)
         if self.text is not None:
             self.text.follow(tokens)
 
-    def propose(self, root: int, budget: Budget) -> Tree:
+    def propose(self, root: int, budget: Budget, read: ReadFeatures) -> Tree:
         tree = Tree([root]) if self.text is None else self.text.propose(root, budget)
-        if budget.ask(tree, self.head.add_to) and self.text is not None and len(tree) > 1:
+        asked = budget.ask(tree, partial(self.head.add_to, read=read))
+        if asked and self.text is not None and len(tree) > 1:
             joint = tree.joint()
             parents = set(tree.parents)
             leaf = max((n for n in range(len(tree)) if n not in parents), key=joint.__getitem__)

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from eepass.runtime.drafting.acceptance import EAGLE, MODEL, TEXT
 from eepass.runtime.drafting.budget import Budget
-from eepass.runtime.drafting.features import Features
+from eepass.runtime.drafting.features import ReadFeatures
 from eepass.runtime.drafting.tree import Tree
 
 __all__ = ["EAGLE", "MODEL", "TEXT", "Draft"]
@@ -25,12 +25,13 @@ class Draft(Protocol):
     expected: float
     calls: float
 
-    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
-        """The sequence grows by ``tokens``; ``features`` are those of the token before each."""
+    def follow(self, tokens: Sequence[int]) -> None:
+        """The sequence grows by ``tokens``."""
         ...
 
-    def propose(self, root: int, budget: Budget) -> Tree:
-        """Draft tokens after ``root``, the last token of the sequence."""
+    def propose(self, root: int, budget: Budget, read: ReadFeatures) -> Tree:
+        """Draft tokens after ``root``, the last token of the sequence; ``read``: features of the
+        tokens before it."""
         ...
 
     def truncate(self, length: int) -> None:

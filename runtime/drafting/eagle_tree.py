@@ -13,7 +13,7 @@ from eepass.runtime.drafting.acceptance import EAGLE
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.eagle_form import WINDOW
 from eepass.runtime.drafting.eagle_head import ROWS, WIDTH, EagleHead, Level
-from eepass.runtime.drafting.features import Features, Norm, joined
+from eepass.runtime.drafting.features import Norm, ReadFeatures, before
 from eepass.runtime.drafting.tree import Tree
 
 
@@ -31,32 +31,28 @@ class EagleTree:
         # confirmed tokens the head has not run yet: it runs them when a draft is needed, so that
         # tokens rolled back by then cost nothing
         self._tokens: list[int] = []
-        self._features: list[Features] = []
         # how many tokens before these the head will never run
         self._skipped = 0
         # the last it has run, to be run again where another tree is asked for
-        self._last: tuple[list[int], Tensor] | None = None
+        self._last: int | None = None
 
-    def follow(self, tokens: Sequence[int], features: Features | None) -> None:
-        assert features is not None
+    def follow(self, tokens: Sequence[int]) -> None:
         self._tokens += tokens
-        self._features.append(features)
         if len(self._tokens) > 2 * WINDOW:
             # no later row attends further back than a window
             old = len(self._tokens) - WINDOW
             self._skipped += old
             del self._tokens[:old]
-            self._features = [joined(self._features).between(old, old + WINDOW)]
 
-    def propose(self, root: int, budget: Budget) -> Tree:
+    def propose(self, root: int, budget: Budget, read: ReadFeatures) -> Tree:
         tree = Tree([root])
-        self.add_to(tree, budget)
+        self.add_to(tree, budget, read)
         return tree
 
-    def add_to(self, tree: Tree, budget: Budget) -> None:
+    def add_to(self, tree: Tree, budget: Budget, read: ReadFeatures) -> None:
         """Grow ``tree``, which may hold draft tokens of other sources already."""
         grown = _Grown(tree, budget)
-        levels = self._begin()
+        levels = self._begin(read)
         while levels:
             grown.add(levels)
             frontier = grown.chances_of(self.head.frontier)
@@ -65,22 +61,22 @@ class EagleTree:
                 return
             levels = self.head.further()
 
-    def candidates(self, count: int) -> Tensor:
+    def candidates(self, count: int, read: ReadFeatures) -> Tensor:
         """The likeliest ``count`` tokens [K] after the last one, as draft tokens of an exit."""
-        (level,) = self._begin(levels=1, width=max(count, WIDTH))
+        (level,) = self._begin(read, levels=1, width=max(count, WIDTH))
         return torch.tensor(level.tokens[:count], device=self.head.hot_ids.device)
 
-    def _begin(self, **how: int) -> list[Level]:
-        if self._tokens:
+    def _begin(self, read: ReadFeatures, **how: int) -> list[Level]:
+        tokens = self._tokens
+        if tokens:
             self.head.skip(self._skipped)
-            width = self.head.feature_size // (1 + len(self.head.feature_layers))
-            tokens, features = self._tokens, joined(self._features).value(width, self.norm)
-            self._tokens, self._features, self._skipped = [], [], 0
         else:
             assert self._last is not None
             self.head.truncate(self.head.length - 1)
-            tokens, features = self._last
-        self._last = tokens[-1:], features[-1:]
+            tokens = [self._last]
+        self._tokens, self._skipped, self._last = [], 0, tokens[-1]
+        width = self.head.feature_size // (1 + len(self.head.feature_layers))
+        features = before(self.head.length, len(tokens), read).value(width, self.norm)
         return self.head.begin(tokens, features, **how)
 
     def truncate(self, length: int) -> None:
@@ -88,15 +84,15 @@ class EagleTree:
         if length < begin:
             self.head.truncate(min(length, self.head.length))
             self._skipped = max(length - self.head.length, 0)
-            self._tokens, self._features, self._last = [], [], None
-        elif self._features:
-            self._features = [joined(self._features).between(0, length - begin)]
+            self._tokens, self._last = [], None
+        else:
             del self._tokens[length - begin :]
 
     def call_seconds(self) -> float:
         """Of a tree's first levels, what it follows included."""
         head = self.head.fresh()
         features = torch.zeros(ROWS[-1], head.feature_size, dtype=head.dtype)
+        hidden = features[None, :1, : head.feature_size // (1 + len(head.feature_layers))]
         # everything is compiled here, not while a sequence waits
         how = {"levels": 1, "width": max(self.named, WIDTH)} if self.named else {}
         head.prepare(**how)
@@ -107,6 +103,7 @@ class EagleTree:
             head.further()
 
         def call() -> None:
+            self.norm(hidden)
             head.begin([0, 0], features[:2], **how)
             head.truncate(head.length - 2)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -27,32 +27,28 @@ class Features:
     def __len__(self) -> int:
         return len(self.rows)
 
-    @classmethod
-    def of(cls, rows: Tensor) -> Features:
-        """``rows`` whose z are normed."""
-        return cls(rows, [True] * len(rows))
-
-    def between(self, begin: int, end: int) -> Features:
-        return Features(self.rows[begin:end], self.normed[begin:end])
-
     def value(self, hidden_size: int, norm: Norm) -> Tensor:
         """[n, F * H] with all of z normed; H is ``hidden_size``."""
         if all(self.normed):
             return self.rows
         rows = self.rows.clone()
-        if not any(self.normed):
-            rows[:, :hidden_size] = norm(rows[None, :, :hidden_size])[0]
-            return rows
-        raw = [index for index, normed in enumerate(self.normed) if not normed]
-        z = norm(rows[None, raw, :hidden_size])[0]
-        rows[raw, :hidden_size] = z
+        raw: slice | list[int] = slice(None)
+        if any(self.normed):
+            raw = [index for index, normed in enumerate(self.normed) if not normed]
+        rows[raw, :hidden_size] = norm(rows[None, raw, :hidden_size])[0]
         return rows
 
 
-def joined(parts: Sequence[Features]) -> Features:
-    """One after another."""
-    if len(parts) == 1:
-        return parts[0]
-    return Features(
-        torch.cat([part.rows for part in parts]), [n for part in parts for n in part.normed]
-    )
+# features of a sequence's tokens, given the position of the first and how many: read when a draft
+# is asked for, which for most tokens is never
+ReadFeatures = Callable[[int, int], Features]
+
+
+def before(position: int, count: int, read: ReadFeatures) -> Features:
+    """Features of the token before each of ``count`` tokens from ``position`` on; before the first
+    of all there is none, and zeros stand for it."""
+    if position:
+        return read(position - 1, count)
+    own = read(0, max(count - 1, 1))
+    rows = torch.cat([torch.zeros_like(own.rows[:1]), own.rows[: count - 1]])
+    return Features(rows, [True, *own.normed[: count - 1]])

@@ -12,7 +12,7 @@ from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import MODEL
-from eepass.runtime.drafting.features import Features
+from eepass.runtime.drafting.features import ReadFeatures
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.runtime.drafting.tree import Tree
 
@@ -37,15 +37,15 @@ class ModelDraft:
         # how many tokens the small model's cache holds
         self.num_cached = 0
 
-    def follow(self, tokens: Sequence[int], features: Features | None = None) -> None:
+    def follow(self, tokens: Sequence[int]) -> None:
         self.text.follow(tokens)
 
-    def propose(self, root: int, budget: Budget) -> Tree:
+    def propose(self, root: int, budget: Budget, read: ReadFeatures | None = None) -> Tree:
         tree = Tree([root])
         self.add_to(tree, budget)
         return tree
 
-    def add_to(self, tree: Tree, budget: Budget) -> None:
+    def add_to(self, tree: Tree, budget: Budget, read: ReadFeatures | None = None) -> None:
         """Add its continuation to ``tree``, which may hold draft tokens of other sources."""
         text = self.text.text.tokens
         most = min(budget.most, self.decoder.max_sequence_length - len(text) - LOOK_UP)

@@ -77,7 +77,7 @@ class Planner:
     one call of the draft's model; ``draft_tokens`` and ``draft_calls``: expected tokens of a pass
     with it, and calls; ``modes``: the ways of decoding that are allowed, the plainest first."""
 
-    costs: dict[int, float]
+    costs: PassCosts
     draft_seconds: float = 0.0
     draft_tokens: float = 1.0
     modes: tuple[Mode, ...] = ("dense",)
@@ -127,14 +127,16 @@ class Planner:
     @property
     def row_seconds(self) -> float:
         """Least seconds that one more row of a pass takes."""
-        costs = pairwise(sorted(self.costs.items()))
+        costs = pairwise(self.costs.ordered)
         slopes = [(more - less) / (many - few) for (few, less), (many, more) in costs]
         return max(min(slopes, default=0.0), 0.0)
 
     def gain(self, joint: Sequence[float], rows: int = 1) -> tuple[float, int]:
         """The most seconds that draft tokens gain, and how many of them gain that; ``joint``: their
         probabilities to be accepted, the largest first; ``rows``: others in the pass."""
-        token_seconds, costs = self.token_seconds, sorted(self.costs.items())
+        if not joint:
+            return 0.0, 0
+        token_seconds, costs = self.token_seconds, self.costs.ordered
         best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self.cost(rows)
         slower = self._drafted_slower
         # rows that a larger count pads a pass with cost nothing
@@ -165,6 +167,9 @@ class Planner:
         ``pending``: rows of pending tokens that may go along; ``others``: other sequences in the
         pass.
         """
+        if len(tree) == 1:
+            self._expected += 1
+            return tree
         joint, rows = tree.joint(), 1 + pending + others
         order = sorted(range(1, len(tree)), key=lambda node: -joint[node])[:most]
         _, count = self.gain([joint[node] for node in order], rows)
@@ -249,7 +254,6 @@ class Planner:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` through all layers and the LM head, and nothing else, took so long."""
-        assert isinstance(self.costs, PassCosts)
         if rows <= max(self.costs):
             # padded to a row count there is code for
             size = min(size for size in self.costs if size >= rows)
@@ -342,9 +346,7 @@ class Planner:
 
     def cost(self, rows: int) -> float:
         """Seconds of a pass over ``rows`` through all layers."""
-        # a pass never costs more than one of more rows
-        fitting = [cost for size, cost in self.costs.items() if size >= rows]
-        return min(fitting, default=self.costs[max(self.costs)])
+        return self.costs.of(rows)
 
     def _pace_of(self, batch: int) -> Average:
         if batch not in self._pace:

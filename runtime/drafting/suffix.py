@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.draft import TEXT
-from eepass.runtime.drafting.features import Features
+from eepass.runtime.drafting.features import ReadFeatures
 from eepass.runtime.drafting.tree import Tree
 
 # no more tokens of a match are counted, and no more places looked at
@@ -139,10 +139,10 @@ class SuffixDraft:
     def __init__(self, earlier: EarlierTexts | None = None) -> None:
         self.text, self.earlier = TextIndex(self.REACH), earlier
 
-    def follow(self, tokens: Sequence[int], features: Features | None = None) -> None:
+    def follow(self, tokens: Sequence[int]) -> None:
         self.text.extend(tokens)
 
-    def propose(self, root: int, budget: Budget) -> Tree:
+    def propose(self, root: int, budget: Budget, read: ReadFeatures | None = None) -> Tree:
         tree = Tree([root])
         self.add_to(tree, 0, budget)
         return tree

@@ -59,7 +59,8 @@ class BatchScheduler:
             )
             if drafts and sequence.draft is not None and max_drafts > 0:
                 began = perf_counter()
-                proposed = sequence.draft.propose(tree.tokens[0], Budget(planner, max_drafts))
+                budget = Budget(planner, max_drafts)
+                proposed = sequence.draft.propose(tree.tokens[0], budget, sequence.features_at)
                 tree = planner.choose(proposed, max_drafts, pending, len(sequences) - 1)
                 statistics.draft_seconds += perf_counter() - began
             active: frozenset[int] = frozenset()
@@ -82,12 +83,13 @@ class BatchScheduler:
             return None
         rows = []
         for one in batch:
-            draft = one.sequence.draft
+            sequence = one.sequence
+            draft = sequence.draft
             assert isinstance(draft, EagleTree) and one.tree is not None
             if len(one.tree) > 1:
                 raise EngineError("exits that draft from no layer go with one row a pass")
             began = perf_counter()
-            rows.append(draft.candidates(self.exits.plan.draft_tokens))
+            rows.append(draft.candidates(self.exits.plan.draft_tokens, sequence.features_at))
             statistics.draft_seconds += perf_counter() - began
         return torch.stack(rows)
 

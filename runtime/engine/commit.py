@@ -6,10 +6,9 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from eepass.runtime.cache.feature_cache import FeatureCache
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
-from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.statistics import Statistics
@@ -21,14 +20,14 @@ def commit(
     exact: bool,
     planner: Planner,
     statistics: Statistics,
-    rows: RowFeatures | None,
+    features: FeatureCache | None,
 ) -> None:
     """Each sequence keeps or rolls back its tokens and grows by its new ones; with ``exact`` those
     that exited early are not confirmed yet, nor those of rows that attended to some tokens alone.
-    ``rows``: the draft's features of the pass's nodes."""
+    ``features``: the draft's."""
     statistics.passes += 1
     for one in batch:
-        sequence, features = one.sequence, _features(one, rows)
+        sequence = one.sequence
         before = sequence.num_confirmed
         if one.num_kept is not None:
             sequence.roll_back(one.num_kept)
@@ -36,11 +35,14 @@ def commit(
         elif one.path:
             # accepted rows may have gaps between their slots
             root = sequence.first_slot + sequence.position
-            decoder.kv.move([root + node for node in one.path], root, one.exit_layer)
+            sources = [root + node for node in one.path]
+            decoder.kv.move(sources, root, one.exit_layer)
+            if features is not None:
+                features.move(sources, root)
         if one.embedded is not None:
             rows_kept = one.embedded[:, torch.tensor(one.path)]
             sequence.pending.append(PendingTokens(0, sequence.position, rows_kept))
-        sequence.append(one.new_tokens, one.exit_layer, features)
+        sequence.append(one.new_tokens, one.exit_layer)
         sequence.trim_pending()
         drafted = one.slots is not None
         if not drafted and (not exact or one.exit_layer == decoder.num_layers):
@@ -49,13 +51,3 @@ def commit(
             statistics.record_exit(step.exit_layer)
         if one.proposed is not None and one.num_kept is None:
             planner.learn(one.proposed, one.new_tokens)
-
-
-def _features(scheduled: ScheduledSequence, rows: RowFeatures | None) -> Features | None:
-    """The draft's features of the tokens before the new ones."""
-    if rows is None:
-        return None
-    if scheduled.num_kept is not None:
-        return scheduled.sequence.features_at(scheduled.num_kept - 1)
-    path = scheduled.path
-    return rows.of([scheduled.first_node + node for node in path]) if path else None

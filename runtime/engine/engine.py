@@ -18,6 +18,7 @@ from torch import Tensor
 from eepass.errors import EngineError
 from eepass.runtime.context.drafts import MOST_ROWS, ContextDrafts
 from eepass.runtime.context.selection import Selection
+from eepass.runtime.decoder.costs import PassCosts
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.planner import Planner
@@ -67,7 +68,7 @@ class Engine:
         sizes = [size for size in decoder.buckets if size <= STEP_ROWS]
         self.step_rows = max(sizes)
         self.pending_limit = min(options.pending_limit, self.step_rows - 1)
-        self.planner = Planner(dict.fromkeys(sizes, 1.0), modes=options.modes)
+        self.planner = Planner(PassCosts(dict.fromkeys(sizes, 1.0)), modes=options.modes)
         self._to_measure, self._ended = (planner, noise), ended
         # a planner that nothing was measured for takes all passes to cost the same
         self._observes = False
@@ -83,7 +84,8 @@ class Engine:
             self.context_drafts = ContextDrafts(selection, self.planner, self.step_rows)
         # what generated tokens are of goes by what they attended to
         complete = options.kv_policy == "defer" and (selection is None or self.verifier.exact)
-        self.placement = Placement(decoder, complete)
+        layers = draft.feature_layers if draft is not None else None
+        self.placement = Placement(decoder, complete, layers)
         # those whose prompts have been run
         self.sequences: list[Sequence] = []
         # of a dense engine; whoever sets it takes what it keeps
@@ -193,10 +195,8 @@ class Engine:
         if sequence.in_prompt:
             return False
         if logits is not None:
-            token, last = self.verifier.next_token(logits, sequence, sequence.tokens), None
-            if sequence.draft is not None and sequence.draft.feature_layers is not None:
-                last = sequence.features_at(sequence.position)
-            sequence.append([token], self.decoder.num_layers, last)
+            token = self.verifier.next_token(logits, sequence, sequence.tokens)
+            sequence.append([token], self.decoder.num_layers)
             sequence.num_confirmed = len(sequence.tokens)
         self.sequences.append(sequence)
         return True
@@ -372,15 +372,13 @@ class Engine:
         self.statistics.seconds += seconds
 
     def _run_pass(self, batch: list[ScheduledSequence]) -> None:
-        draft = self.draft
-        layers = draft.feature_layers if draft is not None else None
         context = self.context_drafts
         attention = RowContext(self.selection, attends=True)
         if context is not None:
             attention = context.attention(batch, self.planner)
         forward_pass = ForwardPass(
-            self.decoder, self.exits, self.statistics, layers, self.options.kv_policy,
-            self.recorder, attention,
+            self.decoder, self.exits, self.statistics, self.placement.features,
+            self.options.kv_policy, self.recorder, attention,
         )  # fmt: skip
         drafts = self.scheduler.predictor_drafts(batch, self.statistics)
         forward_pass.run(batch, drafts)
@@ -389,7 +387,7 @@ class Engine:
         self.verifier.verify(forward_pass, batch, self.statistics)
         commit(
             batch, self.decoder, self.verifier.exact, self.planner, self.statistics,
-            forward_pass.features,
+            self.placement.features,
         )  # fmt: skip
 
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eepass.runtime.cache.feature_cache import FeatureCache
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place, Row
 from eepass.runtime.engine.recorder import Recorder
 from eepass.runtime.engine.row_context import RowContext
-from eepass.runtime.engine.row_features import RowFeatures
 from eepass.runtime.engine.scheduled_sequence import ScheduledSequence
 from eepass.runtime.engine.sequence import PendingTokens
 from eepass.runtime.exits.exits import Exits, RowState
@@ -30,16 +30,12 @@ PENDING = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PassRow:
-    """A row of the pass: a node of its sequence's tree, or a pending token (node ``PENDING``).
-
-    ``number``: of the node among those of all trees.
-    """
+    """A row of the pass: a node of its sequence's tree, or a pending token (node ``PENDING``)."""
 
     scheduled: ScheduledSequence
     node: int
     position: int
     row: Row
-    number: int = PENDING
 
     @property
     def is_pending(self) -> bool:
@@ -53,9 +49,8 @@ RowLogits = dict[tuple[ScheduledSequence, int, int], Tensor]
 class ForwardPass:
     """Runs a batch of scheduled sequences through ``decoder`` and fills them in.
 
-    ``feature_layers``: layers whose hidden states a draft takes as features, beside z; None where
-    it takes none. ``recorder`` keeps hidden states for others. ``context``: what the rows of long
-    texts attend to.
+    ``features``: where the states that a draft takes are kept, if there is one that does.
+    ``recorder`` keeps hidden states for others. ``context``: what the rows of long texts attend to.
     """
 
     def __init__(
@@ -63,7 +58,7 @@ class ForwardPass:
         decoder: Decoder,
         exits: Exits | None,
         statistics: Statistics,
-        feature_layers: SequenceOf[int] | None = None,
+        features: FeatureCache | None = None,
         kv_policy: str = "defer",
         recorder: Recorder | None = None,
         context: RowContext | None = None,
@@ -71,7 +66,7 @@ class ForwardPass:
         self.decoder, self.exits, self.statistics = decoder, exits, statistics
         self.recorder = recorder
         self.context = context if context is not None else RowContext(None, attends=False)
-        self.features = None if feature_layers is None else RowFeatures(feature_layers)
+        self.features = features
         self.kv_policy = kv_policy
         # the rows on this layer and their hidden states [1, R, H], padded
         self.rows: list[PassRow] = []
@@ -111,7 +106,7 @@ class ForwardPass:
                 self._run_predictors(layer)
             if not self.rows:
                 return
-        self._end()
+        self._end(batch)
 
     def _next_stop(self, batch: SequenceOf[ScheduledSequence], layer: int, exits: bool) -> int:
         """The layer after which there is something to do, of those after ``layer``."""
@@ -154,7 +149,7 @@ class ForwardPass:
                 position = root + len(path)
                 slots = tuple(first + root + n for n in path)
                 row = Row(first, position, first + root + node, slots)
-                self.rows.append(PassRow(one, node, position, row, len(self.rows)))
+                self.rows.append(PassRow(one, node, position, row))
             ids += one.tree.tokens
         if not self.rows:
             return
@@ -172,7 +167,7 @@ class ForwardPass:
             if one.slots is not None and one.tree is not None:
                 one.embedded = self.hidden[:, one.first_node : one.first_node + len(one.tree)]
         if self.features is not None:
-            self.features.begin(len(self.rows))
+            self.features.begin([row.row.slot for row in self.rows])
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
@@ -238,11 +233,15 @@ class ForwardPass:
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _nodes(self, hidden: Tensor) -> tuple[list[int], Tensor]:
-        """The numbers of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
+    def _nodes(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The slots [n] of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
+        if self._place is None:
+            self._place_rows()
+        assert self._place is not None
         # pending tokens come first
-        nodes = [row.number for row in self.rows if not row.is_pending]
-        return nodes, hidden[0, len(self.rows) - len(nodes) : len(self.rows)]
+        begin = sum(row.is_pending for row in self.rows)
+        nodes = slice(begin, len(self.rows))
+        return self._place.slots[nodes], hidden[0, nodes]
 
     def _run_predictors(self, layer: int) -> None:
         """Evaluate the exits active after ``layer`` for the nodes without a next token."""
@@ -276,7 +275,7 @@ class ForwardPass:
             row = self.rows[index]
             row.scheduled.next_tokens[row.node] = token
             if self.features is not None:
-                self.features.decided(row.number, decision.z[index])
+                self.features.decided(row.row.slot, decision.z[index])
         if decision.tokens:
             self._exit_sequences({self.rows[index].scheduled for index in decision.tokens}, layer)
 
@@ -290,7 +289,8 @@ class ForwardPass:
                 one.path, one.exit_layer = nodes, layer
                 self._defer_kv(one, layer)
                 if self.features is not None:
-                    self.features.exited([one.first_node + node for node in nodes], layer)
+                    root = one.sequence.first_slot + one.sequence.position
+                    self.features.exited([root + node for node in nodes], layer)
                 exited.add(one)
         self._keep_rows(
             [
@@ -331,11 +331,12 @@ class ForwardPass:
             return
         scheduled.sequence.pending.append(PendingTokens(layer, self.rows[own[0]].position, hidden))
 
-    def _end(self) -> None:
+    def _end(self, batch: SequenceOf[ScheduledSequence]) -> None:
         for row in self.rows:
             row.scheduled.exit_layer = self.decoder.num_layers
             if row.is_pending:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
             assert self.hidden is not None
-            self.features.at_the_end(*self._nodes(self.hidden))
+            exited = any(one.next_tokens for one in batch)
+            self.features.at_the_end(*self._nodes(self.hidden), exited)

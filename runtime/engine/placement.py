@@ -25,11 +25,15 @@ CONTINUES = 0.9
 
 class Placement:
     """Gives sequences slots in the cache of ``decoder``; ``complete``: whether the keys and values
-    of generated tokens are those of a prompt."""
+    of generated tokens are those of a prompt; ``feature_layers``: a draft's, if it takes any."""
 
-    def __init__(self, decoder: Decoder, complete: bool) -> None:
+    def __init__(
+        self, decoder: Decoder, complete: bool, feature_layers: SequenceOf[int] | None = None
+    ) -> None:
         self.decoder, self.complete = decoder, complete
-        self.features = FeatureCache(decoder.cache_length)
+        self.features: FeatureCache | None = None
+        if feature_layers is not None:
+            self.features = FeatureCache(decoder.cache_length, feature_layers)
         # other engines' features are not known here
         decoder.kv.regions.forget()
         # those that have slots
@@ -162,4 +166,5 @@ class Placement:
     def _copy(self, source: int, target: int, count: int) -> None:
         self.decoder.kv.copy(source, target, count)
         self.decoder.side_inputs.copy(source, target, count)
-        self.features.copy(source, target, count)
+        if self.features is not None:
+            self.features.copy(source, target, count)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Row
-from eepass.runtime.drafting.features import Features, joined
 from eepass.runtime.engine.sequence import Sequence
 
 OnLayer = Callable[[int, Tensor], None]
@@ -35,21 +34,21 @@ def run_chunk(
         # another text has left all of it
         sequence.num_prefilled = None
         return None
-    layers = sequence.draft.feature_layers if sequence.draft is not None else None
-    by_layer: dict[int, Tensor] = {}
+    features, slots = sequence.features, range(first + begin, first + end)
+    index = torch.tensor(slots, device=decoder.device)
 
     def keep(layer: int, hidden: Tensor) -> None:
         if on_layer is not None:
             on_layer(layer, hidden)
-        if layers is not None and layer in layers:
-            by_layer[layer] = hidden[0]
+        if features is not None and layer in features.layers:
+            features.after(layer, index, hidden[0])
 
     rows = [Row(first, at, first + at) for at in range(begin, end)]
     tokens, limit = sequence.tokens[begin:end], first + sequence.capacity
     hidden = decoder.forward(tokens, rows, limit, keep, size)
-    if layers is not None:
-        features = torch.cat([hidden[0], *(by_layer[n] for n in layers)], -1)
-        sequence.features.write(first + begin, Features(features, [False] * (end - begin)))
+    if features is not None:
+        features.begin(slots)
+        features.at_the_end(index, hidden[0])
     sequence.num_prefilled = end
     if not sequence.generated:
         _tell_draft(sequence)
@@ -64,12 +63,5 @@ def _tell_draft(sequence: Sequence) -> None:
     draft, begin, end = sequence.draft, sequence.num_followed, sequence.num_prefilled
     if draft is None or end is None:
         return
-    shifted = None
-    if draft.feature_layers is not None:
-        # each token comes with the features of the token before it, the first one with none
-        shifted = sequence.features_at(max(begin - 1, 0), end - max(begin, 1))
-        if begin == 0:
-            none = torch.zeros_like(sequence.features_at(0).rows)
-            shifted = joined([Features.of(none), shifted])
-    draft.follow(sequence.tokens[begin:end], shifted)
+    draft.follow(sequence.tokens[begin:end])
     sequence.num_followed = end

@@ -64,7 +64,7 @@ class Sequence:
     draft: Draft | None
     schedule: PredictorSchedule | None
     # the draft's features of the tokens whose slots they lie by
-    features: FeatureCache
+    features: FeatureCache | None
     # whether it may begin with what another text left in the cache, and leave its own
     shares: bool = False
     num_prefilled: int | None = 0
@@ -134,25 +134,22 @@ class Sequence:
             return self.num_prefilled
         return self.lengths(num_layers)[-1]
 
-    def features_at(self, position: int, count: int = 1) -> Features:
+    def features_at(self, position: int, count: int) -> Features:
         """The draft's features of ``count`` tokens from ``position`` on."""
+        assert self.features is not None
         return self.features.read(self.first_slot + position, count)
 
-    def append(
-        self, tokens: SequenceOf[int], exit_layer: int, features: Features | None = None
-    ) -> None:
-        """Add generated tokens; ``features`` are the draft's, of the token before each."""
+    def append(self, tokens: SequenceOf[int], exit_layer: int) -> None:
+        """Add generated tokens."""
         if not tokens:
             return
-        if features is not None:
-            self.features.write(self.first_slot + self.position, features)
         self.tokens += tokens
         self.exit_layers += [exit_layer] * len(tokens)
         if self.schedule is not None:
             for _ in tokens:
                 self.schedule.record(exit_layer)
         if self.draft is not None:
-            self.draft.follow(tokens, features)
+            self.draft.follow(tokens)
 
     def roll_back(self, count: int) -> None:
         """Keep the first ``count`` tokens and forget, everywhere, what followed them."""
@@ -172,9 +169,7 @@ class Sequence:
         self.tokens[-1] = token
         if self.draft is not None:
             self.draft.truncate(len(self.tokens) - 1)
-            takes = self.draft.feature_layers is not None
-            features = self.features_at(len(self.tokens) - 2) if takes else None
-            self.draft.follow([token], features)
+            self.draft.follow([token])
 
     def trim_pending(self) -> None:
         """Forget pending tokens that were not accepted (those after the answer's end)."""

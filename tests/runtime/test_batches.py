@@ -137,9 +137,9 @@ def test_nobody_looks_for_draft_tokens_that_cannot_pay(model, monkeypatch, sixte
     proposed = []
     propose = type(engine.draft).propose
 
-    def counted(self, root, budget):
+    def counted(self, root, budget, read):
         proposed.append(root)
-        return propose(self, root, budget)
+        return propose(self, root, budget, read)
 
     monkeypatch.setattr(type(engine.draft), "propose", counted)
     engine.planner = Planner({1: 1.0, 8: 1.0, 16: sixteen}, modes=("dense", "speculation"))

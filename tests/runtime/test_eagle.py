@@ -5,6 +5,7 @@ from itertools import count
 import pytest
 import torch
 import torch.nn.functional as F
+from made_heads import reader
 from models import VOCABULARY, eager_compile
 
 from eepass.runtime.drafting import eagle_form, eagle_head, eagle_layer, eagle_steps
@@ -13,7 +14,6 @@ from eepass.runtime.drafting.budget import Budget
 from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.eagle_weights import packed_matrices
-from eepass.runtime.drafting.features import Features
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
 from eepass.segments import GraphToMake
@@ -332,10 +332,11 @@ def test_misuse_is_refused(draft):
 def test_the_last_token_is_run_again_for_another_tree(weights, embedding):
     draft = EagleTree(made_draft(weights, embedding), norm)
     tokens, features = sequence(9)
-    draft.follow(tokens, Features.of(features))
-    named = draft.candidates(4).tolist()
+    draft.follow(tokens)
+    read = reader(features)
+    named = draft.candidates(4, read).tolist()
     budget = Budget(Planner({1: 1.0, 8: 1.01}), 7)
-    first, second = draft.propose(7, budget), draft.propose(7, budget)
+    first, second = draft.propose(7, budget, read), draft.propose(7, budget, read)
     assert first.tokens == second.tokens and first.parents == second.parents
     assert {first.tokens[n] for n in first.children(0)} >= set(named)
 
@@ -343,11 +344,12 @@ def test_the_last_token_is_run_again_for_another_tree(weights, embedding):
 def test_text_and_the_head_make_one_tree(weights, embedding):
     draft = Cascade(EagleTree(made_draft(weights, embedding), norm), SuffixDraft())
     _, features = sequence(9)
-    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], Features.of(features))
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7])
+    read = reader(features)
     budget = Budget(Planner({1: 1.0, 8: 1.01}, draft_tokens=3.0), 7)
-    tree = draft.propose(7, budget)
+    tree = draft.propose(7, budget, read)
     after_root = {tree.tokens[node] for node in tree.children(0)}
-    assert {8, *draft.head.candidates(2).tolist()} <= after_root
+    assert {8, *draft.head.candidates(2, read).tolist()} <= after_root
     # the text alone goes on along its own line
     paths = [[tree.tokens[n] for n in tree.path(node)] for node in range(len(tree))]
     assert [8, 9, 11, 5] in paths
@@ -356,13 +358,14 @@ def test_text_and_the_head_make_one_tree(weights, embedding):
 def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedding, monkeypatch):
     calls, ticks = [], count()
 
-    def add_wrong(self, tree, budget):
+    def add_wrong(self, tree, budget, read):
         calls.append(tree.add(3, 0, budget.chance((EAGLE, 0), 0.3), (EAGLE, 0)))
 
     monkeypatch.setattr(EagleTree, "add_to", add_wrong)
     draft = Cascade(EagleTree(made_draft(weights, embedding), norm), SuffixDraft())
     _, features = sequence(9)
-    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7], Features.of(features))
+    draft.follow([5, 6, 7, 8, 9, 11, 5, 6, 7])
+    read = reader(features)
     # a clock that is looked at before and after each call
     planner = Planner(
         {1: 1.0, 8: 1.01}, 0.1, 3.0, ("dense", "speculation"), clock=lambda: 0.1 * next(ticks)
@@ -370,7 +373,7 @@ def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedd
     for _ in range(50):
         # what the text says is right, what the head says never is
         planner.mode()
-        tree = draft.propose(7, Budget(planner, 7))
+        tree = draft.propose(7, Budget(planner, 7), read)
         planner.learn(tree, [8, 9, 11, 5, 6, 7, 8])
         planner.record("speculation", 8, 1.01, 7, 7)
     assert 0 < len(calls) < 20 and len(tree) > 4
@@ -379,7 +382,7 @@ def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedd
         if number == 200:
             calls.clear()
         planner.mode()
-        tree = draft.propose(7, Budget(planner, 7))
+        tree = draft.propose(7, Budget(planner, 7), read)
         planner.learn(tree, [3])
         planner.record("speculation", 8, 1.01, 7, 7)
     assert len(calls) > 30

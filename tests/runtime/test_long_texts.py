@@ -9,6 +9,7 @@ import pytest
 import torch
 from families.table import FAMILIES
 from families.table import tiny_model as family_model
+from made_heads import reader
 from models import VOCABULARY, eager_compile, random_artifact, tiny_model
 from plain import PlainEngine, RandomDraft
 
@@ -26,7 +27,7 @@ from eepass.runtime.drafting.cascade import Cascade
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_layer import HeadStyle
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.features import Features, joined
+from eepass.runtime.drafting.features import before
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.options import Options
@@ -71,20 +72,22 @@ def test_a_prompt_in_chunks_is_the_prompt_at_once(llama):
 
 
 def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
-    """The draft head gets its features of a prompt chunk by chunk, and nothing is kept twice."""
+    """The features of a prompt are kept chunk by chunk, for the draft head to read."""
     engine = model.configure(ExitConfig(speculate="eagle", adaptive=False))
     followed = []
     follow = EagleTree.follow
 
-    def watched(self, tokens, features):
-        followed.append((list(tokens), features))
-        follow(self, tokens, features)
+    def watched(self, tokens):
+        followed.append(list(tokens))
+        follow(self, tokens)
 
     monkeypatch.setattr(EagleTree, "follow", watched)
     ids = text(200)
-    engine.end(engine.start(ids))
-    assert [len(tokens) for tokens, _ in followed] == [64, 64, 64, 8, 1]
-    assert [token for tokens, _ in followed[:-1] for token in tokens] == ids
+    sequence = engine.start(ids)
+    features = before(0, len(ids) + 1, sequence.features_at)
+    engine.end(sequence)
+    assert [len(tokens) for tokens in followed] == [64, 64, 64, 8, 1]
+    assert [token for tokens in followed[:-1] for token in tokens] == ids
     # each token comes with the features of the token before it, across chunks too
     states = []
     layers = engine.draft.feature_layers
@@ -96,7 +99,7 @@ def test_a_prompt_leaves_no_states_of_all_its_tokens(monkeypatch, model):
     norm = engine.draft.head.norm
     z = norm(torch.cat([h for n, h in states if n == 3])[None])[0]
     wanted = torch.cat([z, *(torch.cat([h for n, h in states if n == at]) for at in layers)], -1)
-    found = joined([features for _, features in followed]).value(z.shape[1], norm)
+    found = features.value(z.shape[1], norm)
     assert not found[0].any()
     torch.testing.assert_close(found[1:], wanted, atol=1e-5, rtol=1e-5)
 
@@ -250,19 +253,20 @@ def test_a_head_that_did_not_run_for_long_gives_the_same(monkeypatch):
     monkeypatch.setattr(eagle_tree, "WINDOW", 512)
     tokens, features, head = text(1400), None, eagle_head()
     generator = torch.Generator().manual_seed(3)
-    features = torch.randn(1400, head.feature_size, generator=generator)
-    (wanted,) = head.fresh().begin(tokens, features, levels=1)
+    features = torch.randn(2600, head.feature_size, generator=generator)
+    features[0], read = 0, reader(features)
+    (wanted,) = head.fresh().begin(tokens, features[:1400], levels=1)
     tree = EagleTree(head, lambda hidden: hidden)
     for begin in range(0, 1400, 7):
-        tree.follow(tokens[begin : begin + 7], Features.of(features[begin : begin + 7]))
-        assert sum(map(len, tree._features)) == len(tree._tokens) <= 2 * 512
-    assert tree.candidates(6).tolist() == wanted.tokens
+        tree.follow(tokens[begin : begin + 7])
+        assert len(tree._tokens) <= 2 * 512
+    assert tree.candidates(6, read).tolist() == wanted.tokens
     assert tree.head.length == 1400
     # rolled back to tokens it never ran, it goes on
-    tree.follow(tokens[:1100], Features.of(features[:1100]))
+    tree.follow(tokens[:1100])
     tree.truncate(1405)
-    tree.follow([7], Features.of(features[:1]))
-    assert len(tree.candidates(6)) == 6 and tree.head.length == 1406
+    tree.follow([7])
+    assert len(tree.candidates(6, read)) == 6 and tree.head.length == 1406
 
 
 def eagle_head():

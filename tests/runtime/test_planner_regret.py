@@ -150,7 +150,7 @@ class World:
         self.clock += taken
         return taken
 
-    def propose(self, root, budget):
+    def propose(self, root, budget, read=None):
         tree, node, joint = Tree([root]), 0, 1.0
         self.true = {0: 1.0}
         for depth in range(budget.most if self.by_text else 0):
@@ -164,7 +164,7 @@ class World:
         return tree
 
     # as a draft head: it names what the text says, or else a token and a second one at each level
-    def add_to(self, tree, budget):
+    def add_to(self, tree, budget, read):
         node, depth, joint = 0, 0, 1.0
         while True:
             self.clock += self.now.call * (1 + abs(self.rng.gauss(0, 0.02)))
@@ -185,7 +185,7 @@ class World:
             if not budget.worth_a_call(tree.joint()[1:], [joint]):
                 return
 
-    def follow(self, tokens, features=None): ...
+    def follow(self, tokens): ...
 
     def call_seconds(self):
         return self.start_call
@@ -230,7 +230,7 @@ def regret(world, modes, planner=None):
         now, began = world.now, world.clock
         mode = planner.mode()
         world.by_text = world.rng.random() < now.often
-        proposed = head.propose(5, Budget(planner, ROWS[-1] - 1))
+        proposed = head.propose(5, Budget(planner, ROWS[-1] - 1), None)
         asked = world.clock - began
         tree = planner.choose(proposed, ROWS[-1] - 1)
         early = mode in ("exits", "both")

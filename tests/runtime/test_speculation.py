@@ -272,3 +272,22 @@ def chi_square_tail(counts, expected, draws):
     scale = 2 / (9 * freedom)
     deviate = ((statistic / freedom) ** (1 / 3) - (1 - scale)) / scale**0.5
     return float(0.5 * torch.erfc(torch.tensor(deviate / 2**0.5)))
+
+
+def test_the_draft_reads_the_features_of_what_was_accepted(decoder, plain, monkeypatch):
+    """They move with the tokens of a path, and those of rejected draft tokens are written over."""
+    layers = (1, 3)
+    monkeypatch.setattr(RandomDraft, "feature_layers", layers)
+    engine, states = engine_for(decoder, plain, 5, "speculation", right=0.7), {}
+    sequence = engine.start(PROMPT, 40)
+    while not sequence.finished:
+        engine.step([sequence])
+    gaps, count = engine.statistics.summary()["accepted_per_pass"], sequence.position
+    found = sequence.features_at(0, count)
+    engine.end(sequence)
+    Engine(decoder).prefill(
+        sequence.tokens[:count], lambda n, h: states.setdefault(n, []).append(h[0].clone())
+    )
+    wanted = torch.cat([torch.cat(states[n]) for n in (DEPTH, *layers)], -1)
+    assert gaps > 1.2 and not any(found.normed)
+    torch.testing.assert_close(found.rows, wanted, atol=2e-5, rtol=1e-4)
