@@ -10,13 +10,18 @@ from torch import Tensor
 from eepass.runtime.cache.kv_cache import copy_rows
 from eepass.runtime.drafting.features import Features
 
+# states [1, R, H] of a pass: z, and those after each of some layers; None where they are not noted
+Left = list[Tensor | None]
+# of so many tokens states wait for being written
+MOST_WAITING = 64
+
 
 class FeatureCache:
     """Of the tokens in ``slots`` slots, as far as they were run: the hidden state z before the LM
     head, and those after ``layers``.
 
-    A pass writes them as its layers give them, and a draft reads what it needs when it is asked:
-    for most tokens that is never.
+    Passes leave states here as their layers give them, and a draft reads what it needs when it is
+    asked. As for most tokens that is never, what a pass leaves is only noted at first.
     """
 
     def __init__(self, slots: int, layers: Sequence[int] = ()) -> None:
@@ -25,50 +30,62 @@ class FeatureCache:
         self._states: list[Tensor] = []
         # whether z is normed already
         self._normed = [False] * slots
+        # what the newest pass over each of some slots has left, and in which of its rows
+        self._waiting: dict[int, tuple[Left, int]] = {}
+        self._newest: Left = []
 
     def between(self, begin: int, end: int) -> list[int]:
         """The ``layers`` after which states are wanted, of those from ``begin`` to ``end``."""
         return sorted(layer for layer in self.layers if begin < layer <= end)
 
     def begin(self, slots: Sequence[int]) -> None:
-        """The tokens of ``slots`` are about to be run."""
-        for slot in slots:
+        """A pass over the tokens of ``slots`` begins."""
+        self._newest = [None] * (1 + len(self.layers))
+        for row, slot in enumerate(slots):
             self._normed[slot] = False
+            self._waiting[slot] = self._newest, row
 
-    def after(self, layer: int, slots: Tensor, hidden: Tensor) -> None:
-        """States [n, H] of the tokens in ``slots`` [n] after ``layer``, one of ``layers``."""
-        self._write(1 + self.layers.index(layer), slots, hidden)
+    def keep(self, layer: int | None, hidden: Tensor) -> None:
+        """States [1, R, H] of the pass, in the order it began with, after ``layer``, one of
+        ``layers``, or after the last (None); padding may follow."""
+        self._newest[self._place(layer)] = hidden
+        if layer is None and len(self._waiting) >= MOST_WAITING:
+            self._flush()
 
-    def at_the_end(self, slots: Tensor, hidden: Tensor, exited: bool = False) -> None:
-        """States [n, H] of ``slots`` [n] after the last layer; ``exited``: some may have their z
-        already, from an exit."""
-        if exited:
+    def write(self, layer: int | None, slots: Tensor, hidden: Tensor, exited: bool = False) -> None:
+        """As ``keep``, of a pass with other rows by now: states [n, H] of ``slots`` [n].
+        ``exited``: some may have their z already, from an exit."""
+        if exited and layer is None:
             left = [at for at, slot in enumerate(slots.tolist()) if not self._normed[slot]]
             slots, hidden = slots[left], hidden[left]
-        self._write(0, slots, hidden)
+        self._write(self._place(layer), slots, hidden)
 
     def decided(self, slot: int, z: Tensor) -> None:
         """An exit decided what follows the token in ``slot``, by z [H]."""
-        self._write(0, torch.tensor([slot]), z[None])
+        self._flush()
+        self._write(0, torch.tensor([slot], device=z.device), z[None])
         self._normed[slot] = True
 
     def exited(self, slots: Sequence[int], layer: int) -> None:
         """The tokens in ``slots``, all decided, do not go beyond ``layer``: the state after the
         last layer they reached stands for later ones, or z."""
+        self._flush()
         reached = [place for place, own in enumerate(self.layers, 1) if own <= layer]
         last = max(reached, key=lambda place: self.layers[place - 1], default=0)
-        index = torch.tensor(slots)
+        index = torch.tensor(slots, device=self._states[0].device)
         for place, own in enumerate(self.layers, 1):
             if own > layer:
                 self._write(place, index, self._states[last][index])
 
     def read(self, slot: int, count: int) -> Features:
         """A copy."""
+        self._flush()
         rows = torch.cat([state[slot : slot + count] for state in self._states], 1)
         return Features(rows, self._normed[slot : slot + count])
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy those of ``count`` slots from ``source`` on to ``target`` onwards."""
+        self._flush()
         for state in self._states:
             copy_rows(state, 0, source, target, count)
         self._normed[target : target + count] = self._normed[source : source + count]
@@ -78,10 +95,40 @@ class FeatureCache:
         end = target + len(sources)
         if sources[0] == target and sources[-1] == end - 1:
             return
+        self._flush()
         index = torch.tensor(sources)
         for state in self._states:
             state[target:end] = state[index]
         self._normed[target:end] = [self._normed[slot] for slot in sources]
+
+    def _place(self, layer: int | None) -> int:
+        return 0 if layer is None else 1 + self.layers.index(layer)
+
+    def _flush(self) -> None:
+        """Write what was only noted."""
+        passes: dict[int, tuple[Left, list[int], list[int]]] = {}
+        for slot, (left, row) in self._waiting.items():
+            _, slots, rows = passes.setdefault(id(left), (left, [], []))
+            slots.append(slot)
+            rows.append(row)
+        # the pass may not be at its end
+        newest = self._newest
+        self._waiting = {s: noted for s, noted in self._waiting.items() if noted[0] is newest}
+        for place in range(1 + len(self.layers)):
+            targets, parts = list[int](), list[Tensor]()
+            for left, slots, rows in passes.values():
+                if (hidden := left[place]) is not None:
+                    first, last = rows[0], rows[-1] + 1
+                    line: slice | list[int] = rows
+                    if rows == list(range(first, last)):
+                        # a slice is quicker than an index
+                        line = slice(first, last)
+                    targets += slots
+                    parts.append(hidden[0, line])
+                    left[place] = None
+            if parts:
+                hidden = torch.cat(parts)
+                self._write(place, torch.tensor(targets, device=hidden.device), hidden)
 
     def _write(self, place: int, slots: Tensor, hidden: Tensor) -> None:
         if not self._states:

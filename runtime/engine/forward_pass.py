@@ -72,6 +72,8 @@ class ForwardPass:
         self.rows: list[PassRow] = []
         self.hidden: Tensor | None = None
         self._place: Place | None = None
+        # whether the rows are the nodes of all trees, as they were at first
+        self._is_whole = False
         self._state: RowState | None = None
 
     def run(self, batch: SequenceOf[ScheduledSequence], drafts: Tensor | None = None) -> None:
@@ -97,7 +99,7 @@ class ForwardPass:
             *states, self.hidden = self.decoder.run_layers(begin, stops, self.hidden, self._place)
             if self.features is not None:
                 for after, state in zip(taken, states, strict=True):
-                    self.features.after(after, *self._nodes(state))
+                    self._keep_features(after, state)
             if self.recorder is not None and layer in self.recorder.layers:
                 for number, row in enumerate(self.rows):
                     own = self.hidden[0, number : number + 1]
@@ -168,6 +170,7 @@ class ForwardPass:
                 one.embedded = self.hidden[:, one.first_node : one.first_node + len(one.tree)]
         if self.features is not None:
             self.features.begin([row.row.slot for row in self.rows])
+            self._is_whole = True
         if self.exits is not None:
             if drafts is not None and size > len(drafts):
                 drafts = torch.cat([drafts, drafts[-1:].expand(size - len(drafts), -1)])
@@ -207,7 +210,7 @@ class ForwardPass:
             return
         self.statistics.rows_caught_up += len(inserted)
         count, carried = len(inserted), len(self.rows)
-        self.rows, self._place = inserted + self.rows, None
+        self.rows, self._place, self._is_whole = inserted + self.rows, None, False
         if carried:
             assert self.hidden is not None
             states.append(self.hidden[:, :carried])
@@ -228,20 +231,25 @@ class ForwardPass:
             return
         assert self.hidden is not None
         index = torch.tensor(keep + keep[-1:] * (self.decoder.bucket(len(keep)) - len(keep)))
-        self.rows, self._place = [self.rows[at] for at in keep], None
+        self.rows, self._place, self._is_whole = [self.rows[at] for at in keep], None, False
         self.hidden = self.hidden[:, index]
         if self._state is not None:
             self._state = self._state.select(index)
 
-    def _nodes(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The slots [n] of the nodes that are rows, and theirs [n, H] of the rows' ``hidden``."""
+    def _keep_features(self, layer: int | None, hidden: Tensor, exited: bool = False) -> None:
+        """Keep the rows' states [1, R, H] after ``layer``, or the last (None), for a draft;
+        ``exited``: an exit has decided some of the next tokens."""
+        assert self.features is not None
+        if self._is_whole and not exited:
+            self.features.keep(layer, hidden)
+            return
         if self._place is None:
             self._place_rows()
         assert self._place is not None
         # pending tokens come first
         begin = sum(row.is_pending for row in self.rows)
         nodes = slice(begin, len(self.rows))
-        return self._place.slots[nodes], hidden[0, nodes]
+        self.features.write(layer, self._place.slots[nodes], hidden[0, nodes], exited)
 
     def _run_predictors(self, layer: int) -> None:
         """Evaluate the exits active after ``layer`` for the nodes without a next token."""
@@ -338,5 +346,4 @@ class ForwardPass:
                 row.scheduled.caught_up.append(row.position)
         if self.features is not None:
             assert self.hidden is not None
-            exited = any(one.next_tokens for one in batch)
-            self.features.at_the_end(*self._nodes(self.hidden), exited)
+            self._keep_features(None, self.hidden, any(one.next_tokens for one in batch))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from eepass.runtime.decoder.decoder import Decoder
@@ -34,21 +33,21 @@ def run_chunk(
         # another text has left all of it
         sequence.num_prefilled = None
         return None
-    features, slots = sequence.features, range(first + begin, first + end)
-    index = torch.tensor(slots, device=decoder.device)
+    features = sequence.features
 
     def keep(layer: int, hidden: Tensor) -> None:
         if on_layer is not None:
             on_layer(layer, hidden)
         if features is not None and layer in features.layers:
-            features.after(layer, index, hidden[0])
+            features.keep(layer, hidden)
 
+    if features is not None:
+        features.begin(range(first + begin, first + end))
     rows = [Row(first, at, first + at) for at in range(begin, end)]
     tokens, limit = sequence.tokens[begin:end], first + sequence.capacity
     hidden = decoder.forward(tokens, rows, limit, keep, size)
     if features is not None:
-        features.begin(slots)
-        features.at_the_end(index, hidden[0])
+        features.keep(None, hidden)
     sequence.num_prefilled = end
     if not sequence.generated:
         _tell_draft(sequence)

@@ -44,12 +44,12 @@ def test_the_first_token_has_none_before_it():
 def filled(*values):
     """A cache of 20 slots whose tokens from slot 2 on have ``values`` as z, and 10 times that after
     layer 3."""
-    cache, slots = FeatureCache(20, (3,)), torch.arange(2, 2 + len(values))
+    cache = FeatureCache(20, (3,))
     cache.copy(0, 5, 3)
-    z = torch.tensor(values, dtype=torch.float)[:, None]
-    cache.begin(slots.tolist())
-    cache.after(3, slots, 10 * z)
-    cache.at_the_end(slots, z)
+    z = torch.tensor([*values, 99], dtype=torch.float)[None, :, None]
+    cache.begin(range(2, 2 + len(values)))
+    cache.keep(3, 10 * z)
+    cache.keep(None, z)
     return cache
 
 
@@ -60,7 +60,8 @@ def test_features_move_with_their_slots():
     found = cache.read(3, 3)
     assert found.rows.tolist() == [[1, 10], [7, 20], [3, 30]]
     assert found.normed == [False, True, False]
-    cache.begin([3, 4, 5])
+    cache.begin([3, 4])
+    cache.begin([5])
     assert cache.read(3, 3).normed == [False] * 3 and found.normed == [False, True, False]
 
 
@@ -78,16 +79,29 @@ def test_an_exit_leaves_what_it_knows():
     assert cache.between(0, 2) == [1] and cache.between(1, 4) == [3]
     slots = torch.tensor([4, 5])
     cache.begin([4, 5])
-    cache.after(1, slots, torch.tensor([[1.0], [2.0]]))
+    cache.keep(1, torch.tensor([[[1.0], [2.0]]]))
     cache.decided(4, torch.tensor([9.0]))
+    # read in the middle of a pass, which goes on
+    assert cache.read(4, 2).rows[:, :2].tolist() == [[9, 1], [0, 2]]
     # its state after layer 1 stands for that after layer 3
     cache.exited([4], 2)
-    cache.after(3, slots[1:], torch.tensor([[20.0]]))
-    cache.at_the_end(slots[1:], torch.tensor([[200.0]]))
+    cache.write(3, slots[1:], torch.tensor([[20.0]]))
+    cache.write(None, slots[1:], torch.tensor([[200.0]]))
     assert cache.read(4, 2).rows.tolist() == [[9, 1, 1], [200, 2, 20]]
     # one decided within a tree whose other rows went on keeps its z
-    cache.at_the_end(slots, torch.tensor([[5.0], [6.0]]), exited=True)
+    cache.write(None, slots, torch.tensor([[5.0], [6.0]]), exited=True)
     assert cache.read(4, 2).rows[:, 0].tolist() == [9, 6]
+
+
+def test_the_newest_pass_over_a_slot_counts():
+    """Draft tokens that were rejected leave their slots to others; little waits to be written."""
+    cache = FeatureCache(200)
+    for begin in range(100):
+        cache.begin([begin, begin + 1, begin + 2])
+        cache.keep(None, torch.tensor([[[begin + 0.0], [-1], [-2], [-3]]]))
+        assert len(cache._waiting) <= 64
+    found = cache.read(0, 102).rows[:, 0].tolist()
+    assert found == [*range(100), -1, -2]
 
 
 def test_tokens_that_nothing_is_drafted_after_are_not_normed(monkeypatch):
