@@ -35,8 +35,10 @@ class PassCosts(dict[int, float]):
     def __init__(self, start: Mapping[int, float]) -> None:
         super().__init__(start)
         self._passes = 0
-        # what was known at the last pass; and what follows from the costs, until they change
+        # what was known at the last pass, and until which one that holds as long as no cost changes
         self._known: dict[int, float] = {}
+        self._known_until = 0
+        # what follows from the costs, until they change
         self._ordered: list[tuple[int, float]] | None = None
         # by row count: its last passes with their numbers
         self._seen: dict[int, deque[tuple[int, float]]] = {}
@@ -49,12 +51,16 @@ class PassCosts(dict[int, float]):
         # what was measured at the start counts like a first pass
         seen = self._seen.setdefault(rows, deque([(self._passes, self[rows])], RECENT))
         seen.append((self._passes, seconds))
-        self[rows] = min(cost for number, cost in seen if self._passes - number < AGE)
+        cost = min(cost for number, cost in seen if self._passes - number < AGE)
+        if cost == self._known.get(rows) and self._passes < self._known_until:
+            # as mostly: nothing follows that did not before
+            self._then[rows] = self._known
+            return
+        self[rows] = cost
         known = {size: self[size] for size in self._seen if self._is_known(size)}
         self._then[rows] = known
-        if known == self._known:
-            return
         self._known, self._ordered = known, None
+        self._known_until = AGE + min(self._seen[size][-1][0] for size in known)
         for other in self.keys() - known.keys():
             then = self._then[other]
             if both := then.keys() & known.keys():
@@ -78,6 +84,10 @@ class PassCosts(dict[int, float]):
                 found.append((rows, least))
             self._ordered = found[::-1]
         return self._ordered
+
+    def size(self, rows: int) -> int:
+        """The smallest row count there is for ``rows``, one of which there is."""
+        return next(size for size, _ in self.ordered if size >= rows)
 
     def of(self, rows: int) -> float:
         """Seconds of a pass over ``rows``; of the largest, where it is of more."""

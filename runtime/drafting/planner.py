@@ -24,7 +24,7 @@ from eepass.runtime.drafting.tree import Tree
 Mode = Literal["dense", "exits", "speculation", "both"]
 
 # passes between two tries of what costs in vain as much as it would gain with each pass
-PATIENCE = 32
+PATIENCE = 48
 # weight of the newest pass in an average over passes
 NEWEST = 0.1
 # What the draft's model gains is learned by what the tree there is without it gains (edges in dense
@@ -42,6 +42,10 @@ TRIAL, EXITS_HOPE = 2, 0.03
 # a change of costs that says that what is known of exits is out of date; the loss that a pass
 # without exits stands for while they pay, in dense passes
 JUMP, REFRESH = 1.5, 0.5
+# Draft tokens are chosen because their chances look high, so that they are right less often than
+# estimated: what passes brought for what was expected, with what an estimate counts for (in draft
+# tokens) and how fast older passes fade
+TRUST, HITS_FADE = 8.0, 0.98
 # by which an average is divided at least
 LEAST_BROUGHT = 0.1
 
@@ -106,6 +110,8 @@ class Planner:
     _batch: int = 1
     _asked_seconds: float = 0.0
     _expected: float = 0.0
+    # draft tokens that were right, and that were expected to be, older ones fading
+    _hits: tuple[float, float] = (TRUST, TRUST)
     # seconds of a call of the draft's model
     _calls: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
@@ -125,6 +131,12 @@ class Planner:
         return self.cost(1) * self._pace_of(self._batch).value
 
     @property
+    def truth(self) -> float:
+        """The draft tokens that are right, of those expected to be."""
+        right, expected = self._hits
+        return min(right / expected, 1.0)
+
+    @property
     def row_seconds(self) -> float:
         """Least seconds that one more row of a pass takes."""
         costs = pairwise(self.costs.ordered)
@@ -136,7 +148,7 @@ class Planner:
         probabilities to be accepted, the largest first; ``rows``: others in the pass."""
         if not joint:
             return 0.0, 0
-        token_seconds, costs = self.token_seconds, self.costs.ordered
+        worth, costs = self.token_seconds * self.truth, self.costs.ordered
         best, count, tokens, begin, without = 0.0, 0, 0.0, 0, self.cost(rows)
         slower = self._drafted_slower
         # rows that a larger count pads a pass with cost nothing
@@ -144,7 +156,7 @@ class Planner:
             end = min(size - rows, len(joint))
             if end > begin:
                 tokens += sum(joint[begin:end])
-                gained, begin = tokens * token_seconds - (slower * cost - without), end
+                gained, begin = tokens * worth - (slower * cost - without), end
                 if gained > best:
                     best, count = gained, end
         return best, count
@@ -180,15 +192,16 @@ class Planner:
     def _try_other_rows(self, joint: Sequence[float], count: int, rows: int) -> int:
         """``count`` draft tokens, or those of a larger or smaller pass: these may have become
         cheaper, which only such a pass can show."""
+        worth = self.token_seconds * self.truth
         larger = min((size for size in self.costs if size > rows + count), default=0)
         if more := joint[count : max(larger - rows, count)]:
-            hope = self.token_seconds * sum(more)
+            hope = worth * sum(more)
             loss = self.cost(larger) - self.cost(rows + count) - hope
             if self.due(("rows", larger), loss, ROWS_HOPE * hope):
                 return count + len(more)
         smaller = max((size for size in self.costs if size < rows + count), default=0)
         if smaller > rows:
-            loss = self.token_seconds * sum(joint[smaller - rows : count])
+            loss = worth * sum(joint[smaller - rows : count])
             if self.due(("rows", smaller), loss, FEWER_HOPE * self.cost(1)):
                 return smaller - rows
         return count
@@ -254,9 +267,9 @@ class Planner:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` through all layers and the LM head, and nothing else, took so long."""
-        if rows <= max(self.costs):
+        if rows <= self.costs.ordered[-1][0]:
             # padded to a row count there is code for
-            size = min(size for size in self.costs if size >= rows)
+            size = self.costs.size(rows)
             before = self.costs[size]
             self.costs.observe(size, seconds)
             if not before / JUMP < self.costs[size] < before * JUMP:
@@ -275,6 +288,10 @@ class Planner:
         kind = happened[drafted + 2 * early]
         self.used[kind] = self.used.get(kind, 0) + 1
         usual = self.cost(rows) * max(1.0, rows / max(self.costs))
+        if drafted and not early:
+            got, expected = self._hits
+            got, expected = got * HITS_FADE, expected * HITS_FADE
+            self._hits = got + appended - batch, expected + self._expected - batch
         if early:
             # a machine that was busy with something else says nothing about exits
             took, exits = (seconds - self._asked_seconds) / usual, self._exits_of(batch)
@@ -296,13 +313,14 @@ class Planner:
 
     def learned(self) -> list[float]:
         """What is known of exits and of running the draft's model, for a later planner."""
-        return [self._exits_of(1).value, *(asked.value for asked in self._asked)]
+        return [self._exits_of(1).value, self.truth, *(asked.value for asked in self._asked)]
 
     def recall(self, learned: Sequence[float]) -> None:
         """Start with what an earlier planner had ``learned``."""
-        if len(learned) == 1 + len(self._asked):
-            exits, *asked = map(Average, learned)
-            self._exits, self._asked = {1: exits}, asked
+        if len(learned) == 2 + len(self._asked):
+            exits, truth, *asked = learned
+            self._exits, self._asked = {1: Average(exits)}, [Average(one) for one in asked]
+            self._hits = TRUST * min(max(truth, 0.0), 1.0), TRUST
 
     def decision(self, batch: int = 1) -> Mapping[str, object]:
         """The mode in use and the figures it was chosen by, in milliseconds; ``drafted_slower``:

@@ -21,15 +21,13 @@ from eepass.runtime.drafting.tree import Tree
 LONGEST, PLACES = 24, 16
 # so many places that match as far as is counted are enough
 ENOUGH = 4
-# a place is found by the SHORT tokens before it, or by one where these stand nowhere
-SHORT = 3
 # after the last token of a text
 END = -1
 # the bins of a branch: by the tokens that match, and by its share of the places that match as far
-LENGTH_EDGES, SHARE_EDGES = (2, 3, 4, 6, 9, 14, 22), (0.2, 0.4, 0.6, 0.999)
+LENGTH_EDGES, SHARE_EDGES = (3, 4, 6, 9, 14, 22), (0.2, 0.4, 0.6, 0.999)
 # estimated chance of a branch by its bin of tokens that match, until it is learned; and by how much
 # it is lower where a longer match goes on with another token
-PRIORS, OUTDONE = (0.12, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95), 0.25
+PRIORS, OUTDONE = (0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 0.95), 0.25
 
 
 class Place(NamedTuple):
@@ -52,7 +50,9 @@ class Branch(NamedTuple):
 
 
 class TextIndex:
-    """A text, and chains of the positions that follow the same token or ``SHORT`` tokens.
+    """A text, and chains of the positions that follow the same two tokens.
+
+    What follows one token alone is not worth looking for: it is right too rarely.
 
     Memory is bounded: beside the text itself, of its last ``reach`` to 2 * ``reach`` tokens.
     """
@@ -61,18 +61,18 @@ class TextIndex:
         self.tokens: list[int] = []
         self.reach = reach
         # the newest position after some tokens, and from position ``_first`` on, the one before
-        self._newest: dict[int | tuple[int, ...], int] = {}
-        self._older: list[tuple[int, int]] = []
+        self._newest: dict[tuple[int, int], int] = {}
+        self._older: list[int] = []
         self._first = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
         text, newest = self.tokens, self._newest
         for token in tokens:
-            older = (END, END)
-            if text:
-                one, short, at = text[-1], tuple(text[-SHORT:]), len(text)
-                older = newest.get(one, END), newest.get(short, END)
-                newest[one] = newest[short] = at
+            older = END
+            if len(text) > 1:
+                pair = text[-2], text[-1]
+                older = newest.get(pair, END)
+                newest[pair] = len(text)
             self._older.append(older)
             text.append(token)
         if len(self._older) >= 2 * self.reach:
@@ -83,29 +83,27 @@ class TextIndex:
         text = self.tokens
         for _ in range(len(text) - max(length, self._first)):
             text.pop()
-            older = self._older.pop()
-            keys: list[int | tuple[int, ...]] = [text[-1], tuple(text[-SHORT:])] if text else []
-            for key, at in zip(keys, older, strict=False):
+            at = self._older.pop()
+            if len(text) > 1:
+                pair = text[-2], text[-1]
                 if at < self._first:
-                    del self._newest[key]
+                    del self._newest[pair]
                 else:
-                    self._newest[key] = at
+                    self._newest[pair] = at
         if length < self._first:
             del text[length:]
             self._first = length
 
-    def places(self, context: Sequence[int], known: int) -> Iterator[Place]:
-        """Where the last ``known`` tokens of ``context``, one or ``SHORT``, stand, the newest
-        first."""
+    def places(self, context: Sequence[int]) -> Iterator[Place]:
+        """Where the last two tokens of ``context`` stand, the newest first."""
         text, size = self.tokens, len(context)
-        key = context[-1] if known == 1 else tuple(context[-SHORT:])
-        at = self._newest.get(key, END) if size >= known else END
+        at = self._newest.get((context[-2], context[-1]), END) if size > 1 else END
         while at >= self._first and at > 0:
-            matched, most = known, min(LONGEST, size, at)
+            matched, most = 2, min(LONGEST, size, at)
             while matched < most and text[at - 1 - matched] == context[-1 - matched]:
                 matched += 1
             yield Place(text, at, matched)
-            at = self._older[at - self._first][known > 1]
+            at = self._older[at - self._first]
 
     def _forget(self, first: int) -> None:
         """Index nothing before position ``first``."""
@@ -176,17 +174,14 @@ class SuffixDraft:
         """Where the last tokens of the text and ``path`` stand."""
         context = [*self.text.tokens[-LONGEST:], *path][-LONGEST:]
         indexes = [self.text, *(self.earlier.indexes[::-1] if self.earlier else ())]
-        for known in (SHORT, 1):
-            found, full = list[Place](), 0
-            for index in indexes if context else ():
-                for place in index.places(context, known):
-                    found.append(place)
-                    full += place.matched == LONGEST
-                    if full == ENOUGH or len(found) == PLACES:
-                        return found
-            if found:
-                return found
-        return []
+        found, full = list[Place](), 0
+        for index in indexes:
+            for place in index.places(context):
+                found.append(place)
+                full += place.matched == LONGEST
+                if full == ENOUGH or len(found) == PLACES:
+                    return found
+        return found
 
     def continuation(self, path: Sequence[int], most: int) -> tuple[list[int], int]:
         """Up to ``most`` tokens that followed the longest match of the text and ``path``, the

@@ -324,3 +324,23 @@ def test_several_sequences_look_for_drafts_as_far_as_that_gains(right):
         rows = 16 if right and found else 8
         planner.record("speculation", rows, planner.costs[rows], rows, rows, 8)
     assert looks == 300 if right else looks < 30
+
+
+def test_draft_tokens_that_only_look_likely_are_not_run():
+    """Chosen for high estimates, they are right less often than those say; a pass that would pay by
+    them does not pay."""
+    planner = Planner({1: 1.0, 4: 1.4}, modes=("dense", "speculation"))
+    ran = []
+    for number in range(200):
+        planner.mode()
+        tree = Tree([5])
+        # estimated anew each time, so that no bin learns how wrong that is
+        tree.add(6, 0, 0.6, (0, 1, number))
+        chosen = planner.choose(tree, 3)
+        ran.append(len(chosen) > 1)
+        tokens = [6, 7] if number % 4 == 0 and ran[-1] else [7]
+        planner.record(
+            "speculation", 4 if ran[-1] else 1, 1.4 if ran[-1] else 1.0, len(tokens), len(tokens)
+        )
+        planner.learn(tree, tokens)
+    assert all(ran[:8]) and sum(ran[100:]) < 10
