@@ -18,6 +18,8 @@ class Budget:
     planner: Planner
     most: int
     calls: int = 1
+    # seconds that went to what would not have been there if the pass before had asked too
+    behind: float = 0.0
     _least_joint: float = 0.0
 
     def __post_init__(self) -> None:
@@ -58,5 +60,6 @@ class Budget:
         began = planner.clock()
         add_to(tree, self)
         gained, _ = planner.gain(tree.sorted_joint())
-        planner.asked(without, gained, planner.clock() - began, self.calls)
+        seconds = planner.clock() - began - self.behind
+        planner.asked(without, gained, seconds, self.calls, self.behind)
         return True

@@ -52,6 +52,9 @@ class EagleTree:
     def add_to(self, tree: Tree, budget: Budget, read: ReadFeatures) -> None:
         """Grow ``tree``, which may hold draft tokens of other sources already."""
         grown = _Grown(tree, budget)
+        began = budget.planner.clock()
+        if self._catch_up(read):
+            budget.behind += budget.planner.clock() - began
         levels = self._begin(read)
         while levels:
             grown.add(levels)
@@ -66,7 +69,18 @@ class EagleTree:
         (level,) = self._begin(read, levels=1, width=max(count, WIDTH))
         return torch.tensor(level.tokens[:count], device=self.head.hot_ids.device)
 
+    def _catch_up(self, read: ReadFeatures) -> bool:
+        """Run the tokens before those that a tree begins with; whether there were any."""
+        tokens = self._tokens[: -ROWS[-1]]
+        if tokens:
+            self.head.skip(self._skipped)
+            self.head.extend(tokens, self._features(len(tokens), read))
+            self._skipped = 0
+            del self._tokens[: len(tokens)]
+        return bool(tokens)
+
     def _begin(self, read: ReadFeatures, **how: int) -> list[Level]:
+        self._catch_up(read)
         tokens = self._tokens
         if tokens:
             self.head.skip(self._skipped)
@@ -75,9 +89,12 @@ class EagleTree:
             self.head.truncate(self.head.length - 1)
             tokens = [self._last]
         self._tokens, self._skipped, self._last = [], 0, tokens[-1]
+        return self.head.begin(tokens, self._features(len(tokens), read), **how)
+
+    def _features(self, count: int, read: ReadFeatures) -> Tensor:
+        """Those of the token before each of the next ``count`` tokens that the head runs."""
         width = self.head.feature_size // (1 + len(self.head.feature_layers))
-        features = before(self.head.length, len(tokens), read).value(width, self.norm)
-        return self.head.begin(tokens, features, **how)
+        return before(self.head.length, count, read).value(width, self.norm)
 
     def truncate(self, length: int) -> None:
         begin = self.head.length + self._skipped

@@ -112,6 +112,8 @@ class Planner:
     _expected: float = 0.0
     # draft tokens that were right, and that were expected to be, older ones fading
     _hits: tuple[float, float] = (TRUST, TRUST)
+    # of the newest time that the draft's model was run, the seconds for what it was behind with
+    _behind: float = 0.0
     # seconds of a call of the draft's model
     _calls: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT))
 
@@ -230,13 +232,19 @@ class Planner:
         """Whether to run the draft's model, beside draft tokens that gain ``without`` seconds."""
         level = self._level(without)
         forced = len(self.modes) == 1 and not drafted
-        return forced or self.due(
-            ("ask", level), self._asked[level].value, ASK_HOPE / (1 + 3 * level)
-        )
+        loss = self._asked[level].value
+        if loss > 0:
+            # one that is asked again after a while has tokens to catch up with
+            loss += self._behind / self.cost(1)
+        return forced or self.due(("ask", level), loss, ASK_HOPE / (1 + 3 * level))
 
-    def asked(self, without: float, gained: float, seconds: float, calls: int) -> None:
-        """Running the draft's model took ``seconds``; the tree gains ``gained`` now."""
-        self._asked_seconds += seconds
+    def asked(
+        self, without: float, gained: float, seconds: float, calls: int, behind: float = 0.0
+    ) -> None:
+        """Running the draft's model took ``seconds``, after ``behind`` for tokens that passes
+        without it had left; the tree gains ``gained`` now."""
+        self._asked_seconds += seconds + behind
+        self._behind = behind
         self._calls.append(seconds / calls)
         self.draft_seconds = min(self._calls)
         # one that took far longer was interrupted
@@ -291,7 +299,7 @@ class Planner:
         if drafted and not early:
             got, expected = self._hits
             got, expected = got * HITS_FADE, expected * HITS_FADE
-            self._hits = got + appended - batch, expected + self._expected - batch
+            self._hits = got + appended - batch, expected + max(self._expected - batch, 0.0)
         if early:
             # a machine that was busy with something else says nothing about exits
             took, exits = (seconds - self._asked_seconds) / usual, self._exits_of(batch)

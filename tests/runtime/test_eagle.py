@@ -1,5 +1,6 @@
 """The draft head at run time: any chunks, whole trees, and the same as in training."""
 
+from functools import partial
 from itertools import count
 
 import pytest
@@ -16,6 +17,7 @@ from eepass.runtime.drafting.eagle_tree import EagleTree
 from eepass.runtime.drafting.eagle_weights import packed_matrices
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.suffix import SuffixDraft
+from eepass.runtime.drafting.tree import Tree
 from eepass.segments import GraphToMake
 from eepass.training.unrolling import unroll
 
@@ -386,3 +388,21 @@ def test_the_head_does_not_run_where_it_gains_less_than_it_takes(weights, embedd
         planner.learn(tree, [3])
         planner.record("speculation", 8, 1.01, 7, 7)
     assert len(calls) > 30
+
+
+def test_what_the_head_is_behind_with_is_no_cost_of_a_tree(weights, embedding):
+    """Asked again after a while it catches up: what each later tree costs is the rest."""
+    draft = EagleTree(made_draft(weights, embedding), norm)
+    tokens, features = sequence(60)
+    planner = Planner({1: 1.0, 8: 1.01}, draft_tokens=3.0, clock=count(0.0, 0.1).__next__)
+    read, behind = reader(features), []
+    for begin, end in ((0, 40), (40, 42), (42, 60)):
+        draft.follow(tokens[begin:end])
+        budget = Budget(planner, 7)
+        assert budget.ask(Tree([7]), partial(draft.add_to, read=read))
+        behind.append(round(budget.behind, 6))
+        assert draft.head.length == end
+    assert behind == [0.1, 0, 0.1]
+    wanted = made_draft(weights, embedding)
+    features[0] = 0
+    close(wanted.begin(tokens, features), draft._begin(read))
