@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import pairwise
 from time import perf_counter
 
 from torch import Tensor
@@ -40,6 +41,7 @@ class PassCosts(dict[int, float]):
         self._known_until = 0
         # what follows from the costs, until they change
         self._ordered: list[tuple[int, float]] | None = None
+        self._row_seconds = 0.0
         # by row count: its last passes with their numbers
         self._seen: dict[int, deque[tuple[int, float]]] = {}
         # by row count: the costs that were known when its own was, that is, at its last pass
@@ -49,7 +51,9 @@ class PassCosts(dict[int, float]):
         """A pass over ``rows``, one of the row counts, took so long."""
         self._passes += 1
         # what was measured at the start counts like a first pass
-        seen = self._seen.setdefault(rows, deque([(self._passes, self[rows])], RECENT))
+        if rows not in self._seen:
+            self._seen[rows] = deque([(self._passes, self[rows])], RECENT)
+        seen = self._seen[rows]
         seen.append((self._passes, seconds))
         cost = min(cost for number, cost in seen if self._passes - number < AGE)
         if cost == self._known.get(rows) and self._passes < self._known_until:
@@ -83,7 +87,15 @@ class PassCosts(dict[int, float]):
                 least = min(least, self[rows])
                 found.append((rows, least))
             self._ordered = found[::-1]
+            costs = pairwise(self._ordered)
+            slopes = [(more - less) / (many - few) for (few, less), (many, more) in costs]
+            self._row_seconds = min(slopes, default=0.0)
         return self._ordered
+
+    @property
+    def row_seconds(self) -> float:
+        """Least seconds that one more row of a pass takes."""
+        return self._row_seconds if self.ordered else 0.0
 
     def size(self, rows: int) -> int:
         """The smallest row count there is for ``rows``, one of which there is."""

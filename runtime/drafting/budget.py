@@ -23,9 +23,9 @@ class Budget:
     _least_joint: float = 0.0
 
     def __post_init__(self) -> None:
-        self.most = min(self.most, max(self.planner.costs) - 1)
+        self.most = min(self.most, self.planner.most_rows - 1)
         # half of it: a row of those that a pass is padded with costs nothing
-        self._least_joint = self.planner.row_seconds / self.planner.token_seconds / 2
+        self._least_joint = self.planner.costs.row_seconds / self.planner.token_seconds / 2
 
     @staticmethod
     def bin(chance: float) -> int:

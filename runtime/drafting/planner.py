@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from math import sqrt
 from time import perf_counter
 from typing import Literal
@@ -139,11 +138,9 @@ class Planner:
         return min(right / expected, 1.0)
 
     @property
-    def row_seconds(self) -> float:
-        """Least seconds that one more row of a pass takes."""
-        costs = pairwise(self.costs.ordered)
-        slopes = [(more - less) / (many - few) for (few, less), (many, more) in costs]
-        return max(min(slopes, default=0.0), 0.0)
+    def most_rows(self) -> int:
+        """Those of the largest pass."""
+        return self.costs.ordered[-1][0]
 
     def gain(self, joint: Sequence[float], rows: int = 1) -> tuple[float, int]:
         """The most seconds that draft tokens gain, and how many of them gain that; ``joint``: their
@@ -256,7 +253,7 @@ class Planner:
         """The mode of the next pass over ``batch`` sequences."""
         self._batch, self._expected, self._asked_seconds = batch, 0.0, 0.0
         # as many sequences as a tree has rows leave none for draft tokens, and trials are expensive
-        if len(self.modes) == 1 or batch >= max(self.costs):
+        if len(self.modes) == 1 or batch >= self.most_rows:
             return self.modes[0]
         plain, early = self._allowed()
         if early is None or self.passes < RECENT:
@@ -275,7 +272,7 @@ class Planner:
 
     def observe(self, rows: int, seconds: float) -> None:
         """A pass of ``rows`` through all layers and the LM head, and nothing else, took so long."""
-        if rows <= self.costs.ordered[-1][0]:
+        if rows <= self.most_rows:
             # padded to a row count there is code for
             size = self.costs.size(rows)
             before = self.costs[size]
@@ -295,7 +292,7 @@ class Planner:
         happened: tuple[Mode, ...] = ("dense", "speculation", "exits", "both")
         kind = happened[drafted + 2 * early]
         self.used[kind] = self.used.get(kind, 0) + 1
-        usual = self.cost(rows) * max(1.0, rows / max(self.costs))
+        usual = self.cost(rows) * max(1.0, rows / self.most_rows)
         if drafted and not early:
             got, expected = self._hits
             got, expected = got * HITS_FADE, expected * HITS_FADE
@@ -368,7 +365,7 @@ class Planner:
         return max(1.0, drafted.value / without.value)
 
     def _level(self, without: float) -> int:
-        return sum(without > edge * self.cost(1) for edge in TREE_EDGES)
+        return sum(without > edge * self.cost(1) for edge in TREE_EDGES) if without else 0
 
     def cost(self, rows: int) -> float:
         """Seconds of a pass over ``rows`` through all layers."""
@@ -376,7 +373,7 @@ class Planner:
 
     def _pace_of(self, batch: int) -> Average:
         if batch not in self._pace:
-            took = self.cost(batch) * max(1.0, batch / max(self.costs)) / self.cost(1)
+            took = self.cost(batch) * max(1.0, batch / self.most_rows) / self.cost(1)
             self._pace[batch] = Average(took, batch)
         return self._pace[batch]
 

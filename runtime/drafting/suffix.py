@@ -147,7 +147,10 @@ class SuffixDraft:
 
     def add_to(self, tree: Tree, leaf: int, budget: Budget) -> None:
         """Grow ``tree`` below ``leaf``, the likeliest draft tokens first."""
-        number, joint, node, places = 0, tree.joint()[leaf], leaf, list[Place]()
+        places = self.places([tree.tokens[n] for n in tree.path(leaf)])
+        if not places:
+            return
+        number, joint, node = 0, tree.joint()[leaf], leaf
         waiting: list[tuple[float, int, int, float, Branch, tuple[int, ...]]] = []
         for _ in range(budget.most):
             if not places:

@@ -68,7 +68,7 @@ class BatchScheduler:
                 active = self._active_exits(sequence, pending + len(tree), max_rows)
             choose = self.verifier.exit_sampler(sequence)
             batch.append(ScheduledSequence(sequence, tree, proposed, active, choose, slots))
-        if drafts:
+        if drafts and len(batch) > 1:
             rows = sum(len(one.tree or ()) for one in batch)
             planner.looked(len(batch), rows, statistics.draft_seconds - spent)
         return batch
