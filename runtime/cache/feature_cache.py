@@ -26,8 +26,9 @@ class FeatureCache:
 
     def __init__(self, slots: int, layers: Sequence[int] = ()) -> None:
         self.slots, self.layers = slots, tuple(layers)
-        # z [slots, H], then those after each of the layers; their width is known when some come
-        self._states: list[Tensor] = []
+        # [slots, F * H]: z, then the states after each of the layers; their width is known when
+        # some come
+        self._rows = torch.zeros(0)
         # whether z is normed already
         self._normed = [False] * slots
         # what the newest pass over each of some slots has left, and in which of its rows
@@ -72,22 +73,21 @@ class FeatureCache:
         self._flush()
         reached = [place for place, own in enumerate(self.layers, 1) if own <= layer]
         last = max(reached, key=lambda place: self.layers[place - 1], default=0)
-        index = torch.tensor(slots, device=self._states[0].device)
+        index = torch.tensor(slots, device=self._rows.device)
         for place, own in enumerate(self.layers, 1):
             if own > layer:
-                self._write(place, index, self._states[last][index])
+                self._write(place, index, self._states[index, last])
 
     def read(self, slot: int, count: int) -> Features:
-        """A copy."""
+        """Those of ``count`` slots from ``slot`` on, as they are until the next pass."""
         self._flush()
-        rows = torch.cat([state[slot : slot + count] for state in self._states], 1)
-        return Features(rows, self._normed[slot : slot + count])
+        return Features(self._rows[slot : slot + count], self._normed[slot : slot + count])
 
     def copy(self, source: int, target: int, count: int) -> None:
         """Copy those of ``count`` slots from ``source`` on to ``target`` onwards."""
         self._flush()
-        for state in self._states:
-            copy_rows(state, 0, source, target, count)
+        if len(self._rows):
+            copy_rows(self._rows, 0, source, target, count)
         self._normed[target : target + count] = self._normed[source : source + count]
 
     def move(self, sources: Sequence[int], target: int) -> None:
@@ -96,9 +96,8 @@ class FeatureCache:
         if sources[0] == target and sources[-1] == end - 1:
             return
         self._flush()
-        index = torch.tensor(sources)
-        for state in self._states:
-            state[target:end] = state[index]
+        if len(self._rows):
+            self._rows[target:end] = self._rows[torch.tensor(sources)]
         self._normed[target:end] = [self._normed[slot] for slot in sources]
 
     def _place(self, layer: int | None) -> int:
@@ -114,24 +113,36 @@ class FeatureCache:
         # the pass may not be at its end
         newest = self._newest
         self._waiting = {s: noted for s, noted in self._waiting.items() if noted[0] is newest}
-        for place in range(1 + len(self.layers)):
-            targets, parts = list[int](), list[Tensor]()
-            for left, slots, rows in passes.values():
-                if (hidden := left[place]) is not None:
-                    first, last = rows[0], rows[-1] + 1
-                    line: slice | list[int] = rows
-                    if rows == list(range(first, last)):
-                        # a slice is quicker than an index
-                        line = slice(first, last)
-                    targets += slots
-                    parts.append(hidden[0, line])
-                    left[place] = None
-            if parts:
-                hidden = torch.cat(parts)
-                self._write(place, torch.tensor(targets, device=hidden.device), hidden)
+        for left, slots, rows in passes.values():
+            first, count = slots[0], len(slots)
+            whole = slots == list(range(first, first + count)) and None not in left
+            if whole and rows == list(range(rows[0], rows[0] + count)):
+                # as mostly: slices are quicker than indices
+                begin = rows[0]
+                states = [h[0, begin : begin + count] for h in left if h is not None]
+                self._room(states[0])[first : first + count] = torch.cat(states, 1)
+            else:
+                self._write_places(left, slots, rows)
+            left[:] = [None] * len(left)
+
+    def _write_places(self, left: Left, slots: Sequence[int], rows: list[int]) -> None:
+        for place, hidden in enumerate(left):
+            if hidden is not None:
+                index = torch.tensor(slots, device=hidden.device)
+                self._write(place, index, hidden[0, rows])
+
+    @property
+    def _states(self) -> Tensor:
+        """[slots, F, H]"""
+        return self._rows.unflatten(1, (1 + len(self.layers), -1))
+
+    def _room(self, like: Tensor) -> Tensor:
+        """All rows; ``like`` [..., H]: a state."""
+        if not len(self._rows):
+            width = (1 + len(self.layers)) * like.shape[-1]
+            self._rows = like.new_zeros(self.slots, width)
+        return self._rows
 
     def _write(self, place: int, slots: Tensor, hidden: Tensor) -> None:
-        if not self._states:
-            shape = self.slots, hidden.shape[-1]
-            self._states = [hidden.new_zeros(shape) for _ in range(1 + len(self.layers))]
-        self._states[place].index_copy_(0, slots, hidden)
+        self._room(hidden)
+        self._states[slots, place] = hidden

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.nn.functional import pad
 
 from eepass.runtime.drafting.eagle_steps import (
     BEAM,
@@ -183,14 +184,14 @@ class EagleHead:
 
     def _confirmed(self, tokens: Sequence[int], features: Tensor, size: int) -> list[Tensor]:
         """The inputs of ``size`` rows that begin with confirmed ``tokens``."""
-        count = len(tokens)
-        ids = torch.tensor([*tokens, *[0] * (size - count)])
-        given = torch.zeros(size, self.feature_size, dtype=self.dtype)
-        given[:count] = features
-        positions = torch.arange(self.length, self.length + size)
-        slots = TREE + positions % RING
-        slots[count:] = SPARE
-        return [ids, given, positions, slots]
+        padding = size - len(tokens)
+        positions = range(self.length, self.length + size)
+        slots = [TREE + position % RING for position in positions[: len(tokens)]]
+        numbers = [[*tokens, *[0] * padding], list(positions), [*slots, *[SPARE] * padding]]
+        # few operations: a tree begins with this
+        ids, place, slot = torch.tensor(numbers).unbind(0)
+        given = pad(features, (0, 0, 0, padding)) if padding else features
+        return [ids, given, place, slot]
 
     def _levels(self, found: Sequence[Tensor], expanded: Sequence[int]) -> list[Level]:
         """The levels in what a step returned: ids, scores and picks of all, then the frontier."""
