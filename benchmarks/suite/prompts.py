@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -76,7 +76,7 @@ def _passes(model: EarlyExitModel, ids: list[int]) -> tuple[int, list[int]]:
     """The first token after ``ids``, and the row counts of the passes until then."""
     # steps run layers of their own
     sizes: list[int] = []
-    with _instead(model.decoder, "forward", partial(_noted, model.decoder.forward, sizes)):
+    with patch.object(model.decoder, "forward", partial(_noted, model.decoder.forward, sizes)):
         token = next(model.stream(ids, 1)).token
     return token, sizes
 
@@ -87,7 +87,7 @@ def _noted(forward: Callable[..., Tensor], sizes: list[int], *given: Any) -> Ten
 
 
 def _in_small_chunks(model: EarlyExitModel, ids: list[int]) -> None:
-    with _instead(model.decoder, "chunks", model.decoder.chunks[:1]):
+    with patch.object(model.decoder, "chunks", model.decoder.chunks[:1]):
         next(model.stream(ids, 1))
 
 
@@ -102,13 +102,3 @@ def _ms(bench: Bench, run: Callable[[], Any]) -> float:
     began = perf_counter()
     run()
     return 1e3 * (perf_counter() - began)
-
-
-@contextmanager
-def _instead(owner: Any, name: str, value: Any) -> Iterator[None]:
-    before = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
