@@ -77,7 +77,7 @@ def test_accepting_what_was_not_verified_is_noticed(loaded, ready, monkeypatch):
 
 def test_keys_left_where_a_tree_had_them_are_noticed(loaded, ready, monkeypatch):
     monkeypatch.setattr(KvCache, "move", lambda *arguments: None)
-    found = verify(loaded, ready, PROMPTS, 16)
+    found = verify(loaded, ready, PROMPTS, 48)
     assert not found["exact"]
     wrong = [way for way in found["ways"] if way["different"] or way["bits_different"]]
     assert wrong and all("draft" in way["way"] for way in wrong)
