@@ -18,7 +18,7 @@ from eepass.runtime.drafting.features import ReadFeatures
 from eepass.runtime.drafting.tree import Tree
 
 # no more tokens of a match are counted, and no more places looked at
-LONGEST, PLACES = 24, 16
+LONGEST, PLACES = 24, 6
 # so many places that match as far as is counted are enough
 ENOUGH = 4
 # after the last token of a text
