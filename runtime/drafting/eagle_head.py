@@ -164,8 +164,7 @@ class EagleHead:
         return self._levels(found, [BEAM] * FURTHER)
 
     def skip(self, count: int) -> None:
-        """Count ``count`` confirmed tokens without running them: a whole window of others follows,
-        so that no row attends to them."""
+        """Count ``count`` confirmed tokens without running them: no row will attend to them."""
         self.length += count
         self._frontier = None
 

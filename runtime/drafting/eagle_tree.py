@@ -70,13 +70,18 @@ class EagleTree:
         return torch.tensor(level.tokens[:count], device=self.head.hot_ids.device)
 
     def _catch_up(self, read: ReadFeatures) -> bool:
-        """Run the tokens before those that a tree begins with; whether there were any."""
+        """Run the tokens before those that a tree begins with, at first, when they are the prompt;
+        whether there were any. Later they are left out: it takes as long as a tree to run what
+        passes without one have left, and trees are hardly better for it."""
         tokens = self._tokens[: -ROWS[-1]]
+        del self._tokens[: len(tokens)]
+        if self.head.length:
+            self._skipped += len(tokens)
+            return False
         if tokens:
             self.head.skip(self._skipped)
             self.head.extend(tokens, self._features(len(tokens), read))
             self._skipped = 0
-            del self._tokens[: len(tokens)]
         return bool(tokens)
 
     def _begin(self, read: ReadFeatures, **how: int) -> list[Level]:
