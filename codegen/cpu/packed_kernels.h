@@ -10,6 +10,7 @@
 #include <limits>
 
 #include "packed.h"
+#include "packed_dots.h"
 #include "simd.h"
 
 namespace eepass::EEPASS_ISA {
@@ -18,50 +19,6 @@ namespace eepass::EEPASS_ISA {
 // waiting, so the processor's own prefetchers run ahead of them, and asking only fills their queue.
 constexpr int64_t AHEAD = 4096;
 constexpr int FETCHING_ROWS = 4;
-
-// Codes of 32 inputs as two vectors of 4 inputs each: `pair<I>` gives inputs 8 I .. 8 I + 7.
-struct FourBits {
-  static constexpr int BITS = 4, BYTES = 256;
-  template <int I>
-  static void pair(const uint8_t* p, Ints& first, Ints& second) {
-    const Ints line = codes(p + 64 * I);
-    first = bits(line, 15), second = bits(right<4>(line), 15);
-  }
-};
-struct FiveBits {
-  static constexpr int BITS = 5, BYTES = 320;
-  template <int I>
-  static void pair(const uint8_t* p, Ints& first, Ints& second) {
-    FourBits::pair<I>(p, first, second);
-    const Ints high = codes(p + 256);
-    first = either(first, fifth<2 * I>(high)), second = either(second, fifth<2 * I + 1>(high));
-  }
-  // bit N of each byte as bit 4
-  template <int N>
-  static Ints fifth(Ints high) {
-    if constexpr (N < 4) return bits(left<4 - N>(high), 16);
-    return bits(right<N < 4 ? 0 : N - 4>(high), 16);
-  }
-};
-struct SixBits {
-  static constexpr int BITS = 6, BYTES = 384;
-  template <int I>
-  static void pair(const uint8_t* p, Ints& first, Ints& second) {
-    FourBits::pair<I>(p, first, second);
-    const Ints high = codes(p + 256 + 64 * (I / 2));
-    if constexpr (I % 2 == 0)
-      first = either(first, bits(left<4>(high), 48)), second = either(second, bits(left<2>(high), 48));
-    else
-      first = either(first, bits(high, 48)), second = either(second, bits(right<2>(high), 48));
-  }
-};
-struct EightBits {
-  static constexpr int BITS = 8, BYTES = 512;
-  template <int I>
-  static void pair(const uint8_t* p, Ints& first, Ints& second) {
-    first = codes(p + 128 * I), second = codes(p + 128 * I + 64);
-  }
-};
 
 // Forms: `begin` reads what 256 inputs share, `group` what 32 do; both move p past it. s and m are
 // the scale and what is added per unit of the sum of x, for each part of the group.
@@ -138,20 +95,6 @@ struct Spaced {
   }
 };
 
-// Sums of a pair of code vectors with R rows; `x` points at the 8 inputs' words of R rows. With few
-// rows, `others` takes the second vector's: one sum would wait for itself. Integers add up to the
-// same in any order.
-template <int R>
-constexpr int OTHERS = R <= 2 ? R : 0;
-template <typename C, int R>
-inline void add_integers(Ints first, Ints second, const int32_t* x, Ints* sums, Ints* others) {
-#pragma GCC unroll 8
-  for (int r = 0; r < R; r++) {
-    sums[r] = dot<C::BITS>(sums[r], first, x[r]);
-    Ints& sum = OTHERS<R> ? others[r] : sums[r];
-    sum = dot<C::BITS>(sum, second, x[R + r]);
-  }
-}
 template <int R, int N>
 inline void add_column(Ints four, const float* x, Floats* sums) {
   const Floats code = byte_of<N>(four);
@@ -171,23 +114,9 @@ struct Rows {
 
   // Dot products of part `PART` of a group with R rows.
   template <int PART>
-  static void products(const uint8_t* p, const int32_t* x, Floats* out) {
+  EEPASS_INLINED static void products(const uint8_t* p, const int32_t* x, Floats* out) {
     if constexpr (INTEGERS) {
-      Ints sums[R], others[OTHERS<R> + 1];
-      for (auto& sum : sums) sum = zero_ints();
-      for (auto& sum : others) sum = zero_ints();
-      Ints first, second;
-      C::template pair<PART * PAIRS>(p, first, second);
-      add_integers<C, R>(first, second, x, sums, others);
-      C::template pair<PART * PAIRS + 1>(p, first, second);
-      add_integers<C, R>(first, second, x + 2 * R, sums, others);
-      if constexpr (PARTS == 1) {
-        C::template pair<2>(p, first, second);
-        add_integers<C, R>(first, second, x + 4 * R, sums, others);
-        C::template pair<3>(p, first, second);
-        add_integers<C, R>(first, second, x + 6 * R, sums, others);
-      }
-      for (int r = 0; r < R; r++) out[r] = to_floats(OTHERS<R> ? add(sums[r], others[r]) : sums[r]);
+      dots<C, R, PART * PAIRS, PAIRS>(p, x, out);
     } else {
       for (int r = 0; r < R; r++) out[r] = zero();
       const auto* values = reinterpret_cast<const float*>(x);

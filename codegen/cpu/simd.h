@@ -45,7 +45,8 @@ inline Floats mul(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline void store(float* p, Floats a) { _mm512_storeu_ps(p, a.v); }
 
 // 64 bytes: of each of 16 outputs the codes of 4 inputs.
-inline Ints codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+template <typename V>
+inline V codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
 inline Ints bits(Ints a, char mask) { return {_mm512_and_si512(a.v, _mm512_set1_epi8(mask))}; }
 inline Ints either(Ints a, Ints b) { return {_mm512_or_si512(a.v, b.v)}; }
 inline Ints add(Ints a, Ints b) { return {_mm512_add_epi32(a.v, b.v)}; }
@@ -59,7 +60,6 @@ inline Floats byte_of(Ints a) {
   return {_mm512_cvtepi32_ps(_mm512_and_si512(_mm512_srli_epi32(a.v, 8 * N), _mm512_set1_epi32(255)))};
 }
 // sum + the products of each lane's 4 unsigned codes with the 4 signed bytes of x.
-template <int BITS>
 inline Ints dot(Ints sum, Ints codes, int32_t x) {
   return {_mm512_dpbusd_epi32(sum.v, codes.v, _mm512_set1_epi32(x))};
 }
@@ -118,7 +118,8 @@ inline Floats fma(Floats x, Floats y, Floats z) {
 inline Floats mul(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline void store(float* p, Floats x) { _mm256_storeu_ps(p, x.a), _mm256_storeu_ps(p + 8, x.b); }
 
-inline Ints codes(const uint8_t* p) {
+template <typename V>
+inline V codes(const uint8_t* p) {
   const auto* q = reinterpret_cast<const __m256i*>(p);
   return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
 }
@@ -143,33 +144,44 @@ inline Floats byte_of(Ints x) {
           _mm256_cvtepi32_ps(_mm256_and_si256(_mm256_srli_epi32(x.b, 8 * N), m))};
 }
 
-inline __m256i dot_small(__m256i sum, __m256i codes, __m256i x) {
 #if defined(__AVXVNNI__)
-  return _mm256_dpbusd_avx_epi32(sum, codes, x);
-#else
-  // pairs stay within 16 bits: codes are below 64, or 127 at most
-  const __m256i pairs = _mm256_maddubs_epi16(codes, x);
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-#endif
-}
-template <int BITS>
-inline __m256i dot_lanes(__m256i sum, __m256i codes, __m256i x) {
-#if !defined(__AVXVNNI__)
-  if constexpr (BITS == 8) {
-    // two products of a byte up to 255 may leave 16 bits: by halves, the upper one times 16
-    const __m256i four = _mm256_set1_epi8(15), none = _mm256_setzero_si256();
-    const __m256i low = dot_small(sum, _mm256_and_si256(codes, four), x);
-    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), four);
-    return _mm256_add_epi32(low, _mm256_slli_epi32(dot_small(none, high, x), 4));
-  }
-#endif
-  return dot_small(sum, codes, x);
-}
-template <int BITS>
+
 inline Ints dot(Ints sum, Ints codes, int32_t x) {
   const __m256i four = _mm256_set1_epi32(x);
-  return {dot_lanes<BITS>(sum.a, codes.a, four), dot_lanes<BITS>(sum.b, codes.b, four)};
+  return {_mm256_dpbusd_avx_epi32(sum.a, codes.a, four),
+          _mm256_dpbusd_avx_epi32(sum.b, codes.b, four)};
 }
+
+#else
+
+// 8 of the 16 outputs: their codes, or sums in 32 bits, or twice as many in 16.
+struct Half {
+  __m256i v;
+};
+template <>
+inline Half codes<Half>(const uint8_t* p) {
+  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))};
+}
+inline Half zero_half() { return {_mm256_setzero_si256()}; }
+inline Half bits(Half x, char mask) { return {_mm256_and_si256(x.v, _mm256_set1_epi8(mask))}; }
+inline Half either(Half x, Half y) { return {_mm256_or_si256(x.v, y.v)}; }
+inline Half add(Half x, Half y) { return {_mm256_add_epi32(x.v, y.v)}; }
+template <int N>
+inline Half right(Half x) { return {_mm256_srli_epi16(x.v, N)}; }
+template <int N>
+inline Half left(Half x) { return {_mm256_slli_epi16(x.v, N)}; }
+inline Half splat_bytes(int32_t x) { return {_mm256_set1_epi32(x)}; }
+// In 16 bits: sum + the products of codes with signed bytes, two by two. The compiler would add up
+// all products of a group at its end, which fit no registers.
+inline Half add_products(Half sum, Half codes, Half x) {
+  const __m256i products = _mm256_maddubs_epi16(codes.v, x.v);
+  asm("vpaddw %1, %0, %0" : "+x"(sum.v) : "x"(products));
+  return sum;
+}
+inline Half widened(Half x) { return {_mm256_madd_epi16(x.v, _mm256_set1_epi16(1))}; }
+inline Half sixteen_times(Half x) { return {_mm256_slli_epi32(x.v, 4)}; }
+
+#endif
 
 inline Floats values(const float* p) { return floats(p); }
 inline Floats values(const uint16_t* p) {

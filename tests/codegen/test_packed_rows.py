@@ -121,6 +121,20 @@ def test_rows_rounded_to_int8(form, dtype, activations, isa):
     assert (found - plain).abs().max() > 1e-2
 
 
+@forms
+@pytest.mark.parametrize("rows", (1, 2, 4))
+@pytest.mark.parametrize("activations", (INT8, ROW), ids=("int8", "row"))
+def test_the_largest_products_are_exact(form, activations, rows, isa):
+    packed, _ = weight(form)
+    _, every, head, codes = packing.layout_of(form, packed.shape[1])
+    packed.view(len(packed), -1, head + every // packing.GROUP * codes)[..., head:] = 255
+    # rounded to -128 by the row, to -127 else: of all rows that AVX2 adds in 16 bits the largest
+    x = torch.full((rows, width(form)), -1.0)
+    expected = reference.packed_logits(x, packed, form, OUTPUTS, None, activations)
+    found = eager.packed_logits(x, packed, form, OUTPUTS, None, activations)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
+
+
 def test_k_types_share_a_scale_among_256_inputs_and_others_among_32():
     """As llama.cpp has it: an outlier costs its own group its precision, no other."""
     torch.manual_seed(0)
