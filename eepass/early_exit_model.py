@@ -144,9 +144,7 @@ class EarlyExitModel:
                     "launch= or device="
                 )
         elif not dense:
-            config, plan = settle(
-                config, self.artifact, self.splits[1], self.draft is not None
-            )
+            config, plan = settle(config, self.artifact, self.splits[1], self.draft is not None)
         selection = None
         if not dense and force is None:
             drafts = self.launching is None

@@ -190,7 +190,11 @@ def _eagle_head(
     decoder: Decoder, head: Mapping[str, Tensor], trace: bool, packs: Callable[[], bool]
 ) -> EagleHead:
     return EagleHead(
-        head, token_embedding(decoder), decoder.compile, trace, lambda: DRAFT_BITS if packs() else None
+        head,
+        token_embedding(decoder),
+        decoder.compile,
+        trace,
+        lambda: DRAFT_BITS if packs() else None,
     )
 
 

@@ -35,8 +35,8 @@ MAY_IMPORT = {
     },
     "draft_models": {"early_exit_model", "executors", "runtime"},
     "model": {
-        "checkpoints", "codegen", "draft_models", "early_exit_model", "executors", "kept", "lengths", "passes",
-        "planning", "runtime", "wrappers",
+        "checkpoints", "codegen", "draft_models", "early_exit_model", "executors", "kept",
+        "lengths", "passes", "planning", "runtime", "wrappers",
     },
     "conversation": {"checkpoints", "model", "runtime"},
     "inspecting": {"model", "passes", "planning"},

@@ -8,8 +8,8 @@ from models import eager_compile, random_artifact
 from eepass.config import ExitConfig
 from eepass.model import EarlyExitModel
 from eepass.passes.report import PassReport
-from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.drafting.model_draft import ModelDraft
+from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.exits.exits import ROW_COUNTS
 from eepass.runtime.sampling import GREEDY, Sampling
@@ -53,9 +53,7 @@ def model(llama, llama_splits, compiler):
     """The tiny llama with exits, as yet not compiled."""
 
     def made(artifact):
-        return EarlyExitModel(
-            llama_splits, PassReport(), frozenset(), artifact, compiler=compiler
-        )
+        return EarlyExitModel(llama_splits, PassReport(), frozenset(), artifact, compiler=compiler)
 
     found = made(random_artifact(llama))
     found.draft = ModelDraft(made(None).decoder)
