@@ -113,7 +113,8 @@ class BorrowedDraft:
     def _cut(self, length: int) -> None:
         """Keep the first ``length`` rows; draft tokens and rolled back ones leave nothing."""
         for layer in self.cache.layers:
-            layer.crop(min(length - layer.get_seq_length(), 0))
+            if (excess := layer.get_seq_length() - length) > 0:
+                layer.crop(-excess)
         self._length = length
 
     def _positions(self, begin: int, end: int) -> Tensor:
