@@ -37,6 +37,7 @@ from eepass.reading import number
 from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.stepwise import StepwiseDecoder
+from eepass.runtime.drafting.cascade import Head
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.engine.loop import EngineLoop
 from eepass.runtime.engine.sequence import DecodedToken
@@ -69,7 +70,6 @@ class EarlyExitModel:
         report: PassReport,
         stop: frozenset[int],
         artifact: Artifact | None,
-        draft_model: EarlyExitModel | None = None,
         compiler: Any = None,
         segments_for: SegmentsFor | None = None,
         folder: Path | None = None,
@@ -81,7 +81,9 @@ class EarlyExitModel:
         at each step that nothing has moved since it was captured. ``kept``: the key under which
         the splits are kept in the user's cache, "" where they are not."""
         self.splits, self.report, self.stop, self.artifact = splits, report, stop, artifact
-        self.draft_model, self.folder = draft_model, folder
+        self.folder = folder
+        # of another model, for ``speculate="model"``
+        self.draft: Head | None = None
         self.launching, self.debug = launching, debug
         self.segments_for = segments_for or partial(_traced_segments, splits[1], kept)
         self._compiler = compiler_of = cache(lambda: compiler or _cpu_compiler())
@@ -142,9 +144,7 @@ class EarlyExitModel:
                     "launch= or device="
                 )
         elif not dense:
-            config, plan = settle(
-                config, self.artifact, self.splits[1], self.draft_model is not None
-            )
+            config, plan = settle(config, self.artifact, self.splits[1], self.draft is not None)
         selection = None
         if not dense and force is None:
             drafts = self.launching is None
@@ -223,9 +223,8 @@ class EarlyExitModel:
             if dense:
                 return Engine(decoder)
             parts = self.exit_parts(config)
-            small = None if self.draft_model is None else self.draft_model.decoder
             return engine_for(
-                self._measured, config, parts, self._draft_head(parts), small, trace, packs,
+                self._measured, config, parts, self._draft_head(parts), self.draft, trace, packs,
                 *self._expected_drafts(), self._selection,
             )  # fmt: skip
 

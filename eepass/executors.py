@@ -21,11 +21,10 @@ from eepass.planning import DRAFT_HEAD
 from eepass.runtime.context.selection import Selection
 from eepass.runtime.decoder.costs import PassCosts, logit_noise, pass_seconds
 from eepass.runtime.decoder.decoder import Decoder
-from eepass.runtime.drafting.cascade import Cascade
+from eepass.runtime.drafting.cascade import Cascade, Head
 from eepass.runtime.drafting.draft import Draft
 from eepass.runtime.drafting.eagle_head import EagleHead
 from eepass.runtime.drafting.eagle_tree import EagleTree
-from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Mode, Planner
 from eepass.runtime.drafting.suffix import EarlierTexts, SuffixDraft
 from eepass.runtime.engine.engine import Engine
@@ -91,7 +90,7 @@ def engine_for(
     config: ExitConfig,
     parts: ExitParts | None,
     head: Mapping[str, Tensor],
-    draft_decoder: Decoder | None,
+    own_draft: Head | None,
     trace: bool,
     packs: Callable[[], bool],
     learned: KeptAcceptance,
@@ -100,7 +99,8 @@ def engine_for(
 ) -> Engine:
     """The engine that decodes as ``config`` says; its first sequence compiles and measures.
 
-    ``head``: the tensors of a trained draft head, none without one. ``trace``: whether that has
+    ``head``: the tensors of a trained draft head, none without one. ``own_draft``: of another
+    model, if there is one. ``trace``: whether that has
     still to be traced, or was compiled ahead of time. ``packs``: whether there are kernels for
     packed weights, asked when a head is first run. ``hits``: how often it was right at each further
     draft token, when it was trained. ``selection``: what is attended to in long texts.
@@ -108,7 +108,7 @@ def engine_for(
     decoder = measured.decoder
     earlier = measured.earlier if config.remember else None
     named = parts.plan.draft_tokens if parts is not None else 0
-    draft = _draft_for(decoder, config, head, named, draft_decoder, trace, earlier, packs)
+    draft = _draft_for(decoder, config, head, named, own_draft, trace, earlier, packs)
     exits = schedule = None
     if parts is not None:
         exits = Exits(decoder, parts.plan, parts.segments, parts.tensors)
@@ -147,15 +147,15 @@ def _draft_for(
     config: ExitConfig,
     head: Mapping[str, Tensor],
     named: int,
-    draft_decoder: Decoder | None,
+    own_draft: Head | None,
     trace: bool,
     earlier: EarlierTexts | None,
     packs: Callable[[], bool],
 ) -> Draft | None:
     source, text = config.speculate, SuffixDraft(earlier)
     if source == "model":
-        assert draft_decoder is not None
-        return Cascade(ModelDraft(draft_decoder), text)
+        assert own_draft is not None
+        return Cascade(own_draft, text)
     if source == "suffix" or (source == "cascade" and DRAFT_HEAD not in head):
         return text
     if source in ("eagle", "cascade") or config.draft == "eagle":
@@ -190,15 +190,20 @@ def _eagle_head(
     decoder: Decoder, head: Mapping[str, Tensor], trace: bool, packs: Callable[[], bool]
 ) -> EagleHead:
     return EagleHead(
-        head, _embedding(decoder), decoder.compile, trace, lambda: DRAFT_BITS if packs() else None
+        head,
+        token_embedding(decoder),
+        decoder.compile,
+        trace,
+        lambda: DRAFT_BITS if packs() else None,
     )
 
 
-def _embedding(decoder: Decoder) -> Tensor:
+def token_embedding(decoder: Decoder) -> Tensor:
+    """The embedding [V, H] of tokens."""
     for role in decoder.splits[1].embed.inputs:
         if role.kind == "parameter" and decoder.tensors[role.name].ndim == 2:
             return decoder.tensors[role.name]
-    raise InputError("the draft head needs the token embedding, and none was found")
+    raise InputError("the draft needs the token embedding, and none was found")
 
 
 class CapturedSteps:

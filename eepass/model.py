@@ -18,6 +18,7 @@ from eepass.codegen.cpu.building import build_kernels
 from eepass.codegen.cpu.native import load_kernels
 from eepass.codegen.loops import read_headers
 from eepass.config import ExitConfig
+from eepass.draft_models import draft_from, refuse_other_drafts
 from eepass.early_exit_model import ARTIFACT, EarlyExitModel, making_tensors_on
 from eepass.errors import EngineError, InputError, PassError
 from eepass.executors import ALWAYS_ACTIVE
@@ -51,7 +52,7 @@ def transform(
     max_length: int | None = None,
     stop: frozenset[int] = frozenset(),
     dump: Path | None = None,
-    draft_model: EarlyExitModel | None = None,
+    draft_model: Any = None,
     *,
     device: str | torch.device | None = None,
     launch: str | None = None,
@@ -70,8 +71,8 @@ def transform(
     draft tokens come from the prompt. ``config``: ``ExitConfig()``, exact, unless given, on every
     device. ``max_length``: prompt and answer together, 1024 if not given, and no more than the
     model knows positions for. ``stop``: end tokens. ``dump``: folder for the graph before and
-    after each pass. ``draft_model``: a small transformed model of the same vocabulary, for
-    ``speculate="model"``.
+    after each pass. ``draft_model``, for ``speculate="model"``: a small transformed model of
+    the same vocabulary, or what the checkpoint brings: an ``MtpModel`` or a DFlash assistant.
     ``device`` "cuda" moves the model there. With ``device`` or ``launch``, approximate early exit
     and dense decoding go by captured steps; exact answers go through the engine on the same
     device. ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without), "host"
@@ -85,12 +86,14 @@ def transform(
     captured = device is not None or launch is not None
     if captured and (dump is not None or draft_model is not None):
         raise InputError("dump and draft_model go with neither device= nor launch=")
+    refuse_other_drafts(draft_model)
     if isinstance(model, EarlyExitModel):
         if captured:
             raise InputError("device= and launch= want the original model, not a transformed one")
         if dump is not None:
             raise InputError(f"the passes are done in {model.folder}: give the original model")
-        made = _sharing(model, artifact, max_length, draft_model)
+        made = _sharing(model, artifact, max_length)
+        made.draft = draft_from(draft_model, made.decoder, None)
         made.record(config)
         return made
     if not isinstance(model, nn.Module):
@@ -115,9 +118,10 @@ def transform(
                     f"{type(model).__name__} has recurrent layers: leave device= and launch= out"
                 )
             made = EarlyExitModel(
-                splits, report, stop, loaded, draft_model, compiler,
+                splits, report, stop, loaded, compiler,
                 launching=launching, debug=debug, kept=key,
             )  # fmt: skip
+    made.draft = draft_from(draft_model, made.decoder, model)
     made.record(config)
     return made
 
@@ -178,7 +182,6 @@ def _sharing(
     model: EarlyExitModel,
     artifact: str | Path | Artifact | None,
     max_length: int | None,
-    draft_model: EarlyExitModel | None,
 ) -> EarlyExitModel:
     """Another model over the code of ``model``, with its artefact or none."""
     room = model.decoder.max_sequence_length
@@ -196,7 +199,6 @@ def _sharing(
             "transform the original one with this artefact"
         )
     other = model.share(model.launching)
-    other.draft_model = draft_model
     if artifact is None:
         other.artifact = None
     return other

@@ -40,12 +40,16 @@ PLACES = {
     "log_api_usage_once": "torch:_C._log_api_usage_once",
     "lookup_backend": "torch._dynamo.backends.registry:lookup_backend",
     "tracing": "torch._guards:tracing",
+    "DFlashCache": "transformers.cache_utils:DFlashCache",
     "DummyLayer": "transformers.cache_utils:DummyLayer",
+    "DynamicLayer": "transformers.cache_utils:DynamicLayer",
     "LinearAttentionAndStaticFullAttentionLayer": (
         "transformers.cache_utils:LinearAttentionAndStaticFullAttentionLayer"
     ),
     "LinearAttentionCacheLayerMixin": "transformers.cache_utils:LinearAttentionCacheLayerMixin",
     "LinearAttentionLayer": "transformers.cache_utils:LinearAttentionLayer",
+    "MtpCache": "transformers.cache_utils:MtpCache",
+    "MtpModel": "transformers.modeling_layers:MtpModel",
     "ROPE_INIT_FUNCTIONS": "transformers.modeling_rope_utils:ROPE_INIT_FUNCTIONS",
     "StaticLayer": "transformers.cache_utils:StaticLayer",
     "StaticSlidingWindowLayer": "transformers.cache_utils:StaticSlidingWindowLayer",

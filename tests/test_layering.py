@@ -33,9 +33,10 @@ MAY_IMPORT = {
     "early_exit_model": {
         "checkpoints", "codegen", "executors", "kept", "long", "passes", "planning", "runtime",
     },
+    "draft_models": {"early_exit_model", "executors", "runtime"},
     "model": {
-        "checkpoints", "codegen", "early_exit_model", "executors", "kept", "lengths", "passes",
-        "planning", "runtime", "wrappers",
+        "checkpoints", "codegen", "draft_models", "early_exit_model", "executors", "kept",
+        "lengths", "passes", "planning", "runtime", "wrappers",
     },
     "conversation": {"checkpoints", "model", "runtime"},
     "inspecting": {"model", "passes", "planning"},

@@ -8,6 +8,7 @@ from models import eager_compile, random_artifact
 from eepass.config import ExitConfig
 from eepass.model import EarlyExitModel
 from eepass.passes.report import PassReport
+from eepass.runtime.drafting.model_draft import ModelDraft
 from eepass.runtime.drafting.planner import Planner
 from eepass.runtime.engine.batch import Request, decode_batch
 from eepass.runtime.exits.exits import ROW_COUNTS
@@ -52,13 +53,10 @@ def model(llama, llama_splits, compiler):
     """The tiny llama with exits, as yet not compiled."""
 
     def made(artifact):
-        return EarlyExitModel(
-            llama_splits, PassReport(), frozenset(), artifact, small, compiler=compiler
-        )
+        return EarlyExitModel(llama_splits, PassReport(), frozenset(), artifact, compiler=compiler)
 
-    small = None
-    small = made(None)
     found = made(random_artifact(llama))
+    found.draft = ModelDraft(made(None).decoder)
     segments_for = found.segments_for
 
     def as_in_a_folder(config, plan, tensors, rows):
