@@ -4,7 +4,7 @@
         [--docs docs/versions.md] [--json FILE]
 
 Each pair gets an environment of its own, everything else from ``constraints.txt`` as far as the
-pair allows it; the checkout is run, not installed. ``--keep DIR`` holds environments for the next
+pair allows it; the checkout is installed as it lies. ``--keep DIR`` holds environments for the next
 run. A torch that is to be had with CUDA's libraries alone takes 6 GB and is only installed
 ``--with-cuda``. ``--docs`` writes the table between the two marks of that page. Exits with 1 if a
 pair failed, with 2 for a mistake in the command.
@@ -36,9 +36,8 @@ QUICK = (
     "tests/eepass/test_generation.py", "tests/eepass/test_gguf.py", "tests/eepass/backend",
 )  # fmt: skip
 BEGIN, END = "<!-- versions -->", "<!-- end of versions -->"
-# what a pair brings along in versions of its own
-OWN = {"torch", "transformers", "triton", "huggingface_hub", "tokenizers"}
-CUDA = "nvidia-"
+# transformers needs versions of its own of these, and torch brings its own of those
+TIED, BROUGHT = {"huggingface_hub", "tokenizers"}, ("nvidia", "cuda", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +77,7 @@ def requirements() -> Iterator[str]:
     """What the tests need beside torch and transformers."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    for name in ("serve", "gpu", "onnx", "quant"):
+    for name in ("serve", "gpu", "onnx", "quant", "docs"):
         yield from extras[name]
     yield from (r for r in (*project["dependencies"], *extras["dev"]) if not r.startswith("eepass"))
 
@@ -99,18 +98,22 @@ def make_environment(folder: Path, torch: str, transformers: str, with_cuda: boo
         return python
     subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
     planned = run_pip(python, "install", "--dry-run", f"torch=={torch}")
-    if CUDA in planned and not with_cuda:
+    names = {name_of(name) for name in re.findall(r"([a-z][\w.-]*?)-\d", planned)}
+    cuda = any(name.startswith("nvidia") for name in names)
+    if cuda and not with_cuda:
         raise NotInstalled("to be had with CUDA's libraries alone: --with-cuda")
-    constraints = folder / "constraints.txt"
-    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    brought = {"torch", "transformers", *(name for name in names if name.startswith(BROUGHT))}
     pinned = [f"torch=={torch}", f"transformers=={transformers}"]
-    kept = [line for line in lines if name_of(line) not in OWN]
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    constraints = folder / "constraints.txt"
+    kept = [line for line in lines if name_of(line) not in brought | TIED]
     constraints.write_text("\n".join([*pinned, *kept]) + "\n")
-    wanted = [r for r in requirements() if name_of(r) not in OWN]
-    wanted += [r for r in requirements() if name_of(r) in OWN - {"torch", "transformers"}]
+    wanted = [r for r in requirements() if name_of(r) not in brought]
     run_pip(python, "install", "--quiet", f"torch=={torch}")
     run_pip(python, "install", "--quiet", "--constraint", str(constraints), *pinned, *wanted)
-    ready.write_text(f"torch {torch}{' with CUDA' if CUDA in planned else ''}\n")
+    # its ranges of versions are what is tried here; its entry points are tested
+    run_pip(python, "install", "--quiet", "--no-deps", "--editable", str(ROOT))
+    ready.write_text(f"torch {torch}{' with CUDA' if cuda else ''}\n")
     return python
 
 
@@ -121,11 +124,8 @@ def run_tests(python: Path, tests: Sequence[str], report: Path) -> tuple[int, in
     command += ["-p", "no:cacheprovider", f"--junitxml={report}", *tests]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     if not report.is_file():
-        return (
-            0,
-            0,
-            [(done.stderr or done.stdout or "pytest says nothing").strip().splitlines()[-1]],
-        )
+        said = (done.stderr or done.stdout).strip() or "pytest says nothing"
+        return 0, 0, said.splitlines()[-1:]
     cases = list(ElementTree.parse(report).iter("testcase"))
     bad = [case for case in cases if {"failure", "error"} & {child.tag for child in case}]
     skipped = sum(case.find("skipped") is not None for case in cases)
