@@ -7,12 +7,13 @@ Each pair gets an environment of its own, everything else from ``constraints.txt
 pair allows it; the checkout is installed as it lies. ``--keep DIR`` holds environments for the next
 run. A torch that is to be had with CUDA's libraries alone takes 6 GB and is only installed
 ``--with-cuda``. ``--docs`` writes the table between the two marks of that page. Exits with 1 if a
-pair failed, with 2 for a mistake in the command.
+pair failed or none passed, with 2 for a mistake in the command.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -35,6 +36,8 @@ QUICK = (
     "tests/runtime/test_speculation.py", "tests/runtime/test_step_engine.py",
     "tests/eepass/test_generation.py", "tests/eepass/test_gguf.py", "tests/eepass/backend",
 )  # fmt: skip
+# failures named in the table
+SHOWN = 3
 BEGIN, END = "<!-- versions -->", "<!-- end of versions -->"
 # transformers needs versions of its own of these, and torch brings its own of those
 TIED, BROUGHT = {"huggingface_hub", "tokenizers"}, ("nvidia", "cuda", "triton")
@@ -55,7 +58,10 @@ class Outcome:
         """Of the table in the docs."""
         found = f"{self.passed} passed, {self.skipped} skipped" if self.passed else self.state
         if self.failures:
-            found += ": " + "; ".join(self.failures)
+            more = len(self.failures) - SHOWN
+            names = "; ".join(self.failures[:SHOWN]) + (f" and {more} more" if more > 0 else "")
+            found = f"{len(self.failures)} failed, {found}" if self.passed else found
+            found += f": {names}"
         return f"| {self.torch} | {self.transformers} | {found} |"
 
 
@@ -89,14 +95,20 @@ def name_of(requirement: str) -> str:
 
 
 def make_environment(folder: Path, torch: str, transformers: str, with_cuda: bool) -> Path:
-    """The Python of an environment with this pair; one that is whole is taken as it is.
+    """The Python of an environment with this pair; one that is whole, and was made for the same
+    requirements, is taken as it is.
 
     Raises ``NotInstalled``.
     """
     python, ready = folder / "bin" / "python", folder / "installed.txt"
-    if ready.is_file():
+    asked = "\n".join([*requirements(), (ROOT / "constraints.txt").read_text()])
+    digest = hashlib.sha256(asked.encode()).hexdigest()
+    if ready.is_file() and digest in ready.read_text():
         return python
-    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise NotInstalled(f"no environment in {folder.name}: {error}") from None
     planned = run_pip(python, "install", "--dry-run", f"torch=={torch}")
     names = {name_of(name) for name in re.findall(r"([a-z][\w.-]*?)-\d", planned)}
     cuda = any(name.startswith("nvidia") for name in names)
@@ -113,7 +125,7 @@ def make_environment(folder: Path, torch: str, transformers: str, with_cuda: boo
     run_pip(python, "install", "--quiet", "--constraint", str(constraints), *pinned, *wanted)
     # its ranges of versions are what is tried here; its entry points are tested
     run_pip(python, "install", "--quiet", "--no-deps", "--editable", str(ROOT))
-    ready.write_text(f"torch {torch}{' with CUDA' if cuda else ''}\n")
+    ready.write_text(f"torch {torch}{' with CUDA' if cuda else ''}\n{digest}\n")
     return python
 
 
@@ -190,7 +202,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         report = [asdict(outcome) for outcome in outcomes]
         options.json.write_text(json.dumps(report, indent=1) + "\n")
-    return int(any(outcome.state == "failed" for outcome in outcomes))
+    states = [outcome.state for outcome in outcomes]
+    return int("failed" in states or "passed" not in states)
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def test_pairs_that_pass_fail_and_cannot_be_had(machine, tmp_path, capsys):
     assert versions.main(arguments) == 1
     rows = [
         "| 2.13.0 | 5.24.0 | 2 passed, 1 skipped |",
-        "| 2.13.0 | 5.16.0 | 2 passed, 1 skipped: tests.a.b |",
+        "| 2.13.0 | 5.16.0 | 1 failed, 2 passed, 1 skipped: tests.a.b |",
         "| 9.9.9 | 5.24.0 | not installed: ERROR: No matching distribution for torch==9.9.9 |",
         "| 2.14.1 | 5.24.0 | not run: to be had with CUDA's libraries alone: --with-cuda |",
     ]
@@ -108,6 +108,24 @@ def test_tests_that_cannot_begin_are_a_failure(machine, capsys):
     fake.says = "no module named pytest"
     assert versions.main(["--pairs", "2.13.0/5.24.0", "--keep", str(keep)]) == 1
     assert "failed: no module named pytest" in capsys.readouterr().out
+
+
+def test_an_environment_of_other_requirements_is_made_anew(machine, monkeypatch):
+    _, log, keep = machine
+    arguments = ["--pairs", "2.13.0/5.24.0", "--keep", str(keep)]
+    assert versions.main(arguments) == 0
+    monkeypatch.setattr(versions, "requirements", lambda: iter(["networkx>=3"]))
+    assert versions.main(arguments) == 0
+    assert "networkx>=3\n" in log.read_text()
+
+
+def test_nothing_that_passed_is_a_failure(machine):
+    assert versions.main(["--pairs", "9.9.9/5.24.0", "--keep", str(machine[2])]) == 1
+
+
+def test_many_failures_are_counted():
+    outcome = versions.Outcome("2.13.0", "5.24.0", "failed", 7, 0, list("abcde"))
+    assert outcome.row().endswith("| 5 failed, 7 passed, 0 skipped: a; b; c and 2 more |")
 
 
 def test_every_quick_test_is_there():
