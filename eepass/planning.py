@@ -77,6 +77,13 @@ def fits_speculative_steps(config: ExitConfig) -> bool:
     return drafts and not config.exits
 
 
+def fits_exiting_steps(config: ExitConfig) -> bool:
+    """Whether a captured step that verifies draft tokens and exits can decode so: in every pass,
+    for it measures nothing, and by draft tokens of its predictors from a hidden state."""
+    drafts = fits_speculative_steps(replace(config, exits=False))
+    return drafts and config.exits and not config.adaptive and config.draft != "eagle"
+
+
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:
     """The exits of an artefact under ``config``."""
     part = artifact.presets.get(config.name)

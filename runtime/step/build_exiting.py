@@ -38,15 +38,13 @@ def build_exiting_step(
     decoder: Decoder,
     exits: ExitPoints | None,
     options: StepOptions,
-    exact: bool,
     fuse: Fuse | None = None,
     head: HeadDrafts | None = None,
 ) -> Step:
     """The step of ``decoder`` over the rows of ``options.tree`` that exits at the points of
-    ``exits``, bound for as many rows, or where ``options.force`` says. ``exact``: tokens of exits
-    are guesses, and none is final before the last layer gave it; else they are final at once."""
+    ``exits``, bound for as many rows, or where ``options.force`` says."""
     fuse = fuse or (lambda update: update)
-    return _ExitingBuilder(decoder, exits, options, exact, fuse, head).build(options.stop)
+    return _ExitingBuilder(decoder, exits, options, fuse, head).build(options.stop)
 
 
 class _ExitingBuilder(SpeculativeBuilder):
@@ -54,12 +52,12 @@ class _ExitingBuilder(SpeculativeBuilder):
     drafts_life = "kept"
 
     def __init__(
-        self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions, exact: bool,
-        fuse: Fuse, head: HeadDrafts | None,
+        self, decoder: Decoder, exits: ExitPoints | None, options: StepOptions, fuse: Fuse,
+        head: HeadDrafts | None,
     ) -> None:  # fmt: skip
         assert options.tree is not None
         super().__init__(decoder, options.tree, options.draws, fuse, head)
-        self.options, self.exact, self.layers = options, exact, decoder.num_layers
+        self.options, self.exact, self.layers = options, options.exact, decoder.num_layers
         self.exits = exits if options.force is None else None
         points = (options.force,) if self.exits is None else self.exits.layers
         # after the last layer the LM head decides

@@ -306,6 +306,35 @@ def test_drafts_of_a_trained_head_are_verified_in_captured_steps(transformed, st
         assert [token for token, _ in said(steps, prompt=prompt)] == expected
 
 
+TREES = dict(adaptive=False, schedule=False, threshold=0.2)
+
+
+@pytest.mark.parametrize("source", ("suffix", "cascade"))
+def test_exits_in_captured_steps_that_verify_drafts(transformed, steps, source):
+    """Exact answers are the dense ones; approximate ones those of one row a pass, where both exit:
+    a token goes by the first exit point that takes it."""
+    with torch.no_grad():
+        transformed.configure(dense=True)
+    steps.configure(ExitConfig(speculate=source, **TREES))
+    assert isinstance(steps.engine, CapturedSteps)
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = [token for token, _ in said(transformed, 30, prompt)]
+        assert [token for token, _ in said(steps, 30, prompt)] == expected
+    assert steps.statistics.wanted > steps.statistics.refused
+    launches = steps.launch_report.launches
+    assert {"verify 2", "head", "settle"} < set(launches)
+    assert ("draft from head" in launches) == (source == "cascade")
+    steps.configure(ExitConfig(speculate=source, guarantee="approximate", **TREES))
+    found = said(steps, 40)
+    early = steps.statistics.exit_layers
+    assert sum(early[:-1]) > 10 and steps.statistics.passes < 39
+    steps.configure(ExitConfig(**TREES, pending=31).approximate())
+    alone = steps.follow(PROMPT, [token for token, _ in found])
+    both = [(mine, one.token) for (mine, layer), one in zip(found[1:], alone, strict=True)
+            if layer < 4 and one.exit_layer < 4]  # fmt: skip
+    assert len(both) > 5 and all(mine == one for mine, one in both)
+
+
 @pytest.mark.parametrize(
     "source, where, mode",
     (
