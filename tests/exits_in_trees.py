@@ -60,9 +60,7 @@ class ScriptedTreeExits:
         step = self.step
         before = tuple(step["history"][: int(step["root"])].tolist())
         ids, paths = step["ids"].tolist(), step["paths"].tolist()
-        texts = [
-            before + tuple(t for n, t in enumerate(ids) if path >> n & 1) for path in paths
-        ]
+        texts = [before + tuple(t for n, t in enumerate(ids) if path >> n & 1) for path in paths]
         return zip(*(self.script.exit(text, layer) for text in texts), strict=True)
 
     def draft(self, hidden):
@@ -117,7 +115,7 @@ class PlainPasses:
         tokens = [self.next[row] for row in path]
         given = 0 if self.exact else self.pending
         if exit_layer == self.depth:
-            self.rollbacks += self.exact and len(path) <= self.pending
+            self.rollbacks += tokens[: self.pending] != self.ids[root + 1 :][: len(tokens)]
             self.pending = 0
         else:
             self.pending = len(path)

@@ -38,7 +38,9 @@ def build_speculative_step(
 ) -> Step:
     """The step of ``decoder`` over the rows of ``shape``, a row count it is split for; ``stop``:
     end tokens; ``draws``: tokens can be sampled; ``head``: the draft head, where rows are its."""
-    return SpeculativeBuilder(decoder, shape, draws, fuse or (lambda update: update), head).build(stop)
+    return SpeculativeBuilder(decoder, shape, draws, fuse or (lambda update: update), head).build(
+        stop
+    )
 
 
 class SpeculativeBuilder:

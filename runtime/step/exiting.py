@@ -179,7 +179,9 @@ def settle(
     walked = torch.where(is_kept, walked, row)
     taken, good, end = tokens[walked], finite[walked], ends[walked]
     target = (root + 1 + row).clamp_max(history.numel() - 1)
-    history.index_copy_(0, target, torch.where(is_kept, taken, history.gather(0, target)))
+    before = history.gather(0, target)
+    wrong = (is_kept & (row < pending) & (taken != before)).any()
+    history.index_copy_(0, target, torch.where(is_kept, taken, before))
     shown = (number - given).clamp_min(0)
     if exact:
         shown = shown.masked_fill(early, 0)
@@ -194,7 +196,7 @@ def settle(
     _count(counters, "passes", running)
     _count(counters, "rows_caught_up", pending.masked_fill(early | stopped, 0))
     if exact:
-        _count(counters, "rollbacks", running & ~early & (number <= pending))
+        _count(counters, "rollbacks", running & ~early & wrong)
         ended = ended & ~early
     reported = torch.full_like(exit_layer, layers) if exact else exit_layer
     counters.index_add_(0, reported, shown)

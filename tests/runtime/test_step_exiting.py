@@ -1,6 +1,8 @@
 """The speculative step with exits: random trees and exits against plain lists, and what fails when
 dead paths are not masked or deeper layers' keys and values stay unfilled."""
 
+from inspect import signature
+
 import pytest
 import torch
 from exits_in_trees import PlainPasses, Script, ScriptedTreeExits
@@ -167,51 +169,53 @@ def test_exact_guesses_are_confirmed_together(decoder, plain, monkeypatch):
     assert tokens_of(engine, PROMPT, 60) == tokens_of(Engine(decoder), PROMPT, 60)
     found = engine.statistics
     full = found.full_heads / TREE.rows
-    assert found.rollbacks == 0 and full < 15 and found.tokens == 59
+    assert found.rollbacks == 0 and full < 12 and found.tokens == 59
 
 
 def test_dead_paths_must_be_masked(decoder, plain, monkeypatch):
-    """Switched off, a pass waits for rows that cannot be accepted, and hardly ever exits."""
-    engine, script = scripted(decoder, plain, monkeypatch, seed=5)
-    expected, _ = expected_passes(engine, script, PROMPT, 40, False)
+    """Switched off, a pass waits for rows that cannot be accepted, and seldom exits."""
+
+    def early():
+        engine, script = scripted(decoder, plain, monkeypatch, seed=5, often=0.4)
+        found = [tuple(step) for step in engine.generate(OTHER, 100)]
+        same = found == expected_passes(engine, script, OTHER, 100, False)[0]
+        return same, sum(layer < DEPTH for _, layer in found)
+
+    same, before = early()
     monkeypatch.setattr(exiting, "_live", lambda *tree: torch.ones_like(tree[-1]))
-    engine, _ = scripted(decoder, plain, monkeypatch, seed=5)
-    found = [tuple(step) for step in engine.generate(PROMPT, 40)]
-    early = [sum(layer < DEPTH for _, layer in tokens) for tokens in (expected, found)]
-    assert early[0] > 15 and early[1] < early[0] / 2
+    different, after = early()
+    assert same and not different and after < before / 2
+
+
+def has_dense_cache(decoder, engine):
+    """Whether keys and values in all layers are those of a prompt, up to the pending tokens."""
+    answer = engine.generate(PROMPT, 60)
+    for _ in range(50):
+        next(answer)
+    count = int(engine.step["position"]) - int(engine.step["pending"])
+    ours = [cache[:, :, :count].clone() for cache in (*decoder.kv.keys, *decoder.kv.values)]
+    answer.close()
+    ids = engine.step["history"][:count].tolist()
+    Engine(decoder).prefill(ids, lambda layer, hidden: None)
+    dense = [cache[:, :, :count] for cache in (*decoder.kv.keys, *decoder.kv.values)]
+    assert count > len(PROMPT) + 40
+    return all(torch.allclose(a, b, atol=2e-5) for a, b in zip(ours, dense, strict=True))
 
 
 def test_deeper_layers_must_have_keys_and_values_of_tokens_that_exited(decoder, plain, monkeypatch):
-    """Forgetting that tokens are pending leaves them unfilled, and later tokens differ."""
-    def prepared():
-        engine, script = scripted(decoder, plain, monkeypatch, seed=5)
-        return engine, script, [s.token for s in engine.generate(PROMPT, 40)]
-
-    engine, script, found = prepared()
-    expected, _ = expected_passes(engine, script, PROMPT, 40, False)
-    assert found == [token for token, _ in expected]
+    """Forgetting that tokens are pending leaves them unfilled."""
+    engine, _ = scripted(decoder, plain, monkeypatch, seed=5)
+    assert has_dense_cache(decoder, engine)
     settle = exiting.settle
 
     def forgetful(*buffers, **options):
         settle(*buffers, **options)
-        buffers[13].zero_()
+        names = list(signature(settle).parameters)
+        buffers[names.index("pending")].zero_()
 
     monkeypatch.setattr(exiting, "settle", forgetful)
-    assert prepared()[2] != found
-
-
-def test_a_full_pass_leaves_the_dense_cache(decoder, plain, monkeypatch):
     engine, _ = scripted(decoder, plain, monkeypatch, seed=5)
-    ids, answer = list(PROMPT), engine.generate(PROMPT, 60)
-    ids += [next(answer).token for _ in range(50)]
-    count, root = int(engine.step["position"]), int(engine.step["pending"])
-    count -= root
-    ours = [cache[:, :, :count].clone() for cache in (*decoder.kv.keys, *decoder.kv.values)]
-    ids = engine.step["history"][:count].tolist()
-    answer.close()
-    Engine(decoder).prefill(ids, lambda layer, hidden: None)
-    for found, cache in zip(ours, (*decoder.kv.keys, *decoder.kv.values), strict=True):
-        assert torch.allclose(found, cache[:, :, :count], atol=2e-5)
+    assert not has_dense_cache(decoder, engine)
 
 
 @pytest.mark.parametrize("exact", (False, True))
