@@ -12,9 +12,9 @@ Keys and values of tokens that exited are written when those run again (``exitin
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 
 import torch
-from torch import Tensor
 
 from eepass.exit_rule import SCHEDULE_WINDOW
 from eepass.runtime.decoder.decoder import Decoder
@@ -56,6 +56,11 @@ class _ExitingBuilder(SpeculativeBuilder):
         head: HeadDrafts | None,
     ) -> None:  # fmt: skip
         assert options.tree is not None
+        if options.kv != "defer":
+            raise ValueError(
+                f"kv={options.kv!r}: must be defer, where rows of a tree exit: the next pass runs "
+                "them again and writes their keys and values"
+            )
         super().__init__(decoder, options.tree, options.draws, fuse, head)
         self.options, self.exact, self.layers = options, options.exact, decoder.num_layers
         self.exits = exits if options.force is None else None
@@ -151,15 +156,15 @@ class _ExitingBuilder(SpeculativeBuilder):
         drafts = self.exits.plan.draft_layer if self.exits is not None else 0
         cuts = sorted({0, *self.points, self.layers} | ({drafts} & set(range(self.layers))))
         first, items = min(self.points, default=self.layers), list[Item]()
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             segment = self._layers(start, end, "go")
             after = start >= first
             items.append(Conditional("go", (segment,), ahead=True) if after else segment)
             if self.exits is not None and end == drafts:
                 items.append(self._draft(self.exits))
             if end in self.points:
-                forced = self.exits is None
-                items.append(self._force(end) if forced else self._exit(end, self.exits))
+                exits = self.exits
+                items.append(self._force(end) if exits is None else self._exit(end, exits))
         return items
 
     def _draft(self, exits: ExitPoints) -> Launch:

@@ -3,11 +3,11 @@
     draft, place, embed, sides, all layers, head, accept
     if the path lies apart: compact
 
-There are no exits: all rows always run. The number of rows is fixed, so that a token comes from
-the same kernels whatever was drafted, and drafts change how many passes an answer takes, never the
-answer (greedy verification: Leviathan et al., 2023; of a tree: SpecInfer, Miao et al., 2024). A
-token that is sampled hangs on its position and the seed, and is compared with its draft token as
-the likeliest one is.
+All rows go through all layers (``build_exiting.py``: with exits). The number of rows is fixed, so
+that a token comes from the same kernels whatever was drafted, and drafts change how many passes an
+answer takes, never the answer (greedy verification: Leviathan et al., 2023; of a tree: SpecInfer,
+Miao et al., 2024). A token that is sampled hangs on its position and the seed, and is compared with
+its draft token as the likeliest one is.
 """
 
 from __future__ import annotations

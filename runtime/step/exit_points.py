@@ -1,4 +1,4 @@
-"""The segments at exit points, bound for a number of rows: draft tokens, predictors, verification."""
+"""The segments at exit points, bound for some rows: draft tokens, predictors, verification."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ExitPoints:
         return rows
 
     def named(self, index: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-        """The tokens [R] at ``index`` [R] of these logits, and whether they are among ``drafts``."""
+        """The tokens at ``index`` [R] of these logits, and whether they are among ``drafts``."""
         token = self._hot[index] if self.plan.verify == "hot" else index
         return token, among_drafts(token, drafts)
 

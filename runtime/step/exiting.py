@@ -116,7 +116,8 @@ def verified(token: Tensor, drafted: Tensor, wanted: Tensor, *tree: Tensor) -> N
     """Decide the rows that ``wanted`` to exit [R] and whose verified ``token`` [R] is one of their
     draft tokens; exit where that decides all live rows.
 
-    ``tree``: as for ``_live``; then ``layer`` [1], ``go``, ``active``, ``exit_layer``, ``counters``.
+    ``tree``: as for ``_live``; then ``layer`` [1], ``go``, ``active``, ``exit_layer`` and
+    ``counters``.
     """
     *rows, layer, go, active, exit_layer, counters = tree
     tokens, decided = rows[-2:]

@@ -218,6 +218,11 @@ def test_deeper_layers_must_have_keys_and_values_of_tokens_that_exited(decoder, 
     assert not has_dense_cache(decoder, engine)
 
 
+def test_other_ways_to_fill_the_cache_are_refused(decoder):
+    with pytest.raises(ValueError, match="kv='drop': must be defer"):
+        build_exiting_step(decoder, None, StepOptions(force=2, tree=TREE, kv="drop"))
+
+
 @pytest.mark.parametrize("exact", (False, True))
 def test_teacher_forcing_follows_the_answer(decoder, plain, exact):
     answer = [plain.next_token(OTHER), 40, 41, *tokens_of(Engine(decoder), OTHER, 12)]

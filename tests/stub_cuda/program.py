@@ -11,8 +11,8 @@ import json
 import sys
 
 import torch
-from made_heads import bigrams, drafts_of
 from exits_in_trees import Script, ScriptedTreeExits
+from made_heads import bigrams, drafts_of
 from models import eager_compile, tiny_model
 from plain import PlainEngine
 from steps import BUCKETS, OrderedExits, engine_for
