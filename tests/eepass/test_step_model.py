@@ -9,9 +9,11 @@ from eepass.config import ExitConfig
 from eepass.errors import EngineError, InputError
 from eepass.executors import CapturedSteps
 from eepass.model import EarlyExitModel
-from eepass.passes.pipeline import split_for_rows
+from eepass.passes.pipeline import fused_exits, split_for_rows
+from eepass.passes.report import PassReport
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import Sampling
+from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.launching import choose, make_engine
 
 PROMPT = [5, 9, 44, 7, 8]
@@ -335,6 +337,20 @@ def test_exits_in_captured_steps_that_verify_drafts(transformed, steps, source):
     both = [(mine, one.token) for (mine, layer), one in zip(found[1:], alone, strict=True)
             if layer < 4 and one.exit_layer < 4]  # fmt: skip
     assert len(both) > 5 and all(mine == one for mine, one in both)
+
+
+def test_exit_points_as_operators_take_the_rows_of_a_tree(llama, compilers):
+    """What a GPU has kernels for, by its eager definition."""
+    model = eepass.transform(llama, random_artifact(llama), max_length=128)
+    model.configure(ExitConfig(speculate="suffix", **TREES))
+    parts, decoder = model.exit_parts(model.config), model.decoder
+    made = (decoder, parts.plan)
+    with torch.no_grad():
+        plain = ExitPoints(*made, parts.segments(8), parts.tensors, rows=8)
+        tensors, report = {**decoder.tensors, **parts.tensors}, PassReport()
+        fused = fused_exits(decoder.splits[1], parts.plan, tensors, report, 8)
+        kernels = ExitPoints(*made, parts.segments(8), parts.tensors, fused, 8)
+        assert not report.skipped and kernels.differ_from(plain) == ""
 
 
 @pytest.mark.parametrize(
