@@ -37,7 +37,7 @@ class Script:
         return parents[1:], tokens[1:], known[1:]
 
     def exit(self, text, layer):
-        chance = random.Random(hash((*text, layer, self.seed, "exit")))
+        chance = random.Random(hash((*text, layer, self.seed, -1)))
         wants = chance.random() < self.often and layer >= self.least
         return wants, self._token(text, chance) if wants else 0, chance.random() < 0.9
 

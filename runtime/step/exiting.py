@@ -4,7 +4,7 @@ Tokens that came from an exit are *pending*: deeper layers have not run them. Th
 rows of the next tree, a chain that the last token follows and then its draft tokens, and go through
 all layers again, whose keys and values they write anew. So nothing is kept of a pass that exits but
 its tokens, and a pass that goes through all layers leaves the keys and values of every row that is
-kept: one slot of the window of ``updates.py`` and its hidden state are a row here.
+kept. There is no window of hidden states as in ``updates.py``.
 
 A row is *decided* once an exit has given what follows it, or it is a pending token before the last.
 It is live as long as decided rows lead to it (``speculating.live_rows``); the others are dead
@@ -72,13 +72,13 @@ def lead(
     after, is_draft = row[1:], row[1:] > pending
     draft = (after - pending - 1).clamp_min(0)
     found = draft_known & (fresh | (row[: len(draft_known)] >= named))
-    text = history.gather(0, (first + after).clamp_max(history.numel() - 1))
+    text = history.gather(0, first + after)
     ids.copy_(torch.where(is_draft, draft_ids[draft], text))
     parents.copy_(torch.where(is_draft, draft_parents[draft] + pending, after - 1))
     known.copy_(torch.where(is_draft, found[draft], torch.ones_like(found)))
     root.copy_(first)
     given = row < pending
-    following = history.gather(0, (first + row + 1).clamp_max(history.numel() - 1))
+    following = history.gather(0, first + row + 1)
     tokens.copy_(torch.where(given, following, torch.full_like(row, NOTHING)))
     decided.copy_(given)
     best.zero_()
@@ -95,9 +95,7 @@ def _live(
     return live_rows(ids, parents, paths, known, tokens, ends, room, decided)
 
 
-def predicted(
-    wants: Tensor, probabilities: Tensor, active: Tensor, *tree: Tensor
-) -> None:  # fmt: skip
+def predicted(wants: Tensor, probabilities: Tensor, active: Tensor, *tree: Tensor) -> None:
     """Note which rows a predictor wants to exit, ``wants`` [R], where it is ``active`` [1]: of the
     live ones that are not decided. ``probabilities`` [R, K]: their draft tokens'.
 
@@ -124,7 +122,9 @@ def verified(token: Tensor, drafted: Tensor, wanted: Tensor, *tree: Tensor) -> N
     accepted = wanted & drafted
     tokens.copy_(torch.where(accepted, token, tokens))
     decided.copy_(decided | accepted)
-    exit_early((decided | ~_live(*rows)).all(), layer, go, active, exit_layer)
+    # nothing may have been evaluated here
+    exits = accepted.any() & (decided | ~_live(*rows)).all()
+    exit_early(exits, layer, go, active, exit_layer)
     _count(counters, "refused", wanted & ~drafted)
 
 
@@ -179,7 +179,7 @@ def settle(
     is_kept = row < number
     walked = torch.where(is_kept, walked, row)
     taken, good, end = tokens[walked], finite[walked], ends[walked]
-    target = (root + 1 + row).clamp_max(history.numel() - 1)
+    target = root + 1 + row
     before = history.gather(0, target)
     wrong = (is_kept & (row < pending) & (taken != before)).any()
     history.index_copy_(0, target, torch.where(is_kept, taken, before))
@@ -194,19 +194,23 @@ def settle(
     moved.copy_((walked != row).any() & ~early)
     reached = torch.where(number > 0, root + number, position)
     ended = (is_kept & end).any() | (reached >= limit)
+    if exact:
+        # guesses end nothing
+        ended = ended & ~early
+        _count(counters, "rollbacks", running & ~early & wrong)
     _count(counters, "passes", running)
     _count(counters, "rows_caught_up", pending.masked_fill(early | stopped, 0))
-    if exact:
-        _count(counters, "rollbacks", running & ~early & wrong)
-        ended = ended & ~early
-    reported = torch.full_like(exit_layer, layers) if exact else exit_layer
-    counters.index_add_(0, reported, shown)
-    fresh = (reached - position).clamp(0, len(ring))
-    turn = torch.arange(len(ring), device=ring.device) + fresh
-    ring.copy_(torch.cat([ring, exit_layer.expand(len(ring))]).gather(0, turn))
+    counters.index_add_(0, torch.full_like(exit_layer, layers) if exact else exit_layer, shown)
+    _record(ring, exit_layer, reached - position)
     position.copy_(reached)
     pending.copy_(number.masked_fill(~early, 0))
     stopped.copy_(stopped | ended)
+
+
+def _record(ring: Tensor, exit_layer: Tensor, tokens: Tensor) -> None:
+    """Note the ``exit_layer`` [1] of so many new ``tokens`` [1]; those rolled back stay in it."""
+    turn = torch.arange(len(ring), device=ring.device) + tokens.clamp(0, len(ring))
+    ring.copy_(torch.cat([ring, exit_layer.expand(len(ring))]).gather(0, turn))
 
 
 def follow(
