@@ -321,9 +321,7 @@ class EarlyExitModel:
         """How decode steps are launched, and what they cost besides; captures them if need be."""
         if isinstance(self.engine, CapturedSteps):
             return self.engine.launch_report
-        reason = (
-            "exact answers with exits that must pay, or drafts of another model, go layer by layer"
-        )
+        reason = "what is weighed by its costs, and other exact exits, go layer by layer"
         if self.launching is None:
             reason = "neither device= nor launch= was given: layer by layer, from the host"
         return LaunchReport("engine", reason, (), self.decoder.buckets, 0, 0.0, ())

@@ -57,11 +57,6 @@ def settle(
     return config, plan
 
 
-def is_dense(config: ExitConfig) -> bool:
-    """Whether ``config`` asks for neither early exits nor several tokens a pass."""
-    return not config.exits and config.speculate in ("off", "lens")
-
-
 def fits_captured_steps(config: ExitConfig) -> bool:
     """Whether a captured step of one token a pass, which is never rolled back, can decode so:
     dense, or approximate with drafts from a hidden state."""
