@@ -38,7 +38,8 @@ class ExitConfig:
     speculate: Literal["cascade", "eagle", "suffix", "model", "lens", "off"] = "cascade"
     # whether drafts may repeat earlier requests of this process; not where these are other users'
     remember: bool = True
-    # use each mechanism only where measured costs and acceptance say that it pays
+    # use each mechanism only where measured costs and acceptance say that it pays; captured steps
+    # measure nothing, so that those with exits and drafts want False
     adaptive: bool = True
     # what generated tokens attend to once a text is longer than context_tokens: all of it; in most
     # layers so many tokens, those that an earlier layer attends to most; or the latest ones alone

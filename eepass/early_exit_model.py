@@ -29,8 +29,8 @@ from eepass.planning import (
     draft_tensors,
     exit_tensors,
     fits_captured_steps,
+    fits_exiting_steps,
     fits_speculative_steps,
-    is_dense,
     settle,
 )
 from eepass.reading import number
@@ -154,6 +154,9 @@ class EarlyExitModel:
         self._engine, self.config, self.plan = None, config, plan
         self._is_dense, self._force = dense, force
         self._speculates = speculates and fits_speculative_steps(config)
+        # biases by slot would be wrong for a tree: forced exits, which no plan settles, have none
+        if not dense and (force is None or not self.splits[1].counts_slots):
+            self._speculates = self._speculates or fits_exiting_steps(config)
         self._selection = selection
 
     @property
@@ -203,18 +206,19 @@ class EarlyExitModel:
         self, config: ExitConfig, dense: bool, force: int | None, speculates: bool = False
     ) -> Engine | CapturedSteps:
         decoder, compiler = self.decoder, self._compiler
-        plain, trace = dense or speculates or force is not None, self.folder is None
+        plain, trace = dense or force is not None or not config.exits, self.folder is None
 
         def packs() -> bool:
             missing = getattr(compiler(), "kernels_missing", "not lowered")
             return decoder.device.type == "cpu" and not missing
 
         with torch.no_grad(), making_tensors_on(decoder.device):
-            if self.launching is not None and (plain or fits_captured_steps(config)):
-                parts = None if plain or is_dense(config) else self.exit_parts(config)
+            fits = dense or force is not None or speculates or fits_captured_steps(config)
+            if self.launching is not None and fits:
+                parts = None if plain else self.exit_parts(config)
                 drafts: dict[str, Any] = {}
                 if speculates:
-                    head = self._draft_head(None)
+                    head = self._draft_head(parts)
                     drafts["drafts"] = drafts_in_a_step(decoder, config, head, trace, packs)
                 return CapturedSteps(
                     decoder, config, parts, self.launching, self.stop, force,
@@ -316,7 +320,7 @@ class EarlyExitModel:
         """How decode steps are launched, and what they cost besides; captures them if need be."""
         if isinstance(self.engine, CapturedSteps):
             return self.engine.launch_report
-        reason = "exact answers with exits or drafts of another model go layer by layer"
+        reason = "what is weighed by its costs, and other exact exits, go layer by layer"
         if self.launching is None:
             reason = "neither device= nor launch= was given: layer by layer, from the host"
         return LaunchReport("engine", reason, (), self.decoder.buckets, 0, 0.0, ())

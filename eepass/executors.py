@@ -209,8 +209,8 @@ def token_embedding(decoder: Decoder) -> Tensor:
 class CapturedSteps:
     """Decodes with steps captured as a whole, at first use; answers to what an ``Engine`` does.
 
-    A token that exits early is final: steps are approximate, dense where nothing exits early, or
-    exact where they verify draft tokens instead.
+    A token that exits early is final, unless the config is exact, which wants draft tokens: then
+    it is one of those for the next pass.
     Sampling wants another step than greedy decoding, which need not sort logits; it is captured
     when it is first asked for.
     """
@@ -229,8 +229,8 @@ class CapturedSteps:
     ) -> None:
         """``parts``: exits, None for a dense or forced step. ``fuse``: what compiles the updates of
         a step's state, if anything does. ``debug``: assert at each step that nothing has moved
-        since it was captured. ``drafts``: the draft tokens that a step verifies, exactly, and the
-        head that names them."""
+        since it was captured. ``drafts``: the draft tokens that a step verifies, and the head that
+        names them."""
         tree, self._head = drafts
         self._options = StepOptions(
             kv=config.kv,
@@ -241,6 +241,7 @@ class CapturedSteps:
             force=force,
             stop=tuple(sorted(stop)),
             tree=tree if tree.rows > 1 else None,
+            exact=config.guarantee == "exact",
         )
         self.decoder, self._launching = decoder, launching
         self._parts, self._fuse, self._debug = parts, fuse, debug
@@ -314,17 +315,19 @@ class CapturedSteps:
         self._notes = ()
         decoder, plan, tensors = self.decoder, parts.plan, parts.tensors
         with torch.no_grad(), torch.device(decoder.device):
-            segments = parts.segments(1)
-            plain = ExitPoints(decoder, plan, segments, tensors)
+            rows = self._options.tree.rows if self._options.tree is not None else 1
+            segments = parts.segments(rows)
+            plain = ExitPoints(decoder, plan, segments, tensors, rows=rows)
             if decoder.device.type != "cuda" or draws:
                 return plain
             from eepass.passes.pipeline import fused_exits
 
             report = PassReport()
-            fused = fused_exits(decoder.splits[1], plan, {**decoder.tensors, **tensors}, report)
+            every = {**decoder.tensors, **tensors}
+            fused = fused_exits(decoder.splits[1], plan, every, report, rows)
             reasons = [reason for _, reason in report.skipped]
             if fused is not None:
-                kernels = ExitPoints(decoder, plan, segments, tensors, fused)
+                kernels = ExitPoints(decoder, plan, segments, tensors, fused, rows)
                 reason = kernels.differ_from(plain)
                 if not reason:
                     return kernels

@@ -73,11 +73,12 @@ def transform(
     model knows positions for. ``stop``: end tokens. ``dump``: folder for the graph before and
     after each pass. ``draft_model``, for ``speculate="model"``: a small transformed model of
     the same vocabulary, or what the checkpoint brings: an ``MtpModel`` or a DFlash assistant.
-    ``device`` "cuda" moves the model there. With ``device`` or ``launch``, approximate early exit
-    and dense decoding go by captured steps; exact answers go through the engine on the same
-    device. ``launch``: "device" (one CUDA graph with IF nodes), "predicated" (one without), "host"
-    (segment by segment), "calls" (launch by launch, nothing captured), "interpret" (on a CPU, every
-    launch checked), "auto" (the best there is; a simpler one where that one cannot be captured).
+    ``device`` "cuda" moves the model there. With ``device`` or ``launch``, approximate early exit,
+    dense decoding and drafts that are not weighed against their costs go by captured steps, the
+    rest through the engine on the same device. ``launch``: "device" (one CUDA graph with IF nodes),
+    "predicated" (one without), "host" (segment by segment), "calls" (launch by launch, nothing
+    captured), "interpret" (on a CPU, every launch checked), "auto" (the best there is; a simpler
+    one where that one cannot be captured).
     ``debug``: assert at each step that nothing has moved since it was captured.
     Raises ``InputError`` for a model, artefact or config that does not fit, with the reason;
     ``EngineError`` for a device or launch mode that is not to be had.

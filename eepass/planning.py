@@ -57,11 +57,6 @@ def settle(
     return config, plan
 
 
-def is_dense(config: ExitConfig) -> bool:
-    """Whether ``config`` asks for neither early exits nor several tokens a pass."""
-    return not config.exits and config.speculate in ("off", "lens")
-
-
 def fits_captured_steps(config: ExitConfig) -> bool:
     """Whether a captured step of one token a pass, which is never rolled back, can decode so:
     dense, or approximate with drafts from a hidden state."""
@@ -75,6 +70,13 @@ def fits_speculative_steps(config: ExitConfig) -> bool:
     with draft tokens from the text, from a trained head, or from both."""
     drafts = config.speculate in ("suffix", "eagle", "cascade") and config.context == "full"
     return drafts and not config.exits
+
+
+def fits_exiting_steps(config: ExitConfig) -> bool:
+    """Whether a captured step that verifies draft tokens and exits can decode so: in every pass,
+    for it measures nothing, and by draft tokens of its predictors from a hidden state."""
+    drafts = fits_speculative_steps(replace(config, exits=False))
+    return drafts and config.exits and not config.adaptive and config.draft != "eagle"
 
 
 def make_plan(config: ExitConfig, artifact: Artifact, num_layers: int) -> ExitPlan:

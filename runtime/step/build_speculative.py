@@ -3,11 +3,11 @@
     draft, place, embed, sides, all layers, head, accept
     if the path lies apart: compact
 
-There are no exits: all rows always run. The number of rows is fixed, so that a token comes from
-the same kernels whatever was drafted, and drafts change how many passes an answer takes, never the
-answer (greedy verification: Leviathan et al., 2023; of a tree: SpecInfer, Miao et al., 2024). A
-token that is sampled hangs on its position and the seed, and is compared with its draft token as
-the likeliest one is.
+All rows go through all layers (``build_exiting.py``: with exits). The number of rows is fixed, so
+that a token comes from the same kernels whatever was drafted, and drafts change how many passes an
+answer takes, never the answer (greedy verification: Leviathan et al., 2023; of a tree: SpecInfer,
+Miao et al., 2024). A token that is sampled hangs on its position and the seed, and is compared with
+its draft token as the likeliest one is.
 """
 
 from __future__ import annotations
@@ -38,21 +38,31 @@ def build_speculative_step(
 ) -> Step:
     """The step of ``decoder`` over the rows of ``shape``, a row count it is split for; ``stop``:
     end tokens; ``draws``: tokens can be sampled; ``head``: the draft head, where rows are its."""
-    return _Builder(decoder, shape, draws, fuse or (lambda update: update), head).build(stop)
+    return SpeculativeBuilder(decoder, shape, draws, fuse or (lambda update: update), head).build(
+        stop
+    )
 
 
-class _Builder:
+class SpeculativeBuilder:
+    # which buffers hold the tree: where it begins, and the rows after row 0
+    tree = ("position", "draft ids", "draft parents")
+    # draft tokens of the head that not every pass writes
+    drafts_life: Life = "step"
+
     def __init__(
         self, decoder: Decoder, shape: TreeShape, draws: bool, fuse: Fuse, head: HeadDrafts | None
     ) -> None:
         self.decoder, self.shape, self.rows = decoder, shape, shape.rows
         self.draws, self.fuse, self.head = draws, fuse, head if shape.named else None
         self.buffers: dict[str, Buffer] = {}
+        # how many tokens a pass may confirm
+        self.confirmed = shape.deepest + 1
 
     def build(self, stop: tuple[int, ...]) -> Step:
         self._make_buffers(stop)
         self._make_sides()
-        items: list[Item] = [self._place(), self._embed(), self._sides(), self._layers()]
+        items: list[Item] = [self._place(), self._embed(), self._sides()]
+        items.append(self._layers(0, self.decoder.num_layers))
         items += [self._logits(), self._accept()]
         if self.shape.branches:
             items.insert(0, self._draft_from_text())
@@ -69,8 +79,8 @@ class _Builder:
 
     def _part(self, name: str, base: str, begin: int, end: int) -> None:
         if begin < end:
-            part = self.buffers[base].tensor[begin:end]
-            self.buffers[name] = Buffer(name, part, "step", base=base)
+            whole = self.buffers[base]
+            self.buffers[name] = Buffer(name, whole.tensor[begin:end], whole.life, base=base)
 
     def _zeros(self, *shape: int, dtype: torch.dtype = torch.long) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=self.decoder.device)
@@ -98,7 +108,7 @@ class _Builder:
             self._add(name, tensor, "kept")
         for name in ("ids", "parents", "paths", "positions", "rows", "tokens", "path"):
             self._add(name, self._zeros(rows))
-        self._add("moved", self._zeros(1, dtype=torch.bool))
+        self._make_flags()
         self._add("best", self._zeros(rows, dtype=torch.float32))
         self._add("hidden", self._zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype))
         self._make_drafts()
@@ -107,19 +117,23 @@ class _Builder:
                 name = f"{kind}.{layer}"
                 self.buffers[name] = Buffer(name, tensor, "kept", "cache")
 
+    def _make_flags(self) -> None:
+        self._add("moved", self._zeros(1, dtype=torch.bool))
+
     def _make_drafts(self) -> None:
         """Draft tokens: those of the head first, then those from the text."""
         count, named = self.rows - 1, self.shape.named
         for name, dtype in (("ids", torch.long), ("parents", torch.long), ("known", torch.bool)):
             # without draft tokens nothing writes them
-            life: Life = "step" if count else "kept"
+            life = self.drafts_life if count else "kept"
             self._add(f"draft {name}", self._zeros(count, dtype=dtype), life)
             self._part(f"draft {name} of head", f"draft {name}", 0, named)
             self._part(f"draft {name} from text", f"draft {name}", named, count)
         if self.head is None:
             return
-        width, confirmed = self.head.head.feature_size, self.shape.deepest + 1
-        self._add("features", self._zeros(self.rows, width, dtype=self.decoder.dtype))
+        width, confirmed = self.head.head.feature_size, self.confirmed
+        features = self._zeros(self.rows, width, dtype=self.decoder.dtype)
+        self._add("features", features, self.drafts_life)
         kept = {
             "confirmed": self._zeros(confirmed),
             "confirmed features": self._zeros(confirmed, width, dtype=self.decoder.dtype),
@@ -169,7 +183,7 @@ class _Builder:
     def _draft_from_head(self, head: HeadDrafts) -> Launch:
         confirmed = ("confirmed", "confirmed features", "first confirmed", "number confirmed")
         state = tuple(head.state())
-        levels = head.levels(self.shape, self.shape.deepest + 1)
+        levels = head.levels(self.shape, self.confirmed)
         ids, parents, known = (f"draft {name} of head" for name in ("ids", "parents", "known"))
 
         def run(b: Buffers) -> None:
@@ -182,7 +196,8 @@ class _Builder:
         return Launch("draft from head", run, reads, (*state, ids, parents, known))
 
     def _place(self) -> Launch:
-        reads = ("history", "position", "last position", "draft ids", "draft parents")
+        root, *drafts = self.tree
+        reads = ("history", root, "last position", *drafts)
         writes = ("ids", "parents", "paths", "positions", "rows")
         return self._launch("place", speculating.place, reads, (), writes)
 
@@ -225,24 +240,28 @@ class _Builder:
         names = tuple(f"side {name}" for name in self.sides)
         return Launch("sides", run, ("rows", "positions", "paths", *stored), names)
 
-    def _layers(self) -> Launch:
+    def _layers(self, start: int, end: int, flag: str = "") -> Launch:
+        """Layers ``start`` to ``end``; hidden states stay as they are where ``flag`` is false."""
         decoder = self.decoder
         decoder.prepare(self.rows, captured=True)
-        layers = range(decoder.num_layers)
 
         def run(b: Buffers) -> None:
-            hidden = b["hidden"]
+            hidden = before = b["hidden"]
             place = Place(b["rows"], {name: b[f"side {name}"] for name in self.sides})
-            self._keep_features(b, 0, hidden)
-            for layer in layers:
+            if not start:
+                self._keep_features(b, 0, hidden)
+            for layer in range(start, end):
                 hidden = decoder.run_layer(layer, hidden, place, captured=True)
                 self._keep_features(b, layer + 1, hidden)
-            b["hidden"].copy_(hidden)
+            before.copy_(torch.where(b[flag], hidden, before) if flag else hidden)
 
-        cache = self._cache()
-        reads = ("hidden", "rows", *(f"side {name}" for name in self.sides), *cache)
+        cache, flags = self._cache(start, end), (flag,) * bool(flag)
+        reads = ("hidden", "rows", *(f"side {name}" for name in self.sides), *cache, *flags)
         features = ("features",) if self.head is not None else ()
-        name = f"layers 0–{len(layers)}, {self.rows} rows"
+        if self.drafts_life == "kept":
+            # of some layers alone
+            reads += features
+        name = f"layers {start}–{end}, {self.rows} rows"
         return Launch(name, run, reads, ("hidden", *cache, *features))
 
     def _keep_features(self, b: Buffers, layer: int, hidden: Tensor) -> None:
@@ -256,8 +275,8 @@ class _Builder:
             if layer == wanted:
                 part.copy_(hidden[0])
 
-    def _cache(self) -> tuple[str, ...]:
-        layers = range(self.decoder.num_layers)
+    def _cache(self, start: int, end: int) -> tuple[str, ...]:
+        layers = range(start, end)
         return tuple(f"{kind}.{layer}" for layer in layers for kind in ("keys", "values"))
 
     def _logits(self) -> Launch:
@@ -296,5 +315,5 @@ class _Builder:
             decoder.kv.move_rows(source, b["rows"])
             decoder.side_inputs.move_rows(source, b["rows"])
 
-        written = (*self._cache(), *stored)
+        written = (*self._cache(0, decoder.num_layers), *stored)
         return Launch("compact", run, ("rows", "path", *written), written)

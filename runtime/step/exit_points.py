@@ -1,4 +1,4 @@
-"""The segments at exit points, bound for one row: draft tokens, predictors, verification."""
+"""The segments at exit points, bound for some rows: draft tokens, predictors, verification."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eepass.runtime.decoder.decoder import Decoder
 
 
 class ExitPoints:
-    """Draft tokens, predictors and verification of one row, by ``eepass.exit_rule``.
+    """Draft tokens, predictors and verification of R ``rows``, by ``eepass.exit_rule``.
 
     ``fused``: operators that replace predictors and verification, thresholds included.
     ``tensors`` are the artefact's with ``hot.ids``, and the plan's thresholds for fused operators.
@@ -27,16 +27,17 @@ class ExitPoints:
         segments: ExitSegments,
         tensors: Mapping[str, Tensor],
         fused: FusedExits | None = None,
+        rows: int = 1,
     ) -> None:
         self.plan, self.tensors = plan, tensors
         self.layers = tuple(point.layer for point in plan.exits)
         self._hot = tensors["hot.ids"]
         self._fused = fused is not None
         k, device = plan.draft_tokens, decoder.device
-        hidden = torch.zeros(1, 1, decoder.hidden_size, dtype=decoder.dtype, device=device)
+        hidden = torch.zeros(1, rows, decoder.hidden_size, dtype=decoder.dtype, device=device)
         self._example = hidden
-        drafts = torch.zeros(1, k, dtype=torch.long, device=device)
-        previous = torch.zeros(1, k, device=device)
+        drafts = torch.zeros(rows, k, dtype=torch.long, device=device)
+        previous = torch.zeros(rows, k, device=device)
         source: Any = segments if fused is None else fused
         self._predict = {
             layer: decoder.bind(segment, tensors, [hidden, drafts, previous])
@@ -52,7 +53,7 @@ class ExitPoints:
         }
 
     def draft(self, hidden: Tensor) -> Tensor:
-        """The draft tokens [1, K] of a hidden state [1, 1, H]: its likeliest hot tokens."""
+        """The draft tokens [R, K] of hidden states [1, R, H]: their likeliest hot tokens."""
         (z,) = self._normed(hidden)
         (logits,) = self._draft(z)
         return self._hot[logits[0].topk(self.plan.draft_tokens, -1).indices]
@@ -60,8 +61,8 @@ class ExitPoints:
     def predict(
         self, layer: int, hidden: Tensor, drafts: Tensor, previous: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Whether the row wants to exit [1], its draft tokens' probabilities [1, K], and its
-        normed hidden state z [1, 1, H]."""
+        """Whether rows want to exit [R], their draft tokens' probabilities [R, K], and their
+        normed hidden states z [1, R, H]."""
         probability, now, z, *wants = self._predict[layer](hidden, drafts, previous)
         if wants:
             # fused operators compare with the threshold themselves
@@ -70,21 +71,21 @@ class ExitPoints:
         return wants_exit(probability.double(), self._thresholds[layer]), now, z
 
     def verify(self, z: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest token [1] of z [1, 1, H], and whether it is among ``drafts`` (bool [1])."""
+        """The likeliest tokens [R] of z [1, R, H], and whether they are among ``drafts`` (bool)."""
         if self._fused:
             token, drafted = self._verify(z, drafts)
             return token, drafted
         return self.named(self.logits(z).argmax(-1), drafts)
 
     def logits(self, z: Tensor) -> Tensor:
-        """Logits [1, N] of z [1, 1, H], of the hot vocabulary or the whole; fused operators have
+        """Logits [R, N] of z [1, R, H], of the hot vocabulary or the whole; fused operators have
         none."""
         (logits,) = self._verify(z)
         rows: Tensor = logits[0]
         return rows
 
     def named(self, index: Tensor, drafts: Tensor) -> tuple[Tensor, Tensor]:
-        """The token [1] at an ``index`` [1] of these logits, and whether it is among ``drafts``."""
+        """The tokens at ``index`` [R] of these logits, and whether they are among ``drafts``."""
         token = self._hot[index] if self.plan.verify == "hot" else index
         return token, among_drafts(token, drafts)
 

@@ -15,11 +15,13 @@ from eepass.errors import EngineError, first_line
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.step import cuda
 from eepass.runtime.step.build import Fuse, build_step
+from eepass.runtime.step.build_exiting import build_exiting_step
 from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Step, StepError, check_step, launches
 from eepass.runtime.step.engine import Executor, StepEngine
 from eepass.runtime.step.exit_points import ExitPoints
+from eepass.runtime.step.exiting_engine import ExitingEngine
 from eepass.runtime.step.head_drafts import HeadDrafts
 from eepass.runtime.step.host import Flags, HostDriven, ResultQueue, called
 from eepass.runtime.step.interpret import Interpreter
@@ -162,7 +164,12 @@ def make_engine(
         fitting = replace(options, verify="always")
     with torch.no_grad(), running_out("capturing a step"):
         if tree is not None:
-            step = build_speculative_step(decoder, tree, options.stop, options.draws, fuse, head)
+            if exits is None and options.force is None:
+                step = build_speculative_step(
+                    decoder, tree, options.stop, options.draws, fuse, head
+                )
+            else:
+                step = build_exiting_step(decoder, exits, options, fuse, head)
             if decoder.device.type == "cuda" and mode in ("host", "calls"):
                 # waiting for the flag takes longer than what it would save
                 step = step.flattened()
@@ -206,7 +213,8 @@ def _engine(
     executor: Executor
     engine: Callable[..., StepEngine] = StepEngine
     if "history" in step.buffers:
-        engine = partial(SpeculativeEngine, head=head)
+        leaves = "exit_layer" in step.buffers
+        engine = partial(ExitingEngine if leaves else SpeculativeEngine, head=head)
     if decoder.device.type == "cpu":
         interprets = mode == "interpret"
         executor = Interpreter(step) if interprets else HostDriven(step, Flags(), called(step))

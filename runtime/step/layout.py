@@ -31,7 +31,8 @@ class StepOptions:
     with the LM head's token there. ``stop``: end tokens. ``verify``: at every active exit point, or
     only where the predictor wants to exit. ``one_size``: only the largest row count, masked.
     ``draws``: tokens can be sampled. ``tree``: the rows of a pass in which draft tokens are
-    verified, exactly and without exits; None: one token a pass.
+    verified; None: one token a pass. ``exact``: there, tokens of exits are guesses that a pass
+    through all layers confirms.
     """
 
     kv: Literal["defer", "propagate", "drop"] = "defer"
@@ -45,6 +46,7 @@ class StepOptions:
     one_size: bool = False
     draws: bool = False
     tree: TreeShape | None = None
+    exact: bool = False
 
 
 class StepLayout:

@@ -112,19 +112,13 @@ def accept(
     whether their keys and values lie elsewhere than at their positions. ``out`` [R + 1]: how many
     are kept, and the tokens; −1 in place of one from logits that are not finite.
     """
-    row, depth = torch.arange(len(ids), device=ids.device), depths(paths)
+    row = torch.arange(len(ids), device=ids.device)
     finite = torch.isfinite(best)
     ends = (tokens[:, None] == stop[None]).any(1) | ~finite
-    follows = (tokens[parents] == ids) & ~ends[parents] & (depth < limit - position)
-    follows = torch.cat([torch.ones_like(stopped), follows[1:] & known])
-    wrong = ((~follows).long() << row).sum()
-    kept = (paths & wrong) == 0
-    # the deepest; of equally deep ones, which hold the same tokens, the first
-    last = (depth * len(ids) - row).masked_fill(~kept, -len(ids)).argmax(0, keepdim=True)
-    number = (depth[last] + 1).masked_fill(stopped | (position >= limit), 0)
-    on_path = ((paths[last] >> row) & 1).bool()
-    placed = (on_path & (depth == row[:, None])).long() * row
-    walked = torch.where(row < number, placed.sum(1), row)
+    kept = live_rows(ids, parents, paths, known, tokens, ends, limit - position)
+    walked, number = walk(paths, kept)
+    number = number.masked_fill(stopped | (position >= limit), 0)
+    walked = torch.where(row < number, walked, row)
     taken, good, end = tokens[walked], finite[walked], ends[walked]
     is_kept = row < number
     target = position + 1 + row
@@ -136,6 +130,32 @@ def accept(
     counters.add_(torch.cat([(~stopped).long(), number]))
     position.copy_(position + number)
     stopped.copy_(stopped | (is_kept & end).any() | (position >= limit))
+
+
+def live_rows(
+    ids: Tensor, parents: Tensor, paths: Tensor, known: Tensor, tokens: Tensor, ends: Tensor,
+    room: Tensor, decided: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The rows [R] that right draft tokens lead to, of the first ``room`` [1] positions of a path:
+    each equals what follows the row above, ``tokens`` [R], where that does not end the text
+    (``ends`` [R]) and is ``decided`` [R]; all are by default."""
+    leads = (tokens[parents] == ids) & ~ends[parents]
+    if decided is not None:
+        leads = leads | ~decided[parents]
+    follows = leads & (depths(paths) < room)
+    follows = torch.cat([torch.ones_like(follows[:1]), follows[1:] & known])
+    wrong = ((~follows).long() << torch.arange(len(ids), device=ids.device)).sum()
+    return (paths & wrong) == 0
+
+
+def walk(paths: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """The longest path over ``kept`` rows [R], in order (row 0 beyond its end), and its length [1];
+    of equally long ones, which hold the same tokens, the first."""
+    row, depth = torch.arange(len(paths), device=paths.device), depths(paths)
+    last = (depth * len(paths) - row).masked_fill(~kept, -len(paths)).argmax(0, keepdim=True)
+    on_path = ((paths[last] >> row) & 1).bool()
+    placed = (on_path & (depth == row[:, None])).long() * row
+    return placed.sum(1), depth[last] + 1
 
 
 def follow(

@@ -45,22 +45,21 @@ class SpeculativeEngine(StepEngine):
             if first in ends:
                 return
             # what is confirmed and not yet asked for
-            tokens, taken, in_flight = deque[int](), 0, 0
+            tokens, taken, in_flight = deque[DecodedToken](), 0, 0
             self.step["limit"].fill_(len(ids) + most)
             while taken < most:
                 while not tokens:
                     while in_flight < self.in_flight:
                         self._launch()
                         in_flight += 1
-                    number, *found = self._taken()
+                    tokens.extend(self._pass())
                     in_flight -= 1
-                    tokens.extend(found[:number])
                 token = tokens.popleft()
                 taken += 1
                 self._seconds += perf_counter() - began
-                yield DecodedToken(token, layers)
+                yield token
                 began = perf_counter()
-                if token in ends:
+                if token.token in ends:
                     return
             if taken + 1 < max_new_tokens:
                 raise EngineError(
@@ -68,7 +67,7 @@ class SpeculativeEngine(StepEngine):
                 )
 
     def follow(self, ids: Sequence[int], answer: Sequence[int]) -> list[DecodedToken]:
-        found, layers, history = [], self.decoder.num_layers, self.step["history"]
+        found, history = list[DecodedToken](), self.step["history"]
         with self._sequence(ids, GREEDY):
             if len(ids) + len(answer) - 1 > self.decoder.max_sequence_length:
                 raise EngineError(
@@ -82,11 +81,18 @@ class SpeculativeEngine(StepEngine):
                 self.step["limit"].fill_(position + 1)
                 self.step["stopped"].zero_()
                 began, kept = perf_counter(), history[position + 1].clone()
-                self._launch()
-                found.append(DecodedToken(self._taken()[1], layers))
+                while len(found) <= position - len(ids):
+                    # a pass that guesses has none yet
+                    self._launch()
+                    found += self._pass()
                 history[position + 1].copy_(kept)
                 self._seconds += perf_counter() - began
         return found
+
+    def _pass(self) -> list[DecodedToken]:
+        """The tokens of the oldest pass."""
+        number, *found = self._taken()
+        return [DecodedToken(token, self.decoder.num_layers) for token in found[:number]]
 
     @property
     def statistics(self) -> Statistics:

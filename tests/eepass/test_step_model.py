@@ -9,9 +9,11 @@ from eepass.config import ExitConfig
 from eepass.errors import EngineError, InputError
 from eepass.executors import CapturedSteps
 from eepass.model import EarlyExitModel
-from eepass.passes.pipeline import split_for_rows
+from eepass.passes.pipeline import fused_exits, split_for_rows
+from eepass.passes.report import PassReport
 from eepass.runtime.engine.engine import Engine
 from eepass.runtime.sampling import Sampling
+from eepass.runtime.step.exit_points import ExitPoints
 from eepass.runtime.step.launching import choose, make_engine
 
 PROMPT = [5, 9, 44, 7, 8]
@@ -231,7 +233,7 @@ def test_class_and_guarantee_are_the_same_everywhere(llama, compilers, where):
     model = eepass.transform(llama, artifact, max_length=128, **where)
     assert type(model) is EarlyExitModel and model.config == ExitConfig()
     assert not compilers
-    engine = model.configure(ExitConfig(adaptive=False))
+    engine = model.configure(ExitConfig())
     assert isinstance(engine, Engine) and engine.options.guarantee == "exact"
     early = model.configure(CONFIGS["eager to leave"])
     assert isinstance(early, CapturedSteps if where else Engine)
@@ -241,10 +243,12 @@ def test_class_and_guarantee_are_the_same_everywhere(llama, compilers, where):
         model.configure(ExitConfig(speculate="eagle", exits=False))
     # what was refused changed nothing
     assert model.engine is early and not compilers
-    model.configure(ExitConfig(adaptive=False))
+    # what need not pay goes by captured steps, where there are any
+    engine = model.configure(ExitConfig(adaptive=False))
+    assert isinstance(engine, CapturedSteps if where else Engine)
     answer = [token for token, _ in said(model)]
     assert sum(compiler.calls for compiler in compilers) > 0
-    assert model.statistics.rollbacks and model.launch_report.mode == "engine"
+    assert model.statistics.rollbacks
     assert answer == [step.token for step in model.dense.generate(PROMPT, 40)]
 
 
@@ -304,6 +308,49 @@ def test_drafts_of_a_trained_head_are_verified_in_captured_steps(transformed, st
     for prompt in (PROMPT, [61, 12, 90]):
         expected = [token for token, _ in said(transformed, prompt=prompt)]
         assert [token for token, _ in said(steps, prompt=prompt)] == expected
+
+
+TREES = dict(adaptive=False, schedule=False, threshold=0.2)
+
+
+@pytest.mark.parametrize("source", ("suffix", "cascade"))
+def test_exits_in_captured_steps_that_verify_drafts(transformed, steps, source):
+    """Exact answers are the dense ones; approximate ones those of one row a pass, where both exit:
+    a token goes by the first exit point that takes it."""
+    with torch.no_grad():
+        transformed.configure(dense=True)
+    steps.configure(ExitConfig(speculate=source, **TREES))
+    assert isinstance(steps.engine, CapturedSteps)
+    for prompt in (PROMPT, [61, 12, 90]):
+        expected = [token for token, _ in said(transformed, 30, prompt)]
+        assert [token for token, _ in said(steps, 30, prompt)] == expected
+    assert steps.statistics.wanted > steps.statistics.refused
+    launches = steps.launch_report.launches
+    assert {"verify 2", "head", "settle"} < set(launches)
+    assert ("draft from head" in launches) == (source == "cascade")
+    steps.configure(ExitConfig(speculate=source, guarantee="approximate", **TREES))
+    found = said(steps, 40)
+    early = steps.statistics.exit_layers
+    assert sum(early[:-1]) > 10 and steps.statistics.passes < 39
+    steps.configure(ExitConfig(**TREES, pending=31).approximate())
+    alone = steps.engine.follow(PROMPT, [token for token, _ in found])
+    both = [(mine, one.token) for (mine, layer), one in zip(found[1:], alone, strict=True)
+            if layer < 4 and one.exit_layer < 4]  # fmt: skip
+    assert len(both) > 5 and all(mine == one for mine, one in both)
+
+
+def test_exit_points_as_operators_take_the_rows_of_a_tree(llama, compilers):
+    """What a GPU has kernels for, by its eager definition."""
+    model = eepass.transform(llama, random_artifact(llama), max_length=128)
+    model.configure(ExitConfig(speculate="suffix", **TREES))
+    parts, decoder = model.exit_parts(model.config), model.decoder
+    made = (decoder, parts.plan)
+    with torch.no_grad():
+        plain = ExitPoints(*made, parts.segments(8), parts.tensors, rows=8)
+        tensors, report = {**decoder.tensors, **parts.tensors}, PassReport()
+        fused = fused_exits(decoder.splits[1], parts.plan, tensors, report, 8)
+        kernels = ExitPoints(*made, parts.segments(8), parts.tensors, fused, 8)
+        assert not report.skipped and kernels.differ_from(plain) == ""
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,18 @@
 
 import pytest
 import torch
+from exits_in_trees import Script, ScriptedTreeExits
 from models import eager_compile
+from plain import PlainEngine
 from steps import BUCKETS, LateResultQueue, OrderedExits, engine_for
 
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.sampling import Sampling
 from eepass.runtime.step.build import build_step
+from eepass.runtime.step.build_exiting import build_exiting_step
 from eepass.runtime.step.build_speculative import build_speculative_step
 from eepass.runtime.step.engine import StepEngine
+from eepass.runtime.step.exiting_engine import ExitingEngine
 from eepass.runtime.step.interpret import Interpreter
 from eepass.runtime.step.layout import StepOptions
 from eepass.runtime.step.speculative_engine import SpeculativeEngine
@@ -55,4 +59,23 @@ def test_a_compiled_speculative_step_is_the_eager_one(llama_splits):
         greedy = [tuple(token) for token in engine.generate(PROMPT, 50)]
         drawn = engine.generate(PROMPT, 50, Sampling(temperature=0.7, top_k=20, seed=5))
         found.append((greedy, [tuple(token) for token in drawn], step["counters"].tolist()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("exact", (False, True))
+def test_a_compiled_step_with_exits_in_a_tree_is_the_eager_one(llama, llama_splits, exact):
+    from eepass.codegen.lower_cuda import CudaCompiler
+
+    compiler, found, script = CudaCompiler(), [], Script(PlainEngine(llama), 7)
+    options = StepOptions(tree=TreeShape((4, 2, 1)), exact=exact)
+    for decoder, fuse in (
+        (Decoder(llama_splits, compiler, compiler.captured), compiler.fuse),
+        (Decoder(llama_splits, eager_compile), None),
+    ):
+        scripted = ScriptedTreeExits(script, (1, 2), 8)
+        scripted.step = step = build_exiting_step(decoder, scripted, options, fuse)
+        engine = ExitingEngine(decoder, step, Interpreter(step), LateResultQueue(step["out"]))
+        tokens = [tuple(token) for token in engine.generate(PROMPT, 30)]
+        found.append((tokens, step["counters"].tolist()))
     assert found[0] == found[1]

@@ -15,6 +15,8 @@ TESTS = Path(__file__).parents[1]
 STUB = TESTS / "stub_cuda"
 # of a step of 4 layers, exits after three of them and four row counts
 CONDITIONALS, NODES = 22, 65
+# of one over the rows of a tree, exits after three of them
+TREE_NODES = 35
 
 
 def compiler_and_header():
@@ -96,6 +98,16 @@ def test_a_pass_with_a_draft_heads_tree_is_one_graph(seen):
     assert found["passes"] <= found["launches"] <= found["passes"] + 1
     assert found["synchronisations"] == 0
     assert found["decoded"] == 99 and found["passes"] < 60
+
+
+def test_a_pass_with_exits_in_a_tree_is_one_graph(seen):
+    """Segments, predictors and the head are bodies of IF nodes, and the host never waits."""
+    found = seen["exits in a tree"]
+    assert found["mode"] == "device" and found["tokens"] and found["refused"] == []
+    assert found["layers"] == [1, 2, 3, 4]
+    assert found["nodes"] <= TREE_NODES
+    assert found["passes"] <= found["launches"] <= found["passes"] + 1
+    assert found["synchronisations"] == 0
 
 
 def test_closing_frees_what_was_made(seen):

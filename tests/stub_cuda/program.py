@@ -11,15 +11,18 @@ import json
 import sys
 
 import torch
+from exits_in_trees import Script, ScriptedTreeExits
 from made_heads import bigrams, drafts_of
 from models import eager_compile, tiny_model
+from plain import PlainEngine
 from steps import BUCKETS, OrderedExits, engine_for
 
 from eepass.errors import EngineError
 from eepass.passes.pipeline import split_for_rows
 from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.engine.engine import Engine
-from eepass.runtime.step import launching
+from eepass.runtime.step import launching, text_drafts
+from eepass.runtime.step.build_exiting import build_exiting_step
 from eepass.runtime.step.conditional_graph import conditional_nodes_missing
 from eepass.runtime.step.data import Conditional, blocks, walk
 from eepass.runtime.step.layout import StepOptions
@@ -27,6 +30,7 @@ from eepass.runtime.step.tree_shape import TreeShape
 from stub_cuda.fake_torch import FakeGraph, install
 
 PROMPT, COUNT = [5, 9, 44, 7, 8], 24
+TREE = TreeShape((4, 2, 1))
 CALLS = (
     "cuCtxGetCurrent", "cuModuleLoadData", "cuModuleGetFunction", "cuGraphCreate",
     "cuGraphConditionalHandleCreate", "cuGraphAddKernelNode", "cuGraphAddNode",
@@ -87,10 +91,27 @@ def made(scripted, options=None):
     return engine, report, [tuple(token) for token in engine.generate(PROMPT, COUNT)]
 
 
+def made_in_a_tree(how):
+    """The same of a speculative step with exits."""
+    scripted = ScriptedTreeExits(script, (1, 2, 3), TREE.rows)
+
+    def build(*args):
+        scripted.step = build_exiting_step(*args)
+        return scripted.step
+
+    launching.build_exiting_step = build
+    engine, report = launching.make_engine(decoder, scripted, StepOptions(tree=TREE), how)
+    return engine, report, [tuple(token) for token in engine.generate(PROMPT, 40)]
+
+
 library.stub_on_child(on_child)
 with torch.no_grad():
     decoder = Decoder(split_for_rows(tiny_model("llama"), 128, BUCKETS, 16)[0], eager_compile)
     expected = [tuple(t) for t in engine_for(decoder, exits()).generate(PROMPT, COUNT)]
+    script = Script(PlainEngine(tiny_model("llama")), TREE.rows - 1, seed=5)
+    from_text, text_drafts.draft = text_drafts.draft, script.draft
+    in_a_tree = made_in_a_tree(launching.choose("interpret", torch.device("cpu")))[2]
+    text_drafts.draft = from_text
     install(setattr)
     missing = conditional_nodes_missing((9, 0))
     library.stub_clear()
@@ -152,6 +173,23 @@ with torch.no_grad():
         "passes": engine.statistics.passes,
         "decoded": engine.statistics.tokens,
     }  # fmt: skip
+    engine.close()
+    # exits in a tree: one graph, launched once a pass
+    text_drafts.draft = script.draft
+    library.stub_clear()
+    engine, report, found = made_in_a_tree(BEST)
+    text_drafts.draft = from_text
+    log = library.stub_log().decode()
+    seen["exits in a tree"] = {
+        "mode": report().mode,
+        "layers": sorted({layer for _, layer in found}),
+        "tokens": found == in_a_tree,
+        "nodes": sum(line.startswith(("child", "set", "if")) for line in log.splitlines()),
+        "launches": log.count("launch stream=7"),
+        "refused": [line for line in log.splitlines() if line.startswith("refused")],
+        "synchronisations": report().host_synchronisations,
+        "passes": engine.statistics.passes,
+    }
     engine.close()
     seen["fallbacks"] = {}
     for name in CALLS:
