@@ -38,8 +38,10 @@ from eepass.runtime.engine.batch import Request
 from eepass.wrappers import original_inside
 
 # what ``generate`` prepares for the forward call of the model; the engine needs none of it
+# what transformers calls the cache that it hands on: from 5.24 on, and before
+CACHES = ("cache", "past_key_values")
 NOT_NEEDED = {
-    "attention_mask", "past_key_values", "position_ids", "cache_position", "use_cache",
+    *CACHES, "attention_mask", "position_ids", "cache_position", "use_cache",
     "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict",
 }  # fmt: skip
 
@@ -288,11 +290,11 @@ def _refuse(generation_config: Any, assistant_model: Any, model_kwargs: dict[str
                 raise InputError(f"{name}: eepass does not keep them; use custom_generate=None")
     if generation_config.cache_implementation == "quantized":
         raise InputError("cache_implementation='quantized': eepass keeps exact keys and values")
-    cache = model_kwargs.get("past_key_values")
-    if getattr(cache, "_is_user_defined", False):
-        raise InputError(
-            "past_key_values: eepass has a cache of its own; give the whole text as input_ids"
-        )
+    for name in CACHES:
+        if getattr(model_kwargs.get(name), "_is_user_defined", False):
+            raise InputError(
+                f"{name}: eepass has a cache of its own; give the whole text as input_ids"
+            )
     given = {name for name, value in model_kwargs.items() if value is not None}
     if unknown := sorted(given - NOT_NEEDED):
         raise InputError(
