@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from eepass.private_names import foreach_add_
 from eepass.runtime.caller.caller_exits import CallerExits
-from eepass.runtime.decoder.decoder import Compile
+from eepass.runtime.decoder.bound_segment import Compile
 from eepass.runtime.exits.scheduler import PredictorSchedule
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep, Input, Segment

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from eepass.exit_rule import among_drafts
-from eepass.runtime.decoder.decoder import Compile, bind_parameters
+from eepass.runtime.decoder.bound_segment import Compile, bind_parameters
 from eepass.runtime.exits.exits import Exits, RowState
 from eepass.runtime.statistics import Statistics
 from eepass.segments import CallerStep, Segment

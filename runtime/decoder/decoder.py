@@ -14,19 +14,15 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
-from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
-from eepass.segments import (
-    CONTEXT,
-    ChainedLayers,
-    ContextLayers,
-    Input,
-    Link,
-    Segment,
-    SplitDecoder,
+from eepass.runtime.decoder.bound_segment import (
+    BoundSegment,
+    Compile,
+    Compiled,
+    bind_parameters,
 )
+from eepass.runtime.decoder.side_inputs import Place, Row, SideInputs
+from eepass.segments import CONTEXT, ChainedLayers, ContextLayers, Link, Segment, SplitDecoder
 
-Compiled = Callable[[list[Tensor]], Sequence[Tensor]]
-Compile = Callable[..., Compiled]
 # passes of more rows are chunks of a prompt
 WIDEST_PASS = 64
 # so many rows are normed one by one, by compiled code for one
@@ -85,15 +81,15 @@ class Decoder:
         # the side inputs that captured layers take as spans
         self.spans = tuple(self.side_inputs.windows) if spans else ()
         # by row count, and whether they are captured
-        self._layers: dict[tuple[int, bool], list[_BoundSegment]] = {}
+        self._layers: dict[tuple[int, bool], list[BoundSegment]] = {}
         # layers that attend to selected slots: by how many, and by row count
         self.context: dict[int, Mapping[int, ContextLayers]] = {}
-        self._selecting: dict[tuple[int, int], list[_BoundSegment]] = {}
-        self._queries: dict[tuple[int, int], dict[int, _BoundSegment]] = {}
+        self._selecting: dict[tuple[int, int], list[BoundSegment]] = {}
+        self._queries: dict[tuple[int, int], dict[int, BoundSegment]] = {}
         # by whether they are captured
-        self._fills: dict[bool, list[_BoundSegment]] = {}
-        self._heads: dict[int, _BoundSegment] = {}
-        self._norm: _BoundSegment | None = None
+        self._fills: dict[bool, list[BoundSegment]] = {}
+        self._heads: dict[int, BoundSegment] = {}
+        self._norm: BoundSegment | None = None
         # by row count and number of selected slots; None where layers are called one by one
         self._chains: dict[tuple[int, int], ChainedLayers | None] = {}
         # what changes with each pass, after the slots
@@ -271,7 +267,7 @@ class Decoder:
             found.append(hidden)
         return found
 
-    def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[_BoundSegment]:
+    def _layers_for(self, rows: int, place: Place, captured: bool = False) -> list[BoundSegment]:
         if slots := _num_selected(place):
             self.prepare_selecting(rows, slots)
             return self._selecting[rows, slots]
@@ -332,65 +328,12 @@ class Decoder:
 
     def _bind(
         self, segment: Segment, rows: int, compile: Compile, place: Place | None = None
-    ) -> _BoundSegment:
-        bound = _BoundSegment(segment, self.tensors, self.kv)
+    ) -> BoundSegment:
+        bound = BoundSegment(segment, self.tensors, self.kv)
         hidden = torch.zeros(1, rows, self.hidden_size, dtype=self.dtype, device=self.device)
         examples = bound.arguments(hidden, place or self.side_inputs.span(0, rows))
         bound.compiled = compile(segment.graph, segment.structure, examples)
         return bound
-
-
-def bind_parameters(
-    segment: Segment, tensors: Mapping[str, Tensor], compile: Compile, examples: Sequence[Tensor]
-) -> Callable[..., Any]:
-    """``segment`` compiled, with its parameters, its last inputs, in place.
-
-    The result takes the inputs before them, like ``examples``, and returns a tuple of outputs.
-    """
-    parameters = [tensors[name] for name in segment.parameters]
-    compiled = compile(segment.graph, segment.structure, [*examples, *parameters])
-    return lambda *inputs: compiled([*inputs, *parameters])
-
-
-class _BoundSegment:
-    """A segment whose arguments are filled in once, all but those that come with each call."""
-
-    compiled: Compiled
-
-    def __init__(self, segment: Segment, tensors: Mapping[str, Tensor], kv: KvCache) -> None:
-        fixed: dict[str, Callable[[Input], Tensor]] = {
-            "parameter": lambda role: tensors[role.name],
-            "keys": lambda role: kv.keys[role.layer],
-            "values": lambda role: kv.values[role.layer],
-            "state": lambda role: kv.states[role.name],
-        }
-        self.template: list[Any] = segment.arguments(
-            lambda role: fixed[role.kind](role) if role.kind in fixed else None
-        )
-        kinds = [role.kind for role in segment.inputs]
-        self.hidden_at = kinds.index("hidden") if "hidden" in kinds else -1
-        self.slots_at = [at for at, kind in enumerate(kinds) if kind == "slots"]
-        self.side_at = [(at, r.name) for at, r in enumerate(segment.inputs) if r.kind == "side"]
-
-    def arguments(self, hidden: Tensor, place: Place | None) -> list:
-        arguments = self.template.copy()
-        if self.hidden_at >= 0:
-            arguments[self.hidden_at] = hidden
-        if place is not None:
-            for index in self.slots_at:
-                arguments[index] = place.slots
-            for index, name in self.side_at:
-                arguments[index] = place.sides[name]
-        return arguments
-
-    def link(self, sides: Sequence[str]) -> Link:
-        """What a chain needs to call it, where slots and then ``sides`` change."""
-        places = [(index, 0) for index in self.slots_at]
-        places += [(index, 1 + sides.index(name)) for index, name in self.side_at]
-        return self.template, self.hidden_at, [p for p, _ in places], [w for _, w in places]
-
-    def __call__(self, hidden: Tensor, place: Place | None) -> Tensor:
-        return self.compiled(self.arguments(hidden, place))[0]
 
 
 def _num_selected(place: Place) -> int:

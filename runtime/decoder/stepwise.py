@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from eepass.runtime.cache.kv_cache import KvCache
-from eepass.runtime.decoder.decoder import Compile, Decoder
+from eepass.runtime.decoder.bound_segment import Compile
+from eepass.runtime.decoder.decoder import Decoder
 from eepass.runtime.decoder.side_inputs import Place
 from eepass.segments import SplitDecoder
 
