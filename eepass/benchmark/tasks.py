@@ -7,8 +7,9 @@ exact (whose answers must be the dense ones) and approximate at the configured t
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,13 @@ from eepass.config import ExitConfig
 from eepass.errors import InputError
 from eepass.model import EarlyExitModel
 from eepass.reading import list_of, read_records
+from eepass.runtime.engine.batch import Request, decode_batch
+from eepass.runtime.engine.engine import Engine
+from eepass.runtime.sampling import GREEDY
 
 TASKS = ("mbpp",)
+# problems answered at a time, as far as the cache has room
+TOGETHER = 16
 FENCED = re.compile(r"```[ \t]*(?:python|py)?[ \t]*\n(.*?)(?:\n```|\Z)", re.DOTALL | re.IGNORECASE)
 
 
@@ -76,7 +82,9 @@ def measure_task(
     raw: bool = False,
     notify: Notify = lambda stage, done, total: None,
 ) -> dict[str, Any]:
-    """The share of ``problems`` that each way of decoding solves, answering greedily once.
+    """The share of ``problems`` that each way of decoding solves, answering greedily once:
+    ``TOGETHER`` of them at a time, but one by one where tokens exit unverified, since how long they
+    may stay pending depends on the sequences beside them.
 
     Raises ``InputError`` where no problem fits the cache, and where an exact answer differs from
     the dense one for another reason than a near tie.
@@ -89,27 +97,29 @@ def measure_task(
     }
     if model.has_exits:
         engines["approximate"] = model.host_engine(config.approximate())
+    asked = [(problem, loaded.encode(problem.prompt, raw)) for problem in problems]
+    longest = model.decoder.max_sequence_length
+    asked = [(problem, ids) for problem, ids in asked if len(ids) + new_tokens <= longest]
+    if not asked:
+        raise InputError("no problem fits the cache together with its answer: raise max_length")
+    prompts = [ids for _, ids in asked]
+    answers: dict[str, list[list[int]]] = {}
+    for name, engine in engines.items():
+        tell = partial(notify, f"answering, {name}")
+        together = 1 if name == "approximate" else TOGETHER
+        answers[name] = _answers(engine, prompts, new_tokens, model.stop, together, tell)
     right: dict[str, list[bool]] = {name: [] for name in engines}
     equal: dict[str, list[bool]] = {name: [] for name in engines}
-    for done, problem in enumerate(problems):
-        notify("answering and testing", done, len(problems))
-        ids = loaded.encode(problem.prompt, raw)
-        if len(ids) + new_tokens > model.decoder.max_sequence_length:
-            continue
-        answers = {
-            name: [step.token for step in engine.generate(ids, new_tokens, model.stop)]
-            for name, engine in engines.items()
-        }
+    for done, (problem, _) in enumerate(asked):
+        notify("testing", done, len(asked))
         outcomes: dict[tuple[int, ...], bool] = {}
-        for name, tokens in answers.items():
-            same = tuple(tokens)
+        for name, found in answers.items():
+            same = tuple(found[done])
             if same not in outcomes:
-                text = loaded.tokenizer.decode(tokens, skip_special_tokens=True)
+                text = loaded.tokenizer.decode(same, skip_special_tokens=True)
                 outcomes[same] = solved(problem, text)
             right[name].append(outcomes[same])
-            equal[name].append(tokens == answers["dense"])
-    if not right["dense"]:
-        raise InputError("no problem fits the cache together with its answer: raise max_length")
+            equal[name].append(found[done] == answers["dense"][done])
     if not all(equal["exact"]) and not engines["exact"].statistics.near_ties:
         raise InputError("an exact answer differs from the dense one without a near tie: a defect")
     return {
@@ -125,3 +135,21 @@ def measure_task(
             for name, found in right.items()
         },
     }
+
+
+def _answers(
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
+    stop: frozenset[int],
+    together: int,
+    notify: Callable[[int, int], None],
+) -> list[list[int]]:
+    """Greedy answers to ``prompts``, ``together`` at a time."""
+    requests = [Request(ids, new_tokens, stop, GREEDY) for ids in prompts]
+    answers: dict[Request, list[int]] = {request: [] for request in requests}
+    for request, token in decode_batch(engine, requests, together):
+        if not answers[request]:
+            notify(sum(map(bool, answers.values())), len(requests))
+        answers[request].append(token)
+    return list(answers.values())

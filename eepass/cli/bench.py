@@ -129,7 +129,9 @@ def bench(
     config = options.exit_config(preset, target_agreement=target_agreement)
     loaded = load_model(model, dtype, threads, trust_native, quantize, activations)
     if max_length is None and not loaded.transformed:
-        max_length = usual_length(loaded.model, benchmarking.MAX_PROMPT + new_tokens)
+        each = benchmarking.MAX_PROMPT + new_tokens
+        together = tasks.TOGETHER if task is not None else 1
+        max_length = usual_length(loaded.model, together * each)
     ready = transform_model(loaded, artifact, config, max_length)
     if task is not None:
         with progress_bars() as bars:

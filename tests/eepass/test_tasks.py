@@ -1,6 +1,7 @@
 """Code problems: what is read, what counts as solved, and what three ways of decoding solve."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from command_line import refused, run
@@ -8,6 +9,7 @@ from word_model import save_word_model
 
 from eepass.benchmark import sandbox, tasks
 from eepass.benchmark.tasks import Problem, code_of, read_problems
+from eepass.config import ExitConfig
 from eepass.errors import InputError
 
 
@@ -81,6 +83,32 @@ def test_bench_counts_what_is_solved(tmp_path, monkeypatch):
         }  # fmt: skip
     assert all(tests == ("assert True",) for _, tests in seen[1:])
     assert all(len(code.split()) == 6 for code, _ in seen[1:])
+
+
+def test_an_answer_is_the_same_beside_others(transformed, monkeypatch):
+    """More problems than go together are all answered, each with its own answer."""
+    loaded = SimpleNamespace(
+        encode=lambda text, raw: [ord(letter) % 60 for letter in text],
+        tokenizer=SimpleNamespace(decode=lambda tokens, **_: " ".join(map(str, tokens))),
+    )
+    texts = ["one two", "three", "four five six", "seven", "eight nine", "ten"]
+    problems = [Problem(text, "", ("assert True",)) for text in texts]
+    # any predictor exits
+    config = ExitConfig(threshold=0.0)
+    found = []
+    for together in (1, 4):
+        answered = {}
+        monkeypatch.setattr(
+            tasks, "passes", lambda code, tests, to=answered: to.setdefault(code, True)
+        )
+        monkeypatch.setattr(tasks, "TOGETHER", together)
+        result = tasks.measure_task(loaded, transformed, problems, 12, config)
+        assert result["problems"] == len(problems)
+        found.append((list(answered), result["systems"]))
+    assert found[0] == found[1]
+    assert found[0][1]["exact"]["same_answer"] == 1
+    # tokens that exited: not all answers are the dense ones
+    assert found[0][1]["approximate"]["same_answer"] < 1
 
 
 def test_no_code_is_run_unasked(tmp_path, monkeypatch):
