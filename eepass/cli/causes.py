@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+# what the loader says of a library whose writing a machine that went off has cut short
+CUT_SHORT = re.compile(
+    r"(?P<file>/.+\.so): (file too short|invalid ELF header|cannot read file data)"
+)
 
 
 def machine_cause(error: BaseException) -> str | None:
-    """Why ``error`` came about, where a full or closed folder or the C++ compiler is the reason;
-    None for anything else."""
+    """Why ``error`` came about, where a full or closed folder or the C++ compiler is the reason,
+    or compiled code that cannot be loaded; None for anything else."""
     chain = list(_chain(error))
     # a compiler that fails may be said to fail for want of space
     for one in chain:
@@ -23,6 +28,9 @@ def machine_cause(error: BaseException) -> str | None:
     for one in chain:
         if "No space left on device" in str(one):
             return f"no space left on the device; make room, or set {_variables()}"
+    for one in chain:
+        if cut := CUT_SHORT.search(str(one)):
+            return f"{cut[0]}: its writing was cut short; delete it, and it is compiled again"
     for one in chain:
         # PyTorch's, which are not imported for this
         name = type(one).__name__

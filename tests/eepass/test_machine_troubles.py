@@ -1,5 +1,6 @@
 """What a machine may lack or do to a command: said in a line, and the terminal as it was."""
 
+import ctypes
 import errno
 import json
 import os
@@ -106,6 +107,16 @@ def test_the_variable_that_helps_is_named(monkeypatch, variable, place):
 def test_of_a_copy_the_full_side_is_named():
     error = OSError(errno.ENOSPC, "No space left on device", "/a/source", None, "/b/copy")
     assert machine_cause(error) == "/b/copy: No space left on device; make room"
+
+
+def test_compiled_code_that_was_cut_short_is_named(tmp_path):
+    library = tmp_path / "kept.main.so"
+    library.write_bytes(b"")
+    with pytest.raises(OSError, match="file too short") as caught:
+        ctypes.CDLL(str(library))
+    assert machine_cause(caught.value) == (
+        f"{library}: file too short: its writing was cut short; delete it, and it is compiled again"
+    )
 
 
 def child(arguments, **environment):
